@@ -1,0 +1,1 @@
+"""Generated from proto/deltaserve/v1 by proto/generate.py."""
