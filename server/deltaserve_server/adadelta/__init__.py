@@ -1,0 +1,13 @@
+"""The mathematics: one Adadelta update (Zeiler, 2012, arXiv:1212.5701), stated once and implemented three times.
+
+    reference   numpy, float64: reads like the equations
+    cpu         numba, float32: one fused pass over host memory
+    cuda        torch tensors and one fused Triton kernel, float32: the same bits as `cpu`
+    values      numba: what admission must know of a gradient, in one pass
+
+Each is imported by who needs it: a CPU server loads neither torch nor Triton, a client neither those nor numba.
+"""
+
+from deltaserve_server.adadelta.hyperparameters import Hyperparameters
+
+__all__ = ["Hyperparameters"]

@@ -1,0 +1,52 @@
+"""How this room has numba compile a function."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+# Numba's own annotations cover a part of it.
+types: Any = numba.types
+
+logger = logging.getLogger(__name__)
+
+
+def received(dtype: Any) -> Any:
+    """Numba's type of a vector that may lie in a received message: read-only, at any byte."""
+    return types.Array(dtype, 1, "C", readonly=True, aligned=False)
+
+
+def readable(dtype: Any) -> Any:
+    """Numba's type of a vector that is only read."""
+    return types.Array(dtype, 1, "C", readonly=True)
+
+
+def writable(dtype: Any) -> Any:
+    """Numba's type of a vector that is written."""
+    return types.Array(dtype, 1, "C")
+
+
+def compiled(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function for one signature, or takes it from numba's cache on disk.
+
+    Fast-math stays off: it would let the compiler fuse, reorder and flush as it likes, differently in a loop's vector
+    part and in its rest. `error_model="numpy"` drops Python's check for a division by zero, which prevents vector code.
+
+    Args:
+        signature: Numba's signature of the function.
+        function: Code that numba can compile without Python objects. It runs without the GIL.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return _jit(signature, function, cache=True, **options)
+    except Exception as error:
+        # No folder for the cache can be written to, or the disk is full, or a file in it is damaged: all of this comes
+        # in many types, and none of it is a reason not to start. A fault in the function itself is raised again below.
+        logger.warning("numba's cache is of no use (%s): compiling takes a few seconds", type(error).__name__)
+        return _jit(signature, function, cache=False, **options)
+
+
+def _jit(signature: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    dispatcher: Callable[..., Any] = numba.njit(signature, **options)(function)
+    return dispatcher

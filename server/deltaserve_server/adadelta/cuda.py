@@ -1,0 +1,95 @@
+"""Adadelta in Triton, float32, for torch tensors: one fused pass, 28 bytes an element, bound by memory.
+
+The same arithmetic as in `cpu`, operation for operation, hence the same bits: where that says why, this does not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX, Hyperparameters, scalars
+
+_MAGNITUDE_MAX = tl.constexpr(MAGNITUDE_MAX)
+_BLOCK = 1024
+
+
+def update(
+    gradient: torch.Tensor,
+    divisor: float,
+    square_avg: torch.Tensor,
+    acc_delta: torch.Tensor,
+    weights: torch.Tensor,
+    new_weights: torch.Tensor,
+    hyperparameters: Hyperparameters,
+) -> None:
+    """Queues one update of a range on the tensors' device, in its current stream.
+
+    Where gradient / divisor is finite, the averages stay finite, whatever the hyperparameters; so do finite weights as
+    long as lr times `MAGNITUDE_MAX` is finite. Denormal numbers are numbers.
+
+    Args:
+        gradient: The sum of a round's gradients, float32 [n], contiguous, as all tensors here.
+        divisor: How many gradients make the sum, 1 to 2**24.
+        square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
+        acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
+        weights: The parameters, float32 [n]; only read.
+        new_weights: Where the new parameters go, float32 [n].
+        hyperparameters: Without a `problem`.
+
+    Raises:
+        ValueError: The lengths or the devices differ.
+        TypeError: A tensor is not a contiguous vector of float32.
+    """
+    tensors = (gradient, square_avg, acc_delta, weights, new_weights)
+    _check(tensors)
+    if gradient.numel() == 0:
+        return
+    with torch.cuda.device(gradient.get_device()):
+        _update_range[(triton.cdiv(gradient.numel(), _BLOCK),)](
+            *tensors,
+            gradient.numel(),
+            float(divisor),
+            *scalars(hyperparameters),
+            block=_BLOCK,
+            enable_fp_fusion=False,
+        )
+
+
+def _check(tensors: tuple[torch.Tensor, ...]) -> None:
+    if any(tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous() for tensor in tensors):
+        raise TypeError("expected contiguous vectors of float32")
+    if len({tensor.numel() for tensor in tensors}) != 1:
+        raise ValueError(f"expected five vectors of one length, got lengths {[tensor.numel() for tensor in tensors]}")
+    if len({tensor.device for tensor in tensors}) != 1:
+        raise ValueError(f"expected one device, got {sorted({str(tensor.device) for tensor in tensors})}")
+
+
+@triton.jit
+def _at_most(limit, value):  # type: ignore[no-untyped-def]
+    return tl.where(value > limit, limit, value)
+
+
+@triton.jit
+def _bounded(value):  # type: ignore[no-untyped-def]
+    return -_at_most(_MAGNITUDE_MAX, -_at_most(_MAGNITUDE_MAX, value))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _update_range(  # type: ignore[no-untyped-def]
+    gradient, square_avg, acc_delta, weights, new_weights, size, divisor,
+    lr, rho, one_minus_rho, eps, ceiling, weight_decay, sign, block: tl.constexpr,
+):  # fmt: skip
+    # Offsets of 64 bits: a model may have more than 2**31 elements.
+    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = i < size
+    w = tl.load(weights + i, inside)
+    acc = tl.load(acc_delta + i, inside)
+    g = sign * tl.div_rn(tl.load(gradient + i, inside), divisor)
+    if weight_decay != 0:
+        g = tl.fma(weight_decay, w, g)
+    g = _bounded(g)
+    s = _at_most(ceiling, tl.fma(one_minus_rho * g, g, tl.load(square_avg + i, inside) * rho))
+    step = _bounded(tl.div_rn(tl.sqrt_rn(acc + eps), tl.sqrt_rn(s + eps)) * g)
+    tl.store(square_avg + i, s, inside)
+    tl.store(acc_delta + i, _at_most(ceiling, tl.fma(one_minus_rho * step, step, acc * rho)), inside)
+    tl.store(new_weights + i, tl.fma(-lr, step, w), inside)

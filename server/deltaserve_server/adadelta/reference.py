@@ -1,0 +1,50 @@
+"""Adadelta in numpy and float64, to be read and to be judged by. Nothing is tuned here."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deltaserve_server.adadelta.hyperparameters import Hyperparameters
+
+Vector = NDArray[np.float64]
+
+
+def update(
+    gradient: ArrayLike,
+    square_avg: ArrayLike,
+    acc_delta: ArrayLike,
+    weights: ArrayLike,
+    hyperparameters: Hyperparameters,
+) -> tuple[Vector, Vector, Vector]:
+    """Makes one update (Zeiler, 2012, arXiv:1212.5701).
+
+    With s and dx for the leaky averages and x for the weights:
+
+        s_t  = rho s_{t-1} + (1 - rho) g_t^2                       (1)  square_avg
+        x_t  = x_{t-1} - lr g'_t                                   (2)  weights
+        g'_t = sqrt(dx_{t-1} + eps) / sqrt(s_t + eps) * g_t        (3)  the step
+        dx_t = rho dx_{t-1} + (1 - rho) g'_t^2                     (4)  acc_delta
+
+    `lr` is torch's addition and is 1 in the paper. As in torch, `maximize` first negates the gradient, then the weight
+    decay's gradient is added to it.
+
+    Args:
+        gradient: The mean gradient, any shape.
+        square_avg: The leaky average of squared gradients, >= 0, of that shape.
+        acc_delta: The leaky average of squared steps, >= 0, of that shape.
+        weights: The parameters, of that shape.
+        hyperparameters: Without a `problem`.
+
+    Returns:
+        New square_avg, acc_delta and weights, float64. The arguments are left as they are.
+    """
+    lr, rho, eps = hyperparameters.lr, hyperparameters.rho, hyperparameters.eps
+    g, s, dx, x = (np.asarray(vector, np.float64) for vector in (gradient, square_avg, acc_delta, weights))
+    if hyperparameters.maximize:
+        g = -g
+    if hyperparameters.weight_decay != 0:
+        g = g + hyperparameters.weight_decay * x
+    s = rho * s + (1 - rho) * g**2
+    step = np.sqrt(dx + eps) / np.sqrt(s + eps) * g
+    x = x - lr * step
+    dx = rho * dx + (1 - rho) * step**2
+    return s, dx, x

@@ -1,0 +1,76 @@
+"""How a server is set up."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DeviceKind = Literal["auto", "cpu", "cuda"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """A server's settings.
+
+    Attributes:
+        bind: HOST:PORT to listen on; port 0 chooses a free one.
+        device: Where models live; "auto" takes a GPU where torch finds one.
+        threads: Threads for updates on the CPU; None means one a core.
+        memory_bytes: For all models, their versions and pushes that wait; None means 80 % of the machine's memory, or
+            of what its control group allows.
+        staged_bytes: For pushes that have not yet become an update; None means half of `memory_bytes`.
+        message_bytes: Largest message; gRPC's own default, which every client accepts.
+        models: Models at a time.
+        sessions: Live sessions at a time, over all models.
+        lease_seconds: The lease of a session that does not ask for one.
+        lease_seconds_min: Shortest lease.
+        lease_seconds_max: Longest lease.
+        keepalive_seconds: How long a connection may be silent before it is pinged; the answer may take half as long.
+    """
+
+    bind: str = "127.0.0.1:50051"
+    device: DeviceKind = "auto"
+    threads: int | None = None
+    memory_bytes: int | None = None
+    staged_bytes: int | None = None
+    message_bytes: int = 4 * MIB
+    models: int = 64
+    sessions: int = 256
+    lease_seconds: float = 30.0
+    lease_seconds_min: float = 1.0
+    lease_seconds_max: float = 3600.0
+    keepalive_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        host, separator, port = self.bind.rpartition(":")
+        if not separator or not host or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError(f"bind: expected HOST:PORT, got {self.bind!r}")
+        for name in ("threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 0 < self.lease_seconds_min <= self.lease_seconds <= self.lease_seconds_max:
+            raise ValueError("lease_seconds: expected 0 < lease_seconds_min <= lease_seconds <= lease_seconds_max")
+        if self.keepalive_seconds <= 0:
+            raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
+
+
+def usable_memory_bytes() -> int:
+    """Returns 80 % of the memory that this process may use."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [machine, *map(_limit, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
+    return min(limit for limit in limits if limit) * 4 // 5
+
+
+def usable_threads() -> int:
+    """Returns how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _limit(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,163 @@
+"""What every place for a model's vectors offers; `host` and `device` are the two there are."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.memory.budget import Budget, Reservation
+
+Vector = NDArray[np.float32]
+"""A flat vector in host memory: float32, one dimension, contiguous."""
+
+ELEMENT_BYTES = 4
+
+_KEPT = 2
+"""Free vectors that a pool keeps: one for the next version, one for the next sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Elements `[start, stop)` of the flat vector, updated with one set of hyperparameters."""
+
+    start: int
+    stop: int
+    hyperparameters: Hyperparameters
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A model's three vectors in host memory, each of the layout's size."""
+
+    weights: Vector
+    square_avg: Vector
+    acc_delta: Vector
+
+
+class Staging(ABC):
+    """One push's values on their way into an update."""
+
+    @abstractmethod
+    def add(self, offset: int, values: Vector) -> None:
+        """Takes the next piece: `values` are elements `[offset, offset + len(values))` and stay valid."""
+
+
+def allocate_host(size: int) -> Vector:
+    """Returns a vector in ordinary memory whose values are undefined."""
+    return np.empty(size, np.float32)
+
+
+class Pool:
+    """Vectors of one size to be used again: fresh pages cost more than the update itself."""
+
+    def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host) -> None:
+        self.size = size
+        self._allocate = allocate
+        self._free: list[Vector] = []
+
+    def take(self) -> Vector:
+        """Returns a vector whose values are undefined."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._allocate(self.size)
+
+    def give(self, vector: Vector) -> None:
+        """Takes a vector back."""
+        if len(self._free) < _KEPT and vector.size == self.size:
+            self._free.append(vector)
+
+
+class Version:
+    """The weights of one version, in host memory; they never change while somebody reads them.
+
+    The current version and one to write the next into are part of the model's own reservation. A version that readers
+    hold beyond that is paid for by the first of them.
+
+    Args:
+        number: The version.
+        weights: Its vector.
+        budget: Where the readers' reservation comes from.
+        pool: Where the vector goes when nobody needs it any more.
+    """
+
+    def __init__(self, number: int, weights: Vector, budget: Budget, pool: Pool) -> None:
+        self.number = number
+        self.weights = weights
+        self._budget = budget
+        self._pool = pool
+        self._readers = 0
+        self._reservation: Reservation | None = None
+        self._retired = False
+        self._lock = Lock()
+
+    def acquire(self) -> Vector:
+        """Gives the vector to read and keeps it as it is until `release`.
+
+        Raises:
+            BudgetExceeded: There is no memory to keep it.
+        """
+        with self._lock:
+            if not self._readers:
+                self._reservation = self._budget.reserve(self.weights.nbytes)
+            self._readers += 1
+        return self.weights
+
+    def release(self) -> None:
+        """Ends one reading."""
+        with self._lock:
+            self._readers -= 1
+            if not self._readers and self._reservation:
+                self._reservation.release()
+            self._recycle()
+
+    def retire(self) -> None:
+        """Says that a newer version is current."""
+        with self._lock:
+            self._retired = True
+            self._recycle()
+
+    def _recycle(self) -> None:
+        if self._retired and not self._readers:
+            self._pool.give(self.weights)
+
+
+class Store(ABC):
+    """One model's vectors. Everything but `current` and `stage` is for the applier alone.
+
+    Attributes:
+        current: The newest version.
+    """
+
+    current: Version
+
+    @abstractmethod
+    def stage(self) -> Staging:
+        """Returns a place for a push's values."""
+
+    @abstractmethod
+    def fold(self, staging: Staging) -> None:
+        """Adds a push to the sum that the next update takes; the first is used as it is, without a copy."""
+
+    @abstractmethod
+    def update(self, ranges: Sequence[Range], contributors: int, number: int) -> None:
+        """Applies the folded sum divided by `contributors` and makes version `number` current.
+
+        Elements outside `ranges` keep their weights and state. Each range lies within what some folded push holds.
+        """
+
+    @abstractmethod
+    def state(self) -> State:
+        """Returns a copy of the three vectors."""
+
+    @abstractmethod
+    def put(self, state: State, number: int) -> None:
+        """Replaces the three vectors, which it may keep, and makes version `number` current."""
+
+    @abstractmethod
+    def extend(self, weights: Vector) -> None:
+        """Adds elements with zero state at the end; the current version keeps its number."""

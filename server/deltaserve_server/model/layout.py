@@ -1,0 +1,77 @@
+"""The order of a model's tensors in one flat float32 vector."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor: its name, its shape, and the parameter group whose hyperparameters it uses."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's tensors in their order; tensor k is `[offsets[k], offsets[k + 1])` of the flat vector."""
+
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of every tensor in elements, and the end of the last."""
+        return tuple(accumulate((tensor.size for tensor in self.tensors), initial=0))
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the flat vector."""
+        return self.offsets[-1]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Returns the name of the tensor that holds element `index`, and the element's index in it."""
+        position = bisect_right(self.offsets, index) - 1
+        return self.tensors[position].name, index - self.offsets[position]
+
+    def runs(self, count: int, absent: Collection[int]) -> Iterator[tuple[int, int]]:
+        """Yields the longest ranges `[start, stop)` of the first `count` tensors that none of `absent` interrupts."""
+        ranges = ((self.offsets[k], self.offsets[k + 1], 0) for k in range(count) if k not in absent)
+        yield from ((start, stop) for start, stop, _ in _merged(ranges))
+
+    def groups(self, absent: Collection[int]) -> Iterator[tuple[int, int, int]]:
+        """Yields the longest ranges `(start, stop, group)` of one group outside the tensors in `absent`."""
+        yield from _merged(
+            (self.offsets[k], self.offsets[k + 1], tensor.group)
+            for k, tensor in enumerate(self.tensors)
+            if k not in absent
+        )
+
+    def extended(self, tensors: Sequence[Tensor]) -> "Layout":
+        """Returns this layout with `tensors` at its end."""
+        return Layout((*self.tensors, *tensors))
+
+
+def _merged(ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Joins ranges that touch and have the same group; leaves out empty ones."""
+    held: tuple[int, int, int] | None = None
+    for start, stop, group in ranges:
+        if start == stop:
+            continue
+        if held and held[1] == start and held[2] == group:
+            held = (held[0], stop, group)
+            continue
+        if held:
+            yield held
+        held = (start, stop, group)
+    if held:
+        yield held

@@ -1,0 +1,177 @@
+"""Workers' standing with one model: ids, epochs, ranks, leases, sequence windows."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeVar
+
+from deltaserve_server.model.push import Push, PushResult
+from deltaserve_server.model.refused import Refused
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+WINDOW = 8
+"""How many results of a session are kept for duplicates."""
+
+_REMEMBERED = 65_536
+"""How many names' epochs, and how many fenced sessions, are remembered at most."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """A push of the window: what it contained, and its result once its update is made."""
+
+    fingerprint: int | None
+    result: PushResult | None = None
+
+
+@dataclass(slots=True)
+class Session:
+    """One worker's standing.
+
+    Attributes:
+        worker: The worker's name.
+        id: 16 bytes, made by the server.
+        epoch: How many sessions of this name there have been.
+        rank: The lowest number that no other live session had when it came.
+        tensor_count: How many tensors the layout had when it came.
+        group_count: How many parameter groups the model had when it came.
+        lease_seconds: How long it outlives its last call.
+        expires: Time at which its lease runs out.
+        first_version: Version on whose weights its first push is to be computed.
+        member: Whether the open round waits for it.
+        last_accepted: Sequence number of its last accepted push.
+        last_applied: Sequence number of its last push that is part of an update.
+    """
+
+    worker: str
+    id: bytes
+    epoch: int
+    rank: int
+    tensor_count: int
+    group_count: int
+    lease_seconds: float
+    expires: float
+    first_version: int
+    member: bool = True
+    last_accepted: int = 0
+    last_applied: int = 0
+    _window: dict[int, _Record] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a push of this session waits for its round."""
+        return self.last_applied < self.last_accepted
+
+    def renew(self, now: float) -> None:
+        """Starts the lease anew."""
+        self.expires = max(self.expires, now + self.lease_seconds)
+
+    def expired(self, now: float) -> bool:
+        """Whether the lease has run out. It does not while a push waits for its round."""
+        return now >= self.expires and not self.waiting
+
+    def known(self, push: Push) -> bool:
+        """Whether the push was accepted before, by its sequence number and, once they are here, its values.
+
+        Raises:
+            Refused: SEQUENCE_GAP, or SEQUENCE_REUSED for other content.
+        """
+        if push.sequence < 1:
+            raise Refused("PUSH_INVALID", field="sequence", allowed=">= 1")
+        if push.sequence > self.last_accepted + 1:
+            raise Refused("SEQUENCE_GAP", expected=self.last_accepted + 1, got=push.sequence)
+        if push.sequence == self.last_accepted + 1:
+            return False
+        record = self._window.get(push.sequence)
+        if record and push.fingerprint is not None and push.fingerprint != record.fingerprint:
+            raise Refused("SEQUENCE_REUSED", sequence=push.sequence)
+        return True
+
+    def accept(self, push: Push) -> None:
+        """Takes note of a push that is to become part of an update."""
+        self.last_accepted = push.sequence
+        self._window[push.sequence] = _Record(push.fingerprint)
+        self._window.pop(push.sequence - WINDOW, None)
+
+    def apply(self, sequence: int, result: PushResult, now: float) -> None:
+        """Takes note of an update that a push became part of."""
+        self.last_applied = sequence
+        self._window[sequence].result = result
+        self.renew(now)
+
+    def result(self, sequence: int, version: int) -> PushResult | None:
+        """Returns what a known push gets as a duplicate, or None while it waits for its round."""
+        if sequence > self.last_applied:
+            return None
+        record = self._window.get(sequence)
+        return record.result.again() if record and record.result else PushResult(version=version, duplicate=True)
+
+
+class Sessions:
+    """The live sessions of one model, at most one a worker name."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[bytes, Session] = {}
+        self._by_name: dict[str, Session] = {}
+        self._epochs: OrderedDict[str, int] = OrderedDict()
+        self._fenced: OrderedDict[bytes, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def live(self) -> list[Session]:
+        """Returns the live sessions in order of worker names."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
+
+    def named(self, worker: str) -> Session | None:
+        """Returns the live session of a worker name."""
+        return self._by_name.get(worker)
+
+    def new_epoch(self, worker: str) -> int:
+        """Returns an epoch one higher than the name's last."""
+        epoch = self._epochs.pop(worker, 0) + 1
+        _remember(self._epochs, worker, epoch)
+        return epoch
+
+    def free_rank(self) -> int:
+        """Returns the lowest rank that no live session has."""
+        taken = {session.rank for session in self._by_id.values()}
+        return next(rank for rank in count() if rank not in taken)
+
+    def add(self, session: Session) -> None:
+        """Adds a session; an older one of the same name is fenced."""
+        older = self._by_name.get(session.worker)
+        if older:
+            self.remove(older)
+            _remember(self._fenced, older.id, older.worker)
+        self._by_id[session.id] = self._by_name[session.worker] = session
+
+    def remove(self, session: Session) -> None:
+        """Ends a session."""
+        del self._by_id[session.id], self._by_name[session.worker]
+
+    def get(self, session_id: bytes, epoch: int) -> Session:
+        """Returns a live session.
+
+        Raises:
+            Refused: SESSION_FENCED or SESSION_UNKNOWN.
+        """
+        session = self._by_id.get(session_id)
+        if session and session.epoch == epoch:
+            return session
+        worker = session.worker if session else self._fenced.get(session_id)
+        if worker is None:
+            raise Refused("SESSION_UNKNOWN", worker="unknown")
+        raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self._epochs.get(worker, 0))
+
+    def find(self, session_id: bytes) -> Session | None:
+        """Returns a live session, whatever its epoch."""
+        return self._by_id.get(session_id)
+
+
+def _remember(table: OrderedDict[_K, _V], key: _K, value: _V) -> None:
+    table[key] = value
+    while len(table) > _REMEMBERED:
+        table.popitem(last=False)

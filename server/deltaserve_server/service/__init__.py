@@ -1,0 +1,1 @@
+"""gRPC: what comes in is checked before anything changes; servicers decode, call and encode."""

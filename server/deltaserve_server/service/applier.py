@@ -1,0 +1,250 @@
+"""The one owner of a model: runs its state machine and carries out what it decides, one event at a time.
+
+It has no thread of its own. Whoever brings an event holds the model's lock until its decisions are carried out; a
+handler of a sync gRPC server is never interrupted, so neither is an update.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+from deltaserve.v1 import common_pb2
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.memory import Budget, Range, Reservation, Staging, State, Store
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
+from deltaserve_server.model import (
+    Answer,
+    Decision,
+    Fold,
+    Machine,
+    Push,
+    PushResult,
+    Refused,
+    Session,
+    Tensor,
+    Update,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def model_bytes(elements: int) -> int:
+    """Returns what a model needs: weights, the next weights, square_avg, acc_delta, and the sum of a round."""
+    return 5 * ELEMENT_BYTES * elements
+
+
+class Applier:
+    """Owns one model.
+
+    Args:
+        machine: Its state machine.
+        store: Its vectors.
+        reservation: The memory that it holds.
+        budget: Where further memory comes from.
+        incarnation: Of the server process.
+
+    Attributes:
+        machine: To be read under `lock` alone.
+        lock: Held while an event is handled.
+    """
+
+    def __init__(
+        self, machine: Machine, store: Store, reservation: Reservation, budget: Budget, incarnation: str
+    ) -> None:
+        self.machine = machine
+        self.lock = threading.RLock()
+        self._store = store
+        self._reservations = [reservation]
+        self._budget = budget
+        self._incarnation = incarnation
+        self._staged: dict[tuple[bytes, int], tuple[Staging, Reservation]] = {}
+        self._folded: list[Reservation] = []
+        self._answers: dict[tuple[bytes, int], Future[PushResult]] = {}
+        self._awaited: list[tuple[int, Future[None]]] = []
+        self._ended: Refused | None = None
+
+    @property
+    def position(self) -> common_pb2.ModelPosition:
+        """Where the model stands."""
+        return common_pb2.ModelPosition(incarnation=self._incarnation, version=self.machine.version)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some push waits for its round."""
+        return bool(self._answers)
+
+    # --- sessions
+
+    def open_session(self, worker: str, lease_seconds: float) -> Session:
+        """Gives a worker a standing."""
+        with self._event():
+            session, decisions = self.machine.open_session(worker, secrets.token_bytes(16), lease_seconds, monotonic())
+            self._carry_out(decisions)
+            return session
+
+    def keep_session(self, session_id: bytes, epoch: int) -> Session:
+        """Renews a lease."""
+        with self._event():
+            return self.machine.keep_session(session_id, epoch, monotonic())
+
+    def close_session(self, session_id: bytes, epoch: int) -> None:
+        """Lets a worker leave."""
+        with self._event():
+            self._carry_out(self.machine.close_session(session_id, epoch, monotonic()))
+
+    def expire(self) -> None:
+        """Ends the sessions whose lease has run out."""
+        with self.lock:
+            if self._ended:
+                return
+            gone, decisions = self.machine.expire(monotonic())
+            for session in gone:
+                _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
+            self._carry_out(decisions)
+
+    # --- pushes
+
+    def check(self, push: Push) -> Session:
+        """Looks at a push before its values have come."""
+        with self._event():
+            return self.machine.check(push, monotonic())
+
+    def stage(self) -> Staging:
+        """Returns a place for a push's values."""
+        return self._store.stage()
+
+    def push(self, push: Push, staging: Staging, reservation: Reservation) -> "Future[PushResult]":
+        """Takes a push whose values are staged; the future has its result when its update is published.
+
+        The reservation is given back when the values are not needed any more; where this raises, by the caller.
+        """
+        with self._event():
+            decisions = self.machine.push(push, monotonic())
+            if not decisions and push.key in self._answers:  # it waits for its round since an earlier call
+                reservation.release()
+                return self._answers[push.key]
+            future = self._answers.setdefault(push.key, Future())
+            self._staged[push.key] = staging, reservation
+            self._carry_out(decisions)
+            return future
+
+    # --- vectors
+
+    @contextmanager
+    def reading(self) -> Iterator[tuple[common_pb2.ModelPosition, Vector]]:
+        """Gives the current version's weights and keeps them as they are meanwhile."""
+        with self._event():
+            version, position = self._store.current, self.position
+            weights = version.acquire()
+        try:
+            yield position, weights
+        finally:
+            version.release()
+
+    def reached(self, version: int) -> "Future[None]":
+        """Returns a future that is done when the model has reached a version."""
+        future: Future[None] = Future()
+        with self._event():
+            if self.machine.version >= version:
+                future.set_result(None)
+            else:
+                self._awaited.append((version, future))
+        return future
+
+    def state(self) -> State:
+        """Returns a copy of weights and optimizer state. To be called under `lock`."""
+        return self._store.state()
+
+    def put_state(self, state: State, update_counts: Sequence[int]) -> None:
+        """Replaces weights and optimizer state."""
+        with self._event():
+            self._store.put(state, self.machine.put_state(update_counts))
+            self._published()
+
+    def extend(
+        self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
+    ) -> None:
+        """Adds tensors and groups at the end of the layout. To be called under `lock`."""
+        self.machine.extend(tensors, groups)
+        self._store.extend(weights)
+        self._reservations.append(reservation)
+
+    def end(self, refusal: Refused) -> None:
+        """Ends the model: whoever waits, and whoever comes, gets `refusal`."""
+        with self.lock:
+            self._ended = self._ended or refusal
+            waiting: list[Future[Any]] = [*self._answers.values(), *(future for _, future in self._awaited)]
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(refusal)
+            held = [reservation for _, reservation in self._staged.values()]
+            for reservation in (*held, *self._folded, *self._reservations):
+                reservation.release()
+            self._answers.clear()
+            self._staged.clear()
+
+    # --- decisions
+
+    @contextmanager
+    def _event(self) -> Iterator[None]:
+        """Handles one event; a fault in carrying out its decisions ends the model, whose state is then unknown."""
+        with self.lock:
+            if self._ended:
+                raise self._ended
+            yield
+
+    def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        try:
+            for decision in decisions:
+                match decision:
+                    case Fold(key):
+                        self._fold(*self._staged.pop(key))
+                    case Update():
+                        self._update(decision)
+                    case Answer(key, result):
+                        self._answer(key, result)
+        except Exception:
+            incident = secrets.token_hex(8)
+            _log.exception("incident %s: model %s is lost", incident, self.machine.name)
+            self.end(Refused("INTERNAL", incident=incident))
+            raise Refused("INTERNAL", incident=incident) from None
+
+    def _fold(self, staging: Staging, reservation: Reservation) -> None:
+        """Reduces a push; what was reduced into a sum is not held any longer, the first alone is."""
+        self._store.fold(staging)
+        self._folded.append(reservation)
+        if len(self._folded) > 1:
+            self._release_folded()
+            self._folded.append(reservation)
+
+    def _update(self, update: Update) -> None:
+        layout = self.machine.layout
+        ranges = [Range(start, stop, update.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
+        self._store.update(ranges, update.contributors, update.version)
+        self._release_folded()
+        self._published()
+
+    def _answer(self, key: tuple[bytes, int], result: PushResult) -> None:
+        staged = self._staged.pop(key, None)
+        if staged:  # a duplicate: its values are not used
+            staged[1].release()
+        future = self._answers.pop(key, None)
+        if future:
+            future.set_result(result)
+
+    def _release_folded(self) -> None:
+        for reservation in self._folded:
+            reservation.release()
+        self._folded.clear()
+
+    def _published(self) -> None:
+        """Wakes who waits for the version."""
+        for version, future in self._awaited:
+            if version <= self.machine.version:
+                future.set_result(None)
+        self._awaited = [(version, future) for version, future in self._awaited if not future.done()]

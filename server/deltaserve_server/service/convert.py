@@ -1,0 +1,179 @@
+"""Between the messages of the proto and the values of the model room; everything from the wire is checked here."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from math import prod
+
+from deltaserve.v1 import common_pb2 as pb
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model import Async, Layout, Machine, Policy, Refused, Sync, Tensor
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"
+_TENSOR_NAME_LENGTH = 256
+_DIMENSIONS = 8
+_ELEMENTS = 1 << 48
+_MIN_WORKERS = 65_536
+
+
+def checked_name(field: str, name: str) -> str:
+    """Returns the name of a model or a worker.
+
+    Raises:
+        Refused: NAME_INVALID.
+    """
+    if not _NAME.fullmatch(name):
+        raise Refused("NAME_INVALID", field=field, allowed=_NAME_ALLOWED)
+    return name
+
+
+def to_tensors(
+    specs: Sequence[pb.TensorSpec], group_count: int, names: Iterable[str] = (), size: int = 0
+) -> tuple[Tensor, ...]:
+    """Returns the tensors of a layout, or of its extension.
+
+    Args:
+        specs: What came.
+        group_count: How many parameter groups there are.
+        names: Tensor names that are taken.
+        size: Elements before the first of these tensors.
+
+    Raises:
+        Refused: NAME_INVALID, SHAPE_INVALID, DTYPE_UNSUPPORTED or HYPERPARAMETER_INVALID.
+    """
+    taken = set(names)
+    tensors = []
+    for spec in specs:
+        tensors.append(_tensor(spec, group_count))
+        size += tensors[-1].size
+        if spec.name in taken:
+            raise Refused("NAME_INVALID", field="tensors.name", allowed="no name twice")
+        if size > _ELEMENTS:
+            raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
+        taken.add(spec.name)
+    if not size:
+        raise Refused("SHAPE_INVALID", tensor="(all)", shape="", allowed="at least one element in all")
+    return tuple(tensors)
+
+
+def _tensor(spec: pb.TensorSpec, group_count: int) -> Tensor:
+    if not 1 <= len(spec.name) <= _TENSOR_NAME_LENGTH or not spec.name.isprintable():
+        allowed = f"1 to {_TENSOR_NAME_LENGTH} printable characters"
+        raise Refused("NAME_INVALID", field="tensors.name", allowed=allowed)
+    if len(spec.shape) > _DIMENSIONS:
+        raise _shape_refused(spec, f"at most {_DIMENSIONS} dimensions")
+    if any(length < 0 for length in spec.shape):
+        raise _shape_refused(spec, "no negative dimension")
+    if prod(spec.shape) > _ELEMENTS:
+        raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
+    if spec.data_type not in (pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_FLOAT32):
+        raise Refused("DTYPE_UNSUPPORTED", tensor=spec.name, got=spec.data_type, allowed="DATA_TYPE_FLOAT32")
+    if spec.group >= group_count:
+        raise Refused("HYPERPARAMETER_INVALID", field="tensors.group", allowed=f"an index of {group_count} groups")
+    return Tensor(spec.name, tuple(spec.shape), spec.group)
+
+
+def _shape_refused(spec: pb.TensorSpec, allowed: str) -> Refused:
+    shape = "x".join(map(str, spec.shape[: _DIMENSIONS + 1]))
+    return Refused("SHAPE_INVALID", tensor=spec.name[:_TENSOR_NAME_LENGTH], shape=shape, allowed=allowed)
+
+
+def to_hyperparameters(message: pb.Hyperparameters, unset: Hyperparameters) -> Hyperparameters:
+    """Returns the message's hyperparameters, with those of `unset` where it has none.
+
+    Raises:
+        Refused: HYPERPARAMETER_INVALID.
+    """
+    given = {field.name: value for field, value in message.ListFields()}
+    hyperparameters = replace(unset, **given)
+    problem = hyperparameters.problem()
+    if problem:
+        raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
+    return hyperparameters
+
+
+def to_groups(
+    messages: Sequence[pb.Hyperparameters], unset: Sequence[Hyperparameters] = ()
+) -> tuple[Hyperparameters, ...]:
+    """Returns hyperparameters by group; `unset` has, by group, what stands where a message has nothing."""
+    defaults = [*unset, *[Hyperparameters()] * (len(messages) - len(unset))]
+    return tuple(to_hyperparameters(message, default) for message, default in zip(messages, defaults, strict=False))
+
+
+def to_policy(message: pb.Policy) -> Policy:
+    """Returns the policy.
+
+    Raises:
+        Refused: POLICY_INVALID.
+    """
+    if message.WhichOneof("policy") != "sync":
+        return Async()
+    min_workers = message.sync.min_workers if message.sync.HasField("min_workers") else 1
+    if not 1 <= min_workers <= _MIN_WORKERS:
+        raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=f"1 to {_MIN_WORKERS}")
+    return Sync(min_workers=min_workers)
+
+
+def to_machine(config: pb.ModelConfig) -> Machine:
+    """Returns the new model that a config describes.
+
+    Raises:
+        Refused: For the first thing that is wrong with it.
+    """
+    name = checked_name("name", config.name)
+    groups = to_groups(config.groups) or (Hyperparameters(),)
+    layout = Layout(to_tensors(config.tensors, len(groups)))
+    return Machine(name, layout, groups, to_policy(config.policy))
+
+
+def from_machine(machine: Machine) -> pb.ModelConfig:
+    """Returns a model's config with every default filled in."""
+    return pb.ModelConfig(
+        name=machine.name,
+        tensors=[
+            pb.TensorSpec(name=t.name, shape=t.shape, group=t.group, data_type=pb.DATA_TYPE_FLOAT32)
+            for t in machine.layout.tensors
+        ],
+        groups=from_groups(machine.groups),
+        policy=from_policy(machine.policy),
+    )
+
+
+def from_groups(groups: Sequence[Hyperparameters]) -> list[pb.Hyperparameters]:
+    """Returns the messages for hyperparameters by group."""
+    return [
+        pb.Hyperparameters(lr=g.lr, rho=g.rho, eps=g.eps, weight_decay=g.weight_decay, maximize=g.maximize)
+        for g in groups
+    ]
+
+
+def from_policy(policy: Policy) -> pb.Policy:
+    """Returns the message for a policy."""
+    if isinstance(policy, Async):
+        message = pb.Policy()
+        getattr(message, "async").SetInParent()  # a keyword of Python
+        return message
+    return pb.Policy(sync=pb.SyncPolicy(min_workers=policy.min_workers))
+
+
+def difference(held: Machine, asked: Machine) -> str | None:
+    """Says how a model that is asked for differs from the one that is there; None where it does not."""
+    ours, theirs = held.layout.tensors, asked.layout.tensors
+    for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        if left != right:
+            return f"tensor {index} is {_describe(left)}, not {_describe(right)}"
+    if len(ours) != len(theirs):
+        return f"it has {len(ours)} tensors, not {len(theirs)}"
+    if len(held.groups) != len(asked.groups):
+        return f"it has {len(held.groups)} parameter groups, not {len(asked.groups)}"
+    for index, (mine, yours) in enumerate(zip(held.groups, asked.groups, strict=True)):
+        for field in fields(Hyperparameters):
+            left_value, right_value = getattr(mine, field.name), getattr(yours, field.name)
+            if left_value != right_value:
+                return f"{field.name} of group {index} is {left_value}, not {right_value}"
+    return None if held.policy == asked.policy else f"its policy is {held.policy}, not {asked.policy}"
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.name} {list(tensor.shape)} in group {tensor.group}"

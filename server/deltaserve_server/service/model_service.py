@@ -1,0 +1,202 @@
+"""ModelService: models made, looked at, read whole, put back, deleted."""
+
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from deltaserve._codec import Piece, StreamCodec
+from deltaserve.v1 import common_pb2 as pb
+from deltaserve.v1 import model_service_pb2 as rpc
+from deltaserve_server.memory.store import ELEMENT_BYTES
+from deltaserve_server.model import Machine, Refused, Session
+from deltaserve_server.service import admission, convert
+from deltaserve_server.service.applier import Applier, model_bytes
+from deltaserve_server.service.registry import Registry
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements of the chunks that the server sends: 1 MiB."""
+
+_PULL_STATE = StreamCodec(rpc.PullStateResponse)
+
+
+class ModelServicer:
+    """Serves ModelService.
+
+    Args:
+        registry: The server's models.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
+        """Creates a model, or answers that it is there."""
+        machine = convert.to_machine(_header(messages, pb.ModelConfig))
+        applier, created = self._registry.find(machine.name), False
+        if applier is None:
+            applier, created = self._registry.add(machine, lambda: _weights(messages, machine))
+        with applier.lock:
+            difference = None if created else convert.difference(applier.machine, machine)
+            if difference:
+                raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
+            return rpc.CreateModelResponse(created=created, position=applier.position)
+
+    def ExtendModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.ExtendModelResponse:
+        """Adds tensors and groups at the end of a model's layout."""
+        header = _header(messages, rpc.ExtendModelHeader)
+        applier = self._registry.get(header.model)
+        extension = _Extension(applier, header)
+        if extension.present():
+            return rpc.ExtendModelResponse(extended=False, position=applier.position)
+        layout = extension.machine.layout.extended(extension.tensors)
+        start = extension.machine.layout.size
+        reservation = self._registry.memory.reserve(model_bytes(layout.size - start))
+        try:
+            weights = admission.admit_weights(messages, layout, start)
+            admission.require_end(messages)
+            with applier.lock:
+                extended = not extension.present()
+                if extended:
+                    applier.extend(extension.tensors, extension.groups, weights, reservation)
+                return rpc.ExtendModelResponse(extended=extended, position=applier.position)
+        except BaseException:
+            reservation.release()
+            raise
+
+    def GetModel(self, request: rpc.GetModelRequest, _: grpc.ServicerContext) -> rpc.GetModelResponse:
+        """A model without its numbers."""
+        applier = self._registry.get(request.model)
+        now = monotonic()
+        with applier.lock:
+            sessions = sorted(applier.machine.sessions.live(), key=lambda session: session.rank)
+            return rpc.GetModelResponse(
+                config=convert.from_machine(applier.machine),
+                position=applier.position,
+                sessions=[_session(session, now) for session in sessions],
+            )
+
+    def ListModels(self, _request: rpc.ListModelsRequest, _: grpc.ServicerContext) -> rpc.ListModelsResponse:
+        """Every model in a line."""
+        return rpc.ListModelsResponse(models=map(_summary, self._registry.all()))
+
+    def DeleteModel(self, request: rpc.DeleteModelRequest, _: grpc.ServicerContext) -> rpc.DeleteModelResponse:
+        """Forgets a model."""
+        return rpc.DeleteModelResponse(position=self._registry.delete(request.model).position)
+
+    def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
+        """A model's vectors, all of one version."""
+        applier = self._registry.get(request.model)
+        names = admission.STATE_VECTORS if request.optimizer_state else admission.STATE_VECTORS[:1]
+        with applier.lock:
+            size = applier.machine.layout.size
+            reservation = self._registry.memory.reserve(size * ELEMENT_BYTES * 3)
+            header = rpc.PullStateHeader(
+                config=convert.from_machine(applier.machine),
+                position=applier.position,
+                update_counts=applier.machine.update_counts,
+            )
+            state = applier.state()
+        with reservation:
+            yield _PULL_STATE.header(header)
+            for name in names:
+                for offset, data in admission.chunks(getattr(state, name), size, CHUNK_ELEMENTS):
+                    yield _PULL_STATE.chunk(name, offset, [data])
+
+    def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
+        """Replaces weights and optimizer state."""
+        header = _header(messages, rpc.PutStateHeader)
+        applier = self._registry.get(header.model)
+        layout = applier.machine.layout
+        counts = list(header.update_counts) or [0] * len(layout.tensors)
+        with self._registry.staged.reserve(layout.size * ELEMENT_BYTES * 3):
+            if len(counts) != len(layout.tensors):
+                raise Refused("PUSH_INVALID", field="update_counts", allowed=f"{len(layout.tensors)} numbers")
+            state = admission.admit_state(messages, layout)
+            with applier.lock:
+                if applier.machine.layout is not layout:
+                    raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
+                applier.put_state(state, counts)
+                return rpc.PutStateResponse(position=applier.position)
+
+
+class _Extension:
+    """What an ExtendModel asks for, checked against the model as it stood.
+
+    Raises:
+        Refused: It does not fit the model.
+    """
+
+    def __init__(self, applier: Applier, header: rpc.ExtendModelHeader) -> None:
+        self.machine = applier.machine
+        self._tensor_count, self._group_count = header.tensor_count, header.group_count
+        with applier.lock:
+            held = self.machine.layout
+            if self._tensor_count > len(held.tensors) or self._group_count > len(self.machine.groups):
+                raise self._mismatch()
+            base = held.tensors[: self._tensor_count]
+            self.groups = convert.to_groups(header.groups)
+            self.tensors = convert.to_tensors(
+                header.tensors,
+                self._group_count + len(self.groups),
+                [tensor.name for tensor in base],
+                held.offsets[self._tensor_count],
+            )
+
+    def present(self) -> bool:
+        """Whether the model already has these tensors and groups; raises Refused where it has others."""
+        tensors = self.machine.layout.tensors[self._tensor_count :]
+        groups = self.machine.groups[self._group_count :]
+        if not tensors and not groups:
+            return False
+        if tensors != self.tensors or groups != self.groups:
+            raise self._mismatch()
+        return True
+
+    def _mismatch(self) -> Refused:
+        tensors, groups = len(self.machine.layout.tensors), len(self.machine.groups)
+        difference = f"it has {tensors} tensors in {groups} groups"
+        return Refused("MODEL_MISMATCH", model=self.machine.name, difference=difference)
+
+
+def _weights(messages: Iterator[Any], machine: Machine) -> Any:
+    weights = admission.admit_weights(messages, machine.layout)
+    admission.require_end(messages)
+    return weights
+
+
+def _header(messages: Iterator[Any], kind: type[Any]) -> Any:
+    """Returns a stream's first message.
+
+    Raises:
+        Refused: MESSAGE_INVALID where there is none, or another.
+    """
+    first = next(messages, None)
+    if not isinstance(first, kind) or isinstance(first, Piece):
+        raise Refused("MESSAGE_INVALID", message=f"stream: it begins with {kind.DESCRIPTOR.name}")
+    return first
+
+
+def _session(session: Session, now: float) -> rpc.SessionInfo:
+    return rpc.SessionInfo(
+        worker=session.worker,
+        epoch=session.epoch,
+        rank=session.rank,
+        last_sequence=session.last_accepted,
+        lease_left_seconds=max(session.expires - now, 0.0),
+        waiting=session.waiting,
+    )
+
+
+def _summary(applier: Applier) -> rpc.ModelSummary:
+    with applier.lock:
+        machine = applier.machine
+        return rpc.ModelSummary(
+            name=machine.name,
+            element_count=machine.layout.size,
+            tensor_count=len(machine.layout.tensors),
+            session_count=len(machine.sessions),
+            policy=convert.from_policy(machine.policy),
+            position=applier.position,
+        )

@@ -1,0 +1,163 @@
+"""All models of a server, and what it may hold."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from grpc_health.v1 import health, health_pb2
+
+from deltaserve_server.config import ServerConfig
+from deltaserve_server.memory import Budget, Store
+from deltaserve_server.memory.store import Vector
+from deltaserve_server.model import Machine, Refused, Session
+from deltaserve_server.service.applier import Applier, model_bytes
+
+_log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+_DRAIN_RETRY_SECONDS = 1.0
+
+MakeStore = Callable[[Vector, Budget], Store]
+
+
+class Registry:
+    """The server's models by name.
+
+    Args:
+        config: The server's limits.
+        memory_bytes: What it may hold in all.
+        incarnation: Of the server process.
+        make_store: Makes the place for a new model's vectors.
+        health_servicer: Is told of each model.
+
+    Attributes:
+        memory: Bytes for everything.
+        staged: Bytes for pushes that have not yet become an update; part of `memory`.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        memory_bytes: int,
+        incarnation: str,
+        make_store: MakeStore,
+        health_servicer: health.HealthServicer,
+    ) -> None:
+        self.config = config
+        self.incarnation = incarnation
+        self.memory = Budget(memory_bytes)
+        self.staged = Budget(config.staged_bytes or memory_bytes // 2, parent=self.memory)
+        self._make_store = make_store
+        self._health = health_servicer
+        self._models: dict[str, Applier] = {}
+        self._lock = threading.Lock()
+        self._draining = False
+        self._stopped = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="leases", daemon=True)
+        self._ticker.start()
+
+    def get(self, name: str) -> Applier:
+        """Returns a model.
+
+        Raises:
+            Refused: MODEL_NOT_FOUND.
+        """
+        applier = self._models.get(name)
+        if applier is None:
+            raise Refused("MODEL_NOT_FOUND", model=name[:128])
+        return applier
+
+    def find(self, name: str) -> Applier | None:
+        """Returns a model, or None."""
+        return self._models.get(name)
+
+    def all(self) -> list[Applier]:
+        """Returns all models by name."""
+        with self._lock:
+            return [self._models[name] for name in sorted(self._models)]
+
+    def check_room(self) -> None:
+        """Raises Refused MODEL_LIMIT or DRAINING where no further model is taken."""
+        self.check_open()
+        if len(self._models) >= self.config.models:
+            raise Refused("MODEL_LIMIT", limit=self.config.models)
+
+    def check_open(self) -> None:
+        """Raises Refused DRAINING where the server is about to stop."""
+        if self._draining:
+            raise Refused("DRAINING", _DRAIN_RETRY_SECONDS)
+
+    def add(self, machine: Machine, receive: Callable[[], Vector]) -> tuple[Applier, bool]:
+        """Creates a model once `receive` has its weights; returns it, and whether it is new.
+
+        Another caller may have created one of this name meanwhile: then that is returned.
+        """
+        self.check_room()
+        reservation = self.memory.reserve(model_bytes(machine.layout.size))
+        try:
+            weights = receive()
+            with self._lock:
+                self.check_room()
+                held = self._models.get(machine.name)
+                if held is None:
+                    store = self._make_store(weights, self.memory)
+                    applier = Applier(machine, store, reservation, self.memory, self.incarnation)
+                    self._models[machine.name] = applier
+                    self._health.set(machine.name, health_pb2.HealthCheckResponse.SERVING)
+                    _log.info("model %s created: %d elements", machine.name, machine.layout.size)
+                    return applier, True
+        except BaseException:
+            reservation.release()
+            raise
+        reservation.release()
+        return held, False
+
+    def delete(self, name: str) -> Applier:
+        """Forgets a model.
+
+        Raises:
+            Refused: MODEL_NOT_FOUND.
+        """
+        with self._lock:
+            applier = self.get(name)
+            del self._models[name]
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        applier.end(Refused("MODEL_NOT_FOUND", model=name))
+        _log.info("model %s deleted", name)
+        return applier
+
+    def open_session(self, name: str, worker: str, lease_seconds: float) -> Session:
+        """Gives a worker a standing with a model.
+
+        Raises:
+            Refused: SESSION_LIMIT, DRAINING or MODEL_NOT_FOUND.
+        """
+        self.check_open()
+        applier = self.get(name)
+        with self._lock:
+            replaces = applier.machine.sessions.named(worker) is not None
+            live = sum(len(held.machine.sessions) for held in self._models.values())
+            if live >= self.config.sessions and not replaces:
+                raise Refused("SESSION_LIMIT", limit=self.config.sessions)
+            return applier.open_session(worker, lease_seconds)
+
+    def drain(self) -> None:
+        """Refuses new work from now on; pushes that wait for their round go on."""
+        self._draining = True
+
+    def waiting(self) -> bool:
+        """Whether some push waits for its round."""
+        return any(applier.waiting for applier in self.all())
+
+    def stop(self) -> None:
+        """Ends every model."""
+        self._draining = True
+        self._stopped.set()
+        self._ticker.join()
+        for applier in self.all():
+            applier.end(Refused("DRAINING", _DRAIN_RETRY_SECONDS))
+
+    def _tick(self) -> None:
+        while not self._stopped.wait(_TICK_SECONDS):
+            for applier in self.all():
+                applier.expire()

@@ -1,0 +1,44 @@
+"""SystemService: the server itself."""
+
+from time import monotonic
+
+import grpc
+
+import deltaserve
+from deltaserve.v1 import system_service_pb2 as rpc
+from deltaserve_server.service.registry import Registry
+
+
+class SystemServicer:
+    """Serves SystemService.
+
+    Args:
+        registry: The server's models and limits.
+        device: What holds the vectors.
+    """
+
+    def __init__(self, registry: Registry, device: rpc.Device) -> None:
+        self._registry = registry
+        self._device = device
+        self._started = monotonic()
+
+    def GetServerInfo(self, _request: rpc.GetServerInfoRequest, _: grpc.ServicerContext) -> rpc.GetServerInfoResponse:
+        """The server's version, limits and device."""
+        config = self._registry.config
+        return rpc.GetServerInfoResponse(
+            version=deltaserve.__version__,
+            incarnation=self._registry.incarnation,
+            device=self._device,
+            limits=rpc.Limits(
+                message_bytes=config.message_bytes,
+                models=config.models,
+                sessions=config.sessions,
+                memory_bytes=self._registry.memory.total,
+                memory_available_bytes=self._registry.memory.available,
+                staged_bytes=self._registry.staged.total,
+                lease_seconds_min=config.lease_seconds_min,
+                lease_seconds_max=config.lease_seconds_max,
+                lease_seconds_default=config.lease_seconds,
+            ),
+            uptime_seconds=monotonic() - self._started,
+        )
