@@ -1,0 +1,65 @@
+"""deltaserve: an optimizer as a service. This is a worker's side of it.
+
+Example:
+    >>> import numpy as np
+    >>> import deltaserve, deltaserve_server
+    >>> with deltaserve_server.LocalServer() as server, deltaserve.connect(server.target) as client:
+    ...     model = client.create_model("line", {"w": np.zeros(2, np.float32)})
+    ...     with model.worker() as worker:
+    ...         weights = worker.step({"w": np.ones(2, np.float32)})
+    >>> weights["w"].shape
+    (2,)
+"""
+
+from deltaserve._client import Client, connect
+from deltaserve._errors import (
+    ConflictError,
+    Error,
+    RequestError,
+    ServerError,
+    SessionError,
+    StateLostError,
+    UnavailableError,
+)
+from deltaserve._model import Model
+from deltaserve._types import (
+    Async,
+    Hyperparameters,
+    Limits,
+    ModelInfo,
+    ModelState,
+    ModelSummary,
+    ServerInfo,
+    SessionInfo,
+    StepResult,
+    Sync,
+    TensorSpec,
+)
+from deltaserve._version import __version__
+from deltaserve._worker import Worker
+
+__all__ = [
+    "Async",
+    "Client",
+    "ConflictError",
+    "Error",
+    "Hyperparameters",
+    "Limits",
+    "Model",
+    "ModelInfo",
+    "ModelState",
+    "ModelSummary",
+    "RequestError",
+    "ServerError",
+    "ServerInfo",
+    "SessionError",
+    "SessionInfo",
+    "StateLostError",
+    "StepResult",
+    "Sync",
+    "TensorSpec",
+    "UnavailableError",
+    "Worker",
+    "__version__",
+    "connect",
+]

@@ -1,0 +1,32 @@
+"""The command line `deltaserve`, also as `python -m deltaserve`.
+
+It lives beside the server, which a worker need not have installed: this door is always there and says what is missing.
+"""
+
+import sys
+
+_EXTRAS = {
+    **dict.fromkeys(("grpc_health", "rich", "typer"), "cli"),
+    **dict.fromkeys(("grpc_reflection", "llvmlite", "numba", "safetensors"), "server"),
+}
+
+
+def main() -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status; 2 if a package that the command line needs is not installed.
+    """
+    try:
+        from deltaserve_server.cli import main as run
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"deltaserve: the command line needs an extra: pip install 'deltaserve[{extra}]'", file=sys.stderr)
+        return 2
+    run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""A connection to a server, and the models behind it."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from numpy.typing import ArrayLike
+
+from deltaserve._connection import Connection
+from deltaserve._model import Model, contiguous, from_info, weight_messages
+from deltaserve._types import (
+    Async,
+    Hyperparameters,
+    ModelSummary,
+    Policy,
+    ServerInfo,
+    from_policy,
+    to_model_info,
+    to_model_summary,
+    to_server_info,
+)
+from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2
+
+
+def connect(target: str, *, timeout_seconds: float = 120.0) -> "Client":
+    """Returns a client of the server at `target`; the connection is made with the first call.
+
+    Args:
+        target: HOST:PORT.
+        timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+
+    Example:
+        >>> with connect("localhost:50051") as client:
+        ...     client.models()  # doctest: +SKIP
+    """
+    return Client(target, timeout_seconds=timeout_seconds)
+
+
+class Client:
+    """A connection to a server; a context manager that closes it.
+
+    Every method that asks the server raises `UnavailableError` where it is not reached within the timeout.
+
+    Args:
+        target: HOST:PORT.
+        timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+    """
+
+    def __init__(self, target: str, *, timeout_seconds: float = 120.0) -> None:
+        self._connection = Connection(target, timeout_seconds)
+
+    @property
+    def target(self) -> str:
+        """HOST:PORT of the server."""
+        return self._connection.target
+
+    def server_info(self) -> ServerInfo:
+        """Returns the server's version, device and limits."""
+        return to_server_info(self._connection.call("GetServerInfo", system_service_pb2.GetServerInfoRequest()))
+
+    def models(self) -> list[ModelSummary]:
+        """Returns every model in a line, by name."""
+        answer = self._connection.call("ListModels", model_service_pb2.ListModelsRequest())
+        return [to_model_summary(model) for model in answer.models]
+
+    def model(self, name: str) -> Model:
+        """Returns a model that exists.
+
+        Raises:
+            RequestError: There is none of this name.
+        """
+        info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
+        return from_info(self._connection, info, created=False)
+
+    def create_model(
+        self,
+        name: str,
+        tensors: Mapping[str, ArrayLike],
+        *,
+        lr: float = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        groups: Sequence[Hyperparameters] | None = None,
+        group_of: Mapping[str, int] | None = None,
+        policy: Policy | None = None,
+    ) -> Model:
+        """Creates a model, or joins the one of this name, whose weights then stay as they are.
+
+        Args:
+            name: 1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit.
+            tensors: Initial weights by tensor name, converted to float32. Their order is the layout.
+            lr: As in `Hyperparameters`, for a model of one parameter group.
+            rho: Likewise.
+            eps: Likewise.
+            weight_decay: Likewise.
+            maximize: Likewise.
+            groups: Hyperparameters by parameter group, in place of the five above.
+            group_of: By tensor name: the index of its group; 0 where there is none.
+            policy: When a push becomes an update; None means `Async()`.
+
+        Raises:
+            RequestError: A name, a shape or a hyperparameter is not allowed.
+            ConflictError: A model of this name exists and differs; the message says in what.
+            UnavailableError: The server has no room for it.
+        """
+        arrays = {key: contiguous(value) for key, value in tensors.items()}
+        one = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        config = common_pb2.ModelConfig(
+            name=name,
+            tensors=[
+                common_pb2.TensorSpec(name=key, shape=array.shape, group=(group_of or {}).get(key, 0))
+                for key, array in arrays.items()
+            ],
+            groups=[group._to_proto() for group in (groups if groups is not None else (one,))],
+            policy=from_policy(policy or Async()),
+        )
+        kind = model_service_pb2.CreateModelRequest
+        answer = self._connection.send("CreateModel", lambda: weight_messages(kind, config, list(arrays.values())))
+        info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
+        return from_info(self._connection, info, created=answer.created)
+
+    def delete_model(self, name: str) -> None:
+        """Forgets a model; its workers' next calls fail.
+
+        Raises:
+            RequestError: There is none of this name.
+        """
+        self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=name))
+
+    def close(self) -> None:
+        """Closes the connection; calls under way end."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

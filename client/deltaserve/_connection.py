@@ -1,0 +1,173 @@
+"""A channel to a server: deadlines on every call, retries within the caller's budget, errors as exceptions."""
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from deltaserve._codec import Piece, StreamCodec
+from deltaserve._errors import Error, UnavailableError, from_call
+from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
+
+T = TypeVar("T")
+
+_log = logging.getLogger("deltaserve")
+
+_MIB = 1 << 20
+_BACKOFF_FIRST_SECONDS = 0.1
+_BACKOFF_MOST_SECONDS = 5.0
+_KEEPALIVE_MS = 20_000
+
+_OPTIONS = [
+    ("grpc.enable_retries", 0),
+    ("grpc.max_receive_message_length", 64 * _MIB),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.http2.max_frame_size", 4 * _MIB),
+    ("grpc.experimental.tcp_read_chunk_size", 4 * _MIB),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # A channel of its own for every connection: two clients in one process share nothing.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+METHODS: dict[str, MethodDescriptor] = {
+    method.name: method
+    for module in (model_service_pb2, worker_service_pb2, system_service_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""Every RPC by its name."""
+
+
+class Connection:
+    """A channel to one server.
+
+    Args:
+        target: HOST:PORT.
+        timeout_seconds: How long a call may take in all, retries included.
+    """
+
+    def __init__(self, target: str, timeout_seconds: float) -> None:
+        if timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds: expected more than 0, got {timeout_seconds}")
+        self.target = target
+        self.timeout_seconds = timeout_seconds
+        self._process = os.getpid()
+        self._channel: grpc.Channel | None = grpc.insecure_channel(target, options=_OPTIONS)
+        self._calls: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Ends all calls. In a forked child it does nothing: the channel is the parent's."""
+        channel, self._channel = self._channel, None
+        if channel and self._process == os.getpid():
+            channel.close()
+
+    def call(self, method: str, request: Message, *, timeout_seconds: float | None = None) -> Any:
+        """Makes a unary call; returns the response message.
+
+        Raises:
+            Error: The server refused, or was not reached in time.
+        """
+        data = request.SerializeToString()
+        answer = self.retry(lambda seconds: self._call(method)(data, timeout=seconds), timeout_seconds)
+        return GetMessageClass(METHODS[method].output_type).FromString(answer)
+
+    def send(self, method: str, messages: Callable[[], Iterable[bytes]]) -> Any:
+        """Makes a client-streaming call of the messages that each call of `messages` gives anew; returns the response.
+
+        Raises:
+            Error: The server refused, or was not reached in time.
+        """
+        answer = self.retry(lambda seconds: self._call(method)(iter(messages()), timeout=seconds))
+        return GetMessageClass(METHODS[method].output_type).FromString(answer)
+
+    def receive(
+        self, method: str, request: Message | Callable[[], Iterable[bytes]], take: Callable[[Any, Iterator[Piece]], T]
+    ) -> T:
+        """Makes a call whose response is a stream.
+
+        Args:
+            method: The RPC.
+            request: A message, or what gives the messages of a request stream.
+            take: Is called with the header and the chunks that follow; anew with each attempt.
+
+        Returns:
+            What `take` returned.
+
+        Raises:
+            Error: The server refused, or was not reached in time.
+        """
+        codec = StreamCodec(GetMessageClass(METHODS[method].output_type))
+
+        def attempt(seconds: float) -> T:
+            sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
+            call = self._call(method)(sent, timeout=seconds)
+            try:
+                decoded = map(codec.decode, call)
+                return take(next(decoded), decoded)
+            finally:
+                call.cancel()
+
+        return self.retry(attempt)
+
+    def retry(self, attempt: Callable[[float], T], timeout_seconds: float | None = None) -> T:
+        """Calls `attempt` with the seconds that are left until it succeeds.
+
+        Raises:
+            Error: The server refused in a way that a retry does not mend, or time is up.
+        """
+        budget = timeout_seconds or self.timeout_seconds
+        deadline = monotonic() + budget
+        for tries in count():
+            try:
+                return attempt(max(deadline - monotonic(), 0.001))
+            except grpc.RpcError as failed:
+                error, wait_seconds = from_call(failed, self.target, budget)
+                most = min(_BACKOFF_FIRST_SECONDS * 2**tries, _BACKOFF_MOST_SECONDS)
+                delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
+                if wait_seconds is None or monotonic() + delay >= deadline:
+                    raise error from None
+                _log.info("%s: trying again in %.1f s", error, delay)
+                sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _call(self, method: str) -> Any:
+        if self._channel is None:
+            raise ValueError("the connection is closed")
+        if self._process != os.getpid():
+            raise RuntimeError("a connection does not survive a fork: call deltaserve.connect in the child process")
+        if method not in self._calls:
+            descriptor = METHODS[method]
+            kind = (
+                ("unary", "stream")[descriptor.client_streaming]
+                + "_"
+                + ("unary", "stream")[descriptor.server_streaming]
+            )
+            path = f"/{descriptor.containing_service.full_name}/{method}"
+            self._calls[method] = getattr(self._channel, kind)(
+                path, request_serializer=None, response_deserializer=None
+            )
+        return self._calls[method]
+
+
+def incarnation(connection: Connection) -> str | None:
+    """Returns the server's incarnation, or None where it does not say."""
+    try:
+        info = connection.call("GetServerInfo", system_service_pb2.GetServerInfoRequest(), timeout_seconds=5.0)
+    except (Error, UnavailableError):
+        return None
+    return str(info.incarnation)

@@ -1,0 +1,69 @@
+"""The flat vector over tensors that lie where the caller has them."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from deltaserve._types import Array
+
+ELEMENT_BYTES = 4
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+
+
+class FlatVector:
+    """A flat float32 vector that consists of the memory of several arrays, one after the other.
+
+    Args:
+        arrays: float32, C-contiguous, little-endian. Their memory is read and written in place.
+    """
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self.offsets = list(accumulate((array.size for array in arrays), initial=0))
+        self._bytes = [_raw(array) for array in arrays]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.offsets[-1]
+
+    def chunks(self, absent: Collection[int] = ()) -> Iterator[tuple[int, list[memoryview]]]:
+        """Yields chunks as offset and memory; the arrays in `absent` are left out, and no chunk reaches across them."""
+        for first, last in self._runs(absent):
+            stop = self.offsets[last]
+            for start in range(self.offsets[first], stop, CHUNK_ELEMENTS):
+                yield start, list(self._parts(start, min(start + CHUNK_ELEMENTS, stop)))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes received bytes from element `offset` on; what lies beyond the vector's end is left out."""
+        count = min(len(data) // ELEMENT_BYTES, self.size - offset)
+        at = 0
+        for part in self._parts(offset, offset + count) if count > 0 else ():
+            part[:] = data[at : at + part.nbytes]
+            at += part.nbytes
+
+    def _parts(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Yields the memory of elements `[start, stop)`."""
+        index = bisect_right(self.offsets, start) - 1
+        while start < stop:
+            first = start - self.offsets[index]
+            last = min(stop, self.offsets[index + 1]) - self.offsets[index]
+            if first < last:
+                yield self._bytes[index][first * ELEMENT_BYTES : last * ELEMENT_BYTES]
+            start = self.offsets[index] + last
+            index += 1
+
+    def _runs(self, absent: Collection[int]) -> Iterator[tuple[int, int]]:
+        """Yields the longest runs `[first, last)` of arrays that are not absent."""
+        first = 0
+        for index in [*sorted(absent), len(self._bytes)]:
+            if first < index:
+                yield first, index
+            first = index + 1
+
+
+def _raw(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")

@@ -1,0 +1,211 @@
+"""A model on a server: looked at, read whole, put back, extended; and the sessions of workers."""
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import ArrayLike
+
+from deltaserve._codec import Piece, StreamCodec
+from deltaserve._connection import Connection
+from deltaserve._flat import FlatVector
+from deltaserve._types import (
+    Array,
+    Hyperparameters,
+    ModelInfo,
+    ModelState,
+    Policy,
+    TensorSpec,
+    to_model_info,
+    to_tensors,
+)
+from deltaserve._worker import Worker
+from deltaserve.v1 import common_pb2, model_service_pb2
+
+_VECTORS = ("weights", "square_avg", "acc_delta")
+
+
+class Model:
+    """A model on a server. Made by `Client.create_model` and `Client.model`.
+
+    Attributes:
+        name: Its name.
+        tensors: Its layout.
+        groups: Its hyperparameters by parameter group.
+        policy: When a push becomes an update.
+        created: Whether this object created it.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        tensors: tuple[TensorSpec, ...],
+        groups: tuple[Hyperparameters, ...],
+        policy: Policy,
+        created: bool,
+    ) -> None:
+        self._connection = connection
+        self.name = name
+        self.tensors = tensors
+        self.groups = groups
+        self.policy = policy
+        self.created = created
+
+    def info(self) -> ModelInfo:
+        """Returns the model as it now is: version, sessions, layout."""
+        return to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self.name)))
+
+    def worker(self, name: str | None = None, *, lease_seconds: float | None = None) -> Worker:
+        """Opens a session and returns the worker; an older session of the same name ends.
+
+        Args:
+            name: The worker's name, in the charset of model names; one worker, one name. None makes one up.
+            lease_seconds: How long the session outlives its last sign of life; None means the server's default.
+
+        Raises:
+            RequestError: The name or the lease is not allowed, or the model is gone.
+            UnavailableError: The server has its number of sessions.
+        """
+        return Worker(self._connection, self.name, name or worker_name(), lease_seconds)
+
+    def pull_state(self, optimizer_state: bool = True) -> ModelState:
+        """Returns the model's numbers, all of one version.
+
+        Args:
+            optimizer_state: Also `square_avg` and `acc_delta`.
+        """
+        request = model_service_pb2.PullStateRequest(model=self.name, optimizer_state=optimizer_state)
+        return self._connection.receive("PullState", request, _take_state)
+
+    def put_state(self, state: ModelState) -> None:
+        """Puts numbers in place of the model's present ones, for all its workers; makes a new version.
+
+        Args:
+            state: As from `pull_state`; without optimizer state it becomes zero.
+
+        Raises:
+            ValueError: A tensor is missing, or has another shape.
+            RequestError: A value is not finite, or a square negative.
+        """
+        vectors = {name: self._arrays(getattr(state, name), name) for name in _VECTORS}
+        counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
+        header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
+        codec = StreamCodec(model_service_pb2.PutStateRequest)
+        self._connection.send("PutState", lambda: _messages(codec, header, vectors))
+
+    def extend(
+        self,
+        tensors: Mapping[str, ArrayLike],
+        *,
+        groups: Sequence[Hyperparameters] = (),
+        group_of: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Adds tensors at the end of the layout; workers opened before go on without them.
+
+        Args:
+            tensors: Initial weights by name, converted to float32.
+            groups: Parameter groups to add.
+            group_of: By tensor name: the index of its group among all groups; 0 where there is none.
+
+        Returns:
+            False where the model already had exactly these.
+
+        Raises:
+            ConflictError: The layout has changed in another way.
+            RequestError: A name or a shape is not allowed.
+        """
+        arrays = {key: contiguous(value) for key, value in tensors.items()}
+        specs = tuple(TensorSpec(key, array.shape, (group_of or {}).get(key, 0)) for key, array in arrays.items())
+        header = model_service_pb2.ExtendModelHeader(
+            model=self.name,
+            tensor_count=len(self.tensors),
+            group_count=len(self.groups),
+            tensors=[common_pb2.TensorSpec(name=s.name, shape=s.shape, group=s.group) for s in specs],
+            groups=[group._to_proto() for group in groups],
+        )
+        kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
+        answer = self._connection.send(
+            "ExtendModel", lambda: weight_messages(kind, header, list(arrays.values()), start)
+        )
+        self.tensors += specs
+        self.groups += tuple(groups)
+        return bool(answer.extended)
+
+    def delete(self) -> None:
+        """Forgets the model; its workers' next calls fail."""
+        self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=self.name))
+
+    def _arrays(self, values: Mapping[str, Array] | None, what: str) -> list[Array]:
+        if values is None:
+            return [np.zeros(spec.shape, np.float32) for spec in self.tensors]
+        arrays = []
+        for spec in self.tensors:
+            if spec.name not in values:
+                raise ValueError(f"{what}: tensor {spec.name} is missing")
+            arrays.append(contiguous(values[spec.name]))
+            if arrays[-1].shape != spec.shape:
+                raise ValueError(f"{what}: tensor {spec.name} has shape {arrays[-1].shape}, not {spec.shape}")
+        return arrays
+
+
+def from_info(connection: Connection, info: ModelInfo, *, created: bool) -> Model:
+    """Returns the model that the server told of."""
+    return Model(connection, info.name, info.tensors, info.groups, info.policy, created)
+
+
+def contiguous(values: ArrayLike) -> Array:
+    """Returns the values as a C-contiguous float32 array of the same shape; the same memory where it is one.
+
+    Raises:
+        TypeError: They are not real numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"expected real numbers, got {array.dtype}")
+    return np.asarray(array, dtype="<f4", order="C")
+
+
+def worker_name() -> str:
+    """Returns a name that no other worker has: host, process, and something random."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64].lstrip("._-") or "worker"
+    return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def weight_messages(kind: type[Message], header: Message, arrays: Sequence[Array], start: int = 0) -> Iterator[bytes]:
+    """Yields a stream's header and the weights in chunks, their offsets counted from `start`."""
+    codec = StreamCodec(kind)
+    yield codec.header(header)
+    for offset, parts in FlatVector(arrays).chunks():
+        yield codec.chunk("weights", start + offset, parts)
+
+
+def _messages(codec: StreamCodec[Any], header: Message, vectors: Mapping[str, Sequence[Array]]) -> Iterator[bytes]:
+    yield codec.header(header)
+    for name, arrays in vectors.items():
+        for offset, parts in FlatVector(arrays).chunks():
+            yield codec.chunk(name, offset, parts)
+
+
+def _take_state(header: model_service_pb2.PullStateHeader, pieces: Iterable[Piece]) -> ModelState:
+    specs = to_tensors(header.config)
+    vectors: dict[str, dict[str, Array]] = {}
+    flat: dict[str, FlatVector] = {}
+    for piece in pieces:
+        if piece.vector not in vectors:
+            vectors[piece.vector] = {spec.name: np.empty(spec.shape, np.float32) for spec in specs}
+            flat[piece.vector] = FlatVector(list(vectors[piece.vector].values()))
+        flat[piece.vector].write(piece.offset, piece.data)
+    return ModelState(
+        version=header.position.version,
+        weights=vectors["weights"],
+        square_avg=vectors.get("square_avg"),
+        acc_delta=vectors.get("acc_delta"),
+        update_counts=dict(zip((spec.name for spec in specs), header.update_counts, strict=True)),
+    )

@@ -1,0 +1,277 @@
+"""A worker: one session with one model."""
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from deltaserve._codec import Piece, StreamCodec
+from deltaserve._connection import Connection, incarnation
+from deltaserve._errors import ConflictError, Error, StateLostError
+from deltaserve._flat import ELEMENT_BYTES, FlatVector
+from deltaserve._session import Session
+from deltaserve._types import Array, Hyperparameters, StepResult, TensorSpec, to_step_result, to_tensors
+from deltaserve.v1 import common_pb2, model_service_pb2
+from deltaserve.v1 import worker_service_pb2 as rpc
+
+_log = logging.getLogger("deltaserve")
+
+_UNARY_BYTES = 1 << 20
+"""Up to this size a vector travels in one message: quicker than a stream."""
+
+
+class Worker:
+    """One worker's standing with a model; a context manager that closes it. Made by `Model.worker`.
+
+    Its lease is renewed in the background. One thread at a time may use it. It is closed at the latest when it is
+    garbage or the process exits; one that is killed keeps a synchronous round waiting for as long as its lease.
+
+    Attributes:
+        name: The worker's name.
+        rank: The lowest number that no other live worker of the model had when this one came.
+        tensors: The layout as this worker knows it.
+        last_result: What became of the last push; None before the first.
+    """
+
+    def __init__(self, connection: Connection, model: str, name: str, lease_seconds: float | None) -> None:
+        self._connection = connection
+        self._model = model
+        self.name = name
+        self._session = Session(connection, model, name, lease_seconds)
+        opened = self._session.opened
+        self.rank: int = opened.rank
+        self.tensors = self._layout(opened.tensor_count)
+        self.last_result: StepResult | None = None
+        self._position = opened.position
+        self._first_version = opened.first_version
+        self._sequence = 1
+        self._unsure = False
+        self._own: dict[str, Array] | None = None
+        self._version: int | None = None
+        self._finalize = weakref.finalize(self, self._session.close)
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that this worker has; before the first pull, the one it is to start from."""
+        return self._first_version if self._version is None else self._version
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        """The newest weights by tensor name, in the worker's own memory: the next `pull` or `step` writes over them."""
+        if self._own is None:
+            self.pull()
+        return dict(self._own or {})
+
+    def pull(self, *, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Returns the newest weights; the first time, no older ones than this worker is to start from.
+
+        Args:
+            out: By tensor name: C-contiguous float32 arrays to write to; None means the worker's own memory.
+
+        Raises:
+            StateLostError: The server was restarted without the model.
+            Error: See there.
+        """
+        arrays = self._memory(out)
+        self._pull(FlatVector(list(arrays.values())), self.version)
+        return arrays
+
+    def step(
+        self,
+        gradients: Mapping[str, Array | None],
+        *,
+        hyperparameters: Sequence[Hyperparameters] | None = None,
+        out: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Pushes a gradient and returns the weights after the update that it became part of, or newer ones.
+
+        Under `Sync` it waits for the round. Where it raises without a `reason`, or is interrupted, the push may have
+        been accepted all the same: called again with the same gradients, it finds out and does not push twice.
+
+        Args:
+            gradients: By tensor name, of the tensor's shape, converted to float32. None for a tensor without a
+                gradient: it keeps its weights and state, unless another worker of the round has one.
+            hyperparameters: For this update, by parameter group; None means the model's own.
+            out: By tensor name: C-contiguous float32 arrays to write the weights to; None means the worker's memory.
+
+        Raises:
+            ValueError: A tensor is missing, unknown or has another shape.
+            RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
+            ConflictError: Workers of one round pushed different hyperparameters, or the round closed meanwhile.
+            SessionError: The session is over.
+            StateLostError: The server was restarted without the model.
+            UnavailableError: The server was not reached, or the round did not close, within the timeout.
+        """
+        if self._version is None:
+            self.pull(out=out)
+        pushed, absent = self._gradients(gradients)
+        arrays = self._memory(out)
+        target = FlatVector(list(arrays.values()))
+        try:
+            self._push(pushed, absent, hyperparameters, target)
+        except ConflictError as error:
+            if error.reason != "SEQUENCE_REUSED" or not self._unsure:
+                raise
+            self._skip_accepted(target)
+            self._push(pushed, absent, hyperparameters, target)
+        return arrays
+
+    def close(self) -> None:
+        """Ends the session. A push that waits for its round still counts."""
+        self._finalize()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what is sent
+
+    def _gradients(self, gradients: Mapping[str, Array | None]) -> tuple[FlatVector, list[int]]:
+        """Returns the gradient as a flat vector, and the indices of tensors without one."""
+        unknown = gradients.keys() - {spec.name for spec in self.tensors}
+        if unknown:
+            raise ValueError(f"the model has no tensor named {min(unknown)}")
+        arrays, absent = [], []
+        for index, spec in enumerate(self.tensors):
+            gradient = gradients.get(spec.name)
+            if gradient is None:
+                if spec.name not in gradients:
+                    raise ValueError(f"the gradient of tensor {spec.name} is missing: give None if it has none")
+                absent.append(index)
+                gradient = np.broadcast_to(np.float32(0), spec.shape)
+            elif np.shape(gradient) != spec.shape:
+                raise ValueError(f"the gradient of tensor {spec.name} has shape {np.shape(gradient)}, not {spec.shape}")
+            arrays.append(np.ascontiguousarray(gradient, dtype="<f4").reshape(spec.shape))
+        return FlatVector(arrays), absent
+
+    def _header(self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None) -> rpc.PushHeader:
+        return rpc.PushHeader(
+            **self._session.id,
+            sequence=self._sequence,
+            base_version=self._version,
+            absent_tensors=absent,
+            hyperparameters=[group._to_proto() for group in hyperparameters or ()],
+        )
+
+    def _push(
+        self,
+        pushed: FlatVector,
+        absent: list[int],
+        hyperparameters: Sequence[Hyperparameters] | None,
+        target: FlatVector,
+    ) -> None:
+        header = self._header(absent, hyperparameters)
+        unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
+        try:
+            take = self._step_unary if unary else self._step_stream
+            result, position = take(header, pushed, absent, target)
+        except Error as error:
+            self._unsure = self._unsure or error.reason is None
+            raise self._explained(error) from None
+        except BaseException:
+            self._unsure = True
+            raise
+        self._sequence += 1
+        self._unsure = False
+        self._moved(position)
+        self.last_result = to_step_result(result)
+
+    def _step_unary(
+        self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
+    ) -> tuple[Any, Any]:
+        gradient = b"".join(part for _, parts in pushed.chunks(absent) for part in parts)
+        answer = self._connection.call("Step", rpc.StepRequest(header=header, gradient=gradient))
+        target.write(0, memoryview(answer.weights))
+        return answer.result, answer.position
+
+    def _step_stream(
+        self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
+    ) -> tuple[Any, Any]:
+        codec = StreamCodec(rpc.StreamStepRequest)
+
+        def messages() -> Iterator[bytes]:
+            yield codec.header(header)
+            for offset, parts in pushed.chunks(absent):
+                yield codec.chunk("gradient", offset, parts)
+
+        def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
+            _write(pieces, target)
+            return answer.result, answer.position
+
+        return self._connection.receive("StreamStep", messages, take)
+
+    # --- what comes
+
+    def _pull(self, target: FlatVector, wait_for_version: int) -> None:
+        request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
+
+        def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
+            _write(pieces, target)
+            return header.position
+
+        try:
+            self._moved(self._connection.receive("Pull", request, take))
+        except Error as error:
+            raise self._explained(error) from None
+
+    def _skip_accepted(self, target: FlatVector) -> None:
+        """Goes on after an interrupted push that was accepted: it counts, and the next one takes the next number."""
+        kept = self._session.keep()
+        _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
+        waits = kept.last_applied_sequence < kept.last_accepted_sequence
+        self._pull(target, kept.position.version + waits)
+        self._sequence = kept.last_accepted_sequence + 1
+
+    def _moved(self, position: common_pb2.ModelPosition) -> None:
+        """Takes note of the version that the weights now have."""
+        before = self._position
+        if position.incarnation == before.incarnation and position.version < before.version:
+            raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
+        self._position = position
+        self._version = position.version
+
+    def _explained(self, error: Error) -> Error:
+        """Returns the error, or what it means where the server is another than the session was opened with."""
+        if error.reason not in ("MODEL_NOT_FOUND", "SESSION_UNKNOWN"):
+            return error
+        if incarnation(self._connection) in (None, self._position.incarnation):
+            return error
+        version = self._position.version
+        return StateLostError(
+            f"the server at {self._connection.target} was restarted and has lost model {self._model}: its weights and "
+            f"state of version {version} were not durable ({version} updates). Start it again from your own weights",
+            reason=error.reason,
+            metadata=error.metadata,
+        )
+
+    def _memory(self, out: Mapping[str, Array] | None) -> dict[str, Array]:
+        if out is None:
+            if self._own is None:
+                self._own = {spec.name: np.empty(spec.shape, np.float32) for spec in self.tensors}
+            return dict(self._own)
+        return {spec.name: _checked(spec, out) for spec in self.tensors}
+
+    def _layout(self, tensor_count: int) -> tuple[TensorSpec, ...]:
+        answer = self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self._model))
+        return to_tensors(answer.config)[:tensor_count]
+
+
+def _write(pieces: Iterable[Piece], target: FlatVector) -> None:
+    for piece in pieces:
+        target.write(piece.offset, piece.data)
+
+
+def _checked(spec: TensorSpec, out: Mapping[str, Array]) -> Array:
+    array = out.get(spec.name)
+    if array is None:
+        raise ValueError(f"out: tensor {spec.name} is missing")
+    if array.shape != spec.shape or array.dtype != np.dtype("<f4") or not array.flags.c_contiguous:
+        raise ValueError(f"out: tensor {spec.name} must be a C-contiguous float32 array of shape {spec.shape}")
+    return array
