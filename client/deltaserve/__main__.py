@@ -25,7 +25,7 @@ def main() -> int:
             raise
         print(f"deltaserve: the command line needs an extra: pip install 'deltaserve[{extra}]'", file=sys.stderr)
         return 2
-    run()
+    return run()
 
 
 if __name__ == "__main__":

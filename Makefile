@@ -1,0 +1,108 @@
+# One command a habit; `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.setup
+FLOOR := .venv-floor/.setup
+
+# The stubs' generators; docs/decisions/0001-stubs.md says why these. The stamp's name holds what is installed.
+STUBS := grpcio-tools==1.71.2 mypy-protobuf==3.6.0 protobuf==5.29.6
+PROTO := .venv-proto/.setup-$(subst $() ,-,$(subst ==,-,$(STUBS)))
+
+# What is checked: the folders that are there.
+SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
+
+# `buf breaking` compares with the last release, or before the first one with the last commit.
+BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
+
+.PHONY: help setup demo test test-floor check stubs buf proto bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo "TORCH_INDEX_URL=URL takes torch from another index, for instance its CPU builds; PYTHON=... another Python."
+
+setup: $(SETUP) ## make the environment .venv and nothing else
+
+demo: $(SETUP) ## train digits with a server and two workers
+	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
+
+test: $(SETUP) ## run the tests; PYTEST_ARGS="-k name" goes to pytest
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-floor: $(FLOOR) ## run the client at the oldest versions it supports
+	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
+	@status=0; .venv-floor/bin/deltaserve || status=$$?; test "$$status" = 2
+
+check: $(SETUP) stubs buf ## format, lint, types, stubs, and buf where it is installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(SOURCES)
+
+stubs: $(PROTO)
+	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py --check
+
+buf:
+	@if ! command -v buf >/dev/null; then echo "buf is not installed: proto/ is not linted"; \
+	else \
+	  echo "buf lint proto"; buf lint proto; \
+	  if git cat-file -e '$(BUF_AGAINST):proto/buf.yaml' 2>/dev/null; then \
+	    echo "buf breaking proto --against $(BUF_AGAINST)"; \
+	    buf breaking proto --against '.git#ref=$(BUF_AGAINST),subdir=proto'; \
+	  fi; \
+	fi
+
+proto: $(PROTO) ## make the stubs from proto/
+	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py
+
+bench: $(SETUP) ## run the benchmarks; BENCH_ARGS goes to them
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove the environments and everything else that was made
+	rm -rf .venv .venv-proto .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find client server proto tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- the environments ---------------------------------------------------------------------------
+
+# $(call environment,FOLDER): an empty environment, or one line that says what is missing.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "deltaserve needs Python 3.11 or newer as $(PYTHON), or say which: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) lacks its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(1)
+endef
+
+# $(call install,FOLDER,ARGUMENTS): pip, saying only the large downloads and the errors; the rest is in FOLDER/setup.log.
+define install
+	@set -o pipefail; $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --log $(1)/setup.log $(2) 2>&1 \
+	  | sed -unE -e 's/%2B/+/' \
+	    -e 's/^ *(Downloading|Using cached) (.*\/)?([^-]+-[^-]+)-[^ ]* (\(([0-9]{2,}\.[0-9]|[0-9]{3,}) MB\))$$/  \3 \4/p' \
+	    -e 's/^Installing collected packages:.*/  unpacking, which can take a minute/p' -e '/^ERROR/p' \
+	  || { echo "The installation failed; $(1)/setup.log has the whole story." >&2; exit 1; }
+endef
+
+$(SETUP): pyproject.toml constraints.txt
+	@echo "Setting up .venv"
+	$(call environment,.venv)
+ifdef TORCH_INDEX_URL
+	$(call install,.venv,--no-deps --index-url '$(TORCH_INDEX_URL)' "$$(grep '^torch==' constraints.txt)")
+endif
+	$(call install,.venv,--constraint constraints.txt --editable '.[dev]')
+	@touch $@
+
+$(PROTO):
+	@echo "Setting up .venv-proto"
+	$(call environment,.venv-proto)
+	$(call install,.venv-proto,$(STUBS) 'setuptools<81')
+	@touch $@
+
+$(FLOOR): pyproject.toml constraints-floor.txt
+	@echo "Setting up .venv-floor"
+	$(call environment,.venv-floor)
+	$(call install,.venv-floor,--constraint constraints-floor.txt --editable .)
+	@touch $@
