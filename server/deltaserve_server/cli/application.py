@@ -1,0 +1,48 @@
+"""Puts the commands together."""
+
+from typing import Annotated, Any
+
+import typer
+
+from deltaserve_server.cli import doctor, health, models, pull, serve, train
+
+HELP = """Adadelta as a service: a server holds a model's weights and optimizer state, workers push gradients and get
+the new weights back.
+
+To see it work: [bold]deltaserve train digits[/]. To start a server: [bold]deltaserve serve[/]."""
+
+
+def command() -> Any:
+    """Returns the whole command, as typer runs it."""
+    return typer.main.get_command(typer_application())
+
+
+def typer_application() -> typer.Typer:
+    """Returns the whole command, as typer knows it."""
+    application = typer.Typer(
+        help=HELP,
+        rich_markup_mode="rich",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    application.callback(invoke_without_command=True)(start)
+    application.command()(serve.serve)
+    application.add_typer(train.application, name="train")
+    for function in (models.models, models.status, pull.pull, models.delete, health.health, doctor.doctor):
+        application.command()(function)
+    return application
+
+
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Prints the version, or the help where no command is given."""
+    if version:
+        from deltaserve import __version__
+
+        typer.echo(f"deltaserve {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)

@@ -1,0 +1,47 @@
+"""Options that several commands share, and how their values are read."""
+
+import re
+from typing import Annotated
+
+import typer
+
+DEFAULT_TARGET = "localhost:50051"
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a number of bytes: `1048576`, `8GiB`, `8G`, `1.5 GB`.
+
+    Raises:
+        typer.BadParameter: it is no such number, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is no number of bytes; write 1073741824 or 8GiB")
+    return int(float(match[1]) * unit)
+
+
+def parse_address(text: str) -> str:
+    """Checks an address, HOST:PORT.
+
+    Raises:
+        typer.BadParameter: it is no such thing.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise typer.BadParameter(f"{text!r} is no address; write HOST:PORT, as in localhost:50051")
+    return text
+
+
+TARGET_HELP = "The server."
+Target = Annotated[
+    str,
+    typer.Option("--target", metavar="HOST:PORT", envvar="DELTASERVE_TARGET", parser=parse_address, help=TARGET_HELP),
+]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(metavar="HOST:PORT", envvar="DELTASERVE_TARGET", parser=parse_address, help=TARGET_HELP),
+]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.", show_default=False)]

@@ -1,0 +1,55 @@
+"""How far the workers are: a bar for each on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaserve_server.training.worker import Progress
+
+Observer = Callable[["Progress"], None]
+LINES_A_WORKER = 4
+
+
+def shown(workers: int) -> contextlib.AbstractContextManager[Observer]:
+    """Returns a context whose value takes each worker's progress and shows it on the standard error stream."""
+    return _bars(workers) if sys.stderr.isatty() else contextlib.nullcontext(_lines())
+
+
+@contextlib.contextmanager
+def _bars(workers: int) -> Iterator[Observer]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=None),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[loss]}"),
+    ]
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = [bars.add_task(f"worker {worker}", total=None, loss="starting") for worker in range(workers)]
+
+        def show(progress: "Progress") -> None:
+            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
+            bars.update(tasks[progress.worker], total=progress.steps, completed=progress.step, loss=loss)
+
+        yield show
+
+
+def _lines() -> Observer:
+    """Returns an observer that prints a line whenever a worker has done a further quarter of its steps."""
+    told: dict[int, int] = {}
+
+    def show(progress: "Progress") -> None:
+        part = progress.step * LINES_A_WORKER // progress.steps
+        if told.get(progress.worker) != part:
+            told[progress.worker] = part
+            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
+            print(
+                f"worker {progress.worker}: step {progress.step} of {progress.steps}{loss}", file=sys.stderr, flush=True
+            )
+
+    return show

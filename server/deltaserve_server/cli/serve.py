@@ -1,0 +1,215 @@
+"""`deltaserve serve`: a server in this process, until it is told to stop."""
+
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltaserve_server.cli.errors import INTERRUPTED, CommandError
+from deltaserve_server.cli.options import parse_address, parse_bytes
+
+if TYPE_CHECKING:
+    from deltaserve_server import Server
+
+log = logging.getLogger("deltaserve")
+
+
+class Device(StrEnum):
+    """Where models live."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Level(StrEnum):
+    """What is worth a line in the log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+
+
+Bind = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        envvar="DELTASERVE_BIND",
+        parser=parse_address,
+        help="Where to listen. 0.0.0.0 means every address of this machine; port 0 chooses a free port.",
+    ),
+]
+DeviceOption = Annotated[
+    Device,
+    typer.Option("--device", envvar="DELTASERVE_DEVICE", help="Where models live; auto takes a GPU if there is one."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DELTASERVE_THREADS",
+        help="Threads for updates on the CPU.",
+        show_default="one a core",
+    ),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BYTES",
+        envvar="DELTASERVE_MEMORY_BYTES",
+        parser=parse_bytes,
+        help="For all models, versions and waiting pushes, as 8GiB.",
+        show_default="80 % of the memory",
+    ),
+]
+Message = Annotated[
+    int,
+    typer.Option(
+        metavar="BYTES",
+        envvar="DELTASERVE_MESSAGE_BYTES",
+        parser=parse_bytes,
+        help="Largest message.",
+    ),
+]
+Models = Annotated[int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_MODELS", help="Models at a time.")]
+Sessions = Annotated[
+    int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_SESSIONS", help="Live sessions at a time.")
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        envvar="DELTASERVE_GRACE_SECONDS",
+        help="How long rounds under way may go on after SIGTERM or Ctrl+C.",
+    ),
+]
+LogLevel = Annotated[Level, typer.Option("--log-level", envvar="DELTASERVE_LOG_LEVEL", help="What is logged.")]
+
+
+def serve(
+    context: typer.Context,
+    bind: Bind = "127.0.0.1:50051",
+    device: DeviceOption = Device.AUTO,
+    threads: Threads = None,
+    memory_bytes: Memory = None,
+    message_bytes: Message = "4MiB",  # type: ignore[assignment]  # typer parses defaults too
+    models: Models = 64,
+    sessions: Sessions = 256,
+    grace_seconds: Grace = 5.0,
+    log_level: LogLevel = Level.INFO,
+) -> None:
+    """Start a server. It logs to the standard error stream; Ctrl+C or SIGTERM stop it in good order."""
+    from deltaserve_server import Server, ServerConfig
+
+    _start_log(log_level)
+    _log_settings(context)
+    stopping = _stop_on_signals()
+    config = ServerConfig(
+        bind=bind,
+        device=device.value,
+        threads=threads,
+        memory_bytes=memory_bytes,
+        message_bytes=message_bytes,
+        models=models,
+        sessions=sessions,
+    )
+    _check_bind(bind)
+    server = _started(lambda: Server(config))
+    typer.echo(_welcome(server))
+    sys.stdout.flush()
+    number = stopping()
+    log.info("%s: stopping, at most %g s", signal.Signals(number).name, grace_seconds)
+    server.stop(grace_seconds=grace_seconds)
+    if number == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _started(make: "Callable[[], Server]") -> "Server":
+    """Makes and starts a server; what stops it from starting is told in one line."""
+    try:
+        server = make()
+        server.start()
+    except (OSError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    return server
+
+
+def _check_bind(bind: str) -> None:
+    """Says why an address cannot be listened on: gRPC does not tell, but writes lines of its own to the error stream."""
+    host, _, port = bind.rpartition(":")
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            tried.listen()
+    except OSError as error:
+        reasons = {errno.EADDRINUSE: "the port is in use", errno.EADDRNOTAVAIL: "this machine has no such address"}
+        reason = reasons.get(error.errno or 0, error.strerror)
+        raise CommandError(f"cannot listen on {bind}: {reason}; choose another with --bind HOST:PORT") from error
+
+
+def _welcome(server: "Server") -> str:
+    from deltaserve import __version__
+
+    device = server.device
+    threads = f", {device.threads} threads" if device.kind == "cpu" else ""
+    lines = [
+        f"deltaserve {__version__} listens on {server.config.bind}",
+        f"device   {device.kind}: {device.name}{threads}",
+        f'connect  deltaserve.connect("{server.target}")',
+        f"try      deltaserve train digits --workers 2 --target {server.target}",
+    ]
+    return "\n".join(lines)
+
+
+def _stop_on_signals() -> Callable[[], int]:
+    """Takes over SIGTERM and SIGINT; returns a function that waits for the first. A second one ends at once."""
+    arrived: list[int] = []
+    event = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if arrived:
+            os._exit(128 + number)
+        arrived.append(number)
+        event.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+    def wait() -> int:
+        event.wait()
+        return arrived[0]
+
+    return wait
+
+
+def _start_log(level: Level) -> None:
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _log_settings(context: typer.Context) -> None:
+    """Logs each setting that was chosen, and who chose it: the flag beats the environment."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        value = context.params.get(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            log.info("%s = %s, from %s", parameter.name, value, parameter.opts[0])
+        elif source is not None and source.name == "ENVIRONMENT":
+            log.info("%s = %s, from %s", parameter.name, value, parameter.envvar)

@@ -1,0 +1,218 @@
+"""`deltaserve train`: the recipes, with worker processes of their own."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltaserve_server.cli.connection import connected
+from deltaserve_server.cli.errors import UsageError
+from deltaserve_server.cli.options import parse_address
+
+if TYPE_CHECKING:
+    from deltaserve_server.training.recipes import Policy, Recipe
+    from deltaserve_server.training.run import Outcome
+
+application = typer.Typer(rich_markup_mode="rich")
+
+
+@application.callback(invoke_without_command=True)
+def train(context: typer.Context) -> None:
+    """Train a recipe: real data, real workers, in seconds."""
+    if context.invoked_subcommand is None:
+        raise UsageError("say what to train: deltaserve train digits, or deltaserve train airfoil")
+
+
+class PolicyName(StrEnum):
+    """When a push becomes an update."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+class AirfoilRecipe(StrEnum):
+    """The book's two ways to the same regression."""
+
+    SCRATCH = "scratch"
+    CONCISE = "concise"
+
+
+Workers = Annotated[int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Worker processes.")]
+PolicyOption = Annotated[
+    PolicyName,
+    typer.Option("--policy", help="sync: one update of all workers' gradients together. async: an update for each."),
+]
+TrainTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="HOST:PORT",
+        parser=parse_address,
+        help="The server. One worker alone joins whoever else trains the model there.",
+        show_default="a server of its own, stopped at the end",
+    ),
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="The model's name.", show_default="the recipe's")
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="For the first weights and the order of the examples.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for the server or other workers.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        envvar="DELTASERVE_DATA",
+        help="airfoil_self_noise.dat, or the folder that holds it.",
+        show_default="the cache, else a download",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw loss against epoch, as .png, .svg or .pdf.", show_default=False),
+]
+
+
+@application.command()
+def digits(
+    workers: Workers = 2,
+    policy: PolicyOption = PolicyName.SYNC,
+    target: TrainTarget = None,
+    model: ModelName = None,
+    seed: Seed = 0,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Handwritten digits: a small network in numpy, 1437 images to learn from, 360 to test."""
+    from deltaserve_server.training.data import load_digits
+    from deltaserve_server.training.recipes import Digits
+
+    train, test = load_digits()
+    _train(Digits(train=train, test=test, seed=seed), workers, policy, target, model, timeout)
+
+
+@application.command()
+def airfoil(
+    workers: Workers = 1,
+    policy: PolicyOption = PolicyName.SYNC,
+    recipe: Annotated[
+        AirfoilRecipe, typer.Option("--recipe", help="scratch: in numpy, 2 epochs. concise: in torch, 4 epochs.")
+    ] = AirfoilRecipe.SCRATCH,
+    data: Data = None,
+    plot: Plot = None,
+    target: TrainTarget = None,
+    model: ModelName = None,
+    seed: Seed = 0,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Airfoil noise: the linear regression of Dive into Deep Learning's section on Adadelta."""
+    from deltaserve_server.training import figure
+    from deltaserve_server.training.data import find_airfoil, load_airfoil
+    from deltaserve_server.training.recipes import AirfoilConcise, AirfoilScratch
+
+    if plot is not None:
+        figure.check(plot)
+    if recipe is AirfoilRecipe.CONCISE:
+        _check_torch()
+    examples = load_airfoil(find_airfoil(data, cache_folder()))
+    kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
+    outcome = _train(kind(train=examples, seed=seed), workers, policy, target, model, timeout)
+    if plot is not None:
+        figure.draw(outcome.curve, kind.epochs, plot)
+        typer.echo(f"figure: {plot}")
+
+
+def cache_folder() -> Path:
+    """Returns where this platform keeps what can be downloaded again."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "deltaserve"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaserve"
+
+
+def _check_torch() -> None:
+    from importlib.util import find_spec
+
+    from deltaserve_server.training.errors import MissingPackageError
+
+    if find_spec("torch") is None:
+        raise MissingPackageError("torch", "torch")
+
+
+def _train(
+    recipe: "Recipe", workers: int, policy: PolicyName, target: str | None, model: str | None, timeout: float
+) -> "Outcome":
+    """Trains, shows how it goes, prints what came out."""
+    from deltaserve_server.cli.progress import shown
+    from deltaserve_server.training.run import run
+
+    with _leaving_on_sigterm(), _server(target) as address:
+        kind = f"{workers} worker{'s' * (workers > 1)}, {policy}, batches of {recipe.batch_size} each"
+        typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")
+        with shown(workers) as observer:
+            outcome = run(
+                recipe,
+                target=address,
+                model=model,
+                workers=workers,
+                policy=_policy(policy, workers),
+                elastic=target is not None and workers == 1,
+                timeout_seconds=timeout,
+                observer=observer,
+            )
+    _print(outcome)
+    if target is not None:
+        name = model or recipe.name
+        typer.echo(f"the weights: deltaserve pull {name} --target {target} -o {name}.safetensors")
+    return outcome
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM unwind, so that workers and server are stopped; in a container it would do nothing otherwise."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _server(target: str | None) -> "Iterator[str]":
+    """Yields a server's address: the one that was asked for, or that of one which lives as long as this block."""
+    if target is not None:
+        with connected(target) as client:
+            version = client.server_info().version
+        typer.echo(f"server: {target}, deltaserve {version}")
+        yield target
+        return
+    from deltaserve_server import LocalServer
+
+    with LocalServer() as server:
+        typer.echo(f"server: {server.target}, in this process")
+        yield server.target
+
+
+def _policy(policy: PolicyName, workers: int) -> "Policy":
+    import deltaserve
+
+    return deltaserve.Sync(min_workers=workers) if policy is PolicyName.SYNC else deltaserve.Async()
+
+
+def _print(outcome: "Outcome") -> None:
+    if outcome.accuracy is not None:
+        typer.echo(f"test accuracy: {outcome.accuracy:.3f}")
+    typer.echo(f"loss: {outcome.loss:.3f}, {outcome.epoch_seconds:.3f} sec/epoch")
+    typer.echo(f"updates applied: {outcome.updates} (the model is at version {outcome.version})")
+    typer.echo(f"samples/s: {outcome.samples_per_second:.0f}")

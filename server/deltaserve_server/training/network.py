@@ -1,0 +1,69 @@
+"""A small network with one hidden layer in plain numpy: forward, loss and gradients written out.
+
+Weights are a dict of float32 arrays under these names; x is (n, inputs), y is (n,) class numbers:
+
+    h = max(0, x W1 + b1),  z = h W2 + b2,  loss = mean(-log softmax(z)[y])
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+Weights = Mapping[str, Vector]
+
+
+def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[str, Vector]:
+    """Draws weights with He's scale for the hidden layer and Glorot-like for the output; biases are 0."""
+    random = np.random.default_rng(seed)
+
+    def layer(rows: int, columns: int, variance: float) -> Vector:
+        return np.float32(variance**0.5) * random.standard_normal((rows, columns), np.float32)
+
+    return {
+        "hidden.weight": layer(inputs, hidden, 2 / inputs),
+        "hidden.bias": np.zeros(hidden, np.float32),
+        "output.weight": layer(hidden, classes, 1 / hidden),
+        "output.bias": np.zeros(classes, np.float32),
+    }
+
+
+def forward(weights: Weights, x: Vector) -> tuple[Vector, Vector]:
+    """Returns the hidden activations (n, hidden) and the class scores (n, classes)."""
+    h: Vector = np.maximum(x @ weights["hidden.weight"] + weights["hidden.bias"], 0)
+    z: Vector = h @ weights["output.weight"] + weights["output.bias"]
+    return h, z
+
+
+def softmax(z: Vector) -> Vector:
+    """Returns each row's probabilities; the row's maximum is taken out first, so that nothing overflows."""
+    e: Vector = np.exp(z - z.max(axis=1, keepdims=True))
+    probability: Vector = e / e.sum(axis=1, keepdims=True)
+    return probability
+
+
+def gradients(weights: Weights, x: Vector, y: NDArray[np.int64], divisor: float) -> dict[str, Vector]:
+    """Returns the gradient of the summed cross-entropy over `divisor`, by name (float32, the weights' shapes)."""
+    h, z = forward(weights, x)
+    dz = softmax(z)
+    dz[np.arange(len(y)), y] -= 1
+    dz /= np.float32(divisor)
+    dh = (dz @ weights["output.weight"].T) * (h > 0)
+    return {
+        "hidden.weight": x.T @ dh,
+        "hidden.bias": dh.sum(axis=0),
+        "output.weight": h.T @ dz,
+        "output.bias": dz.sum(axis=0),
+    }
+
+
+def loss(weights: Weights, x: Vector, y: NDArray[np.int64]) -> float:
+    """Returns the mean cross-entropy, in nats."""
+    probability = softmax(forward(weights, x)[1])[np.arange(len(y)), y]
+    return float(-np.log(np.maximum(probability, np.finfo(np.float32).tiny)).mean())
+
+
+def accuracy(weights: Weights, x: Vector, y: NDArray[np.int64]) -> float:
+    """Returns the share of examples whose highest score is their class."""
+    return float((forward(weights, x)[1].argmax(axis=1) == y).mean())

@@ -1,0 +1,207 @@
+"""A training run: starts the workers' processes, watches them, and stops all that it started."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import deltaserve
+from deltaserve_server.training.errors import WorkerError
+from deltaserve_server.training.recipes import Policy, Recipe, Seat
+from deltaserve_server.training.worker import Done, Failed, Job, Message, Progress, main
+
+LEAVE_SECONDS = 5.0
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+Observer = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        loss: Over all training examples, with the model's weights at the end.
+        accuracy: Over the test examples; None where the recipe has none.
+        epoch_seconds: Of the first worker, without the time spent on measuring the loss.
+        updates: By how many versions the model moved on during the run, whoever moved it.
+        version: The model's version at the end.
+        samples_per_second: Of all workers of the run together.
+        curve: (epoch, loss) as the first worker measured it.
+    """
+
+    loss: float
+    accuracy: float | None
+    epoch_seconds: float
+    updates: int
+    version: int
+    samples_per_second: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    target: str,
+    model: str | None = None,
+    workers: int,
+    policy: Policy,
+    elastic: bool = False,
+    timeout_seconds: float = 60.0,
+    observer: Observer | None = None,
+) -> Outcome:
+    """Trains with worker processes against a server.
+
+    Args:
+        recipe: What is learned.
+        target: The server, `host:port`.
+        model: The model's name; None means the recipe's. The first worker creates it, the others join, and so does a
+            later run.
+        workers: Number of processes.
+        policy: Of the model.
+        elastic: The one worker is on its own among workers of other runs (see Job).
+        timeout_seconds: How long a worker's call may take, with all its retries.
+        observer: Told of each worker's progress, in this thread.
+
+    Raises:
+        WorkerError: a worker ended before its work was done; the others have been stopped.
+        deltaserve.Error: the server cannot be reached.
+    """
+    seat = Seat(target=target, model=model or recipe.name, policy=policy, timeout_seconds=timeout_seconds)
+    with deltaserve.connect(target, timeout_seconds=timeout_seconds) as client:
+        before = _version(client, seat.model)
+        jobs = [
+            Job(
+                recipe=recipe,
+                seat=seat,
+                worker=worker,
+                workers=workers,
+                elastic=elastic,
+                skip_empty=isinstance(policy, deltaserve.Async),
+            )
+            for worker in range(workers)
+        ]
+        done = _work(jobs, observer or (lambda progress: None))
+        state = client.model(seat.model).pull_state(optimizer_state=False)
+    return _outcome(recipe, done, state, before)
+
+
+def _version(client: deltaserve.Client, model: str) -> int:
+    """Returns a model's version; 0 where there is no such model yet."""
+    return next((summary.version for summary in client.models() if summary.name == model), 0)
+
+
+def _outcome(recipe: Recipe, done: Sequence[Done], state: deltaserve.ModelState, before: int) -> Outcome:
+    first = min(done, key=lambda one: one.worker)
+    seconds = max(one.ended for one in done) - min(one.started for one in done)
+    return Outcome(
+        loss=recipe.loss(state.weights),
+        accuracy=recipe.accuracy(state.weights),
+        epoch_seconds=first.training_seconds / recipe.epochs,
+        updates=state.version - before,
+        version=state.version,
+        samples_per_second=sum(one.samples for one in done) / seconds,
+        curve=first.curve,
+    )
+
+
+def _work(jobs: Sequence[Job], observer: Observer) -> list[Done]:
+    """Runs a process for each job until all are done. Whatever happens, none is left behind."""
+    processes: dict[Connection, SpawnProcess] = {}
+    try:
+        with _environment(ONE_THREAD), _without_interrupts():
+            for job in jobs:
+                pipe, process = _start(job)
+                processes[pipe] = process
+        return _follow(processes, observer)
+    finally:
+        _stop(processes)
+
+
+def _start(job: Job) -> tuple[Connection, SpawnProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=main, args=(job, theirs), name=f"worker {job.worker}", daemon=True)
+    process.start()
+    # Ours is the only end left, so that a worker's death shows as the end of its pipe.
+    theirs.close()
+    return ours, process
+
+
+def _follow(processes: Mapping[Connection, SpawnProcess], observer: Observer) -> list[Done]:
+    done: dict[Connection, Done] = {}
+    while len(done) < len(processes):
+        ready = wait([pipe for pipe in processes if pipe not in done])
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            message = _receive(pipe, processes[pipe])
+            if isinstance(message, Done):
+                done[pipe] = message
+            else:
+                observer(message)
+    return list(done.values())
+
+
+def _receive(pipe: Connection, process: SpawnProcess) -> Progress | Done:
+    try:
+        message: Message = pipe.recv()
+    except EOFError:
+        raise WorkerError(f"{process.name} {_how_it_ended(process)}; the others were stopped") from None
+    if isinstance(message, Failed):
+        raise WorkerError(f"{process.name}: {message.text}")
+    return message
+
+
+def _how_it_ended(process: SpawnProcess) -> str:
+    process.join(LEAVE_SECONDS)
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"was ended by signal {-code} ({signal.strsignal(-code)})"
+    return f"ended with exit status {code} before its work was done"
+
+
+def _stop(processes: Mapping[Connection, SpawnProcess]) -> None:
+    """Asks those still running to leave, gives them time to close their sessions, kills the rest."""
+    for process in processes.values():
+        process.terminate()
+    deadline = time.monotonic() + LEAVE_SECONDS
+    for pipe, process in processes.items():
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables for processes started inside; the workers share the machine's cores."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Blocks SIGINT for processes started inside: on Ctrl+C they leave when the parent tells them, in good order.
+
+    Here the signal is only put off until the end of the block.
+    """
+    # multiprocessing starts this helper with the first process and unblocks SIGINT as it does.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,0 +1,211 @@
+"""One worker's process: trains, and tells the parent about it over a pipe."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import FrameType
+
+import deltaserve
+from deltaserve_server.training.batches import Plan, Share
+from deltaserve_server.training.recipes import Learner, Recipe, Seat
+
+REPORT_EVERY_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one worker is to do.
+
+    Attributes:
+        recipe: What is learned.
+        seat: Where.
+        worker: This worker's number among those of this run, from 0.
+        workers: How many there are in this run.
+        elastic: The worker is the only one of this run, among workers of other runs: it takes its examples in an order
+            of its own, drawn from its rank, so that not all of them compute the same.
+        skip_empty: Whether a share without examples is pushed (where others wait for it) or skipped.
+    """
+
+    recipe: Recipe
+    seat: Seat
+    worker: int
+    workers: int
+    elastic: bool
+    skip_empty: bool
+
+    def plan(self, rank: int) -> Plan:
+        """Returns how the examples are dealt out, given the rank of the worker's session."""
+        recipe = self.recipe
+        return Plan(
+            examples=len(recipe.train),
+            batch_size=recipe.batch_size,
+            epochs=recipe.epochs,
+            seed=(recipe.seed, rank + 1) if self.elastic else (recipe.seed,),
+            worker=self.worker,
+            workers=self.workers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a worker is. `loss` is the last that it measured; None before the first, and of workers that do not."""
+
+    worker: int
+    step: int
+    steps: int
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A worker's work is done.
+
+    Attributes:
+        started, ended: Of the first and the last step, on the monotonic clock that all processes share.
+        training_seconds: Between them, without the time spent on measuring the loss.
+        samples: Examples that went into this worker's gradients.
+        curve: (epoch, loss), where this worker measured it.
+    """
+
+    worker: int
+    started: float
+    ended: float
+    training_seconds: float
+    samples: int
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A worker gave up; `text` is one line for the user."""
+
+    worker: int
+    text: str
+
+
+Message = Progress | Done | Failed
+
+
+@dataclass
+class Watch:
+    """A stopwatch that stands still while the loss is measured, and the curve of what was measured.
+
+    Attributes:
+        recipe: Whose loss.
+        epoch_examples: Examples of an epoch.
+        measures: Whether this worker measures at all; one of a run is enough.
+    """
+
+    recipe: Recipe
+    epoch_examples: int
+    measures: bool
+    seen: int = 0
+    seconds: float = 0.0
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    _since: float = field(default_factory=time.monotonic)
+
+    def after(self, share: Share, learner: Learner, last: bool) -> None:
+        """Counts a step's batch; measures the loss when due, and after the last step."""
+        before, self.seen = self.seen, self.seen + share.batch
+        every = self.recipe.evaluate_every or self.epoch_examples
+        if self.measures and (last or before // every != self.seen // every):
+            self.seconds += time.monotonic() - self._since
+            self.curve.append((self.seen / self.epoch_examples, self.recipe.loss(learner.weights)))
+            self._since = time.monotonic()
+
+    def stop(self) -> float:
+        """Returns the seconds in all, without those of measuring."""
+        self.seconds += time.monotonic() - self._since
+        return self.seconds
+
+    @property
+    def loss(self) -> float | None:
+        """The last loss that was measured."""
+        return self.curve[-1][1] if self.curve else None
+
+
+def train(job: Job, tell: Callable[[Message], None]) -> None:
+    """Does a job in this process.
+
+    Args:
+        job: What to do.
+        tell: Called with each message; the last is Done.
+
+    Raises:
+        deltaserve.Error: the server refused, or was lost.
+    """
+    with job.recipe.learner(job.seat) as learner:
+        plan = job.plan(learner.rank)
+        tell(Progress(worker=job.worker, step=0, steps=plan.steps, loss=None))
+        started = time.monotonic()
+        told, samples = started, 0
+        watch = Watch(job.recipe, plan.examples, measures=job.worker == 0)
+        for step, share in enumerate(plan.shares(), start=1):
+            if len(share.rows) or not job.skip_empty:
+                learner.step(share)
+            samples += len(share.rows)
+            watch.after(share, learner, last=step == plan.steps)
+            if time.monotonic() - told > REPORT_EVERY_SECONDS or step == plan.steps:
+                told = time.monotonic()
+                tell(Progress(worker=job.worker, step=step, steps=plan.steps, loss=watch.loss))
+        ended, training_seconds = time.monotonic(), watch.stop()
+    tell(
+        Done(
+            worker=job.worker,
+            started=started,
+            ended=ended,
+            training_seconds=training_seconds,
+            samples=samples,
+            curve=tuple(watch.curve),
+        )
+    )
+
+
+def main(job: Job, pipe: Connection) -> None:
+    """Entry point of a worker's process. Exit status: 0 when the work is done, 1 when it failed."""
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        train(job, pipe.send)
+    except BrokenPipeError:
+        sys.exit(1)
+    except deltaserve.Error as error:
+        _fail(job, pipe, str(error) + _advice(job, error))
+    except Exception as error:
+        _fail(job, pipe, f"{type(error).__name__}: {error}")
+    finally:
+        # From here on this process ends by itself; a signal would only break into the interpreter's own end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _fail(job: Job, pipe: Connection, text: str) -> None:
+    pipe.send(Failed(worker=job.worker, text=" ".join(text.split())))
+    sys.exit(1)
+
+
+def _advice(job: Job, error: deltaserve.Error) -> str:
+    if error.reason != "MODEL_MISMATCH":
+        return ""
+    seat = job.seat
+    return f": choose another --model, or delete that one: deltaserve delete {seat.model} --target {seat.target}"
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends by unwinding, so that the session is closed and nobody waits for its lease."""
+    # A second signal must not cut the closing short: who is in a hurry uses SIGKILL.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _follow_parent() -> None:
+    """Ends this process when the one that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,115 @@
+"""`health` and `doctor`: against a good server, none at all, and things that are no deltaserve server."""
+
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve_server import LocalServer, ServerConfig
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A port that accepts connections and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """A gRPC server without any service."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+def test_health_of_a_server(command: Command, target: str) -> None:
+    ended = command("health", target)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "SERVING\n", "")
+
+
+def test_health_of_a_draining_server(command: Command) -> None:
+    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=4.0) as client:
+        model = client.create_model("m", {"w": [1.0]}, policy=deltaserve.Sync(min_workers=2))
+        with ThreadPoolExecutor(2) as threads, model.worker() as worker:
+            worker.pull()
+            threads.submit(worker.step, {"w": np.ones(1, np.float32)})
+            while not client.model("m").info().sessions[0].waiting:
+                pass
+            stopping = threads.submit(server.stop, grace_seconds=3.0)
+            ended = command("health", server.target)
+            while ended.returncode == 0:
+                ended = command("health", server.target)
+            assert "NOT_SERVING" in ended.stderr
+            stopping.result()
+
+
+@pytest.mark.parametrize("where", ["silent", "stranger"])
+def test_health_of_something_else(command: Command, where: str, request: pytest.FixtureRequest) -> None:
+    address = request.getfixturevalue(where)
+    ended = command("health", address, "--timeout", "0.5")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"deltaserve: {address} does not answer (")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_doctor_finds_nothing_wrong_and_leaves_nothing_behind(command: Command, target: str) -> None:
+    ended = command("doctor", target)
+    names = ["reachable", "health", "version", "device", "limits", "memory", "round trip", "throughput"]
+    lines = ended.stdout.splitlines()
+    # A busy machine may be called slow; that has its own advice and no other consequence here.
+    assert [line[6:].split("  ")[0].strip() for line in lines if "->" not in line] == names
+    assert all(line.startswith("ok") for line in lines[:6])
+    assert "ms median" in ended.stdout
+    assert "MB/s" in ended.stdout
+    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+        assert not [one for one in client.models() if one.name.startswith("doctor-")]
+
+
+def test_quick_doctor_measures_nothing(command: Command, target: str) -> None:
+    ended = command("doctor", "--quick", target)
+    assert ended.returncode == 0
+    assert "MB/s" not in ended.stdout
+    assert len(ended.stdout.splitlines()) == 6
+
+
+def test_doctor_without_a_server(command: Command) -> None:
+    ended = command("doctor", "127.0.0.1:9")
+    assert ended.returncode == 1
+    assert "nothing listens on port 9 of 127.0.0.1" in ended.stdout
+    assert "-> start one there: deltaserve serve --bind 127.0.0.1:9" in ended.stdout
+    assert ended.stderr == "deltaserve: 1 thing to look at, see above\n"
+
+
+def test_doctor_with_a_name_that_does_not_exist(command: Command) -> None:
+    ended = command("doctor", "no-such-host.invalid:50051")
+    assert ended.returncode == 1
+    assert "no-such-host.invalid" in ended.stdout
+    assert "-> " in ended.stdout
+
+
+def test_doctor_of_a_stranger(command: Command, stranger: str) -> None:
+    ended = command("doctor", stranger)
+    assert ended.returncode == 1
+    assert "ok    reachable" in ended.stdout
+    assert "look  health" in ended.stdout
+    assert "look  protocol" in ended.stdout
+    assert ended.stdout.count("->") == 2
+
+
+def test_doctor_tells_of_little_memory_and_small_messages(command: Command) -> None:
+    config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, message_bytes=512 << 10)
+    with LocalServer(config) as server:
+        ended = command("doctor", server.target)
+    assert ended.returncode == 1
+    assert "--message-bytes" in ended.stdout
+    assert "not measured: too little memory is free" in ended.stdout

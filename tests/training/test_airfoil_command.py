@@ -1,0 +1,65 @@
+"""`deltaserve train airfoil` as a user runs it, on data of the same form and on the real file."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+
+def train_airfoil(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "deltaserve", "train", "airfoil", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={"PATH": "", "HOME": "/nonexistent", **environment},
+    )
+
+
+@pytest.mark.parametrize(("recipe", "epochs"), [("scratch", 2), ("concise", 4)])
+def test_it_prints_the_books_line_and_draws_its_figure(
+    made_up_file: Path, tmp_path: Path, recipe: str, epochs: int
+) -> None:
+    figure = tmp_path / "figure.png"
+    ended = train_airfoil(
+        *("--recipe", recipe, "--workers", "2", "--seed", "3", "--plot", str(figure)),
+        DELTASERVE_DATA=str(made_up_file.parent),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"^loss: 0\.\d{3}, \d+\.\d{3} sec/epoch$", ended.stdout, re.MULTILINE)
+    assert f"airfoil-{recipe}: 1500 examples, {epochs} epochs, 2 workers, sync" in ended.stdout
+    assert f"updates applied: {75 * epochs} " in ended.stdout
+    picture = imread(figure)
+    # 3.5 x 2.5 inches at 200 dots, and the curve's blue on it.
+    assert picture.shape[:2] == (500, 700)
+    assert ((picture[..., 2] > 0.6) & (picture[..., 0] < 0.3)).sum() > 500
+
+
+@pytest.mark.parametrize(("recipe", "low", "high"), [("scratch", 0.2417, 0.2520), ("concise", 0.2417, 0.2440)])
+def test_the_real_file_gives_the_published_loss(real_file: Path, recipe: str, low: float, high: float) -> None:
+    ended = train_airfoil("--recipe", recipe, "--data", str(real_file))
+    assert ended.returncode == 0, ended.stderr
+    found = re.search(r"^loss: (0\.\d{3}), \d+\.\d{3} sec/epoch$", ended.stdout, re.MULTILINE)
+    assert found is not None
+    assert round(low, 3) <= float(found[1]) <= round(high, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--data", "/no/such/file"], "no file /no/such/file: give the file with --data FILE or DELTASERVE_DATA=FILE"),
+        (["--plot", "figure.docx"], "end its name with one of"),
+        (["--plot", "/no/such/folder/figure.png"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_training(arguments: list[str], text: str) -> None:
+    ended = train_airfoil(*arguments)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("deltaserve: ")
+    assert ended.stderr.count("\n") == 1
+    assert text in ended.stderr

@@ -1,0 +1,104 @@
+"""Whole runs with worker processes: what comes out, and that nothing is left behind."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import deltaserve
+from deltaserve_server.training.data import load_airfoil, load_digits
+from deltaserve_server.training.errors import WorkerError
+from deltaserve_server.training.recipes import AirfoilScratch, Digits, Policy
+from deltaserve_server.training.run import run
+from deltaserve_server.training.worker import Progress
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    train, test = load_digits()
+    return Digits(train=train, test=test)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_digits_are_learned_under_both_policies(
+    target: str, model: str, digits: Digits, workers: int, kind: str
+) -> None:
+    policy: Policy = deltaserve.Sync(min_workers=workers) if kind == "sync" else deltaserve.Async()
+    # Fewer epochs than the command's 20, to save time.
+    recipe = replace(digits, epochs=8)
+    told: list[Progress] = []
+    outcome = run(recipe, target=target, model=model, workers=workers, policy=policy, observer=told.append)
+    assert outcome.accuracy is not None
+    assert outcome.accuracy >= 0.95
+    assert outcome.loss < 0.1
+    assert outcome.updates == outcome.version
+    assert outcome.version == (8 * -(-1437 // (8 * workers)) * (1 if kind == "sync" else workers))
+    assert {one.worker for one in told} == set(range(workers))
+    assert [one.step for one in told if one.worker == 0] == sorted(one.step for one in told if one.worker == 0)
+    assert outcome.samples_per_second > 100
+    assert not multiprocessing.active_children()
+
+
+def test_workers_have_one_thread_each_and_the_environment_is_as_before(
+    target: str, model: str, made_up_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    seen: list[bytes] = []
+
+    def look(progress: Progress) -> None:
+        seen.extend(Path(f"/proc/{child.pid}/environ").read_bytes() for child in multiprocessing.active_children())
+
+    recipe = AirfoilScratch(train=load_airfoil(made_up_file))
+    run(recipe, target=target, model=model, workers=1, policy=deltaserve.Async(), observer=look)
+    assert b"OMP_NUM_THREADS=1\0" in seen[0]
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_a_killed_worker_ends_the_run_and_the_other_worker(target: str, model: str, digits: Digits) -> None:
+    recipe = replace(digits, epochs=1000)
+
+    def kill(progress: Progress) -> None:
+        if progress.worker == 1 and progress.step > 20:
+            victim = next(child for child in multiprocessing.active_children() if child.name == "worker 1")
+            victim.kill()
+
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"^worker 1 was ended by signal 9 \(Killed\); the others were stopped$"):
+        run(recipe, target=target, model=model, workers=2, policy=deltaserve.Sync(min_workers=2), observer=kill)
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+    # The survivor has closed its session; the victim's ends with its lease.
+    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+        assert len(client.model(model).info().sessions) <= 1
+
+
+def test_an_interrupt_stops_the_workers_which_close_their_sessions(target: str, model: str, digits: Digits) -> None:
+    recipe = replace(digits, epochs=1000)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step > 20:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, target=target, model=model, workers=2, policy=deltaserve.Async(), observer=interrupt)
+    assert not multiprocessing.active_children()
+    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+        assert not client.model(model).info().sessions
+
+
+def test_a_model_that_differs_is_told_with_what_to_do(target: str, model: str, made_up_file: Path) -> None:
+    recipe = AirfoilScratch(train=load_airfoil(made_up_file))
+    run(recipe, target=target, model=model, workers=1, policy=deltaserve.Async())
+    with pytest.raises(
+        WorkerError, match=f"^worker 0: model {model} exists and differs: .*choose another --model"
+    ) as told:
+        run(recipe, target=target, model=model, workers=1, policy=deltaserve.Sync())
+    assert f"deltaserve delete {model} --target {target}" in str(told.value)
+    assert "\n" not in str(told.value)
