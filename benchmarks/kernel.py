@@ -13,8 +13,6 @@ from deltaserve_server.memory.host import HostStore
 from benchmarks.models import SIZE_A, model_a
 from benchmarks.timing import Timing, by_turns
 
-BYTES_PER_ELEMENT = 28
-
 
 def cpu(rounds: int) -> dict[str, Timing]:
     """Times one update of 25,000,000 elements on the CPU."""
@@ -26,8 +24,8 @@ def cpu(rounds: int) -> dict[str, Timing]:
             "copy of 100 MB, one thread": lambda: np.copyto(target, source),
             "deltaserve, one thread": _host_update(gradient, executor, 1),
             f"deltaserve, {threads} threads": _host_update(gradient, executor, threads),
-            "torch.optim.Adadelta, default": _torch_update("cpu", None),
-            "torch.optim.Adadelta, foreach": _torch_update("cpu", True),
+            "torch.optim.Adadelta, default": _torch_update(None),
+            "torch.optim.Adadelta, foreach": _torch_update(True),
         }
         return by_turns(contenders, rounds)
 
@@ -38,14 +36,18 @@ def gpu(size: int, rounds: int) -> dict[str, Timing]:
 
     weights, new_weights, gradient = (torch.randn(size, device="cuda") for _ in range(3))
     square_avg, acc_delta = (torch.zeros(size, device="cuda") for _ in range(2))
+    param = torch.nn.Parameter(weights)
+    param.grad = gradient
     hyperparameters = Hyperparameters()
     contenders: dict[str, Callable[[], object]] = {
-        "copy of the same bytes": _synchronized(_copy(size * BYTES_PER_ELEMENT)),
+        "copy of the same bytes": _synchronized(lambda: _copy(weights, new_weights)),
         "deltaserve": _synchronized(
             lambda: cuda.update(gradient, 1.0, square_avg, acc_delta, weights, new_weights, hyperparameters)
         ),
-        "torch.optim.Adadelta, foreach": _synchronized(_torch_update("cuda", True, size)),
-        "torch.optim.Adadelta, compiled": _synchronized(_compiled(size)),
+        "torch.optim.Adadelta, foreach": _synchronized(torch.optim.Adadelta([param], foreach=True).step),
+        "torch.optim.Adadelta, compiled": _synchronized(
+            torch.compile(torch.optim.Adadelta([param], capturable=True).step)
+        ),
     }
     return by_turns(contenders, rounds, warmups=5)
 
@@ -63,27 +65,19 @@ def _host_update(gradient: np.ndarray, executor: ThreadPoolExecutor, threads: in
     return update
 
 
-def _torch_update(device: str, foreach: bool | None, size: int | None = None) -> Callable[[], object]:
-    arrays = [torch.from_numpy(array) for array in model_a().values()] if size is None else [torch.randn(size)]
-    params = [torch.nn.Parameter(array.to(device)) for array in arrays]
+def _torch_update(foreach: bool | None) -> Callable[[], object]:
+    params = [torch.nn.Parameter(torch.from_numpy(array)) for array in model_a().values()]
     for param in params:
         param.grad = torch.randn_like(param)
     return torch.optim.Adadelta(params, foreach=foreach).step
 
 
-def _compiled(size: int) -> Callable[[], object]:
-    param = torch.nn.Parameter(torch.randn(size, device="cuda"))
-    param.grad = torch.randn_like(param)
-    optimizer = torch.optim.Adadelta([param], capturable=True)
-    compiled: Callable[[], object] = torch.compile(optimizer.step)
-    return compiled
-
-
-def _copy(moved: int) -> Callable[[], object]:
-    """Copies so much that `moved` bytes are read or written."""
-    source = torch.ones(moved // 8, device="cuda")
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Reads and writes 28 bytes an element: 8 by each of three copies, 4 by half of one."""
+    for _ in range(3):
+        target.copy_(source)
+    half = source.numel() // 2
+    target[:half].copy_(source[:half])
 
 
 def _synchronized(run: Callable[[], object]) -> Callable[[], object]:
