@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
+from benchmarks.models import SIZE_A, model_a
+from benchmarks.timing import Timing, by_turns
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.config import usable_threads
 from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
-
-from benchmarks.models import SIZE_A, model_a
-from benchmarks.timing import Timing, by_turns
 
 
 def cpu(rounds: int) -> dict[str, Timing]:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
-import deltaserve
 import grpc
 import torch
-from deltaserve_server import Server, ServerConfig
-from deltaserve_server.config import DeviceKind
 
+import deltaserve
 from benchmarks.models import SIZE_A, Tensors, model_a, model_b
 from benchmarks.timing import Timing, by_turns
+from deltaserve_server import Server, ServerConfig
+from deltaserve_server.config import DeviceKind
 
 _BYTES_A = SIZE_A * 4
 
@@ -103,7 +103,7 @@ def _receive(peer: socket.socket, buffer: bytearray) -> bool:
 @contextmanager
 def _empty_call(target: str) -> Iterator[Callable[[], object]]:
     with grpc.insecure_channel(target) as channel:
-        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        call: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
         yield lambda: call(b"", timeout=10)
 
 

@@ -7,7 +7,8 @@ from typing import Self
 from numpy.typing import ArrayLike
 
 from deltaserve._connection import Connection
-from deltaserve._model import Model, contiguous, from_info, weight_messages
+from deltaserve._flat import contiguous
+from deltaserve._model import Model, from_info, tensor_specs, weight_messages
 from deltaserve._types import (
     Async,
     Hyperparameters,
@@ -15,6 +16,7 @@ from deltaserve._types import (
     Policy,
     ServerInfo,
     from_policy,
+    from_tensors,
     to_model_info,
     to_model_summary,
     to_server_info,
@@ -101,6 +103,8 @@ class Client:
             policy: When a push becomes an update; None means `Async()`.
 
         Raises:
+            TypeError: `policy` is none, or a tensor does not consist of real numbers.
+            ValueError: `group_of` has a tensor that is not among them.
             RequestError: A name, a shape or a hyperparameter is not allowed.
             ConflictError: A model of this name exists and differs; the message says in what.
             UnavailableError: The server has no room for it.
@@ -109,12 +113,9 @@ class Client:
         one = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
         config = common_pb2.ModelConfig(
             name=name,
-            tensors=[
-                common_pb2.TensorSpec(name=key, shape=array.shape, group=(group_of or {}).get(key, 0))
-                for key, array in arrays.items()
-            ],
+            tensors=from_tensors(tensor_specs(arrays, group_of)),
             groups=[group._to_proto() for group in (groups if groups is not None else (one,))],
-            policy=from_policy(policy or Async()),
+            policy=from_policy(Async() if policy is None else policy),
         )
         kind = model_service_pb2.CreateModelRequest
         answer = self._connection.send("CreateModel", lambda: weight_messages(kind, config, list(arrays.values())))
@@ -130,7 +131,7 @@ class Client:
         self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=name))
 
     def close(self) -> None:
-        """Closes the connection; calls under way end."""
+        """Closes the workers that are still open, then the connection; calls under way end."""
         self._connection.close()
 
     def __enter__(self) -> Self:

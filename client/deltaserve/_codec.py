@@ -15,6 +15,10 @@ _LENGTH_DELIMITED = 2
 _OFFSET_TAG = 1 << 3
 _DATA_TAG = 2 << 3 | _LENGTH_DELIMITED
 
+# The longest varints that protobuf takes.
+_LENGTH_BYTES = 5
+_OFFSET_BYTES = 10
+
 
 class Piece(NamedTuple):
     """A chunk that was received: elements of `vector` from `offset` on, as raw bytes."""
@@ -63,15 +67,15 @@ class StreamCodec(Generic[M]):
         vector = self._vectors.get(message[0] >> 3) if message and message[0] & 7 == _LENGTH_DELIMITED else None
         if vector is None:
             return None
-        size, at = _read_varint(message, 1)
+        size, at = _read_varint(message, 1, _LENGTH_BYTES)
         if at + size != len(message) or at == len(message):
             return None
         offset = 0
         if message[at] == _OFFSET_TAG:
-            offset, at = _read_varint(message, at + 1)
+            offset, at = _read_varint(message, at + 1, _OFFSET_BYTES)
         if at >= len(message) or message[at] != _DATA_TAG:
             return None
-        size, at = _read_varint(message, at + 1)
+        size, at = _read_varint(message, at + 1, _LENGTH_BYTES)
         return Piece(vector, offset, memoryview(message)[at:]) if at + size == len(message) else None
 
     def _parsed(self, message: bytes) -> Any:
@@ -92,10 +96,10 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """Returns the number at `at` and where it ends; an end beyond the message where it is no 64-bit varint."""
+def _read_varint(message: bytes, at: int, longest: int) -> tuple[int, int]:
+    """Returns the number at `at` and where it ends; an end beyond the message where it is no such 64-bit varint."""
     value = 0
-    for index in range(10):
+    for index in range(longest):
         if at + index >= len(message):
             break
         byte = message[at + index]

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
@@ -25,6 +26,8 @@ _MIB = 1 << 20
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MOST_SECONDS = 5.0
 _KEEPALIVE_MS = 20_000
+_PATIENCE = 3
+"""Retries before the user is told, once, that somebody is waited for."""
 
 _OPTIONS = [
     ("grpc.enable_retries", 0),
@@ -53,12 +56,19 @@ METHODS: dict[str, MethodDescriptor] = {
 """Every RPC by its name."""
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class Connection:
     """A channel to one server.
 
     Args:
         target: HOST:PORT.
         timeout_seconds: How long a call may take in all, retries included.
+
+    Attributes:
+        sessions: What was opened over it and is closed with it.
     """
 
     def __init__(self, target: str, timeout_seconds: float) -> None:
@@ -69,9 +79,12 @@ class Connection:
         self._process = os.getpid()
         self._channel: grpc.Channel | None = grpc.insecure_channel(target, options=_OPTIONS)
         self._calls: dict[str, Any] = {}
+        self.sessions: WeakSet[_Closable] = WeakSet()
 
     def close(self) -> None:
-        """Ends all calls. In a forked child it does nothing: the channel is the parent's."""
+        """Closes the sessions, then ends all calls. In a forked child it does nothing: the channel is the parent's."""
+        for session in list(self.sessions):
+            session.close()
         channel, self._channel = self._channel, None
         if channel and self._process == os.getpid():
             channel.close()
@@ -141,7 +154,8 @@ class Connection:
                 delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
                 if wait_seconds is None or monotonic() + delay >= deadline:
                     raise error from None
-                _log.info("%s: trying again in %.1f s", error, delay)
+                level = logging.WARNING if tries == _PATIENCE else logging.INFO
+                _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
                 sleep(delay)
         raise AssertionError("unreachable")
 

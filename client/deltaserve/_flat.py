@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from deltaserve._types import Array
 
@@ -12,6 +13,18 @@ ELEMENT_BYTES = 4
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+
+
+def contiguous(values: ArrayLike) -> Array:
+    """Returns the values as a C-contiguous float32 array of the same shape; the same memory where it is one.
+
+    Raises:
+        TypeError: They are not real numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"expected real numbers, got {array.dtype}")
+    return np.asarray(array, dtype="<f4", order="C")
 
 
 class FlatVector:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection
-from deltaserve._flat import FlatVector
+from deltaserve._flat import FlatVector, contiguous
 from deltaserve._types import (
     Array,
     Hyperparameters,
@@ -22,11 +22,12 @@ from deltaserve._types import (
     ModelState,
     Policy,
     TensorSpec,
+    from_tensors,
     to_model_info,
     to_tensors,
 )
 from deltaserve._worker import Worker
-from deltaserve.v1 import common_pb2, model_service_pb2
+from deltaserve.v1 import model_service_pb2
 
 _VECTORS = ("weights", "square_avg", "acc_delta")
 
@@ -118,16 +119,17 @@ class Model:
             False where the model already had exactly these.
 
         Raises:
+            ValueError: `group_of` has a tensor that is not among them.
             ConflictError: The layout has changed in another way.
             RequestError: A name or a shape is not allowed.
         """
         arrays = {key: contiguous(value) for key, value in tensors.items()}
-        specs = tuple(TensorSpec(key, array.shape, (group_of or {}).get(key, 0)) for key, array in arrays.items())
+        specs = tensor_specs(arrays, group_of)
         header = model_service_pb2.ExtendModelHeader(
             model=self.name,
             tensor_count=len(self.tensors),
             group_count=len(self.groups),
-            tensors=[common_pb2.TensorSpec(name=s.name, shape=s.shape, group=s.group) for s in specs],
+            tensors=from_tensors(specs),
             groups=[group._to_proto() for group in groups],
         )
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
@@ -160,16 +162,17 @@ def from_info(connection: Connection, info: ModelInfo, *, created: bool) -> Mode
     return Model(connection, info.name, info.tensors, info.groups, info.policy, created)
 
 
-def contiguous(values: ArrayLike) -> Array:
-    """Returns the values as a C-contiguous float32 array of the same shape; the same memory where it is one.
+def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None) -> tuple[TensorSpec, ...]:
+    """Returns the layout of tensors, each in the group that `group_of` gives, or in group 0.
 
     Raises:
-        TypeError: They are not real numbers.
+        ValueError: `group_of` has a tensor that is not among them.
     """
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"expected real numbers, got {array.dtype}")
-    return np.asarray(array, dtype="<f4", order="C")
+    groups = group_of or {}
+    unknown = groups.keys() - arrays.keys()
+    if unknown:
+        raise ValueError(f"group_of: there is no tensor named {min(unknown)}")
+    return tuple(TensorSpec(name, array.shape, groups.get(name, 0)) for name, array in arrays.items())
 
 
 def worker_name() -> str:

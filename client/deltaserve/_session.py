@@ -40,6 +40,7 @@ class Session:
         }
         self._process = os.getpid()
         self._closed = threading.Event()
+        connection.sessions.add(self)
         threading.Thread(target=self._renew_until_closed, name=f"lease of {worker}", daemon=True).start()
 
     def keep(self, timeout_seconds: float | None = None) -> rpc.KeepSessionResponse:
@@ -65,9 +66,16 @@ class Session:
         while not self._closed.wait(seconds):
             try:
                 self.keep(seconds)
-            except UnavailableError as error:
-                _log.info("worker %s: the lease was not renewed: %s", self._worker, error)
             except (Error, ValueError) as error:
-                if not self._closed.is_set():
-                    _log.warning("worker %s: %s", self._worker, error)
-                return
+                if self._closed.is_set():
+                    return
+                passes = _passes(error)
+                level = logging.INFO if passes else logging.WARNING
+                _log.log(level, "worker %s: the lease was not renewed: %s", self._worker, error)
+                if not passes:
+                    return
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the next try may succeed: the server had no room or no time, or it was not the server that decided."""
+    return isinstance(error, UnavailableError) or (isinstance(error, Error) and error.reason is None)

@@ -195,9 +195,15 @@ def to_policy(message: common_pb2.Policy) -> Policy:
 
 
 def from_policy(policy: Policy) -> common_pb2.Policy:
-    """Returns the message of a policy."""
+    """Returns the message of a policy.
+
+    Raises:
+        TypeError: It is none.
+    """
     if isinstance(policy, Sync):
         return common_pb2.Policy(sync=common_pb2.SyncPolicy(min_workers=policy.min_workers))
+    if not isinstance(policy, Async):
+        raise TypeError(f"policy: expected Sync(...) or Async(), got {policy!r}")
     message = common_pb2.Policy()
     getattr(message, "async").SetInParent()  # a keyword of Python
     return message
@@ -209,6 +215,11 @@ def to_groups(messages: Sequence[common_pb2.Hyperparameters]) -> tuple[Hyperpara
         Hyperparameters(lr=m.lr, rho=m.rho, eps=m.eps, weight_decay=m.weight_decay, maximize=m.maximize)
         for m in messages
     )
+
+
+def from_tensors(specs: Sequence[TensorSpec]) -> list[common_pb2.TensorSpec]:
+    """Returns the messages of a layout."""
+    return [common_pb2.TensorSpec(name=spec.name, shape=spec.shape, group=spec.group) for spec in specs]
 
 
 def to_tensors(config: common_pb2.ModelConfig) -> tuple[TensorSpec, ...]:

@@ -7,11 +7,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection, incarnation
 from deltaserve._errors import ConflictError, Error, StateLostError
-from deltaserve._flat import ELEMENT_BYTES, FlatVector
+from deltaserve._flat import ELEMENT_BYTES, FlatVector, contiguous
 from deltaserve._session import Session
 from deltaserve._types import Array, Hyperparameters, StepResult, TensorSpec, to_step_result, to_tensors
 from deltaserve.v1 import common_pb2, model_service_pb2
@@ -41,6 +42,8 @@ class Worker:
         self._model = model
         self.name = name
         self._session = Session(connection, model, name, lease_seconds)
+        # Before anything can fail: a session without an owner would be renewed for as long as the process lives.
+        self._finalize = weakref.finalize(self, self._session.close)
         opened = self._session.opened
         self.rank: int = opened.rank
         self.tensors = self._layout(opened.tensor_count)
@@ -48,10 +51,9 @@ class Worker:
         self._position = opened.position
         self._first_version = opened.first_version
         self._sequence = 1
-        self._unsure = False
+        self._sent = False
         self._own: dict[str, Array] | None = None
         self._version: int | None = None
-        self._finalize = weakref.finalize(self, self._session.close)
 
     @property
     def version(self) -> int:
@@ -76,12 +78,12 @@ class Worker:
             Error: See there.
         """
         arrays = self._memory(out)
-        self._pull(FlatVector(list(arrays.values())), self.version)
+        self._pull(FlatVector(list(arrays.values())), self._first_version if self._version is None else None)
         return arrays
 
     def step(
         self,
-        gradients: Mapping[str, Array | None],
+        gradients: Mapping[str, ArrayLike | None],
         *,
         hyperparameters: Sequence[Hyperparameters] | None = None,
         out: Mapping[str, Array] | None = None,
@@ -99,6 +101,7 @@ class Worker:
 
         Raises:
             ValueError: A tensor is missing, unknown or has another shape.
+            TypeError: A gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
             ConflictError: Workers of one round pushed different hyperparameters, or the round closed meanwhile.
             SessionError: The session is over.
@@ -110,10 +113,11 @@ class Worker:
         pushed, absent = self._gradients(gradients)
         arrays = self._memory(out)
         target = FlatVector(list(arrays.values()))
+        sent_before = self._sent
         try:
             self._push(pushed, absent, hyperparameters, target)
         except ConflictError as error:
-            if error.reason != "SEQUENCE_REUSED" or not self._unsure:
+            if error.reason != "SEQUENCE_REUSED" or not sent_before:
                 raise
             self._skip_accepted(target)
             self._push(pushed, absent, hyperparameters, target)
@@ -133,7 +137,7 @@ class Worker:
 
     # --- what is sent
 
-    def _gradients(self, gradients: Mapping[str, Array | None]) -> tuple[FlatVector, list[int]]:
+    def _gradients(self, gradients: Mapping[str, ArrayLike | None]) -> tuple[FlatVector, list[int]]:
         """Returns the gradient as a flat vector, and the indices of tensors without one."""
         unknown = gradients.keys() - {spec.name for spec in self.tensors}
         if unknown:
@@ -145,10 +149,10 @@ class Worker:
                 if spec.name not in gradients:
                     raise ValueError(f"the gradient of tensor {spec.name} is missing: give None if it has none")
                 absent.append(index)
-                gradient = np.broadcast_to(np.float32(0), spec.shape)
+                gradient = np.empty(spec.shape, np.float32)  # never read
             elif np.shape(gradient) != spec.shape:
                 raise ValueError(f"the gradient of tensor {spec.name} has shape {np.shape(gradient)}, not {spec.shape}")
-            arrays.append(np.ascontiguousarray(gradient, dtype="<f4").reshape(spec.shape))
+            arrays.append(contiguous(gradient))
         return FlatVector(arrays), absent
 
     def _header(self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None) -> rpc.PushHeader:
@@ -169,25 +173,24 @@ class Worker:
     ) -> None:
         header = self._header(absent, hyperparameters)
         unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
+        # From here on an interrupt, or the refusal of a second attempt, says nothing of what became of the first.
+        self._sent = True
         try:
             take = self._step_unary if unary else self._step_stream
             result, position = take(header, pushed, absent, target)
         except Error as error:
-            self._unsure = self._unsure or error.reason is None
             raise self._explained(error) from None
-        except BaseException:
-            self._unsure = True
-            raise
-        self._sequence += 1
-        self._unsure = False
         self._moved(position)
         self.last_result = to_step_result(result)
+        self._sequence += 1
+        self._sent = False
 
     def _step_unary(
         self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
     ) -> tuple[Any, Any]:
         gradient = b"".join(part for _, parts in pushed.chunks(absent) for part in parts)
         answer = self._connection.call("Step", rpc.StepRequest(header=header, gradient=gradient))
+        self._check(answer.position)
         target.write(0, memoryview(answer.weights))
         return answer.result, answer.position
 
@@ -202,6 +205,7 @@ class Worker:
                 yield codec.chunk("gradient", offset, parts)
 
         def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
+            self._check(answer.position)
             _write(pieces, target)
             return answer.result, answer.position
 
@@ -209,10 +213,11 @@ class Worker:
 
     # --- what comes
 
-    def _pull(self, target: FlatVector, wait_for_version: int) -> None:
+    def _pull(self, target: FlatVector, wait_for_version: int | None) -> None:
         request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
 
         def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
+            self._check(header.position)
             _write(pieces, target)
             return header.position
 
@@ -228,12 +233,18 @@ class Worker:
         waits = kept.last_applied_sequence < kept.last_accepted_sequence
         self._pull(target, kept.position.version + waits)
         self._sequence = kept.last_accepted_sequence + 1
+        self._sent = False
+
+    def _check(self, position: common_pb2.ModelPosition) -> None:
+        """Raises, before weights are taken, where they are not of the model that the session was opened with."""
+        before = self._position
+        if position.incarnation != before.incarnation:
+            self._session.keep()  # a server that was restarted knows the session if it still has the state
+        elif position.version < before.version:
+            raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
 
     def _moved(self, position: common_pb2.ModelPosition) -> None:
         """Takes note of the version that the weights now have."""
-        before = self._position
-        if position.incarnation == before.incarnation and position.version < before.version:
-            raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
         self._position = position
         self._version = position.version
 
@@ -256,7 +267,9 @@ class Worker:
             if self._own is None:
                 self._own = {spec.name: np.empty(spec.shape, np.float32) for spec in self.tensors}
             return dict(self._own)
-        return {spec.name: _checked(spec, out) for spec in self.tensors}
+        arrays = {spec.name: _checked(spec, out) for spec in self.tensors}
+        self._own = None  # no longer the newest
+        return arrays
 
     def _layout(self, tensor_count: int) -> tuple[TensorSpec, ...]:
         answer = self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self._model))
@@ -272,6 +285,6 @@ def _checked(spec: TensorSpec, out: Mapping[str, Array]) -> Array:
     array = out.get(spec.name)
     if array is None:
         raise ValueError(f"out: tensor {spec.name} is missing")
-    if array.shape != spec.shape or array.dtype != np.dtype("<f4") or not array.flags.c_contiguous:
-        raise ValueError(f"out: tensor {spec.name} must be a C-contiguous float32 array of shape {spec.shape}")
+    if array.shape != spec.shape or array.dtype != np.dtype("<f4") or not array.flags.carray:
+        raise ValueError(f"out: tensor {spec.name} must be a writable C-contiguous float32 array of shape {spec.shape}")
     return array

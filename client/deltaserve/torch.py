@@ -75,6 +75,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
     ) -> None:
         self._worker: Worker | None = None
         self._staged: dict[Tensor, Array] = {}
+        self._names: dict[Tensor, str] = {}
         defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**defaults, **_UNUSED})
         self._client = connect(target, timeout_seconds=timeout_seconds)
@@ -130,20 +131,18 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, on the server too; its weights are this worker's, unless another added it before."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        index = len(self.param_groups) - 1
         try:
-            _check(group)
+            _check(self.param_groups[index])
+            self._give_names(index)
+            if self._worker:
+                self._extend(index)
         except BaseException:
             self.param_groups.pop()
             raise
-        if self._worker is None:
-            return
-        index = len(self.param_groups) - 1
-        tensors = {name: _to_host(param) for name, param in self._named_in(index)}
-        hyperparameters = self._hyperparameters()[index:]
-        self._model.extend(tensors, groups=hyperparameters, group_of=dict.fromkeys(tensors, index))
-        self._worker.close()
-        self._join()
+        if self._worker:
+            self._worker.close()
+            self._join()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what `torch.optim.Adadelta.state_dict()` would, with the state that the server has."""
@@ -151,7 +150,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            self.state.clear()
+            self._drop_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Puts a state of `torch.optim.Adadelta` or of this class on the server, with the parameters' present values.
@@ -162,7 +161,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         try:
             self._model.put_state(self._present_state())
         finally:
-            self.state.clear()
+            self._drop_state()
         self._pull()
 
     def close(self) -> None:
@@ -216,10 +215,32 @@ class RemoteAdadelta(torch.optim.Optimizer):
             yield from self._named_in(index)
 
     def _named_in(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Yields a group's parameters with their names; those without one are named by group and place."""
+        for param in self.param_groups[index]["params"]:
+            yield self._names[param], param
+
+    def _give_names(self, index: int) -> None:
+        """Names a group's tensors on the server, for good: `load_state_dict` replaces "param_names" in the group.
+
+        Those without a name are named by group and place.
+
+        Raises:
+            ValueError: Two tensors have the same name.
+        """
         group = self.param_groups[index]
         names = group.get("param_names") or [f"{index}.{place}" for place in range(len(group["params"]))]
-        yield from zip(names, group["params"], strict=True)
+        named = dict(zip(group["params"], names, strict=True))
+        taken = {name for param, name in self._names.items() if param not in named}
+        for name in named.values():
+            if name in taken:
+                raise ValueError(f"two parameters are named {name}")
+            taken.add(name)
+        self._names.update(named)
+
+    def _extend(self, index: int) -> None:
+        """Adds a group to the model on the server."""
+        tensors = {name: _to_host(param) for name, param in self._named_in(index)}
+        hyperparameters = self._hyperparameters()[index:]
+        self._model.extend(tensors, groups=hyperparameters, group_of=dict.fromkeys(tensors, index))
 
     def _group_of(self) -> dict[str, int]:
         return {name: index for index in range(len(self.param_groups)) for name, _ in self._named_in(index)}
@@ -262,6 +283,11 @@ class RemoteAdadelta(torch.optim.Optimizer):
                     "acc_delta": torch.from_numpy(pulled.acc_delta[name]).to(param),
                 }
 
+    def _drop_state(self) -> None:
+        """Forgets the parameters' state, which the server has; what hooks put beside it stays."""
+        for _, param in self._named():
+            self.state.pop(param, None)
+
     def _present_state(self) -> ModelState:
         """Returns the parameters and what `self.state` holds; zero state where it holds nothing."""
         held = {name: (param, self.state.get(param, {})) for name, param in self._named()}
@@ -282,16 +308,18 @@ _KINDS: tuple[Callable[[Any], Any], ...] = (float, float, float, float, bool)
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Raises ValueError for what torch.optim.Adadelta would not take either, TypeError for complex parameters."""
-    allowed: Iterable[tuple[str, bool]] = (
-        ("lr", float(group["lr"]) >= 0),
-        ("rho", 0 <= group["rho"] <= 1),
-        ("eps", group["eps"] > 0),
-        ("weight_decay", group["weight_decay"] >= 0),
+    """Raises ValueError, worded as by torch.optim.Adadelta, and TypeError for complex parameters."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    allowed: Iterable[tuple[str, str, bool]] = (
+        ("lr", "learning rate", group["lr"] >= 0),
+        ("rho", "rho value", 0 <= group["rho"] <= 1),
+        ("eps", "epsilon value", group["eps"] > 0),
+        ("weight_decay", "weight_decay value", group["weight_decay"] >= 0),
     )
-    for key, fits in allowed:
+    for key, name, fits in allowed:
         if not fits:
-            raise ValueError(f"Invalid {key} value: {group[key]}")
+            raise ValueError(f"Invalid {name}: {group[key]}")
     for param in group["params"]:
         if not param.dtype.is_floating_point:
             raise TypeError(f"RemoteAdadelta takes real floating-point parameters, not {param.dtype}")

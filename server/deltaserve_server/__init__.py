@@ -1,6 +1,18 @@
 """The deltaserve server: `Server` and `ServerConfig`, and `LocalServer` for notebooks and tests."""
 
-from deltaserve_server.app import LocalServer, Server
-from deltaserve_server.config import ServerConfig
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaserve_server.app import LocalServer, Server
+    from deltaserve_server.config import ServerConfig
 
 __all__ = ["LocalServer", "Server", "ServerConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is: the command line's client half does without the server's libraries."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deltaserve_server import app, config
+
+    return getattr(config if name == "ServerConfig" else app, name)

@@ -1,5 +1,6 @@
 """`deltaserve serve` as a process: what it says, its settings, how it stops."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -22,10 +23,16 @@ def read_target(child: "subprocess.Popen[str]") -> str:
     """Reads what a server says when it has started; returns the address it gives to connect to."""
     assert child.stdout is not None
     lines = [child.stdout.readline() for _ in range(4)]
-    assert lines[0].startswith(f"deltaserve {deltaserve.__version__} listens on 127.0.0.1:")
-    assert lines[1].startswith("device   cpu: ")
-    assert lines[3].startswith("try      deltaserve train digits --workers 2 --target 127.0.0.1:")
-    return lines[2].split('"')[1]
+    target = lines[2].split('"')[1]
+    assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", target)
+    assert lines == [
+        f"deltaserve {deltaserve.__version__} listens on {target}\n",
+        lines[1],
+        f'connect  deltaserve.connect("{target}")\n',
+        f"try      deltaserve train digits --workers 2 --target {target}\n",
+    ]
+    assert re.fullmatch(r"device   cpu: .+, \d+ threads?\n", lines[1])
+    return target
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -1,6 +1,7 @@
 """The memory budget counts what is held."""
 
 import pytest
+
 from deltaserve_server.memory import Budget, BudgetExceeded
 
 

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from deltaserve_server.adadelta import Hyperparameters, reference
 from deltaserve_server.memory import Budget, BudgetExceeded, Range, State, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
-from numpy.typing import NDArray
 
 MakeStore = Callable[[Vector, Budget], Store]
 

@@ -1,8 +1,11 @@
 """The layout cuts the flat vector where tensors, groups and absences end."""
 
-from deltaserve_server.model import Layout, Tensor
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
+
+from deltaserve_server.model import Layout, Tensor
 
 TENSORS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=8)
 
@@ -32,4 +35,4 @@ def test_runs_and_groups_cover_what_is_present_once(parts: list[tuple[int, int]]
     assert [(index, g) for start, stop, g in groups for index in range(start, stop)] == [
         (index, parts[owner[index]][1]) for index in present
     ]
-    assert all(left[1] < right[0] for left, right in zip(runs, runs[1:], strict=False))
+    assert all(left[1] < right[0] for left, right in pairwise(runs))

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import (
     Answer,

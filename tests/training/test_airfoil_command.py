@@ -1,5 +1,7 @@
 """`deltaserve train airfoil` as a user runs it, on data of the same form and on the real file."""
 
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -8,15 +10,13 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+COMMAND = [sys.executable, "-m", "deltaserve", "train", "airfoil"]
+
 
 def train_airfoil(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DELTASERVE_")}
     return subprocess.run(
-        [sys.executable, "-m", "deltaserve", "train", "airfoil", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env={"PATH": "", "HOME": "/nonexistent", **environment},
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, env=clean | environment
     )
 
 
@@ -63,3 +63,37 @@ def test_what_is_wrong_is_told_before_the_training(arguments: list[str], text: s
     assert ended.stderr.startswith("deltaserve: ")
     assert ended.stderr.count("\n") == 1
     assert text in ended.stderr
+
+
+def test_on_a_terminal_each_worker_has_a_bar(made_up_file: Path) -> None:
+    ours, theirs = pty.openpty()
+    arguments = ["--workers", "2", "--data", str(made_up_file)]
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+    ) as child:
+        os.close(theirs)
+        shown = read_all(ours)
+        out, _ = child.communicate(timeout=100)
+    assert child.returncode == 0
+    assert b"loss: 0." in out
+    assert b"\x1b" not in out
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"worker 0 ━+ 150/150 0:00:\d\d loss 0\.\d{3}", text)
+    assert re.search(r"worker 1 ━+ 150/150 0:00:\d\d", text)
+    assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", text)) <= 80
+
+
+def read_all(descriptor: int) -> str:
+    """Reads a terminal until its other end is closed, which Linux tells by an error."""
+    parts = []
+    try:
+        while part := os.read(descriptor, 65536):
+            parts.append(part)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+    return b"".join(parts).decode()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,13 @@ def test_digits_are_learned_under_both_policies(
     target: str, model: str, digits: Digits, workers: int, kind: str
 ) -> None:
     policy: Policy = deltaserve.Sync(min_workers=workers) if kind == "sync" else deltaserve.Async()
-    # Fewer epochs than the command's 20, to save time.
-    recipe = replace(digits, epochs=8)
     told: list[Progress] = []
-    outcome = run(recipe, target=target, model=model, workers=workers, policy=policy, observer=told.append)
+    outcome = run(digits, target=target, model=model, workers=workers, policy=policy, observer=told.append)
     assert outcome.accuracy is not None
     assert outcome.accuracy >= 0.95
     assert outcome.loss < 0.1
     assert outcome.updates == outcome.version
-    assert outcome.version == (8 * -(-1437 // (8 * workers)) * (1 if kind == "sync" else workers))
+    assert outcome.version == (20 * -(-1437 // (8 * workers)) * (1 if kind == "sync" else workers))
     assert {one.worker for one in told} == set(range(workers))
     assert [one.step for one in told if one.worker == 0] == sorted(one.step for one in told if one.worker == 0)
     assert outcome.samples_per_second > 100
@@ -102,3 +101,13 @@ def test_a_model_that_differs_is_told_with_what_to_do(target: str, model: str, m
         run(recipe, target=target, model=model, workers=1, policy=deltaserve.Sync())
     assert f"deltaserve delete {model} --target {target}" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_a_worker_that_cannot_start_is_told(
+    target: str, model: str, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource_tracker.ensure_running()
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")
+    with pytest.raises(WorkerError, match=r"^worker \d ended with exit status 1 before its work was done"):
+        run(digits, target=target, model=model, workers=2, policy=deltaserve.Async())
+    assert not multiprocessing.active_children()

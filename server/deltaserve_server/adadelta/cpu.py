@@ -5,6 +5,11 @@ with the addition, that is, rounded once, as in torch's own vector code. This is
 compiler, so an element gets the same bits in a loop's vector part and in its rest, in any split of a vector into
 ranges, on any processor, and from `cuda`. Square roots are correctly rounded, which torch's are not everywhere.
 
+The averages stay finite, whatever finite values come. To that end a gradient, after division and weight decay, and a
+step are cut off at `MAGNITUDE_MAX`, where torch's square would be infinite and its coordinate dead; so no average can
+pass the largest float32, even where rho and 1 - rho as rounded add up to more than 1. Two more cuts keep an eps near
+the largest float32, and one near 0, from making infinities of the roots.
+
 A processor without fused multiply-add (x86 from before 2013) gets the same bits from the C library, several times
 slower. Importing this takes as long as importing numba, and the first time as long as compiling.
 """
@@ -17,11 +22,11 @@ from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta._compiled import compiled, readable, received, types, writable
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
+from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
 
 Vector = NDArray[np.float32]
 
-_MAGNITUDE_MAX = np.float32(MAGNITUDE_MAX)
+_FLOAT32_MAX, _MAGNITUDE_MAX = np.float32(FLOAT32_MAX), np.float32(MAGNITUDE_MAX)
 _ZERO = np.float32(0)
 
 
@@ -36,8 +41,8 @@ def update(
 ) -> None:
     """Makes one update of a range, on the calling thread and without the GIL.
 
-    Where gradient / divisor is finite, the averages stay finite, whatever the hyperparameters; so do finite weights as
-    long as lr times `MAGNITUDE_MAX` is finite. Denormal numbers are numbers.
+    Where gradient / divisor and the weights are finite, the averages stay finite, whatever the hyperparameters. Weights
+    do as long as lr times `MAGNITUDE_MAX`, added to them, is finite. Denormal numbers are numbers.
 
     Args:
         gradient: The sum of a round's gradients, float32 [n], contiguous; may be read-only and start at any byte.
@@ -71,8 +76,8 @@ _multiply_add: Any = intrinsic(_type_multiply_add)
 
 @register_jitable
 def _at_most(limit: Any, value: Any) -> Any:
-    # A NaN passes: the comparison is false.
-    return limit if value > limit else value
+    # Unlike min, this says what becomes of a NaN: the comparison is false, it stays.
+    return limit if value > limit else value  # noqa: FURB136
 
 
 @register_jitable
@@ -82,18 +87,19 @@ def _bounded(value: Any) -> Any:
 
 def _update_range(
     gradient: Any, divisor: Any, square_avg: Any, acc_delta: Any, weights: Any, new_weights: Any,
-    lr: Any, rho: Any, one_minus_rho: Any, eps: Any, ceiling: Any, weight_decay: Any, sign: Any,
+    minus_lr: Any, rho: Any, one_minus_rho: Any, eps: Any, weight_decay: Any, sign: Any,
 ) -> None:  # fmt: skip
     for i in range(gradient.size):
         g = sign * (gradient[i] / divisor)
         if weight_decay != _ZERO:
             g = _multiply_add(weight_decay, weights[i], g)
         g = _bounded(g)
-        s = _at_most(ceiling, _multiply_add(one_minus_rho * g, g, square_avg[i] * rho))
-        step = _bounded(math.sqrt(acc_delta[i] + eps) / math.sqrt(s + eps) * g)
-        acc_delta[i] = _at_most(ceiling, _multiply_add(one_minus_rho * step, step, acc_delta[i] * rho))
+        s = _multiply_add(one_minus_rho * g, g, square_avg[i] * rho)
+        rate = _at_most(_FLOAT32_MAX, math.sqrt(acc_delta[i] + eps) / math.sqrt(_at_most(_FLOAT32_MAX, s + eps)))
+        step = _bounded(rate * g)
+        acc_delta[i] = _multiply_add(one_minus_rho * step, step, acc_delta[i] * rho)
         square_avg[i] = s
-        new_weights[i] = _multiply_add(-lr, step, weights[i])
+        new_weights[i] = _multiply_add(minus_lr, step, weights[i])
 
 
 _number = types.float32

@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX, Hyperparameters, scalars
+from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, scalars
 
-_MAGNITUDE_MAX = tl.constexpr(MAGNITUDE_MAX)
+_FLOAT32_MAX = tl.constexpr(FLOAT32_MAX)
+_MAGNITUDE_MIN, _MAGNITUDE_MAX = tl.constexpr(-MAGNITUDE_MAX), tl.constexpr(MAGNITUDE_MAX)
 _BLOCK = 1024
 
 
@@ -24,8 +25,8 @@ def update(
 ) -> None:
     """Queues one update of a range on the tensors' device, in its current stream.
 
-    Where gradient / divisor is finite, the averages stay finite, whatever the hyperparameters; so do finite weights as
-    long as lr times `MAGNITUDE_MAX` is finite. Denormal numbers are numbers.
+    Where gradient / divisor and the weights are finite, the averages stay finite, whatever the hyperparameters. Weights
+    do as long as lr times `MAGNITUDE_MAX`, added to them, is finite. Denormal numbers are numbers.
 
     Args:
         gradient: The sum of a round's gradients, float32 [n], contiguous, as all tensors here.
@@ -71,13 +72,14 @@ def _at_most(limit, value):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounded(value):  # type: ignore[no-untyped-def]
-    return -_at_most(_MAGNITUDE_MAX, -_at_most(_MAGNITUDE_MAX, value))
+    # No unary minus: some releases of Triton make it 0 - x, which loses the sign of a zero.
+    return tl.where(value < _MAGNITUDE_MIN, _MAGNITUDE_MIN, _at_most(_MAGNITUDE_MAX, value))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _update_range(  # type: ignore[no-untyped-def]
     gradient, square_avg, acc_delta, weights, new_weights, size, divisor,
-    lr, rho, one_minus_rho, eps, ceiling, weight_decay, sign, block: tl.constexpr,
+    minus_lr, rho, one_minus_rho, eps, weight_decay, sign, block: tl.constexpr,
 ):  # fmt: skip
     # Offsets of 64 bits: a model may have more than 2**31 elements.
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -88,8 +90,9 @@ def _update_range(  # type: ignore[no-untyped-def]
     if weight_decay != 0:
         g = tl.fma(weight_decay, w, g)
     g = _bounded(g)
-    s = _at_most(ceiling, tl.fma(one_minus_rho * g, g, tl.load(square_avg + i, inside) * rho))
-    step = _bounded(tl.div_rn(tl.sqrt_rn(acc + eps), tl.sqrt_rn(s + eps)) * g)
+    s = tl.fma(one_minus_rho * g, g, tl.load(square_avg + i, inside) * rho)
+    rate = _at_most(_FLOAT32_MAX, tl.div_rn(tl.sqrt_rn(acc + eps), tl.sqrt_rn(_at_most(_FLOAT32_MAX, s + eps))))
+    step = _bounded(rate * g)
     tl.store(square_avg + i, s, inside)
-    tl.store(acc_delta + i, _at_most(ceiling, tl.fma(one_minus_rho * step, step, acc * rho)), inside)
-    tl.store(new_weights + i, tl.fma(-lr, step, w), inside)
+    tl.store(acc_delta + i, tl.fma(one_minus_rho * step, step, acc * rho), inside)
+    tl.store(new_weights + i, tl.fma(minus_lr, step, w), inside)

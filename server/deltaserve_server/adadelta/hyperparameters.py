@@ -53,21 +53,18 @@ class Scalars(NamedTuple):
     """Hyperparameters as the float32 implementations take them; every number is a float32's value.
 
     Attributes:
-        lr: Factor of the update.
+        minus_lr: Minus the factor of the update.
         rho: Decay of both leaky averages.
         one_minus_rho: Weight of the new square, subtracted in double and then rounded, as torch does.
         eps: Added to both averages before their square root.
-        ceiling: The largest value that `eps` can be added to without overflow. Averages are cut off here, which no
-            average reaches but by gradients near `MAGNITUDE_MAX`: once infinite, it would stay so.
         weight_decay: L2 penalty.
         sign: -1 to maximize, else 1.
     """
 
-    lr: float
+    minus_lr: float
     rho: float
     one_minus_rho: float
     eps: float
-    ceiling: float
     weight_decay: float
     sign: float
 
@@ -79,13 +76,11 @@ def scalars(hyperparameters: Hyperparameters) -> Scalars:
     Args:
         hyperparameters: Without a `problem`.
     """
-    eps = _rounded(hyperparameters.eps)
     return Scalars(
-        lr=_rounded(hyperparameters.lr),
+        minus_lr=-_rounded(hyperparameters.lr),
         rho=_rounded(hyperparameters.rho),
         one_minus_rho=_rounded(1.0 - hyperparameters.rho),
-        eps=eps,
-        ceiling=_rounded_down(FLOAT32_MAX - eps),
+        eps=_rounded(hyperparameters.eps),
         weight_decay=_rounded(hyperparameters.weight_decay),
         sign=-1.0 if hyperparameters.maximize else 1.0,
     )
@@ -97,12 +92,3 @@ def _rounded(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
-
-
-def _rounded_down(value: float) -> float:
-    """Rounds a number >= 0 to the next float32 at or below it."""
-    nearest = _rounded(value)
-    if nearest <= value:
-        return nearest
-    bits = struct.unpack("<I", struct.pack("<f", nearest))[0]
-    return float(struct.unpack("<f", struct.pack("<I", bits - 1))[0])

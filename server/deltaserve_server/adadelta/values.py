@@ -37,8 +37,7 @@ def inspect(values: NDArray[np.float32], start: int, fingerprint: int) -> tuple[
         The index in `values` of the first bad value, or -1; and the fingerprint including this chunk.
 
     Raises:
-        ValueError: The values are not contiguous.
-        TypeError: The values are not a vector of float32.
+        TypeError: The values are not a contiguous vector of float32.
     """
     if values.dtype != np.float32:
         raise TypeError(f"expected float32, got {values.dtype}")

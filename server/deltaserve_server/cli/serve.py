@@ -147,7 +147,7 @@ def _started(make: "Callable[[], Server]") -> "Server":
 
 
 def _check_bind(bind: str) -> None:
-    """Says why an address cannot be listened on: gRPC does not tell, but writes lines of its own to the error stream."""
+    """Says why an address cannot be listened on: gRPC does not tell, and writes to the error stream by itself."""
     host, _, port = bind.rpartition(":")
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
@@ -164,10 +164,10 @@ def _check_bind(bind: str) -> None:
 def _welcome(server: "Server") -> str:
     from deltaserve import __version__
 
-    device = server.device
-    threads = f", {device.threads} threads" if device.kind == "cpu" else ""
+    device, host, port = server.device, server.config.bind.rpartition(":")[0], server.target.rpartition(":")[2]
+    threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     lines = [
-        f"deltaserve {__version__} listens on {server.config.bind}",
+        f"deltaserve {__version__} listens on {host}:{port}",
         f"device   {device.kind}: {device.name}{threads}",
         f'connect  deltaserve.connect("{server.target}")',
         f"try      deltaserve train digits --workers 2 --target {server.target}",

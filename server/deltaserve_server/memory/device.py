@@ -65,7 +65,7 @@ class DeviceStore(Store):
 
     def __init__(self, weights: Vector, number: int, budget: Budget) -> None:
         self._budget = budget
-        self._upload, self._compute, self._download = (torch.cuda.Stream() for _ in range(3))  # type: ignore[no-untyped-call]
+        self._upload, self._compute, self._download = (torch.cuda.Stream() for _ in range(3))
         self._staged: DeviceStaging | None = None
         self._folds = 0
         self._weights: torch.Tensor

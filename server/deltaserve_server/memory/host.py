@@ -13,6 +13,9 @@ from deltaserve_server.memory.store import Pool, Range, Staging, State, Store, V
 _ALONE = 1 << 16
 """Up to this many elements one thread is faster than several."""
 
+_SMALL = 1 << 12
+"""A received piece of fewer elements is joined with its neighbours."""
+
 _PIECE = 1 << 18
 """Elements that a thread updates in one call: enough to make the call cheap, few enough to share the work evenly."""
 
@@ -24,7 +27,12 @@ class HostStaging(Staging):
         self.pieces: list[tuple[int, Vector]] = []
 
     def add(self, offset: int, values: Vector) -> None:
-        """Keeps the piece."""
+        """Keeps the piece; joins small ones, each of which would take more memory for itself than for its values."""
+        if self.pieces and values.size < _SMALL:
+            start, last = self.pieces[-1]
+            if last.size < _SMALL and start + last.size == offset:
+                self.pieces[-1] = start, np.concatenate([last, values])
+                return
         self.pieces.append((offset, values))
 
 

@@ -180,8 +180,8 @@ class Machine:
         held = self._round.contributions
         if not held:
             return True
-        names = {session.worker for session in self.sessions.live() if session.member} | held.keys()
-        return len(names) < self._min_workers and worker not in held
+        others = {session.worker for session in self.sessions.live() if session.member and session.worker != worker}
+        return len(others | held.keys()) < self._min_workers and worker not in held
 
     def _check_new(self, session: Session, push: Push) -> None:
         base = self.version if push.base_version is None else push.base_version

@@ -1,6 +1,7 @@
 """The gate for vectors: their chunks' order, their size and their values, all looked at before anything changes."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,7 @@ def admit_state(messages: Iterator[Piece], layout: Layout) -> State:
         Refused: For the first thing that is wrong with it.
     """
     vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
-    extra = next(messages, None)
+    extra = _chunk(messages)
     if extra is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got=f"a chunk of {extra.vector}")
     return State(*vectors)
@@ -141,7 +142,7 @@ def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0
     vector = np.empty(gate.size, np.float32)
     got = 0
     while got < gate.size:
-        piece = next(messages, None)
+        piece = _chunk(messages)
         if piece is None:
             break
         if piece.vector != name:
@@ -154,6 +155,14 @@ def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0
         got += values.size
     gate.close()
     return vector
+
+
+def _chunk(messages: Iterator[Any]) -> Piece | None:
+    """Returns the next chunk, or None at the end; raises Refused MESSAGE_INVALID for a second header."""
+    message = next(messages, None)
+    if message is not None and not isinstance(message, Piece):
+        raise Refused("MESSAGE_INVALID", message="stream: chunks follow its first message")
+    return message
 
 
 def _check_state(inspector: Inspector, name: str, offset: int, values: Vector, layout: Layout) -> None:

@@ -156,6 +156,11 @@ class Applier:
                 self._awaited.append((version, future))
         return future
 
+    def forget(self, future: "Future[None]") -> None:
+        """Ends what `reached` began, for a caller who waits no longer."""
+        with self.lock:
+            self._awaited = [(version, held) for version, held in self._awaited if held is not future]
+
     def state(self) -> State:
         """Returns a copy of weights and optimizer state. To be called under `lock`."""
         return self._store.state()
@@ -169,10 +174,11 @@ class Applier:
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
     ) -> None:
-        """Adds tensors and groups at the end of the layout. To be called under `lock`."""
-        self.machine.extend(tensors, groups)
-        self._store.extend(weights)
-        self._reservations.append(reservation)
+        """Adds tensors and groups at the end of the layout."""
+        with self._event():
+            self.machine.extend(tensors, groups)
+            self._store.extend(weights)
+            self._reservations.append(reservation)
 
     def end(self, refusal: Refused) -> None:
         """Ends the model: whoever waits, and whoever comes, gets `refusal`."""
@@ -195,7 +201,7 @@ class Applier:
         """Handles one event; a fault in carrying out its decisions ends the model, whose state is then unknown."""
         with self.lock:
             if self._ended:
-                raise self._ended
+                raise self._ended.with_traceback(None)  # else every raise would add to the one before
             yield
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:

@@ -12,9 +12,13 @@ from deltaserve_server.model import Async, Layout, Machine, Policy, Refused, Syn
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"
 _TENSOR_NAME_LENGTH = 256
+_SHOWN = 40
+"""Characters of a name in a text that tells of two."""
+
 _DIMENSIONS = 8
 _ELEMENTS = 1 << 48
 _MIN_WORKERS = 65_536
+_GROUPS = 4096
 
 
 def checked_name(field: str, name: str) -> str:
@@ -65,7 +69,8 @@ def _tensor(spec: pb.TensorSpec, group_count: int) -> Tensor:
         raise _shape_refused(spec, f"at most {_DIMENSIONS} dimensions")
     if any(length < 0 for length in spec.shape):
         raise _shape_refused(spec, "no negative dimension")
-    if prod(spec.shape) > _ELEMENTS:
+    # Without its zeros: clients cannot make an empty array either whose other dimensions are beyond all bounds.
+    if prod(filter(None, spec.shape)) > _ELEMENTS:
         raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
     if spec.data_type not in (pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_FLOAT32):
         raise Refused("DTYPE_UNSUPPORTED", tensor=spec.name, got=spec.data_type, allowed="DATA_TYPE_FLOAT32")
@@ -94,9 +99,20 @@ def to_hyperparameters(message: pb.Hyperparameters, unset: Hyperparameters) -> H
 
 
 def to_groups(
-    messages: Sequence[pb.Hyperparameters], unset: Sequence[Hyperparameters] = ()
+    messages: Sequence[pb.Hyperparameters], unset: Sequence[Hyperparameters] = (), count: int = 0
 ) -> tuple[Hyperparameters, ...]:
-    """Returns hyperparameters by group; `unset` has, by group, what stands where a message has nothing."""
+    """Returns hyperparameters by group.
+
+    Args:
+        messages: What came.
+        unset: By group, what stands where a message has nothing.
+        count: Groups before the first of these.
+
+    Raises:
+        Refused: HYPERPARAMETER_INVALID.
+    """
+    if count + len(messages) > _GROUPS:
+        raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"at most {_GROUPS} groups")
     defaults = [*unset, *[Hyperparameters()] * (len(messages) - len(unset))]
     return tuple(to_hyperparameters(message, default) for message, default in zip(messages, defaults, strict=False))
 
@@ -176,4 +192,5 @@ def difference(held: Machine, asked: Machine) -> str | None:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{tensor.name} {list(tensor.shape)} in group {tensor.group}"
+    name = tensor.name if len(tensor.name) <= _SHOWN else f"{tensor.name[:_SHOWN]}..."
+    return f"{name} {list(tensor.shape)} in group {tensor.group}"

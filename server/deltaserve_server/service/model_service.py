@@ -18,6 +18,9 @@ from deltaserve_server.service.registry import Registry
 CHUNK_ELEMENTS = 1 << 18
 """Elements of the chunks that the server sends: 1 MiB."""
 
+_UPDATES = (1 << 63) - 1
+"""Updates that a state may come with; those that follow must fit into the field too."""
+
 _PULL_STATE = StreamCodec(rpc.PullStateResponse)
 
 
@@ -60,6 +63,8 @@ class ModelServicer:
                 extended = not extension.present()
                 if extended:
                     applier.extend(extension.tensors, extension.groups, weights, reservation)
+                else:  # another caller was quicker
+                    reservation.release()
                 return rpc.ExtendModelResponse(extended=extended, position=applier.position)
         except BaseException:
             reservation.release()
@@ -91,12 +96,12 @@ class ModelServicer:
         names = admission.STATE_VECTORS if request.optimizer_state else admission.STATE_VECTORS[:1]
         with applier.lock:
             size = applier.machine.layout.size
-            reservation = self._registry.memory.reserve(size * ELEMENT_BYTES * 3)
             header = rpc.PullStateHeader(
                 config=convert.from_machine(applier.machine),
                 position=applier.position,
                 update_counts=applier.machine.update_counts,
             )
+            reservation = self._registry.memory.reserve(size * ELEMENT_BYTES * 3)
             state = applier.state()
         with reservation:
             yield _PULL_STATE.header(header)
@@ -111,8 +116,9 @@ class ModelServicer:
         layout = applier.machine.layout
         counts = list(header.update_counts) or [0] * len(layout.tensors)
         with self._registry.staged.reserve(layout.size * ELEMENT_BYTES * 3):
-            if len(counts) != len(layout.tensors):
-                raise Refused("PUSH_INVALID", field="update_counts", allowed=f"{len(layout.tensors)} numbers")
+            if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
+                allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
+                raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
             state = admission.admit_state(messages, layout)
             with applier.lock:
                 if applier.machine.layout is not layout:
@@ -130,13 +136,14 @@ class _Extension:
 
     def __init__(self, applier: Applier, header: rpc.ExtendModelHeader) -> None:
         self.machine = applier.machine
+        self._lock = applier.lock
         self._tensor_count, self._group_count = header.tensor_count, header.group_count
-        with applier.lock:
+        with self._lock:
             held = self.machine.layout
             if self._tensor_count > len(held.tensors) or self._group_count > len(self.machine.groups):
                 raise self._mismatch()
             base = held.tensors[: self._tensor_count]
-            self.groups = convert.to_groups(header.groups)
+            self.groups = convert.to_groups(header.groups, count=self._group_count)
             self.tensors = convert.to_tensors(
                 header.tensors,
                 self._group_count + len(self.groups),
@@ -146,13 +153,15 @@ class _Extension:
 
     def present(self) -> bool:
         """Whether the model already has these tensors and groups; raises Refused where it has others."""
-        tensors = self.machine.layout.tensors[self._tensor_count :]
-        groups = self.machine.groups[self._group_count :]
-        if not tensors and not groups:
-            return False
-        if tensors != self.tensors or groups != self.groups:
+        with self._lock:
+            tensors = self.machine.layout.tensors[self._tensor_count :]
+            groups = self.machine.groups[self._group_count :]
+        # Others may have added more since: an answer that was lost is still to be had.
+        if tensors[: len(self.tensors)] == self.tensors and groups[: len(self.groups)] == self.groups:
+            return True
+        if tensors or groups:
             raise self._mismatch()
-        return True
+        return False
 
     def _mismatch(self) -> Refused:
         tensors, groups = len(self.machine.layout.tensors), len(self.machine.groups)

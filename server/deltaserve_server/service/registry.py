@@ -14,6 +14,9 @@ from deltaserve_server.service.applier import Applier, model_bytes
 
 _log = logging.getLogger(__name__)
 
+_SERVICES = "deltaserve.v1."
+"""What the full names of our services begin with."""
+
 _TICK_SECONDS = 0.25
 _DRAIN_RETRY_SECONDS = 1.0
 
@@ -97,13 +100,13 @@ class Registry:
         try:
             weights = receive()
             with self._lock:
-                self.check_room()
                 held = self._models.get(machine.name)
                 if held is None:
+                    self.check_room()
                     store = self._make_store(weights, self.memory)
                     applier = Applier(machine, store, reservation, self.memory, self.incarnation)
                     self._models[machine.name] = applier
-                    self._health.set(machine.name, health_pb2.HealthCheckResponse.SERVING)
+                    self._tell_health(machine.name, health_pb2.HealthCheckResponse.SERVING)
                     _log.info("model %s created: %d elements", machine.name, machine.layout.size)
                     return applier, True
         except BaseException:
@@ -121,7 +124,7 @@ class Registry:
         with self._lock:
             applier = self.get(name)
             del self._models[name]
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            self._tell_health(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
         applier.end(Refused("MODEL_NOT_FOUND", model=name))
         _log.info("model %s deleted", name)
         return applier
@@ -156,6 +159,10 @@ class Registry:
         self._ticker.join()
         for applier in self.all():
             applier.end(Refused("DRAINING", _DRAIN_RETRY_SECONDS))
+
+    def _tell_health(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+        if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
+            self._health.set(name, status)
 
     def _tick(self) -> None:
         while not self._stopped.wait(_TICK_SECONDS):

@@ -97,7 +97,11 @@ class WorkerServicer:
         """The weights of the current version."""
         applier = self._registry.get(request.model)
         if request.HasField("wait_for_version"):
-            wait(context, applier.reached(request.wait_for_version))
+            reached = applier.reached(request.wait_for_version)
+            try:
+                wait(context, reached)
+            finally:
+                applier.forget(reached)
         with applier.reading() as (position, weights):
             not_modified = request.HasField("newer_than") and position.version <= request.newer_than
             count = 0 if not_modified else weights.size
@@ -129,12 +133,13 @@ class _Reception:
     """
 
     def __init__(self, registry: Registry, header: rpc.PushHeader) -> None:
-        registry.check_open()
         self._registry = registry
         self.applier = registry.get(header.model)
+        if not self.applier.waiting:  # while draining, a round that is under way is still finished
+            registry.check_open()
         with self.applier.lock:
             machine = self.applier.machine
-            self._push = _push(header, machine.groups)
+            self._push = _push(header, machine.groups, len(machine.layout.tensors))
             self._session = self.applier.check(self._push)
             self._layout = machine.layout
         _check_absent(header.absent_tensors, self._session.tensor_count)
@@ -161,10 +166,12 @@ class _Reception:
             raise
 
 
-def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters]) -> Push:
+def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_count: int) -> Push:
     """Returns the push that a header announces; `groups` has what its hyperparameters leave unset."""
     if len(header.hyperparameters) > len(groups):
         raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{len(groups)} groups")
+    if len(header.absent_tensors) > tensor_count:
+        raise _absent_refused(tensor_count)
     return Push(
         session_id=header.session_id,
         epoch=header.epoch,
@@ -179,8 +186,11 @@ def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
     """Raises Refused PUSH_INVALID for absent tensors that are not ascending indices of the session's tensors."""
     ascending = all(left < right for left, right in pairwise(indices))
     if not ascending or (indices and indices[-1] >= tensor_count):
-        allowed = f"ascending indices of {tensor_count} tensors"
-        raise Refused("PUSH_INVALID", field="absent_tensors", allowed=allowed)
+        raise _absent_refused(tensor_count)
+
+
+def _absent_refused(tensor_count: int) -> Refused:
+    return Refused("PUSH_INVALID", field="absent_tensors", allowed=f"ascending indices of {tensor_count} tensors")
 
 
 def _result(result: PushResult) -> rpc.PushResult:

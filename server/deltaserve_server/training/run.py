@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import TypeAlias
 
 import deltaserve
 from deltaserve_server.training.errors import WorkerError
@@ -19,6 +20,7 @@ from deltaserve_server.training.worker import Done, Failed, Job, Message, Progre
 LEAVE_SECONDS = 5.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Observer = Callable[[Progress], None]
+Pipe: TypeAlias = "Connection[Job, Message]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,29 +114,39 @@ def _outcome(recipe: Recipe, done: Sequence[Done], state: deltaserve.ModelState,
 
 def _work(jobs: Sequence[Job], observer: Observer) -> list[Done]:
     """Runs a process for each job until all are done. Whatever happens, none is left behind."""
-    processes: dict[Connection, SpawnProcess] = {}
+    processes: dict[Pipe, SpawnProcess] = {}
     try:
         with _environment(ONE_THREAD), _without_interrupts():
             for job in jobs:
-                pipe, process = _start(job)
+                pipe, process = _start(f"worker {job.worker}")
                 processes[pipe] = process
+        for job, (pipe, process) in zip(jobs, processes.items(), strict=True):
+            _send(job, pipe, process)
         return _follow(processes, observer)
     finally:
         _stop(processes)
 
 
-def _start(job: Job) -> tuple[Connection, SpawnProcess]:
+def _start(name: str) -> tuple[Pipe, SpawnProcess]:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=main, args=(job, theirs), name=f"worker {job.worker}", daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=main, args=(theirs,), name=name, daemon=True)
     process.start()
     # Ours is the only end left, so that a worker's death shows as the end of its pipe.
     theirs.close()
     return ours, process
 
 
-def _follow(processes: Mapping[Connection, SpawnProcess], observer: Observer) -> list[Done]:
-    done: dict[Connection, Done] = {}
+def _send(job: Job, pipe: Pipe, process: SpawnProcess) -> None:
+    """Sends a worker its job, which is too large for the arguments: `start` would hang if the worker died meanwhile."""
+    try:
+        pipe.send(job)
+    except (BrokenPipeError, ConnectionResetError):
+        raise _death(process) from None
+
+
+def _follow(processes: Mapping[Pipe, SpawnProcess], observer: Observer) -> list[Done]:
+    done: dict[Pipe, Done] = {}
     while len(done) < len(processes):
         ready = wait([pipe for pipe in processes if pipe not in done])
         for pipe in ready:
@@ -147,25 +159,28 @@ def _follow(processes: Mapping[Connection, SpawnProcess], observer: Observer) ->
     return list(done.values())
 
 
-def _receive(pipe: Connection, process: SpawnProcess) -> Progress | Done:
+def _receive(pipe: Pipe, process: SpawnProcess) -> Progress | Done:
     try:
-        message: Message = pipe.recv()
-    except EOFError:
-        raise WorkerError(f"{process.name} {_how_it_ended(process)}; the others were stopped") from None
+        message = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise _death(process) from None
     if isinstance(message, Failed):
         raise WorkerError(f"{process.name}: {message.text}")
     return message
 
 
-def _how_it_ended(process: SpawnProcess) -> str:
+def _death(process: SpawnProcess) -> WorkerError:
+    """Returns the error that tells how a worker ended which has not told so itself."""
     process.join(LEAVE_SECONDS)
     code = process.exitcode
     if code is not None and code < 0:
-        return f"was ended by signal {-code} ({signal.strsignal(-code)})"
-    return f"ended with exit status {code} before its work was done"
+        how = f"was ended by signal {-code} ({signal.strsignal(-code)})"
+    else:
+        how = f"ended with exit status {code} before its work was done"
+    return WorkerError(f"{process.name} {how}; the others were stopped")
 
 
-def _stop(processes: Mapping[Connection, SpawnProcess]) -> None:
+def _stop(processes: Mapping[Pipe, SpawnProcess]) -> None:
     """Asks those still running to leave, gives them time to close their sessions, kills the rest."""
     for process in processes.values():
         process.terminate()

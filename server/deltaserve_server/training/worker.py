@@ -85,7 +85,6 @@ class Done:
 class Failed:
     """A worker gave up; `text` is one line for the user."""
 
-    worker: int
     text: str
 
 
@@ -167,26 +166,37 @@ def train(job: Job, tell: Callable[[Message], None]) -> None:
     )
 
 
-def main(job: Job, pipe: Connection) -> None:
-    """Entry point of a worker's process. Exit status: 0 when the work is done, 1 when it failed."""
+def main(pipe: "Connection[Message, Job]") -> None:
+    """Entry point of a worker's process; its job comes over the pipe. Exit status: 0 if it is done, else 1."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
-        train(job, pipe.send)
-    except BrokenPipeError:
+        job = pipe.recv()
+        failure = _failure(job, pipe.send)
+        if failure is not None:
+            pipe.send(failure)
+            sys.exit(1)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The parent is gone, and with it whoever wanted to know.
         sys.exit(1)
-    except deltaserve.Error as error:
-        _fail(job, pipe, str(error) + _advice(job, error))
-    except Exception as error:
-        _fail(job, pipe, f"{type(error).__name__}: {error}")
     finally:
         # From here on this process ends by itself; a signal would only break into the interpreter's own end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _fail(job: Job, pipe: Connection, text: str) -> None:
-    pipe.send(Failed(worker=job.worker, text=" ".join(text.split())))
-    sys.exit(1)
+def _failure(job: Job, tell: Callable[[Message], None]) -> Failed | None:
+    """Does a job; returns what went wrong with it."""
+    try:
+        train(job, tell)
+    except deltaserve.Error as error:
+        text = str(error) + _advice(job, error)
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    else:
+        return None
+    return Failed(text=" ".join(text.split()))
 
 
 def _advice(job: Job, error: deltaserve.Error) -> str:

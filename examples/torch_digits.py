@@ -1,0 +1,54 @@
+"""Handwritten digits with torch, the optimizer on a server: three lines differ from a local `torch.optim.Adadelta`.
+
+    python examples/torch_digits.py [HOST:PORT]
+
+Several at a time with the same HOST:PORT (`deltaserve serve`) train one model together; without it, a server lives
+inside this process as long as the training.
+"""
+
+import sys
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from deltaserve.torch import RemoteAdadelta  # 1: was `from torch.optim import Adadelta`
+from deltaserve_server import LocalServer
+
+EPOCHS, BATCH = 10, 32
+
+
+def train(target: str) -> float:
+    """Trains against the server at `target`; returns the share of test images that is right."""
+    bunch = load_digits()
+    images, digits = torch.tensor(bunch.data / 16, dtype=torch.float32), torch.tensor(bunch.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, learn = order[:360], order[360:]
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    optimizer = RemoteAdadelta(model.parameters(), target, model="digits-torch", lr=1.0, rho=0.9)  # 2
+    for epoch in range(EPOCHS):
+        for rows in learn[torch.randperm(len(learn))].split(BATCH):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[rows]), digits[rows])
+            loss.backward()
+            optimizer.step()
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+    optimizer.close()  # 3
+
+    with torch.no_grad():
+        return float((model(images[test]).argmax(dim=1) == digits[test]).float().mean())
+
+
+def main() -> None:
+    """Trains against the server that is named, or against one of its own."""
+    if len(sys.argv) > 1:
+        accuracy = train(sys.argv[1])
+    else:
+        with LocalServer() as server:
+            accuracy = train(server.target)
+    print(f"test accuracy: {accuracy:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What numba makes of this room's functions, and what becomes of them where its cache is of no use."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import deltaserve_server.adadelta
+from deltaserve_server.adadelta import Hyperparameters, _compiled, cpu, values
+
+ROOM = Path(deltaserve_server.adadelta.__file__).parent
+
+# The room alone, without the package around it, prints what it computes.
+ALONE = """
+import sys, types
+package = types.ModuleType("deltaserve_server")
+package.__path__ = [{folder!r}]
+sys.modules["deltaserve_server"] = package
+"""
+COMPUTES = """
+import numpy as np
+from deltaserve_server.adadelta import Hyperparameters, cpu, values
+made = [np.zeros(3, np.float32) for _ in range(3)]
+cpu.update(np.ones(3, np.float32), 1, made[0], made[1], np.ones(3, np.float32), made[2], Hyperparameters())
+print(np.concatenate(made).tobytes().hex(), values.inspect(np.ones(3, np.float32), 0, 0))
+"""
+
+
+def run(code: str, folder: Path = ROOM.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-B", "-c", ALONE.format(folder=str(folder)) + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def expected() -> str:
+    made = [np.zeros(3, np.float32) for _ in range(3)]
+    cpu.update(np.ones(3, np.float32), 1, made[0], made[1], np.ones(3, np.float32), made[2], Hyperparameters())
+    return f"{np.concatenate(made).tobytes().hex()} {values.inspect(np.ones(3, np.float32), 0, 0)}\n"
+
+
+@functools.cache
+def assembly(function: Any, dispatcher: Any) -> str:
+    """Compiles anew: code from the cache has no assembly to look at."""
+    signature = dispatcher.nopython_signatures[0]
+    fresh: Any = numba.njit(signature, nogil=True, error_model="numpy")(function)
+    return str(fresh.inspect_asm(signature.args))
+
+
+@pytest.fixture
+def update_code() -> str:
+    code = assembly(cpu._update_range, cpu._update)
+    if "vfmadd" not in code:
+        pytest.skip("the names that are looked for are those of x86 with AVX2")
+    return code
+
+
+def test_update_is_vector_code_in_single_precision(update_code: str) -> None:
+    for instruction in (r"vsqrtps", r"vdivps", r"vfn?madd\d+ps"):
+        assert re.search(instruction + r"\s+.*%[yz]mm", update_code), instruction
+    assert not re.search(r"vsqrt[sp]d|vdiv[sp]d|vfn?m(add|sub)\d+[sp]d|vmul[sp]d", update_code)
+    assert "fmaf" not in update_code
+
+
+def test_products_are_fused_where_the_source_says_so_and_nowhere_else(update_code: str) -> None:
+    roots = len(re.findall(r"vsqrtps\s+.*%[yz]mm", update_code))
+    fused = len(re.findall(r"vfn?m(?:add|sub)\d+ps\s+.*%[yz]mm", update_code))
+    # To two roots there are three sums, and the decay's, which the loop may have in one of two versions.
+    assert roots % 2 == 0
+    assert 3 * roots // 2 < fused <= 4 * roots // 2
+
+
+@pytest.mark.usefixtures("update_code")
+def test_inspect_is_vector_code() -> None:
+    assert re.search(r"vpmul(lq|udq)\s+.*%[yz]mm", assembly(values._inspect_chunk, values._inspect))
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A cache that was just filled, and what the process that filled it said."""
+    folder = tmp_path_factory.mktemp("cache")
+    return folder, run(COMPUTES, NUMBA_CACHE_DIR=str(folder))
+
+
+def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    cache, first = first_run
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
+    assert len(files) == 6
+    second = run(COMPUTES + "\nprint(sum(cpu._update.stats.cache_hits.values()))", NUMBA_CACHE_DIR=str(cache))
+    assert (first.stdout, second.stdout) == (expected(), expected() + "1\n")
+    assert first.stderr == second.stderr == ""
+    assert files == {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
+
+
+@pytest.mark.parametrize(("kind", "damage"), [("nbi", b"\x80"), ("nbc", b"")])
+def test_a_damaged_cache_is_no_reason_not_to_start(
+    first_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, kind: str, damage: bytes
+) -> None:
+    cache = shutil.copytree(first_run[0], tmp_path / "cache")
+    for path in cache.rglob(f"*.{kind}"):
+        path.write_bytes(damage)
+    again = run(COMPUTES, NUMBA_CACHE_DIR=str(cache))
+    assert again.stdout == expected()
+    assert "cache is of no use" in again.stderr
+
+
+def test_no_folder_for_a_cache_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    """No folder can be made beside the code, as in a read-only image, nor in the home folder."""
+    shutil.copytree(ROOM, tmp_path / "adadelta", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "adadelta" / "__pycache__").write_bytes(b"")
+    nowhere = str(tmp_path / "adadelta" / "__pycache__")
+    made = run(COMPUTES, tmp_path, NUMBA_CACHE_DIR="", HOME=nowhere, XDG_CACHE_HOME=nowhere)
+    assert made.stdout == expected()
+    assert "cache is of no use" in made.stderr
+
+
+def test_a_fault_in_the_function_itself_is_raised() -> None:
+    with pytest.raises(numba.core.errors.NumbaError):
+        _compiled.compiled(_compiled.types.void(_compiled.types.float32), lambda x: x.no_such_attribute)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("adadelta", ["numba", "torch", "triton", "numpy", "deltaserve"]),
+        ("adadelta.reference", ["numba", "torch", "triton", "deltaserve"]),
+        ("adadelta.cpu", ["torch", "triton", "deltaserve"]),
+        ("adadelta.values", ["torch", "triton", "deltaserve"]),
+        ("adadelta.cuda", ["numba", "deltaserve"]),
+    ],
+)
+def test_what_a_module_does_not_import(module: str, absent: list[str]) -> None:
+    code = f"import deltaserve_server.{module}\nprint([name for name in {absent} if name in sys.modules])"
+    made = run(code)
+    assert made.stdout == "[]\n"
+
+
+def test_a_gradient_may_be_read_only_and_what_is_written_may_not() -> None:
+    def vector(writeable: bool = True) -> cpu.Vector:
+        made = np.ones(5, np.float32)
+        made.flags.writeable = writeable
+        return made
+
+    cpu.update(vector(False), 1, vector(), vector(), vector(False), vector(), Hyperparameters())
+    for read_only in (2, 3, 5):
+        arguments: list[Any] = [vector(), 1, vector(), vector(), vector(), vector(), Hyperparameters()]
+        arguments[read_only] = vector(False)
+        with pytest.raises(TypeError):
+            cpu.update(*arguments)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 4, 5])
+def test_wrong_vectors_are_refused_and_nothing_is_changed(place: int) -> None:
+    wrong: list[Any] = [np.ones(6, np.float32), np.ones(5), np.ones(10, np.float32)[::2], np.ones((5, 1), np.float32)]
+    for vector in wrong:
+        good = [np.full(5, 2, np.float32) for _ in range(5)]
+        arguments: list[Any] = [good[0], 1, *good[1:], Hyperparameters()]
+        arguments[place] = vector
+        with pytest.raises((TypeError, ValueError)):
+            cpu.update(*arguments)
+        assert all((unchanged == 2).all() for unchanged in good)
+        assert (vector == 1).all()

@@ -1,0 +1,40 @@
+"""Makes the interpreter of older Triton releases compute as their compiler does, so that bits can be compared.
+
+Up to 3.8 the interpreter rounds a fused multiply-add twice, and takes a denormal Python float for a float64.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+
+
+def correct(patch: pytest.MonkeyPatch) -> None:
+    """Puts the exact operations in place of the interpreter's for as long as `patch` holds."""
+    converted = interpreter._implicit_cvt
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return converted(argument)
+
+    def create_fma(_builder: Any, x: Any, y: Any, z: Any) -> Any:
+        return interpreter.TensorHandle(_fused(*np.broadcast_arrays(x.data, y.data, z.data)), z.dtype.scalar)
+
+    patch.setattr(interpreter, "_implicit_cvt", convert)
+    patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+
+
+def _fused(x: NDArray[np.float32], y: NDArray[np.float32], z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x * y + z, rounded once: the sum in float64 is rounded to odd, which the last rounding cannot see."""
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    with np.errstate(all="ignore"):
+        total = product + addend
+        rest = total - product
+        error = (product - (total - rest)) + (addend - rest)
+        even = (total.view(np.int64) & 1) == 0
+        toward = np.nextafter(total, np.copysign(np.inf, error))
+        return np.where(np.isfinite(total) & (error != 0) & even, toward, total).astype(np.float32)
