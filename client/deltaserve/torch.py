@@ -138,7 +138,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
             if self._worker:
                 self._extend(index)
         except BaseException:
-            self.param_groups.pop()
+            for param in self.param_groups.pop()["params"]:
+                self._names.pop(param, None)
             raise
         if self._worker:
             self._worker.close()

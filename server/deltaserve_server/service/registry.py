@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from grpc_health.v1 import health, health_pb2
 
@@ -167,4 +168,5 @@ class Registry:
     def _tick(self) -> None:
         while not self._stopped.wait(_TICK_SECONDS):
             for applier in self.all():
-                applier.expire()
+                with suppress(Refused):  # a fault has ended this model, and is in the log; the others go on
+                    applier.expire()

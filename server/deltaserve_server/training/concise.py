@@ -1,7 +1,5 @@
 """A worker in torch: the book's concise recipe with `RemoteAdadelta` in the place of `torch.optim.Adadelta`."""
 
-import os
-import secrets
 from typing import Self
 
 import numpy as np
@@ -9,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import deltaserve
 from deltaserve.torch import RemoteAdadelta
 from deltaserve_server.training.batches import Share
 from deltaserve_server.training.data import Examples
@@ -28,22 +25,19 @@ class TorchLearner:
         nn.init.normal_(self._net.weight, std=0.01)
         # The sum over a share, divided by Share.divisor, is nn.MSELoss() of the batch that all workers make together.
         self._loss = nn.MSELoss(reduction="sum")
-        name = f"torch-{os.getpid()}-{secrets.token_hex(4)}"
         self._optimizer = RemoteAdadelta(
             self._net.parameters(),
             seat.target,
             model=seat.model,
             rho=0.9,
             policy=seat.policy,
-            worker=name,
             timeout_seconds=seat.timeout_seconds,
         )
-        self._rank = _rank(seat, name)
 
     @property
     def rank(self) -> int:
         """The session's rank."""
-        return self._rank
+        return self._optimizer.rank
 
     @property
     def weights(self) -> Weights:
@@ -63,13 +57,6 @@ class TorchLearner:
 
     def __exit__(self, *failure: object) -> None:
         self._optimizer.close()
-
-
-def _rank(seat: Seat, worker: str) -> int:
-    """Asks for a worker's rank, which the optimizer does not tell."""
-    with deltaserve.connect(seat.target, timeout_seconds=seat.timeout_seconds) as client:
-        sessions = client.model(seat.model).info().sessions
-    return next(session.rank for session in sessions if session.worker == worker)
 
 
 def _array(parameter: nn.Parameter) -> NDArray[np.float32]:
