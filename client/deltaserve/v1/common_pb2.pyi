@@ -77,7 +77,16 @@ global___TensorSpec = TensorSpec
 
 @typing.final
 class Hyperparameters(google.protobuf.message.Message):
-    """Adadelta's hyperparameters (Zeiler, 2012, arXiv:1212.5701), named and defaulted as in torch.optim.Adadelta."""
+    """Adadelta's hyperparameters (Zeiler, 2012, arXiv:1212.5701), named and defaulted as in torch.optim.Adadelta. For each
+    element with gradient g and weight w, in float32:
+
+        if maximize: g = -g
+        g          = g + weight_decay * w
+        square_avg = rho * square_avg + (1 - rho) * g * g
+        delta      = sqrt(acc_delta + eps) / sqrt(square_avg + eps) * g
+        acc_delta  = rho * acc_delta + (1 - rho) * delta * delta
+        w          = w - lr * delta
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -91,7 +100,7 @@ class Hyperparameters(google.protobuf.message.Message):
     rho: builtins.float
     """Decay of both leaky averages, in [0, 1]. Unset means 0.9."""
     eps: builtins.float
-    """Added to both averages before their square root, > 0 and finite. Unset means 1e-6."""
+    """Added to both averages before their square root, > 0 and finite, in float32 too. Unset means 1e-6."""
     weight_decay: builtins.float
     """L2 penalty: weight_decay times the weights is added to the gradient, >= 0 and finite. Unset means 0."""
     maximize: builtins.bool
@@ -122,14 +131,18 @@ global___Hyperparameters = Hyperparameters
 
 @typing.final
 class SyncPolicy(google.protobuf.message.Message):
-    """A round closes when every live session has pushed for it; its update takes the mean of the pushes."""
+    """A round closes when every session that belongs to it has pushed, and there are at least min_workers pushes; its
+    update takes the mean. Until then Step and StreamStep do not answer; below min_workers they wait without end, so give
+    them a deadline. A session leaves a round when it is closed or its lease runs out, so a worker that dies keeps the
+    others waiting for at most a lease.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MIN_WORKERS_FIELD_NUMBER: builtins.int
     min_workers: builtins.int
-    """A round needs at least this many pushes to close, >= 1. Until so many workers are live, those who open a session
-    join the round that is under way. Unset means 1.
+    """A round needs at least this many pushes to close, 1 to 65536. Until so many workers are live, those who open a
+    session join the round that is under way. Unset means 1.
     """
     def __init__(
         self,
@@ -144,7 +157,7 @@ global___SyncPolicy = SyncPolicy
 
 @typing.final
 class AsyncPolicy(google.protobuf.message.Message):
-    """Every push is an update at once."""
+    """Every push is an update at once, however old the weights are that it was computed on."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -225,10 +238,13 @@ class ModelPosition(google.protobuf.message.Message):
     DURABLE_VERSION_FIELD_NUMBER: builtins.int
     incarnation: builtins.str
     """32 hexadecimal digits, chosen anew by each start of the server process. Within one incarnation a model's version
-    never goes back.
+    never goes back. A new incarnation has lost all sessions, and of each model what lay beyond durable_version: where
+    a model is not found any more, create it again with weights that a worker holds.
     """
     version: builtins.int
-    """The current version: one more with every update (and every PutState). Starts at 0."""
+    """The current version: one more with every update and with every PutState, and where a round that lacks workers takes
+    in those who wait for the next. Starts at 0.
+    """
     durable_version: builtins.int
     """The newest version that would survive the death of the server process. Unset means that none would."""
     def __init__(
@@ -246,7 +262,9 @@ global___ModelPosition = ModelPosition
 
 @typing.final
 class Chunk(google.protobuf.message.Message):
-    """A piece of a flat vector. The chunks of a vector come in order, without gap or overlap."""
+    """A piece of a flat vector. The chunks of a vector come in order, without gap or overlap; they may reach across
+    tensors. The server's own are of 1 MiB.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

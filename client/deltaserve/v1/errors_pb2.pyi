@@ -3,7 +3,12 @@
 isort:skip_file
 Why a request was refused. Every error of this service carries google.rpc.ErrorInfo with domain "deltaserve.dev", the
 reason (a name below without its prefix) and the metadata keys listed with it; all values are decimal numbers or
-short text. A refused request has changed nothing. An error without ErrorInfo comes from the transport.
+short text. A refused request has changed nothing, and leaves its sequence number free. One exception: a push that
+was accepted and waits for its round may end with DRAINING or MODEL_NOT_FOUND.
+
+An error without ErrorInfo comes from the transport. After UNAVAILABLE, DEADLINE_EXCEEDED and CANCELLED the outcome
+is not known: send the same request again, a push with the same sequence number. RESOURCE_EXHAUSTED then means a
+message above Limits.message_bytes: do not repeat it.
 """
 
 import builtins
@@ -32,7 +37,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_NAME_INVALID: _ErrorReason.ValueType  # 2
     """INVALID_ARGUMENT {field, allowed}: a name has a character or a length that is not allowed, or stands twice."""
     ERROR_REASON_SHAPE_INVALID: _ErrorReason.ValueType  # 3
-    """INVALID_ARGUMENT {tensor, shape, allowed}: a dimension is negative, there are too many, or the product is too large."""
+    """INVALID_ARGUMENT {tensor, shape, allowed}: a dimension is negative, there are too many, or the product is too
+    large.
+    """
     ERROR_REASON_DTYPE_UNSUPPORTED: _ErrorReason.ValueType  # 4
     """INVALID_ARGUMENT {tensor, got, allowed}: an element type that the server does not take."""
     ERROR_REASON_HYPERPARAMETER_INVALID: _ErrorReason.ValueType  # 5
@@ -41,34 +48,43 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """INVALID_ARGUMENT {field, allowed}: a policy's setting is out of range, or a lease is."""
     ERROR_REASON_CHUNK_SEQUENCE: _ErrorReason.ValueType  # 7
     """INVALID_ARGUMENT {expected, got}: a chunk is out of order, overlaps, leaves a gap, goes beyond the end, or does not
-    hold whole elements. Offsets in elements.
+    hold whole elements. Both values are text with its unit.
     """
     ERROR_REASON_PUSH_INCOMPLETE: _ErrorReason.ValueType  # 8
     """INVALID_ARGUMENT {expected, got}: the stream ended before the last chunk. In elements."""
     ERROR_REASON_VALUE_NOT_FINITE: _ErrorReason.ValueType  # 9
-    """INVALID_ARGUMENT {tensor, index}: a NaN or an infinity."""
+    """INVALID_ARGUMENT {tensor, index}: a NaN or an infinity. The index counts within the tensor, row-major."""
     ERROR_REASON_VALUE_TOO_LARGE: _ErrorReason.ValueType  # 10
-    """INVALID_ARGUMENT {tensor, index}: a magnitude whose square is not finite in float32."""
+    """INVALID_ARGUMENT {tensor, index}: a magnitude whose square is not finite in float32. Index as above."""
     ERROR_REASON_PUSH_INVALID: _ErrorReason.ValueType  # 11
     """INVALID_ARGUMENT {field, allowed}: a part of a push or of a state does not fit the model."""
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 12
-    """NOT_FOUND {model}: no model of this name."""
+    """NOT_FOUND {model}: no model of this name. Also ends the calls that wait when a model is deleted."""
     ERROR_REASON_MODEL_MISMATCH: _ErrorReason.ValueType  # 13
-    """ALREADY_EXISTS {model, difference}: a model of this name has another layout, other hyperparameters or another policy."""
+    """ALREADY_EXISTS {model, difference}: a model of this name has another layout, other hyperparameters or another
+    policy.
+    """
     ERROR_REASON_SESSION_UNKNOWN: _ErrorReason.ValueType  # 14
-    """FAILED_PRECONDITION {worker}: no such session: never opened here, closed, or its lease ran out."""
+    """FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
+    first_version, and number from 1. A push of the old session that was accepted counts: do not send it again.
+    """
     ERROR_REASON_SESSION_FENCED: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over."""
+    """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""
     ERROR_REASON_SEQUENCE_GAP: _ErrorReason.ValueType  # 16
     """FAILED_PRECONDITION {expected, got}: a sequence number was left out."""
     ERROR_REASON_SEQUENCE_REUSED: _ErrorReason.ValueType  # 17
-    """ALREADY_EXISTS {sequence}: the number was used for other content."""
+    """ALREADY_EXISTS {sequence}: the number was used for other values of the gradient. The rest of the header is not
+    compared, nor is anything beyond the last 8 pushes.
+    """
     ERROR_REASON_ROUND_CLOSED: _ErrorReason.ValueType  # 18
-    """FAILED_PRECONDITION {base, current}: the push was computed on weights older than the round that is open. Pull,
-    compute again, push.
+    """FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round. `current` is the
+    version that it is to be computed on, which may lie one ahead of the model's: pull with wait_for_version set to it,
+    compute again, push with the same sequence number.
     """
     ERROR_REASON_HYPERPARAMETER_CONFLICT: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters."""
+    """FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters; the first that
+    carries any decides. Send again with those of `round`, or with none.
+    """
     ERROR_REASON_MEMORY_BUDGET: _ErrorReason.ValueType  # 20
     """RESOURCE_EXHAUSTED {needed, available}: the memory budget does not hold it. In bytes."""
     ERROR_REASON_SESSION_LIMIT: _ErrorReason.ValueType  # 21
@@ -76,7 +92,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_MODEL_LIMIT: _ErrorReason.ValueType  # 22
     """RESOURCE_EXHAUSTED {limit}: too many models."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 23
-    """UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo."""
+    """UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows may have lost the
+    session.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
 
@@ -90,7 +108,9 @@ ERROR_REASON_MESSAGE_INVALID: ErrorReason.ValueType  # 1
 ERROR_REASON_NAME_INVALID: ErrorReason.ValueType  # 2
 """INVALID_ARGUMENT {field, allowed}: a name has a character or a length that is not allowed, or stands twice."""
 ERROR_REASON_SHAPE_INVALID: ErrorReason.ValueType  # 3
-"""INVALID_ARGUMENT {tensor, shape, allowed}: a dimension is negative, there are too many, or the product is too large."""
+"""INVALID_ARGUMENT {tensor, shape, allowed}: a dimension is negative, there are too many, or the product is too
+large.
+"""
 ERROR_REASON_DTYPE_UNSUPPORTED: ErrorReason.ValueType  # 4
 """INVALID_ARGUMENT {tensor, got, allowed}: an element type that the server does not take."""
 ERROR_REASON_HYPERPARAMETER_INVALID: ErrorReason.ValueType  # 5
@@ -99,34 +119,43 @@ ERROR_REASON_POLICY_INVALID: ErrorReason.ValueType  # 6
 """INVALID_ARGUMENT {field, allowed}: a policy's setting is out of range, or a lease is."""
 ERROR_REASON_CHUNK_SEQUENCE: ErrorReason.ValueType  # 7
 """INVALID_ARGUMENT {expected, got}: a chunk is out of order, overlaps, leaves a gap, goes beyond the end, or does not
-hold whole elements. Offsets in elements.
+hold whole elements. Both values are text with its unit.
 """
 ERROR_REASON_PUSH_INCOMPLETE: ErrorReason.ValueType  # 8
 """INVALID_ARGUMENT {expected, got}: the stream ended before the last chunk. In elements."""
 ERROR_REASON_VALUE_NOT_FINITE: ErrorReason.ValueType  # 9
-"""INVALID_ARGUMENT {tensor, index}: a NaN or an infinity."""
+"""INVALID_ARGUMENT {tensor, index}: a NaN or an infinity. The index counts within the tensor, row-major."""
 ERROR_REASON_VALUE_TOO_LARGE: ErrorReason.ValueType  # 10
-"""INVALID_ARGUMENT {tensor, index}: a magnitude whose square is not finite in float32."""
+"""INVALID_ARGUMENT {tensor, index}: a magnitude whose square is not finite in float32. Index as above."""
 ERROR_REASON_PUSH_INVALID: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT {field, allowed}: a part of a push or of a state does not fit the model."""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 12
-"""NOT_FOUND {model}: no model of this name."""
+"""NOT_FOUND {model}: no model of this name. Also ends the calls that wait when a model is deleted."""
 ERROR_REASON_MODEL_MISMATCH: ErrorReason.ValueType  # 13
-"""ALREADY_EXISTS {model, difference}: a model of this name has another layout, other hyperparameters or another policy."""
+"""ALREADY_EXISTS {model, difference}: a model of this name has another layout, other hyperparameters or another
+policy.
+"""
 ERROR_REASON_SESSION_UNKNOWN: ErrorReason.ValueType  # 14
-"""FAILED_PRECONDITION {worker}: no such session: never opened here, closed, or its lease ran out."""
+"""FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
+first_version, and number from 1. A push of the old session that was accepted counts: do not send it again.
+"""
 ERROR_REASON_SESSION_FENCED: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over."""
+"""FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""
 ERROR_REASON_SEQUENCE_GAP: ErrorReason.ValueType  # 16
 """FAILED_PRECONDITION {expected, got}: a sequence number was left out."""
 ERROR_REASON_SEQUENCE_REUSED: ErrorReason.ValueType  # 17
-"""ALREADY_EXISTS {sequence}: the number was used for other content."""
+"""ALREADY_EXISTS {sequence}: the number was used for other values of the gradient. The rest of the header is not
+compared, nor is anything beyond the last 8 pushes.
+"""
 ERROR_REASON_ROUND_CLOSED: ErrorReason.ValueType  # 18
-"""FAILED_PRECONDITION {base, current}: the push was computed on weights older than the round that is open. Pull,
-compute again, push.
+"""FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round. `current` is the
+version that it is to be computed on, which may lie one ahead of the model's: pull with wait_for_version set to it,
+compute again, push with the same sequence number.
 """
 ERROR_REASON_HYPERPARAMETER_CONFLICT: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters."""
+"""FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters; the first that
+carries any decides. Send again with those of `round`, or with none.
+"""
 ERROR_REASON_MEMORY_BUDGET: ErrorReason.ValueType  # 20
 """RESOURCE_EXHAUSTED {needed, available}: the memory budget does not hold it. In bytes."""
 ERROR_REASON_SESSION_LIMIT: ErrorReason.ValueType  # 21
@@ -134,7 +163,9 @@ ERROR_REASON_SESSION_LIMIT: ErrorReason.ValueType  # 21
 ERROR_REASON_MODEL_LIMIT: ErrorReason.ValueType  # 22
 """RESOURCE_EXHAUSTED {limit}: too many models."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 23
-"""UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo."""
+"""UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows may have lost the
+session.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
 global___ErrorReason = ErrorReason

@@ -196,7 +196,7 @@ class SessionInfo(google.protobuf.message.Message):
     last_sequence: builtins.int
     """Last sequence number that was accepted; 0 before the first."""
     lease_left_seconds: builtins.float
-    """Seconds until the lease runs out."""
+    """Seconds until the lease runs out; it is not counted while `waiting`."""
     waiting: builtins.bool
     """Whether a push of this session waits for its round."""
     def __init__(

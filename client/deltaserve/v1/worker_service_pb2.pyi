@@ -66,7 +66,8 @@ class OpenSessionResponse(google.protobuf.message.Message):
     """The lease that was granted, in seconds."""
     first_version: builtins.int
     """The version whose weights the first push is to be computed on (or a newer one). It may lie one ahead of the current
-    version, where a round is under way: pull with wait_for_version set to it.
+    version, where a round is under way: pull with wait_for_version set to it, within the lease. An older base is
+    refused with ROUND_CLOSED.
     """
     tensor_count: builtins.int
     """Number of tensors in the layout as this session knows it; its pushes hold those."""
@@ -220,18 +221,21 @@ class PushHeader(google.protobuf.message.Message):
     sequence: builtins.int
     """1 for the session's first push, then one more each time."""
     base_version: builtins.int
-    """The version of the weights that the gradient was computed on, at most the current one. Unset means the current one."""
+    """The version of the weights that the gradient was computed on, at most the current one. Under SyncPolicy that of the
+    open round, or a newer one. Set it always; unset means the current one.
+    """
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
         """Hyperparameters for the update that this push becomes part of, one entry per group, unset fields as the model has
-        them; empty means the model's own. All pushes of a round that carry them must carry the same.
+        them; empty means the model's own. All pushes of a round that carry them must carry the same; an entry without any
+        field carries the model's.
         """
 
     @property
     def absent_tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Indices of tensors that have no gradient in this push, ascending. Their elements are left out: the offset of the
-        next chunk lies beyond them, and no chunk reaches across. A tensor absent in all pushes of an update keeps its
-        weights and optimizer state; absent in some, it counts as zero there.
+        next chunk lies beyond them, and no chunk reaches across. All may be absent: the push counts. A tensor absent in
+        all pushes of an update keeps its weights and optimizer state; absent in some, it counts as zero there.
         """
 
     def __init__(
@@ -267,8 +271,8 @@ class PushResult(google.protobuf.message.Message):
     duplicate: builtins.bool
     """The push had been applied before; this is its first result."""
     staleness: builtins.int
-    """How many versions the weights had moved on between the push's base and its update; 0 in a synchronous round, but for
-    a PutState in between. Unset for a duplicate beyond the last 8 pushes.
+    """How many versions the weights had moved on between the push's base and its update; 0 in a synchronous round, but
+    for a PutState in between. Unset for a duplicate beyond the last 8 pushes.
     """
     contributors: builtins.int
     """How many pushes made the update. Unset for a duplicate beyond the last 8 pushes."""
@@ -478,7 +482,7 @@ class PullHeader(google.protobuf.message.Message):
     not_modified: builtins.bool
     """No weights follow: the model is not newer than asked."""
     element_count: builtins.int
-    """Number of elements that follow in all."""
+    """Number of elements that follow in all: every tensor of the model, also those that came after a session was opened."""
     @property
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
         """Where the model stands: position.version is the version of the weights that follow."""
