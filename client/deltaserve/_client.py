@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from deltaserve._connection import Connection
 from deltaserve._flat import contiguous
-from deltaserve._model import Model, from_info, tensor_specs, weight_messages
+from deltaserve._model import Model, tensor_specs, weight_messages
 from deltaserve._types import (
     Async,
     Hyperparameters,
@@ -72,7 +72,7 @@ class Client:
             RequestError: There is none of this name.
         """
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
-        return from_info(self._connection, info, created=False)
+        return Model(self._connection, name, info.tensors, info.groups, info.policy, created=False)
 
     def create_model(
         self,
@@ -111,16 +111,18 @@ class Client:
         """
         arrays = {key: contiguous(value) for key, value in tensors.items()}
         one = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        specs = tensor_specs(arrays, group_of)
         config = common_pb2.ModelConfig(
             name=name,
-            tensors=from_tensors(tensor_specs(arrays, group_of)),
+            tensors=from_tensors(specs),
             groups=[group._to_proto() for group in (groups if groups is not None else (one,))],
             policy=from_policy(Async() if policy is None else policy),
         )
         kind = model_service_pb2.CreateModelRequest
         answer = self._connection.send("CreateModel", lambda: weight_messages(kind, config, list(arrays.values())))
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
-        return from_info(self._connection, info, created=answer.created)
+        known = info.groups[: len(config.groups)]  # others may have extended it since
+        return Model(self._connection, name, specs, known, info.policy, answer.created)
 
     def delete_model(self, name: str) -> None:
         """Forgets a model; its workers' next calls fail.

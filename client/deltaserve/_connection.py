@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from deltaserve._codec import Piece, StreamCodec
-from deltaserve._errors import Error, UnavailableError, from_call
+from deltaserve._errors import Error, from_call
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ class Connection:
                 return attempt(max(deadline - monotonic(), 0.001))
             except grpc.RpcError as failed:
                 error, wait_seconds = from_call(failed, self.target, budget)
-                most = min(_BACKOFF_FIRST_SECONDS * 2**tries, _BACKOFF_MOST_SECONDS)
+                most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
                 delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
                 if wait_seconds is None or monotonic() + delay >= deadline:
                     raise error from None
@@ -182,6 +182,6 @@ def incarnation(connection: Connection) -> str | None:
     """Returns the server's incarnation, or None where it does not say."""
     try:
         info = connection.call("GetServerInfo", system_service_pb2.GetServerInfoRequest(), timeout_seconds=5.0)
-    except (Error, UnavailableError):
+    except Error:
         return None
     return str(info.incarnation)

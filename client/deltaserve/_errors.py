@@ -91,10 +91,10 @@ TABLE: Mapping[str, Row] = {
         _INVALID, RequestError, "value in tensor {tensor} at element {index} is too large: its square is not finite"
     ),
     "PUSH_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
-    "MODEL_NOT_FOUND": Row(grpc.StatusCode.NOT_FOUND, RequestError, "no model named {model}"),
+    "MODEL_NOT_FOUND": Row(grpc.StatusCode.NOT_FOUND, RequestError, "no model is named '{model}'"),
     "MODEL_MISMATCH": Row(_EXISTS, ConflictError, "model {model} exists and differs: {difference}"),
     "SESSION_UNKNOWN": Row(
-        _PRECONDITION, SessionError, "the session of worker {worker} is closed or its lease ran out: open a new one"
+        _PRECONDITION, SessionError, "there is no such session: it was closed, or its lease ran out; open a new one"
     ),
     "SESSION_FENCED": Row(
         _PRECONDITION,
@@ -107,7 +107,7 @@ TABLE: Mapping[str, Row] = {
     "ROUND_CLOSED": Row(
         _PRECONDITION,
         ConflictError,
-        "the gradient is of version {base}, the open round is of version {current}: pull, compute again, push",
+        "the gradient is of version {base}, its round is of version {current}: pull that, compute again, push",
     ),
     "HYPERPARAMETER_CONFLICT": Row(
         _PRECONDITION, ConflictError, "{field}: other workers push {round} in this round, got {got}"

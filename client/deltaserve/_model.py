@@ -74,7 +74,7 @@ class Model:
             RequestError: The name or the lease is not allowed, or the model is gone.
             UnavailableError: The server has its number of sessions.
         """
-        return Worker(self._connection, self.name, name or worker_name(), lease_seconds)
+        return Worker(self._connection, self.name, name or worker_name(), lease_seconds, self.tensors, len(self.groups))
 
     def pull_state(self, optimizer_state: bool = True) -> ModelState:
         """Returns the model's numbers, all of one version.
@@ -155,11 +155,6 @@ class Model:
             if arrays[-1].shape != spec.shape:
                 raise ValueError(f"{what}: tensor {spec.name} has shape {arrays[-1].shape}, not {spec.shape}")
         return arrays
-
-
-def from_info(connection: Connection, info: ModelInfo, *, created: bool) -> Model:
-    """Returns the model that the server told of."""
-    return Model(connection, info.name, info.tensors, info.groups, info.policy, created)
 
 
 def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None) -> tuple[TensorSpec, ...]:

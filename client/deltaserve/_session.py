@@ -22,16 +22,32 @@ class Session:
         model: The model's name.
         worker: The worker's name.
         lease_seconds: None means the server's default.
+        tensor_count: How many of the model's tensors the worker knows.
+        group_count: How many of its groups.
 
     Attributes:
         opened: What the server answered.
         id: What names the session in every request.
     """
 
-    def __init__(self, connection: Connection, model: str, worker: str, lease_seconds: float | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        model: str,
+        worker: str,
+        lease_seconds: float | None,
+        tensor_count: int,
+        group_count: int,
+    ) -> None:
         self._connection = connection
         self._worker = worker
-        request = rpc.OpenSessionRequest(model=model, worker=worker, lease_seconds=lease_seconds)
+        request = rpc.OpenSessionRequest(
+            model=model,
+            worker=worker,
+            lease_seconds=lease_seconds,
+            tensor_count=tensor_count,
+            group_count=group_count,
+        )
         self.opened: rpc.OpenSessionResponse = connection.call("OpenSession", request)
         self.id: dict[str, Any] = {
             "model": model,

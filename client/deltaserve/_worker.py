@@ -14,8 +14,8 @@ from deltaserve._connection import Connection, incarnation
 from deltaserve._errors import ConflictError, Error, StateLostError
 from deltaserve._flat import ELEMENT_BYTES, FlatVector, contiguous
 from deltaserve._session import Session
-from deltaserve._types import Array, Hyperparameters, StepResult, TensorSpec, to_step_result, to_tensors
-from deltaserve.v1 import common_pb2, model_service_pb2
+from deltaserve._types import Array, Hyperparameters, StepResult, TensorSpec, to_step_result
+from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
@@ -37,21 +37,30 @@ class Worker:
         last_result: What became of the last push; None before the first.
     """
 
-    def __init__(self, connection: Connection, model: str, name: str, lease_seconds: float | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        model: str,
+        name: str,
+        lease_seconds: float | None,
+        tensors: tuple[TensorSpec, ...],
+        group_count: int,
+    ) -> None:
         self._connection = connection
         self._model = model
         self.name = name
-        self._session = Session(connection, model, name, lease_seconds)
+        self._session = Session(connection, model, name, lease_seconds, len(tensors), group_count)
         # Before anything can fail: a session without an owner would be renewed for as long as the process lives.
         self._finalize = weakref.finalize(self, self._session.close)
         opened = self._session.opened
         self.rank: int = opened.rank
-        self.tensors = self._layout(opened.tensor_count)
+        self.tensors = tensors
         self.last_result: StepResult | None = None
         self._position = opened.position
         self._first_version = opened.first_version
         self._sequence = 1
         self._sent = False
+        self._torn = False
         self._own: dict[str, Array] | None = None
         self._version: int | None = None
 
@@ -63,7 +72,7 @@ class Worker:
     @property
     def weights(self) -> dict[str, Array]:
         """The newest weights by tensor name, in the worker's own memory: the next `pull` or `step` writes over them."""
-        if self._own is None:
+        if self._own is None or self._torn:
             self.pull()
         return dict(self._own or {})
 
@@ -103,7 +112,8 @@ class Worker:
             ValueError: A tensor is missing, unknown or has another shape.
             TypeError: A gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
-            ConflictError: Workers of one round pushed different hyperparameters, or the round closed meanwhile.
+            ConflictError: Workers of one round pushed different hyperparameters, or the gradient is of weights that are
+                too old, or that arrived in part only; those are whole again now: compute it again.
             SessionError: The session is over.
             StateLostError: The server was restarted without the model.
             UnavailableError: The server was not reached, or the round did not close, within the timeout.
@@ -113,14 +123,19 @@ class Worker:
         pushed, absent = self._gradients(gradients)
         arrays = self._memory(out)
         target = FlatVector(list(arrays.values()))
-        sent_before = self._sent
+        sent, torn, base = self._sent, self._torn, self._version
+        if torn and not sent:
+            self._pull(target, None)
+            raise ConflictError(self._torn_text())
         try:
-            self._push(pushed, absent, hyperparameters, target)
+            self._push(self._header(absent, hyperparameters, base), pushed, absent, target)
         except ConflictError as error:
-            if error.reason != "SEQUENCE_REUSED" or not sent_before:
+            if error.reason != "SEQUENCE_REUSED" or not sent:
                 raise
             self._skip_accepted(target)
-            self._push(pushed, absent, hyperparameters, target)
+            if torn:
+                raise ConflictError(self._torn_text()) from None
+            self._push(self._header(absent, hyperparameters, base), pushed, absent, target)
         return arrays
 
     def close(self) -> None:
@@ -155,23 +170,18 @@ class Worker:
             arrays.append(contiguous(gradient))
         return FlatVector(arrays), absent
 
-    def _header(self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None) -> rpc.PushHeader:
+    def _header(
+        self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, base_version: int | None
+    ) -> rpc.PushHeader:
         return rpc.PushHeader(
             **self._session.id,
             sequence=self._sequence,
-            base_version=self._version,
+            base_version=base_version,
             absent_tensors=absent,
             hyperparameters=[group._to_proto() for group in hyperparameters or ()],
         )
 
-    def _push(
-        self,
-        pushed: FlatVector,
-        absent: list[int],
-        hyperparameters: Sequence[Hyperparameters] | None,
-        target: FlatVector,
-    ) -> None:
-        header = self._header(absent, hyperparameters)
+    def _push(self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector) -> None:
         unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
         # From here on an interrupt, or the refusal of a second attempt, says nothing of what became of the first.
         self._sent = True
@@ -206,7 +216,7 @@ class Worker:
 
         def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
             self._check(answer.position)
-            _write(pieces, target)
+            self._write(pieces, target)
             return answer.result, answer.position
 
         return self._connection.receive("StreamStep", messages, take)
@@ -218,7 +228,7 @@ class Worker:
 
         def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
             self._check(header.position)
-            _write(pieces, target)
+            self._write(pieces, target)
             return header.position
 
         try:
@@ -247,6 +257,19 @@ class Worker:
         """Takes note of the version that the weights now have."""
         self._position = position
         self._version = position.version
+        self._torn = False
+
+    def _write(self, pieces: Iterable[Piece], target: FlatVector) -> None:
+        """Writes weights; until the last of them is here they are of two versions."""
+        self._torn = True
+        for piece in pieces:
+            target.write(piece.offset, piece.data)
+
+    def _torn_text(self) -> str:
+        return (
+            f"worker {self.name}: weights had arrived in part only, and the gradient is of those; they are whole now, "
+            f"of version {self._version}: compute it again"
+        )
 
     def _explained(self, error: Error) -> Error:
         """Returns the error, or what it means where the server is another than the session was opened with."""
@@ -270,15 +293,6 @@ class Worker:
         arrays = {spec.name: _checked(spec, out) for spec in self.tensors}
         self._own = None  # no longer the newest
         return arrays
-
-    def _layout(self, tensor_count: int) -> tuple[TensorSpec, ...]:
-        answer = self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self._model))
-        return to_tensors(answer.config)[:tensor_count]
-
-
-def _write(pieces: Iterable[Piece], target: FlatVector) -> None:
-    for piece in pieces:
-        target.write(piece.offset, piece.data)
 
 
 def _checked(spec: TensorSpec, out: Mapping[str, Array]) -> Array:

@@ -115,8 +115,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss.
 
         Raises:
-            Error: As `deltaserve.Worker.step` raises it. The parameters may then have weights of two versions, until
-                the next step.
+            Error: As `deltaserve.Worker.step` raises it. Where the connection broke while weights came, the parameters
+                are of two versions; the next step puts them right, and raises ConflictError instead of pushing.
         """
         loss = None
         if closure is not None:
@@ -142,8 +142,9 @@ class RemoteAdadelta(torch.optim.Optimizer):
                 self._names.pop(param, None)
             raise
         if self._worker:
-            self._worker.close()
-            self._join()
+            older = self._worker
+            self._join()  # takes the older session's place in a round
+            older.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what `torch.optim.Adadelta.state_dict()` would, with the state that the server has."""
@@ -156,7 +157,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Puts a state of `torch.optim.Adadelta` or of this class on the server, with the parameters' present values.
 
-        It counts for every worker of the model: call it in one, or in each before its first step.
+        It counts for every worker of the model: call it in one before the others start, or under
+        `Sync(min_workers=N)` in all N before their first step.
         """
         super().load_state_dict(state_dict)
         try:

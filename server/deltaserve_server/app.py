@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes.util import find_library
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep
@@ -17,8 +17,21 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
-from deltaserve_server.config import MIB, DeviceKind, ServerConfig, usable_memory_bytes, usable_threads
+from deltaserve.v1 import (
+    errors_pb2,  # noqa: F401  reflection serves what is imported
+    model_service_pb2,
+    system_service_pb2,
+    worker_service_pb2,
+)
+from deltaserve_server.config import (
+    DEFAULT_BIND,
+    MIB,
+    Device,
+    DeviceKind,
+    ServerConfig,
+    usable_memory_bytes,
+    usable_threads,
+)
 from deltaserve_server.memory import Budget, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
@@ -91,8 +104,7 @@ class Server:
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._target = f"{'localhost' if host in ('0.0.0.0', '[::]') else host}:{port}"  # noqa: S104
         _log.info("serving on %s:%d, incarnation %s", host, port, self.incarnation)
-        if self.device.kind == "cpu":
-            threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
+        threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
 
     def wait(self) -> None:
         """Returns when the server has stopped."""
@@ -102,7 +114,7 @@ class Server:
         """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops."""
         with self._stopping:
             deadline = monotonic() + grace_seconds
-            self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._health.enter_graceful_shutdown()  # every service and every model: NOT_SERVING
             self._registry.drain()
             while self._registry.waiting() and monotonic() < deadline:
                 sleep(0.02)
@@ -151,7 +163,8 @@ class LocalServer(Server):
     """
 
     def __init__(self, config: ServerConfig | None = None) -> None:
-        super().__init__(config or ServerConfig(bind="127.0.0.1:0", device="cpu"))
+        config = config or ServerConfig(device="cpu")
+        super().__init__(replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -175,7 +188,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
 class _Place:
     """Where models live: what GetServerInfo tells of it, its usable memory, and what makes a model's store there."""
 
-    device: system_service_pb2.Device
+    device: Device
     memory_bytes: int
     make_store: Callable[[Vector, Budget], Store]
 
@@ -183,7 +196,7 @@ class _Place:
 def _on_cpu(config: ServerConfig) -> _Place:
     threads = config.threads or usable_threads()
     executor = ThreadPoolExecutor(threads, "update")
-    device = system_service_pb2.Device(kind="cpu", name=_processor(), threads=threads)
+    device = Device(kind="cpu", name=_processor(), threads=threads)
     return _Place(
         device, usable_memory_bytes(), lambda weights, budget: HostStore(weights, 0, budget, executor, threads)
     )
@@ -195,7 +208,7 @@ def _on_gpu() -> _Place:
         from deltaserve_server.memory.device import DeviceStore, device_memory_bytes, device_name
     except ModuleNotFoundError as error:
         raise RuntimeError(f"device cuda: {error.name} is not installed: pip install 'deltaserve[cuda]'") from None
-    device = system_service_pb2.Device(kind="cuda", name=device_name())
+    device = Device(kind="cuda", name=device_name(), threads=0)
     memory_bytes = min(usable_memory_bytes(), device_memory_bytes())
     return _Place(device, memory_bytes, lambda weights, budget: DeviceStore(weights, 0, budget))
 

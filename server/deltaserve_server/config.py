@@ -9,6 +9,23 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 
 MIB = 1 << 20
 
+DEFAULT_BIND = "127.0.0.1:50051"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What holds the vectors.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        name: The device's own name.
+        threads: Threads that an update runs on; 0 on a GPU.
+    """
+
+    kind: str
+    name: str
+    threads: int
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
@@ -30,7 +47,7 @@ class ServerConfig:
         keepalive_seconds: How long a connection may be silent before it is pinged; the answer may take half as long.
     """
 
-    bind: str = "127.0.0.1:50051"
+    bind: str = DEFAULT_BIND
     device: DeviceKind = "auto"
     threads: int | None = None
     memory_bytes: int | None = None

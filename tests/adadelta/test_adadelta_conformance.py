@@ -441,7 +441,9 @@ def test_without_weight_decay_the_weights_are_not_read(implementation: Implement
     plain = implementation.update(gradient, 1, implementation.start([1.0] * 25), Hyperparameters())
     np.testing.assert_array_equal(state.square_avg, plain.square_avg)
     np.testing.assert_array_equal(state.acc_delta, plain.acc_delta)
-    np.testing.assert_array_equal(np.isfinite(state.weights), np.isfinite(weights))
+    np.testing.assert_array_equal(np.isnan(state.weights), np.isnan(weights))
+    if implementation.precision is np.float32:  # what is infinite, or would become so, is the largest float32
+        weights = [np.nan if np.isnan(weight) else np.clip(weight, -FLOAT32_MAX, FLOAT32_MAX) for weight in weights]
     np.testing.assert_array_equal(state.weights[:2], weights[:2])
 
 

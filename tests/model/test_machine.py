@@ -267,9 +267,19 @@ class TestRounds:
         driver = Driver(Sync())
         a, _ = driver.open("a"), driver.open("b")
         driver.push(a)
-        assert driver.expire(LEASE + 1) == ["b"]
+        driver.now += LEASE - 1
+        driver.machine.renew(a.id, driver.now)  # its call is still there
+        assert driver.expire(2) == ["b"]
         assert driver.answers[a.id, 1].version == 1
         assert driver.expire(LEASE - 1) == []
+
+    def test_a_push_of_one_whose_lease_runs_out_still_counts(self) -> None:
+        driver = Driver(Sync(min_workers=2))
+        driver.push(driver.open("a"))
+        assert driver.expire(LEASE) == ["a"]
+        result = driver.push(driver.open("b"))
+        assert result
+        assert result.contributors == 2
 
     def test_a_round_waits_for_min_workers(self) -> None:
         driver = Driver(Sync(min_workers=2))
@@ -292,14 +302,40 @@ class TestRounds:
         assert driver.push(b, base=1) is None
         assert driver.push(successor, base=1)
 
-    def test_a_worker_that_is_fenced_before_it_pushed_is_not_waited_for(self) -> None:
+    def test_a_worker_that_is_fenced_before_it_pushed_has_its_place_taken(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(b)
-        driver.open("a")
-        assert driver.answers[b.id, 1].contributors == 1
+        successor = driver.open("a")
+        assert successor.first_version == 0
         with refused("SESSION_FENCED"):
             driver.push(a)
+        assert driver.push(successor, base=0)
+        assert driver.answers[b.id, 1].contributors == 2
+
+    def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers(self) -> None:
+        driver = Driver(Sync(min_workers=2))
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a, base=0)
+        late = driver.open("c")
+        assert late.first_version == 1
+        assert driver.expire(LEASE - 1) == []
+        driver.close(b)
+        assert driver.machine.version == 1
+        assert not driver.updates
+        result = driver.push(late, base=1)
+        assert result
+        assert (result.version, result.contributors, result.staleness) == (2, 2, 0)
+        assert driver.answers[a.id, 1].staleness == 1
+
+    def test_a_round_that_still_waits_for_someone_takes_nobody_in(self) -> None:
+        driver = Driver(Sync(min_workers=2))
+        a, b, c = (driver.open(name) for name in "abc")
+        driver.push(a)
+        driver.open("d")
+        driver.close(c)
+        assert driver.machine.version == 0
+        assert driver.push(b)
 
     def test_a_push_of_an_older_round_is_refused(self) -> None:
         driver = Driver(Sync())
@@ -353,7 +389,8 @@ class TestRounds:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a, base=0)
-        assert driver.machine.put_state([5, 5]) == 1
+        driver.machine.put_state([5, 5])
+        assert driver.machine.version == 1
         result = driver.push(b, base=0)
         assert result
         assert (result.version, result.staleness) == (2, 1)
@@ -370,6 +407,22 @@ class TestRounds:
         assert driver.updates[0].absent == {2}
         assert driver.machine.update_counts == [1, 1, 0]
         assert driver.open("c").tensor_count == 3
+
+    @pytest.mark.parametrize(
+        ("tensors", "groups", "field"), [(0, 1, "tensor_count"), (3, 1, "tensor_count"), (1, 2, "group_count")]
+    )
+    def test_nobody_knows_more_than_there_is(self, tensors: int, groups: int, field: str) -> None:
+        machine = Driver(Async()).machine
+        with pytest.raises(Refused) as error:
+            machine.open_session("a", b"i" * 16, LEASE, 0.0, tensors, groups)
+        assert error.value.metadata["field"] == field
+        assert len(machine.sessions) == 0
+
+    def test_who_knows_fewer_tensors_pushes_those(self) -> None:
+        driver = Driver(Async())
+        session, _ = driver.machine.open_session("a", b"i" * 16, LEASE, 0.0, 1, 1)
+        driver.push(session)
+        assert driver.updates[0].absent == {1}
 
 
 def test_a_refused_push_changes_nothing() -> None:

@@ -22,6 +22,8 @@ class OpenSessionRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     LEASE_SECONDS_FIELD_NUMBER: builtins.int
+    TENSOR_COUNT_FIELD_NUMBER: builtins.int
+    GROUP_COUNT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     worker: builtins.str
@@ -30,16 +32,31 @@ class OpenSessionRequest(google.protobuf.message.Message):
     """How long the session outlives its last call, in seconds, within the server's limits. Unset means the server's
     default.
     """
+    tensor_count: builtins.int
+    """How many of the model's tensors the worker knows, from the first; others that were added since are absent in its
+    pushes. 1 or more, unset means all.
+    """
+    group_count: builtins.int
+    """How many of the model's groups the worker knows: as many its pushes carry hyperparameters for. 1 or more, unset
+    means all.
+    """
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         worker: builtins.str = ...,
         lease_seconds: builtins.float | None = ...,
+        tensor_count: builtins.int | None = ...,
+        group_count: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_lease_seconds", b"_lease_seconds", "lease_seconds", b"lease_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_lease_seconds", b"_lease_seconds", "lease_seconds", b"lease_seconds", "model", b"model", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "tensor_count", b"tensor_count"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "model", b"model", "tensor_count", b"tensor_count", "worker", b"worker"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_group_count", b"_group_count"]) -> typing.Literal["group_count"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lease_seconds", b"_lease_seconds"]) -> typing.Literal["lease_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tensor_count", b"_tensor_count"]) -> typing.Literal["tensor_count"] | None: ...
 
 global___OpenSessionRequest = OpenSessionRequest
 

@@ -99,7 +99,7 @@ def _update_range(
         step = _bounded(rate * g)
         acc_delta[i] = _multiply_add(one_minus_rho * step, step, acc_delta[i] * rho)
         square_avg[i] = s
-        new_weights[i] = _multiply_add(minus_lr, step, weights[i])
+        new_weights[i] = -_at_most(_FLOAT32_MAX, -_at_most(_FLOAT32_MAX, _multiply_add(minus_lr, step, weights[i])))
 
 
 _number = types.float32

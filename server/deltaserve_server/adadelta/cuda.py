@@ -9,7 +9,7 @@ import triton.language as tl
 
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, scalars
 
-_FLOAT32_MAX = tl.constexpr(FLOAT32_MAX)
+_FLOAT32_MIN, _FLOAT32_MAX = tl.constexpr(-FLOAT32_MAX), tl.constexpr(FLOAT32_MAX)
 _MAGNITUDE_MIN, _MAGNITUDE_MAX = tl.constexpr(-MAGNITUDE_MAX), tl.constexpr(MAGNITUDE_MAX)
 _BLOCK = 1024
 
@@ -95,4 +95,5 @@ def _update_range(  # type: ignore[no-untyped-def]
     step = _bounded(rate * g)
     tl.store(square_avg + i, s, inside)
     tl.store(acc_delta + i, tl.fma(one_minus_rho * step, step, acc * rho), inside)
-    tl.store(new_weights + i, tl.fma(minus_lr, step, w), inside)
+    new = _at_most(_FLOAT32_MAX, tl.fma(minus_lr, step, w))
+    tl.store(new_weights + i, tl.where(new < _FLOAT32_MIN, _FLOAT32_MIN, new), inside)

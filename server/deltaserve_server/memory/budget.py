@@ -61,6 +61,30 @@ class Budget:
             self._held -= size
 
 
+class Allowance:
+    """Bytes that are always there, and beyond them those of a budget.
+
+    Args:
+        own: Bytes that somebody has reserved for this already.
+        beyond: Where more comes from.
+    """
+
+    def __init__(self, own: int, beyond: Budget) -> None:
+        self._own = Budget(own)
+        self._beyond = beyond
+
+    def reserve(self, size: int) -> "Reservation":
+        """Takes `size` bytes until the reservation is released.
+
+        Raises:
+            BudgetExceeded: They are not there; nothing was taken.
+        """
+        try:
+            return self._own.reserve(size)
+        except BudgetExceeded:
+            return self._beyond.reserve(size)
+
+
 class Reservation:
     """Bytes taken from a budget; a context manager that gives them back."""
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from deltaserve_server.adadelta import Hyperparameters, cuda
-from deltaserve_server.memory.budget import Budget
-from deltaserve_server.memory.store import Pool, Range, Staging, State, Store, Vector, Version
+from deltaserve_server.memory.budget import Allowance, Budget
+from deltaserve_server.memory.store import ELEMENT_BYTES, Pool, Range, Staging, State, Store, Vector, Version
 
 _PIECE = 1 << 22
 """Elements that are updated, and then copied down, at a time: 16 MiB, long enough to keep either side busy."""
@@ -47,6 +47,12 @@ class DeviceStaging(Staging):
         stream.wait_stream(self._upload)
         self.values.record_stream(stream)
 
+    def lengthen(self, size: int) -> None:
+        """Adds zeros up to `size` elements, where the layout was extended since the push came."""
+        missing = size - self.values.numel()
+        if missing:
+            self.values = torch.cat([self.values, torch.zeros(missing, device="cuda")])
+
     def zero_gaps(self) -> None:
         """Writes zeros where no value came."""
         edges = [0, *(edge for part in self.covered for edge in part), self.values.numel()]
@@ -71,12 +77,17 @@ class DeviceStore(Store):
         self._weights: torch.Tensor
         self._next: torch.Tensor
         self._pool: Pool
+        self._readers: Allowance
         self._load(State(weights, np.zeros_like(weights), np.zeros_like(weights)))
-        self.current = Version(number, self._pinned_copy(), budget, self._pool)
+        self.current = Version(number, self._pinned_copy(), self._readers, self._pool)
 
     def stage(self) -> DeviceStaging:
         """Returns a place for a push's values."""
         return DeviceStaging(self._weights.numel(), self._upload)
+
+    def staging_bytes(self, elements: int) -> int:
+        """Returns the size of the whole vector, pinned and on the device, however little of it comes."""
+        return 2 * self._weights.numel() * ELEMENT_BYTES
 
     def fold(self, staging: Staging) -> None:
         """Adds a push to the sum, which the first one's own memory becomes."""
@@ -84,6 +95,7 @@ class DeviceStore(Store):
         self._folds += 1
         with torch.cuda.stream(self._compute):
             staging.used_by(self._compute)
+            staging.lengthen(self._weights.numel())
             if self._staged is None:
                 self._staged = staging
                 return
@@ -129,7 +141,10 @@ class DeviceStore(Store):
                 np.concatenate([held.acc_delta, zeros]),
             )
         )
-        self._extend_staged(weights.size)
+        if self._staged is not None:
+            with torch.cuda.stream(self._compute):
+                self._staged.lengthen(self._weights.numel())
+            self._compute.synchronize()
         self._publish(self._pinned_copy(), self.current.number)
 
     def _update(self, start: int, stop: int, hyperparameters: Hyperparameters | None, divisor: float) -> None:
@@ -154,16 +169,8 @@ class DeviceStore(Store):
         )
         self._next = torch.empty_like(self._weights)
         self._pool = Pool(state.weights.size, _pinned)
+        self._readers = Allowance(state.weights.nbytes, self._budget)
         torch.cuda.synchronize()
-
-    def _extend_staged(self, count: int) -> None:
-        """Gives a sum that is under way the new elements, as zeros."""
-        if self._staged is None:
-            return
-        with torch.cuda.stream(self._compute):
-            zeros = torch.zeros(count, device="cuda")
-            self._staged.values = torch.cat([self._staged.values, zeros])
-        self._compute.synchronize()
 
     def _pinned_copy(self) -> Vector:
         host = self._pool.take()
@@ -171,7 +178,7 @@ class DeviceStore(Store):
         return host
 
     def _publish(self, host: Vector, number: int) -> None:
-        before, self.current = self.current, Version(number, host, self._budget, self._pool)
+        before, self.current = self.current, Version(number, host, self._readers, self._pool)
         before.retire()
 
 

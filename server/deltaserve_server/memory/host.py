@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.memory.budget import Budget
-from deltaserve_server.memory.store import Pool, Range, Staging, State, Store, Vector, Version
+from deltaserve_server.memory.budget import Allowance, Budget
+from deltaserve_server.memory.store import ELEMENT_BYTES, Pool, Range, Staging, State, Store, Vector, Version
 
 _ALONE = 1 << 16
 """Up to this many elements one thread is faster than several."""
@@ -57,16 +57,20 @@ class HostStore(Store):
         self._budget = budget
         self._executor = executor
         self._threads = threads
-        self._pool = Pool(weights.size)
+        self._pool, self._readers = Pool(weights.size), Allowance(weights.nbytes, budget)
         self._square_avg = np.zeros(weights.size, np.float32)
         self._acc_delta = np.zeros(weights.size, np.float32)
         self._first: HostStaging | None = None
         self._sum: Vector | None = None
-        self.current = Version(number, weights, budget, self._pool)
+        self.current = Version(number, weights, self._readers, self._pool)
 
     def stage(self) -> HostStaging:
         """Returns a place for a push's values."""
         return HostStaging()
+
+    def staging_bytes(self, elements: int) -> int:
+        """Returns the size of the messages that hold them."""
+        return elements * ELEMENT_BYTES
 
     def fold(self, staging: Staging) -> None:
         """Adds a push to the sum."""
@@ -104,15 +108,17 @@ class HostStore(Store):
     def extend(self, weights: Vector) -> None:
         """Adds elements with zero state at the end."""
         zeros = np.zeros(weights.size, np.float32)
-        self._square_avg = np.concatenate([self._square_avg, zeros])
-        self._acc_delta = np.concatenate([self._acc_delta, zeros])
-        if self._sum is not None:
-            self._sum = np.concatenate([self._sum, zeros])
-        self._pool = Pool(self._square_avg.size)
-        self._publish(np.concatenate([self.current.weights, weights]), self.current.number)
+        # All of them before any is kept: memory may run out.
+        extended = np.concatenate([self.current.weights, weights])
+        square_avg = np.concatenate([self._square_avg, zeros])
+        acc_delta = np.concatenate([self._acc_delta, zeros])
+        self._sum = None if self._sum is None else np.concatenate([self._sum, zeros])
+        self._square_avg, self._acc_delta = square_avg, acc_delta
+        self._pool, self._readers = Pool(extended.size), Allowance(extended.nbytes, self._budget)
+        self._publish(extended, self.current.number)
 
     def _publish(self, weights: Vector, number: int) -> None:
-        before, self.current = self.current, Version(number, weights, self._budget, self._pool)
+        before, self.current = self.current, Version(number, weights, self._readers, self._pool)
         before.retire()
 
     def _add(self, staging: HostStaging | None) -> None:

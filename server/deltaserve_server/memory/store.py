@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.memory.budget import Budget, Reservation
+from deltaserve_server.memory.budget import Allowance, Reservation
 
 Vector = NDArray[np.float32]
 """A flat vector in host memory: float32, one dimension, contiguous."""
@@ -75,20 +75,20 @@ class Pool:
 class Version:
     """The weights of one version, in host memory; they never change while somebody reads them.
 
-    The current version and one to write the next into are part of the model's own reservation. A version that readers
-    hold beyond that is paid for by the first of them.
+    The current version, one to write the next into and one that is read are part of the model's own reservation. A
+    further version that is read at the same time is paid for by the first of its readers.
 
     Args:
         number: The version.
         weights: Its vector.
-        budget: Where the readers' reservation comes from.
+        readers: Where that comes from.
         pool: Where the vector goes when nobody needs it any more.
     """
 
-    def __init__(self, number: int, weights: Vector, budget: Budget, pool: Pool) -> None:
+    def __init__(self, number: int, weights: Vector, readers: Allowance, pool: Pool) -> None:
         self.number = number
         self.weights = weights
-        self._budget = budget
+        self._allowance = readers
         self._pool = pool
         self._readers = 0
         self._reservation: Reservation | None = None
@@ -103,7 +103,7 @@ class Version:
         """
         with self._lock:
             if not self._readers:
-                self._reservation = self._budget.reserve(self.weights.nbytes)
+                self._reservation = self._allowance.reserve(self.weights.nbytes)
             self._readers += 1
         return self.weights
 
@@ -138,6 +138,10 @@ class Store(ABC):
     @abstractmethod
     def stage(self) -> Staging:
         """Returns a place for a push's values."""
+
+    @abstractmethod
+    def staging_bytes(self, elements: int) -> int:
+        """Returns how many bytes a place for a push of so many elements takes."""
 
     @abstractmethod
     def fold(self, staging: Staging) -> None:

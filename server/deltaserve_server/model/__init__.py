@@ -4,7 +4,7 @@ Events go in as method calls that carry the time, decisions come out as values; 
 """
 
 from deltaserve_server.model.layout import Layout, Tensor
-from deltaserve_server.model.machine import Answer, Decision, Fold, Machine, Update
+from deltaserve_server.model.machine import Answer, Decision, Fold, Machine, Renumber, Update
 from deltaserve_server.model.policy import Async, Policy, Sync
 from deltaserve_server.model.push import Push, PushResult
 from deltaserve_server.model.refused import Refused
@@ -21,6 +21,7 @@ __all__ = [
     "Push",
     "PushResult",
     "Refused",
+    "Renumber",
     "Session",
     "Sync",
     "Tensor",

@@ -37,6 +37,13 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Renumber:
+    """Give the weights as they are a new version, for those who wait for it."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Tell whoever waits for this push what became of it."""
 
@@ -44,7 +51,7 @@ class Answer:
     result: PushResult
 
 
-Decision = Fold | Update | Answer
+Decision = Fold | Update | Renumber | Answer
 
 
 class Machine:
@@ -57,9 +64,10 @@ class Machine:
         layout: Its tensors.
         groups: Its hyperparameters by parameter group.
         policy: When a push becomes an update.
-        version: How many updates (and replacements of the whole state) it has had.
+        version: How many updates it has had, and replacements of the whole state, and see `Renumber`.
         update_counts: By tensor: how many updates its optimizer state has had.
         sessions: Its workers.
+        shorter: How many tensors and groups it had before each extension.
     """
 
     def __init__(self, name: str, layout: Layout, groups: Sequence[Hyperparameters], policy: Policy) -> None:
@@ -70,14 +78,35 @@ class Machine:
         self.version = 0
         self.update_counts = [0] * len(layout.tensors)
         self.sessions = Sessions()
+        self.shorter: set[tuple[int, int]] = set()
         self._round = Round(opened=0)
 
     # --- sessions
 
     def open_session(
-        self, worker: str, session_id: bytes, lease_seconds: float, now: float
+        self,
+        worker: str,
+        session_id: bytes,
+        lease_seconds: float,
+        now: float,
+        tensor_count: int | None = None,
+        group_count: int | None = None,
     ) -> tuple[Session, list[Decision]]:
-        """Gives a worker a standing; an older session of its name is fenced."""
+        """Gives a worker a standing; an older session of its name is fenced.
+
+        Args:
+            worker: Its name.
+            session_id: A new id, 16 bytes.
+            lease_seconds: How long the session outlives its last call.
+            now: The time.
+            tensor_count: How many tensors the worker knows; None means all.
+            group_count: How many groups the worker knows; None means all.
+
+        Raises:
+            Refused: PUSH_INVALID for more than there are.
+        """
+        tensor_count = _known("tensor_count", tensor_count, len(self.layout.tensors))
+        group_count = _known("group_count", group_count, len(self.groups))
         older = self.sessions.named(worker)
         rank = older.rank if older else self.sessions.free_rank()
         member = self._joinable(worker)
@@ -86,8 +115,8 @@ class Machine:
             id=session_id,
             epoch=self.sessions.new_epoch(worker),
             rank=rank,
-            tensor_count=len(self.layout.tensors),
-            group_count=len(self.groups),
+            tensor_count=tensor_count,
+            group_count=group_count,
             lease_seconds=lease_seconds,
             expires=now + lease_seconds,
             first_version=self.version if member else self.version + 1,
@@ -114,6 +143,12 @@ class Machine:
         """
         self.sessions.remove(self.sessions.get(session_id, epoch))
         return self._advance(now)
+
+    def renew(self, session_id: bytes, now: float) -> None:
+        """Renews the lease of a session whose call is still there, if it lives."""
+        session = self.sessions.find(session_id)
+        if session:
+            session.renew(now)
 
     def expire(self, now: float) -> tuple[list[Session], list[Decision]]:
         """Ends the sessions whose lease has run out; returns them, and what follows."""
@@ -157,14 +192,14 @@ class Machine:
 
     # --- the whole state
 
-    def put_state(self, update_counts: Sequence[int]) -> int:
-        """Takes note of a state put in place of the present one; returns the version that it makes."""
+    def put_state(self, update_counts: Sequence[int]) -> None:
+        """Takes note of a state put in place of the present one, which makes a version."""
         self.update_counts = list(update_counts)
         self.version += 1
-        return self.version
 
     def extend(self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> None:
         """Adds tensors and groups at the end of the layout."""
+        self.shorter.add((len(self.layout.tensors), len(self.groups)))
         self.layout = self.layout.extended(tensors)
         self.groups = (*self.groups, *groups)
         self.update_counts += [0] * len(tensors)
@@ -178,7 +213,8 @@ class Machine:
     def _joinable(self, worker: str) -> bool:
         """Whether a session that is opened now belongs to the open round."""
         held = self._round.contributions
-        if not held:
+        older = self.sessions.named(worker)
+        if not held or (older and older.member and worker not in held):  # the latter takes its own place
             return True
         others = {session.worker for session in self.sessions.live() if session.member and session.worker != worker}
         return len(others | held.keys()) < self._min_workers and worker not in held
@@ -206,7 +242,21 @@ class Machine:
             return list(self._update(self._round, now))
         self._round.folded += len(ready)
         decisions.extend(Fold(contribution.push.key) for contribution in ready)
-        return decisions
+        return decisions if awaited else [*decisions, *self._take_in()]
+
+    def _take_in(self) -> list[Decision]:
+        """Takes those who wait for the next round into this one, which lacks workers and would never close without.
+
+        They were told to start from the next version, so there is one, of the same weights.
+        """
+        late = [session for session in self.sessions.live() if not session.member]
+        late = [session for session in late if session.worker not in self._round.contributions]
+        if not late:
+            return []
+        for session in late:
+            session.member = True
+        self.version += 1
+        return [Renumber(self.version)]
 
     def _update(self, made_of: Round, now: float) -> Iterator[Decision]:
         """Makes the update of a round in which nobody is awaited."""
@@ -241,3 +291,11 @@ class Machine:
         self._round = Round(opened=self.version)
         for session in self.sessions.live():
             session.member = True
+
+
+def _known(field: str, count: int | None, total: int) -> int:
+    if count is None:
+        return total
+    if not 1 <= count <= total:
+        raise Refused("PUSH_INVALID", field=field, allowed=f"1 to {total}")
+    return count

@@ -69,8 +69,8 @@ class Session:
         self.expires = max(self.expires, now + self.lease_seconds)
 
     def expired(self, now: float) -> bool:
-        """Whether the lease has run out. It does not while a push waits for its round."""
-        return now >= self.expires and not self.waiting
+        """Whether the lease has run out."""
+        return now >= self.expires
 
     def known(self, push: Push) -> bool:
         """Whether the push was accepted before, by its sequence number and, once they are here, its values.
@@ -156,14 +156,16 @@ class Sessions:
         """Returns a live session.
 
         Raises:
-            Refused: SESSION_FENCED or SESSION_UNKNOWN.
+            Refused: SESSION_FENCED, SESSION_UNKNOWN, or PUSH_INVALID for an epoch that is not the session's.
         """
         session = self._by_id.get(session_id)
-        if session and session.epoch == epoch:
+        if session:
+            if session.epoch != epoch:
+                raise Refused("PUSH_INVALID", field="epoch", allowed=f"{session.epoch}, as OpenSession answered")
             return session
-        worker = session.worker if session else self._fenced.get(session_id)
+        worker = self._fenced.get(session_id)
         if worker is None:
-            raise Refused("SESSION_UNKNOWN", worker="unknown")
+            raise Refused("SESSION_UNKNOWN")
         raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self._epochs.get(worker, 0))
 
     def find(self, session_id: bytes) -> Session | None:

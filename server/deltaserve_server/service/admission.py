@@ -56,7 +56,7 @@ class Gate:
             Refused: PUSH_INCOMPLETE or CHUNK_SEQUENCE where its length is another.
         """
         got, rest = divmod(len(data), ELEMENT_BYTES)
-        if got < self.size:
+        if got < self.size and not rest:
             raise Refused("PUSH_INCOMPLETE", expected=self.size, got=got)
         if rest or got > self.size:
             raise Refused("CHUNK_SEQUENCE", expected=f"{self.size} elements", got=f"{len(data)} bytes")

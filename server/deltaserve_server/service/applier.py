@@ -7,15 +7,16 @@ handler of a sync gRPC server is never interrupted, so neither is an update.
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from deltaserve.v1 import common_pb2
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.memory import Budget, Range, Reservation, Staging, State, Store
+from deltaserve_server.memory import BudgetExceeded, Range, Reservation, Staging, State, Store, Version
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import (
     Answer,
@@ -25,6 +26,7 @@ from deltaserve_server.model import (
     Push,
     PushResult,
     Refused,
+    Renumber,
     Session,
     Tensor,
     Update,
@@ -32,10 +34,12 @@ from deltaserve_server.model import (
 
 _log = logging.getLogger(__name__)
 
+_RETRY_SECONDS = 0.05
+
 
 def model_bytes(elements: int) -> int:
-    """Returns what a model needs: weights, the next weights, square_avg, acc_delta, and the sum of a round."""
-    return 5 * ELEMENT_BYTES * elements
+    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum."""
+    return 6 * ELEMENT_BYTES * elements
 
 
 class Applier:
@@ -45,27 +49,24 @@ class Applier:
         machine: Its state machine.
         store: Its vectors.
         reservation: The memory that it holds.
-        budget: Where further memory comes from.
         incarnation: Of the server process.
 
     Attributes:
         machine: To be read under `lock` alone.
-        lock: Held while an event is handled.
+        lock: Held while an event is handled; `event` also tells whether the model is still there.
     """
 
-    def __init__(
-        self, machine: Machine, store: Store, reservation: Reservation, budget: Budget, incarnation: str
-    ) -> None:
+    def __init__(self, machine: Machine, store: Store, reservation: Reservation, incarnation: str) -> None:
         self.machine = machine
         self.lock = threading.RLock()
         self._store = store
         self._reservations = [reservation]
-        self._budget = budget
         self._incarnation = incarnation
         self._staged: dict[tuple[bytes, int], tuple[Staging, Reservation]] = {}
         self._folded: list[Reservation] = []
         self._answers: dict[tuple[bytes, int], Future[PushResult]] = {}
         self._awaited: list[tuple[int, Future[None]]] = []
+        self._present: Counter[bytes] = Counter()
         self._ended: Refused | None = None
 
     @property
@@ -80,21 +81,25 @@ class Applier:
 
     # --- sessions
 
-    def open_session(self, worker: str, lease_seconds: float) -> Session:
+    def open_session(
+        self, worker: str, lease_seconds: float, tensor_count: int | None = None, group_count: int | None = None
+    ) -> Session:
         """Gives a worker a standing."""
-        with self._event():
-            session, decisions = self.machine.open_session(worker, secrets.token_bytes(16), lease_seconds, monotonic())
+        with self.event():
+            session, decisions = self.machine.open_session(
+                worker, secrets.token_bytes(16), lease_seconds, monotonic(), tensor_count, group_count
+            )
             self._carry_out(decisions)
             return session
 
     def keep_session(self, session_id: bytes, epoch: int) -> Session:
         """Renews a lease."""
-        with self._event():
+        with self.event():
             return self.machine.keep_session(session_id, epoch, monotonic())
 
     def close_session(self, session_id: bytes, epoch: int) -> None:
         """Lets a worker leave."""
-        with self._event():
+        with self.event():
             self._carry_out(self.machine.close_session(session_id, epoch, monotonic()))
 
     def expire(self) -> None:
@@ -102,28 +107,45 @@ class Applier:
         with self.lock:
             if self._ended:
                 return
+            for session_id in self._present:
+                self.machine.renew(session_id, monotonic())
             gone, decisions = self.machine.expire(monotonic())
             for session in gone:
                 _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
             self._carry_out(decisions)
 
+    @contextmanager
+    def present(self, session: Session) -> Iterator[None]:
+        """Keeps a session alive while a call of it waits."""
+        with self.lock:
+            self._present[session.id] += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._present -= Counter([session.id])
+
     # --- pushes
 
     def check(self, push: Push) -> Session:
         """Looks at a push before its values have come."""
-        with self._event():
+        with self.event():
             return self.machine.check(push, monotonic())
 
     def stage(self) -> Staging:
         """Returns a place for a push's values."""
         return self._store.stage()
 
+    def staging_bytes(self, elements: int) -> int:
+        """Returns how much memory `stage` takes for a push of so many elements."""
+        return self._store.staging_bytes(elements)
+
     def push(self, push: Push, staging: Staging, reservation: Reservation) -> "Future[PushResult]":
         """Takes a push whose values are staged; the future has its result when its update is published.
 
         The reservation is given back when the values are not needed any more; where this raises, by the caller.
         """
-        with self._event():
+        with self.event():
             decisions = self.machine.push(push, monotonic())
             if not decisions and push.key in self._answers:  # it waits for its round since an earlier call
                 reservation.release()
@@ -136,22 +158,35 @@ class Applier:
     # --- vectors
 
     @contextmanager
-    def reading(self) -> Iterator[tuple[common_pb2.ModelPosition, Vector]]:
-        """Gives the current version's weights and keeps them as they are meanwhile."""
-        with self._event():
-            version, position = self._store.current, self.position
-            weights = version.acquire()
+    def reading(
+        self, still_wanted: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[common_pb2.ModelPosition, Vector]]:
+        """Gives the current version's weights and keeps them as they are meanwhile.
+
+        Args:
+            still_wanted: Where there is no memory to keep them, some is waited for as long as this says so.
+
+        Raises:
+            BudgetExceeded: There is no memory, and it is not waited for.
+        """
+        version, position = self._acquire(still_wanted)
         try:
-            yield position, weights
+            yield position, version.weights
         finally:
             version.release()
 
-    def reached(self, version: int) -> "Future[None]":
-        """Returns a future that is done when the model has reached a version."""
+    def reached(self, version: int, limit: int) -> "Future[None]":
+        """Returns a future that is done when the model has reached a version.
+
+        Raises:
+            Refused: SESSION_LIMIT where `limit` of them wait already.
+        """
         future: Future[None] = Future()
-        with self._event():
+        with self.event():
             if self.machine.version >= version:
                 future.set_result(None)
+            elif len(self._awaited) >= limit:
+                raise Refused("SESSION_LIMIT", _RETRY_SECONDS, limit=limit)
             else:
                 self._awaited.append((version, future))
         return future
@@ -162,26 +197,27 @@ class Applier:
             self._awaited = [(version, held) for version, held in self._awaited if held is not future]
 
     def state(self) -> State:
-        """Returns a copy of weights and optimizer state. To be called under `lock`."""
+        """Returns a copy of weights and optimizer state. To be called within `event`."""
         return self._store.state()
 
     def put_state(self, state: State, update_counts: Sequence[int]) -> None:
         """Replaces weights and optimizer state."""
-        with self._event():
-            self._store.put(state, self.machine.put_state(update_counts))
+        with self.event():
+            self._store.put(state, self.machine.version + 1)
+            self.machine.put_state(update_counts)
             self._published()
 
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
     ) -> None:
         """Adds tensors and groups at the end of the layout."""
-        with self._event():
-            self.machine.extend(tensors, groups)
+        with self.event():
             self._store.extend(weights)
+            self.machine.extend(tensors, groups)
             self._reservations.append(reservation)
 
     def end(self, refusal: Refused) -> None:
-        """Ends the model: whoever waits, and whoever comes, gets `refusal`."""
+        """Ends the model: whoever waits, and whoever comes, gets `refusal`. Its own memory stays until `release`."""
         with self.lock:
             self._ended = self._ended or refusal
             waiting: list[Future[Any]] = [*self._answers.values(), *(future for _, future in self._awaited)]
@@ -189,20 +225,41 @@ class Applier:
                 if not future.done():
                     future.set_exception(refusal)
             held = [reservation for _, reservation in self._staged.values()]
-            for reservation in (*held, *self._folded, *self._reservations):
+            for reservation in (*held, *self._folded):
                 reservation.release()
             self._answers.clear()
             self._staged.clear()
 
+    def release(self) -> None:
+        """Gives the model's own memory back."""
+        for reservation in self._reservations:
+            reservation.release()
+
     # --- decisions
 
     @contextmanager
-    def _event(self) -> Iterator[None]:
-        """Handles one event; a fault in carrying out its decisions ends the model, whose state is then unknown."""
+    def event(self) -> Iterator[None]:
+        """Owns the model for one event, or for a look at it.
+
+        Raises:
+            Refused: The model has ended.
+        """
         with self.lock:
             if self._ended:
                 raise self._ended.with_traceback(None)  # else every raise would add to the one before
             yield
+
+    def _acquire(self, still_wanted: Callable[[], bool]) -> tuple[Version, common_pb2.ModelPosition]:
+        while True:
+            with self.event():
+                version = self._store.current
+                try:
+                    version.acquire()
+                    return version, self.position
+                except BudgetExceeded:
+                    if not still_wanted():
+                        raise
+            sleep(_RETRY_SECONDS)
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         try:
@@ -212,6 +269,9 @@ class Applier:
                         self._fold(*self._staged.pop(key))
                     case Update():
                         self._update(decision)
+                    case Renumber(version):
+                        self._store.current.number = version
+                        self._published()
                     case Answer(key, result):
                         self._answer(key, result)
         except Exception:
@@ -222,11 +282,11 @@ class Applier:
 
     def _fold(self, staging: Staging, reservation: Reservation) -> None:
         """Reduces a push; what was reduced into a sum is not held any longer, the first alone is."""
-        self._store.fold(staging)
         self._folded.append(reservation)
+        self._store.fold(staging)
         if len(self._folded) > 1:
-            self._release_folded()
-            self._folded.append(reservation)
+            for summed in self._folded:
+                summed.release()
 
     def _update(self, update: Update) -> None:
         layout = self.machine.layout

@@ -57,7 +57,7 @@ def to_tensors(
             raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
         taken.add(spec.name)
     if not size:
-        raise Refused("SHAPE_INVALID", tensor="(all)", shape="", allowed="at least one element in all")
+        raise Refused("SHAPE_INVALID", tensor="(all)", shape="(none)", allowed="at least one element in all")
     return tuple(tensors)
 
 
@@ -175,15 +175,17 @@ def from_policy(policy: Policy) -> pb.Policy:
 
 def difference(held: Machine, asked: Machine) -> str | None:
     """Says how a model that is asked for differs from the one that is there; None where it does not."""
-    ours, theirs = held.layout.tensors, asked.layout.tensors
+    ours, theirs, groups = held.layout.tensors, asked.layout.tensors, held.groups
+    if (len(theirs), len(asked.groups)) in held.shorter:  # the worker will extend it as others have done
+        ours, groups = ours[: len(theirs)], groups[: len(asked.groups)]
     for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
         if left != right:
             return f"tensor {index} is {_describe(left)}, not {_describe(right)}"
     if len(ours) != len(theirs):
         return f"it has {len(ours)} tensors, not {len(theirs)}"
-    if len(held.groups) != len(asked.groups):
-        return f"it has {len(held.groups)} parameter groups, not {len(asked.groups)}"
-    for index, (mine, yours) in enumerate(zip(held.groups, asked.groups, strict=True)):
+    if len(groups) != len(asked.groups):
+        return f"it has {len(groups)} parameter groups, not {len(asked.groups)}"
+    for index, (mine, yours) in enumerate(zip(groups, asked.groups, strict=True)):
         for field in fields(Hyperparameters):
             left_value, right_value = getattr(mine, field.name), getattr(yours, field.name)
             if left_value != right_value:

@@ -1,6 +1,7 @@
 """ModelService: models made, looked at, read whole, put back, deleted."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from time import monotonic
 from typing import Any
 
@@ -9,8 +10,8 @@ import grpc
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as rpc
-from deltaserve_server.memory.store import ELEMENT_BYTES
-from deltaserve_server.model import Machine, Refused, Session
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
+from deltaserve_server.model import Machine, Refused, Session, Sync
 from deltaserve_server.service import admission, convert
 from deltaserve_server.service.applier import Applier, model_bytes
 from deltaserve_server.service.registry import Registry
@@ -37,14 +38,25 @@ class ModelServicer:
     def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
         """Creates a model, or answers that it is there."""
         machine = convert.to_machine(_header(messages, pb.ModelConfig))
+        self._check_fits(machine)
         applier, created = self._registry.find(machine.name), False
         if applier is None:
             applier, created = self._registry.add(machine, lambda: _weights(messages, machine))
-        with applier.lock:
+        with applier.event():
             difference = None if created else convert.difference(applier.machine, machine)
             if difference:
                 raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
             return rpc.CreateModelResponse(created=created, position=applier.position)
+
+    def _check_fits(self, machine: Machine) -> None:
+        """Raises Refused for a model that no answer could describe, or a round that no number of workers closes."""
+        config = self._registry.config
+        if convert.from_machine(machine).ByteSize() > config.message_bytes // 2:
+            allowed = f"a layout of at most {config.message_bytes // 2} bytes in a message"
+            raise Refused("SHAPE_INVALID", tensor="(all)", shape="(all)", allowed=allowed)
+        if isinstance(machine.policy, Sync) and machine.policy.min_workers > config.sessions:
+            allowed = f"1 to {config.sessions}, the server's limit of sessions"
+            raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=allowed)
 
     def ExtendModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.ExtendModelResponse:
         """Adds tensors and groups at the end of a model's layout."""
@@ -59,7 +71,7 @@ class ModelServicer:
         try:
             weights = admission.admit_weights(messages, layout, start)
             admission.require_end(messages)
-            with applier.lock:
+            with applier.event():
                 extended = not extension.present()
                 if extended:
                     applier.extend(extension.tensors, extension.groups, weights, reservation)
@@ -74,7 +86,7 @@ class ModelServicer:
         """A model without its numbers."""
         applier = self._registry.get(request.model)
         now = monotonic()
-        with applier.lock:
+        with applier.event():
             sessions = sorted(applier.machine.sessions.live(), key=lambda session: session.rank)
             return rpc.GetModelResponse(
                 config=convert.from_machine(applier.machine),
@@ -93,20 +105,17 @@ class ModelServicer:
     def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
         """A model's vectors, all of one version."""
         applier = self._registry.get(request.model)
-        names = admission.STATE_VECTORS if request.optimizer_state else admission.STATE_VECTORS[:1]
-        with applier.lock:
-            size = applier.machine.layout.size
-            header = rpc.PullStateHeader(
-                config=convert.from_machine(applier.machine),
-                position=applier.position,
-                update_counts=applier.machine.update_counts,
-            )
-            reservation = self._registry.memory.reserve(size * ELEMENT_BYTES * 3)
-            state = applier.state()
-        with reservation:
+        with ExitStack() as held:
+            with applier.event():
+                header = rpc.PullStateHeader(
+                    config=convert.from_machine(applier.machine),
+                    position=applier.position,
+                    update_counts=applier.machine.update_counts,
+                )
+                vectors = self._state(applier, held, request.optimizer_state)
             yield _PULL_STATE.header(header)
-            for name in names:
-                for offset, data in admission.chunks(getattr(state, name), size, CHUNK_ELEMENTS):
+            for name, vector in vectors.items():
+                for offset, data in admission.chunks(vector, vector.size, CHUNK_ELEMENTS):
                     yield _PULL_STATE.chunk(name, offset, [data])
 
     def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
@@ -120,11 +129,19 @@ class ModelServicer:
                 allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
                 raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
             state = admission.admit_state(messages, layout)
-            with applier.lock:
+            with applier.event():
                 if applier.machine.layout is not layout:
                     raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
                 applier.put_state(state, counts)
                 return rpc.PutStateResponse(position=applier.position)
+
+    def _state(self, applier: Applier, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
+        """Returns vectors that stay as they are until `held` is closed: the version's own, or copies."""
+        if not optimizer_state:
+            return {"weights": held.enter_context(applier.reading())[1]}
+        held.enter_context(self._registry.memory.reserve(applier.machine.layout.size * ELEMENT_BYTES * 3))
+        state = applier.state()
+        return {name: getattr(state, name) for name in admission.STATE_VECTORS}
 
 
 class _Extension:
@@ -136,9 +153,9 @@ class _Extension:
 
     def __init__(self, applier: Applier, header: rpc.ExtendModelHeader) -> None:
         self.machine = applier.machine
-        self._lock = applier.lock
+        self._event = applier.event
         self._tensor_count, self._group_count = header.tensor_count, header.group_count
-        with self._lock:
+        with self._event():
             held = self.machine.layout
             if self._tensor_count > len(held.tensors) or self._group_count > len(self.machine.groups):
                 raise self._mismatch()
@@ -153,7 +170,7 @@ class _Extension:
 
     def present(self) -> bool:
         """Whether the model already has these tensors and groups; raises Refused where it has others."""
-        with self._lock:
+        with self._event():
             tensors = self.machine.layout.tensors[self._tensor_count :]
             groups = self.machine.groups[self._group_count :]
         # Others may have added more since: an answer that was lost is still to be had.
@@ -199,7 +216,7 @@ def _session(session: Session, now: float) -> rpc.SessionInfo:
 
 
 def _summary(applier: Applier) -> rpc.ModelSummary:
-    with applier.lock:
+    with applier.lock:  # also of a model that a fault has ended
         machine = applier.machine
         return rpc.ModelSummary(
             name=machine.name,

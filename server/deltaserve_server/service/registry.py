@@ -105,7 +105,7 @@ class Registry:
                 if held is None:
                     self.check_room()
                     store = self._make_store(weights, self.memory)
-                    applier = Applier(machine, store, reservation, self.memory, self.incarnation)
+                    applier = Applier(machine, store, reservation, self.incarnation)
                     self._models[machine.name] = applier
                     self._tell_health(machine.name, health_pb2.HealthCheckResponse.SERVING)
                     _log.info("model %s created: %d elements", machine.name, machine.layout.size)
@@ -127,10 +127,13 @@ class Registry:
             del self._models[name]
             self._tell_health(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
         applier.end(Refused("MODEL_NOT_FOUND", model=name))
+        applier.release()
         _log.info("model %s deleted", name)
         return applier
 
-    def open_session(self, name: str, worker: str, lease_seconds: float) -> Session:
+    def open_session(
+        self, name: str, worker: str, lease_seconds: float, tensor_count: int | None, group_count: int | None
+    ) -> Session:
         """Gives a worker a standing with a model.
 
         Raises:
@@ -143,7 +146,7 @@ class Registry:
             live = sum(len(held.machine.sessions) for held in self._models.values())
             if live >= self.config.sessions and not replaces:
                 raise Refused("SESSION_LIMIT", limit=self.config.sessions)
-            return applier.open_session(worker, lease_seconds)
+            return applier.open_session(worker, lease_seconds, tensor_count, group_count)
 
     def drain(self) -> None:
         """Refuses new work from now on; pushes that wait for their round go on."""

@@ -6,6 +6,7 @@ import grpc
 
 import deltaserve
 from deltaserve.v1 import system_service_pb2 as rpc
+from deltaserve_server.config import Device
 from deltaserve_server.service.registry import Registry
 
 
@@ -17,7 +18,7 @@ class SystemServicer:
         device: What holds the vectors.
     """
 
-    def __init__(self, registry: Registry, device: rpc.Device) -> None:
+    def __init__(self, registry: Registry, device: Device) -> None:
         self._registry = registry
         self._device = device
         self._started = monotonic()
@@ -28,7 +29,7 @@ class SystemServicer:
         return rpc.GetServerInfoResponse(
             version=deltaserve.__version__,
             incarnation=self._registry.incarnation,
-            device=self._device,
+            device=rpc.Device(kind=self._device.kind, name=self._device.name, threads=self._device.threads),
             limits=rpc.Limits(
                 message_bytes=config.message_bytes,
                 models=config.models,

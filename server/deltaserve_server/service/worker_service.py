@@ -41,7 +41,9 @@ class WorkerServicer:
     def OpenSession(self, request: rpc.OpenSessionRequest, _: grpc.ServicerContext) -> rpc.OpenSessionResponse:
         """Gives a worker a standing with a model."""
         worker = convert.checked_name("worker", request.worker)
-        session = self._registry.open_session(request.model, worker, self._lease(request))
+        tensor_count = request.tensor_count if request.HasField("tensor_count") else None
+        group_count = request.group_count if request.HasField("group_count") else None
+        session = self._registry.open_session(request.model, worker, self._lease(request), tensor_count, group_count)
         return rpc.OpenSessionResponse(
             session_id=session.id,
             epoch=session.epoch,
@@ -71,13 +73,15 @@ class WorkerServicer:
 
     def Step(self, request: rpc.StepRequest, context: grpc.ServicerContext) -> rpc.StepResponse:
         """Push and weights in one message each way."""
+        if not request.HasField("header"):
+            raise Refused("MESSAGE_INVALID", message="StepRequest: it has a header")
         reception = _Reception(self._registry, request.header)
         size = reception.weights_size * ELEMENT_BYTES
         if size > self._registry.config.message_bytes - _SPARE_BYTES:
             allowed = f"a vector of at most {self._registry.config.message_bytes - _SPARE_BYTES} bytes: use StreamStep"
             raise Refused("PUSH_INVALID", field="gradient", allowed=allowed)
-        result = wait(context, reception.push(reception.gate.cut(memoryview(request.gradient))))
-        with reception.applier.reading() as (position, weights):
+        result = reception.push(reception.gate.cut(memoryview(request.gradient)), context)
+        with reception.applier.reading(context.is_active) as (position, weights):
             raw = weights[: reception.weights_size].tobytes()
         return rpc.StepResponse(result=_result(result), position=position, weights=raw)
 
@@ -87,8 +91,8 @@ class WorkerServicer:
         if not isinstance(header, rpc.PushHeader):
             raise Refused("MESSAGE_INVALID", message="StreamStepRequest: the stream begins with a PushHeader")
         reception = _Reception(self._registry, header)
-        result = wait(context, reception.push(reception.pieces(messages)))
-        with reception.applier.reading() as (position, weights):
+        result = reception.push(reception.pieces(messages), context)
+        with reception.applier.reading(context.is_active) as (position, weights):
             yield _STEP.header(rpc.StreamStepHeader(result=_result(result), position=position))
             for offset, data in admission.chunks(weights, reception.weights_size, CHUNK_ELEMENTS):
                 yield _STEP.chunk("weights", offset, [data])
@@ -97,7 +101,7 @@ class WorkerServicer:
         """The weights of the current version."""
         applier = self._registry.get(request.model)
         if request.HasField("wait_for_version"):
-            reached = applier.reached(request.wait_for_version)
+            reached = applier.reached(request.wait_for_version, self._registry.config.sessions)
             try:
                 wait(context, reached)
             finally:
@@ -137,7 +141,7 @@ class _Reception:
         self.applier = registry.get(header.model)
         if not self.applier.waiting:  # while draining, a round that is under way is still finished
             registry.check_open()
-        with self.applier.lock:
+        with self.applier.event():
             machine = self.applier.machine
             self._push = _push(header, machine.groups, len(machine.layout.tensors))
             self._session = self.applier.check(self._push)
@@ -154,9 +158,14 @@ class _Reception:
             self._session.renew(monotonic())
             yield message.offset, message.data
 
-    def push(self, pieces: Iterable[tuple[int, memoryview]]) -> "Future[PushResult]":
-        """Takes the values in and hands the push over; returns its result to be."""
-        reservation = self._registry.staged.reserve(self.gate.size * ELEMENT_BYTES)
+    def push(self, pieces: Iterable[tuple[int, memoryview]], context: grpc.ServicerContext) -> PushResult:
+        """Takes the values in, hands the push over, and waits for its update; meanwhile the session stays alive."""
+        accepted = self._take(pieces)
+        with self.applier.present(self._session):
+            return wait(context, accepted)
+
+    def _take(self, pieces: Iterable[tuple[int, memoryview]]) -> "Future[PushResult]":
+        reservation = self._registry.staged.reserve(self.applier.staging_bytes(self.gate.size))
         try:
             staging = self.applier.stage()
             fingerprint = admission.admit_push(pieces, self.gate, self._layout, staging)

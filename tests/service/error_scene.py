@@ -1,0 +1,133 @@
+"""What a request that is to be refused needs: a server with something on it that must not change."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from wire import Session, Wire, cut, eventually, floats, push
+
+from deltaserve.v1 import common_pb2 as pb
+from deltaserve.v1 import model_service_pb2 as models
+from deltaserve.v1 import worker_service_pb2 as workers
+from deltaserve_server import LocalServer, ServerConfig
+
+CONFIG = ServerConfig(
+    bind="127.0.0.1:0",
+    device="cpu",
+    threads=1,
+    memory_bytes=900_000,
+    staged_bytes=100_000,
+    message_bytes=140_000,
+    models=5,
+    sessions=6,
+)
+"""So small that each limit is near."""
+
+LARGE = 20_000
+"""Elements of a model that does not fit into one message, nor two pushes of it into the staged bytes."""
+
+Request = tuple[str, list[Message | bytes]]
+
+
+@dataclass
+class Scene:
+    """A server with a model that has had updates, ready for a request that is to be refused.
+
+    Attributes:
+        wire: To the server.
+        a: A session with model "m" (tensors w [4] and b [], asynchronous), two pushes old.
+        models: Those that must not change.
+    """
+
+    wire: Wire
+    server: LocalServer
+    monkeypatch: pytest.MonkeyPatch
+    threads: ThreadPoolExecutor
+    a: Session
+    models: list[str] = field(default_factory=lambda: ["m"])
+    pending: list[Future[None]] = field(default_factory=list)
+    calls: list[object] = field(default_factory=list)
+
+    def other(self, name: str, shape: tuple[int, ...] = (4,), policy: pb.Policy | None = None) -> None:
+        """Creates a further model."""
+        self.wire.create(name, {"w": shape}, policy=policy)
+        self.models.append(name)
+
+    def start_push(self, session: Session, sequence: int, size: int) -> None:
+        """Begins a push, and returns when it waits for its round."""
+        self.calls.append(self.wire.start("StreamStep", push(session.header(sequence), cut(np.ones(size)))))
+        eventually(lambda: self._waits(session), "the push does not wait for its round")
+
+    def drain(self) -> None:
+        """Lets the server begin to stop; it is held up by a push that waits."""
+        self.pending.append(self.threads.submit(self.server.stop, 30.0))
+        eventually(lambda: bool(self.server._registry._draining), "the server does not stop")
+
+    def _waits(self, session: Session) -> bool:
+        return any(held.waiting for held in self.wire.model(session.model).sessions)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request that is to be refused.
+
+    Attributes:
+        reason: Why.
+        prepare: Makes the request, after whatever must come before it.
+        metadata: Some of what the refusal is to say.
+        retry: Whether it is to say when to try again.
+    """
+
+    reason: str
+    prepare: Callable[[Scene], Request]
+    metadata: Mapping[str, str]
+    retry: bool
+
+    def __str__(self) -> str:
+        return f"{self.reason}-{self.prepare.__name__}"
+
+
+CASES: list[Case] = []
+
+
+def case(
+    reason: str, *, retry: bool = False, **metadata: str
+) -> Callable[[Callable[[Scene], Request]], Callable[[Scene], Request]]:
+    """Adds a case."""
+
+    def add(prepare: Callable[[Scene], Request]) -> Callable[[Scene], Request]:
+        CASES.append(Case(reason, prepare, metadata, retry))
+        return prepare
+
+    return add
+
+
+def step(header: workers.PushHeader, *values: float) -> Request:
+    """A Step."""
+    return "Step", [workers.StepRequest(header=header, gradient=floats(values))]
+
+
+def stream(header: workers.PushHeader, *chunks: tuple[int, object]) -> Request:
+    """A StreamStep; a chunk's values are numbers or bytes."""
+    return "StreamStep", list(push(header, chunks))  # type: ignore[arg-type]
+
+
+def put(*chunks: dict[str, Any], counts: tuple[int, ...] = ()) -> Request:
+    """A PutState of model "m"."""
+    kind = models.PutStateRequest
+    header = models.PutStateHeader(model="m", update_counts=counts)
+    return "PutState", [kind(header=header), *(kind(**chunk) for chunk in chunks)]
+
+
+def whole(vector: str, *values: float) -> dict[str, Any]:
+    """A vector of a PutState in one chunk."""
+    return {vector: pb.Chunk(data=floats(values))}
+
+
+def opened(scene: Scene, worker: str = "z", **fields: object) -> Request:
+    """An OpenSession with model "m"."""
+    return "OpenSession", [workers.OpenSessionRequest(model="m", worker=worker, **fields)]  # type: ignore[arg-type]

@@ -1,0 +1,213 @@
+"""The same pushes give the same bits, and the bits are right."""
+
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
+
+import grpc
+import numpy as np
+import pytest
+from wire import Snapshot, Vector, Wire, cut, push, streamed, sync
+
+from deltaserve.v1.common_pb2 import Hyperparameters as Sent
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.adadelta import Hyperparameters, reference
+
+NAMES = ("Zoe", "0.a_-", "b" * 128)
+SHAPES = {"w": (40, 7), "b": (20,)}
+SIZE = 300
+GROUPS = (Hyperparameters(lr=0.5, weight_decay=0.01), Hyperparameters(rho=0.95, eps=1e-4, maximize=True))
+
+
+def _gradient(seed: int, size: int = SIZE) -> Vector:
+    """Values of very different magnitudes, so that the order of a sum shows."""
+    source = np.random.default_rng(seed)
+    return (source.standard_normal(size) * 10.0 ** source.integers(-4, 5, size)).astype(np.float32)
+
+
+def _sent() -> list[Sent]:
+    return [Sent(lr=g.lr, rho=g.rho, eps=g.eps, weight_decay=g.weight_decay, maximize=g.maximize) for g in GROUPS]
+
+
+def _train(wire: Wire, model: str, joining: Sequence[str], arriving: Sequence[str], rounds: int = 3) -> Snapshot:
+    """Trains with a worker a name; the gradients are the names', whatever their order."""
+    weights = _gradient(99)
+    wire.create(model, SHAPES, weights=weights, groups=_sent(), group_of=[0, 1], policy=sync(len(NAMES)))
+    sessions = {name: wire.open(model, name) for name in joining}
+    for number in range(1, rounds + 1):
+        calls = []
+        for name in arriving:
+            gradient = _gradient(NAMES.index(name) + 10 * number)
+            calls.append(wire.begin(sessions[name].header(number), gradient))
+        answers = [streamed(call) for call in calls]
+        assert {answer.result.contributors for answer in answers} == {3}
+    return wire.snapshot(model)
+
+
+def _expected(rounds: int = 3) -> tuple[Vector, Vector, Vector]:
+    """Square averages, averages of squared steps, and weights, in float64."""
+    parts = []
+    for own, part in zip(GROUPS, (slice(0, 280), slice(280, 300)), strict=True):
+        state = (np.zeros(SIZE)[part], np.zeros(SIZE)[part], _gradient(99)[part].astype(np.float64))
+        for number in range(1, rounds + 1):
+            mean = np.mean([_gradient(k + 10 * number)[part] for k in range(3)], axis=0, dtype=np.float64)
+            state = reference.update(mean, *state, own)
+        parts.append(state)
+    square_avg, acc_delta, weights = (np.concatenate(vector).astype(np.float32) for vector in zip(*parts, strict=True))
+    return square_avg, acc_delta, weights
+
+
+def test_the_order_of_these_sums_shows() -> None:
+    first, second, third = (_gradient(k) for k in range(3))
+    assert ((first + second) + third).tobytes() != (first + (second + third)).tobytes()
+
+
+def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire) -> None:
+    states = []
+    for joining in permutations(NAMES):
+        for arriving in permutations(NAMES):
+            state = _train(wire, "m", joining, arriving)
+            wire.delete("m")
+            states.append((state.vectors, state.version, state.update_counts))
+    assert len(states) == 36
+    assert all(state == states[0] for state in states)
+
+
+def test_a_late_member_of_the_round_changes_no_bit(wire: Wire) -> None:
+    before = _train(wire, "m", NAMES, NAMES, rounds=1)
+    wire.create("late", SHAPES, weights=_gradient(99), groups=_sent(), group_of=[0, 1], policy=sync(3))
+    calls = []
+    for name in reversed(NAMES):
+        session = wire.open("late", name)
+        calls.append(wire.begin(session.header(1), _gradient(NAMES.index(name) + 10)))
+    for call in calls:
+        streamed(call)
+    assert wire.snapshot("late").vectors == before.vectors
+
+
+class Storm:
+    """A worker whose calls are cut, doubled, given up and tried again, until each push has its answer.
+
+    Args:
+        wire: To the server.
+        model: The model's name.
+        name: The worker's, whose gradients are the name's.
+    """
+
+    def __init__(self, wire: Wire, model: str, name: str) -> None:
+        self._wire = wire
+        self._random = random.Random(name)
+        self._seed = NAMES.index(name)
+        self._session = wire.open(model, name)
+
+    def run(self, rounds: int) -> None:
+        """Makes so many steps."""
+        for number in range(1, rounds + 1):
+            while not self._answered(number):
+                pass
+
+    def _answered(self, number: int) -> bool:
+        gradient = _gradient(self._seed + 10 * number)
+        header = self._session.header(number)
+        messages = list(push(header, cut(gradient, self._random.choice((40, 100, SIZE)))))
+        match self._random.randrange(6):
+            case 0:
+                self._wire.start("StreamStep", messages[: self._random.randrange(len(messages))])
+            case 1:
+                self._wire.start("StreamStep", messages).cancel()
+            case 2:
+                doubled = [self._wire.start("StreamStep", messages) for _ in range(2)]
+                return bool(sum(map(self._answer_of, doubled)))
+            case 3 if number > 1:
+                earlier = self._session.header(number - 1)
+                again = self._wire.step(earlier, _gradient(self._seed + 10 * (number - 1)))
+                assert (again.result.duplicate, again.result.version) == (True, number - 1)
+            case _:
+                return self._answer_of(
+                    self._wire.start("StreamStep", messages, seconds=self._random.choice((0.01, 0.2)))
+                )
+        return False
+
+    def _answer_of(self, call: Iterable[bytes]) -> bool:
+        try:
+            return streamed(call).result.contributors == 3
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            return False
+
+
+def test_calls_that_are_cut_doubled_and_tried_again_change_no_bit(wire: Wire) -> None:
+    rounds = 12
+    calm = _train(wire, "calm", NAMES, NAMES, rounds)
+    wire.create("m", SHAPES, weights=_gradient(99), groups=_sent(), group_of=[0, 1], policy=sync(len(NAMES)))
+    workers = [Storm(wire, "m", name) for name in NAMES]
+    with ThreadPoolExecutor() as threads:
+        for done in [threads.submit(worker.run, rounds) for worker in workers]:
+            done.result()
+    state = wire.snapshot("m")
+    assert (state.version, state.update_counts) == (rounds, (rounds, rounds))
+    assert state.vectors == calm.vectors
+
+
+def test_rounds_come_close_to_the_reference(wire: Wire) -> None:
+    """Twelve digits of the sums are lost where magnitudes differ by 1e8: hence the absolute part of the tolerance."""
+    state = _train(wire, "m", NAMES, NAMES)
+    for got, wanted in zip((state.square_avg, state.acc_delta, state.weights), _expected(), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_hundred_steps_come_close_to_the_reference(wire: Wire) -> None:
+    wire.create("m", SHAPES, groups=_sent(), group_of=[0, 0])
+    session = wire.open("m", "a")
+    state = (np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE))
+    for number in range(1, 101):
+        gradient = np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)
+        wire.step(session.header(number), gradient)
+        state = reference.update(gradient, *state, GROUPS[0])
+    got = wire.snapshot("m")
+    for vector, wanted in zip((got.square_avg, got.acc_delta, got.weights), state, strict=True):
+        np.testing.assert_allclose(vector, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["async", "sync"])
+def test_chunks_of_any_size_give_the_same_bits(wire: Wire, policy: str) -> None:
+    size = 6_011
+    states = set()
+    for chunk in (1, 13, 4096, size - 1, size):
+        wire.create("m", {"w": (size,)}, weights=_gradient(1, size), policy=sync() if policy == "sync" else None)
+        session = wire.open("m", "a")
+        for number in (1, 2):
+            steps = cut(_gradient(number, size), chunk if number == 1 or chunk > 1 else 64)
+            answer = wire.stream_step(session.header(number), steps)
+        state = wire.snapshot("m")
+        assert answer.weights.tobytes() == state.vectors[0]
+        states.add(state.vectors)
+        wire.delete("m")
+    assert len(states) == 1
+
+
+def test_both_doors_give_the_same_bits(wire: Wire) -> None:
+    for name in ("unary", "streamed"):
+        wire.create(name, SHAPES, weights=_gradient(1), groups=_sent(), group_of=[0, 1])
+    unary, chunked = wire.open("unary", "a"), wire.open("streamed", "a")
+    for number in range(1, 6):
+        left = wire.step(unary.header(number), _gradient(number))
+        right = wire.stream_step(chunked.header(number), cut(_gradient(number), number))
+        assert left.weights.tobytes() == right.weights.tobytes()
+    assert wire.snapshot("unary").vectors == wire.snapshot("streamed").vectors
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    size = 1_000_003
+    states = set()
+    for threads in (1, 2, 3):
+        config = ServerConfig(bind="127.0.0.1:0", device="cpu", threads=threads)
+        with LocalServer(config) as server, Wire(server.target) as wire:
+            wire.create("m", {"w": (size,)}, weights=_gradient(1, size))
+            session = wire.open("m", "a")
+            for number, chunk in ((1, 1 << 18), (2, 99_991)):
+                wire.stream_step(session.header(number), cut(_gradient(number, size), chunk))
+            states.add(wire.snapshot("m").vectors)
+    assert len(states) == 1

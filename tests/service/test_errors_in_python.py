@@ -1,0 +1,197 @@
+"""The table of errors as a user of the Python client meets it: exception, reason, metadata, and nothing changed."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike
+from wire import Wire, eventually, unchanged
+
+import deltaserve
+from deltaserve import (
+    Client,
+    ConflictError,
+    Error,
+    Hyperparameters,
+    Model,
+    RequestError,
+    ServerError,
+    SessionError,
+    Sync,
+    UnavailableError,
+    Worker,
+)
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.memory.host import HostStore
+
+SIZE = 10_000
+CONFIG = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, staged_bytes=60_000, models=3, sessions=4)
+ZEROS = np.zeros(3, np.float32)
+ONES, ONE = np.ones(2, np.float32), np.ones((), np.float32)
+
+
+@dataclass
+class Stage:
+    """A server with an asynchronous model "m" (w [2], b []) and a worker of it that has made a step."""
+
+    client: Client
+    wire: Wire
+    model: Model
+    worker: Worker
+    stack: ExitStack
+    monkeypatch: pytest.MonkeyPatch
+    threads: ThreadPoolExecutor
+
+    def worker_of(self, name: str, policy: deltaserve.Sync | None = None, size: int = 3) -> Worker:
+        """A worker of another model, which is made for it."""
+        model = self.client.create_model(name, {"w": np.zeros(size, np.float32)}, policy=policy)
+        return self.stack.enter_context(model.worker("first"))
+
+    def another(self, model: str, worker: str) -> Worker:
+        """A further worker."""
+        return self.stack.enter_context(self.client.model(model).worker(worker))
+
+    def push_that_waits(self, worker: Worker, gradient: ArrayLike, own: Hyperparameters | None = None) -> None:
+        """Begins a step in a thread of its own; its end does not matter."""
+        arrays = {"w": np.asarray(gradient, np.float32)}
+        self.threads.submit(worker.step, arrays, hyperparameters=[own] if own else None)
+        name = next(model.name for model in self.client.models() if model.name != "m")
+        eventually(lambda: bool(self.wire.waiting(name)), "the push does not wait")
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    with (
+        LocalServer(CONFIG) as server,
+        Wire(server.target) as wire,
+        deltaserve.connect(server.target, timeout_seconds=0.7) as client,
+        ThreadPoolExecutor() as threads,
+        ExitStack() as stack,
+    ):
+        model = client.create_model("m", {"w": np.zeros(2, np.float32), "b": np.float32(0)})
+        with model.worker("a") as worker:
+            worker.step({"w": ONES, "b": ONE})
+            yield Stage(client, wire, model, worker, stack, monkeypatch, threads)
+
+
+Provoke = Callable[[Stage], Callable[[], object]]
+CASES: dict[str, tuple[type[Error], dict[str, str], Provoke]] = {}
+
+
+def case(kind: type[Error], **metadata: str) -> Callable[[Provoke], Provoke]:
+    """Adds a case; its reason is the function's name."""
+
+    def add(provoke: Provoke) -> Provoke:
+        CASES[provoke.__name__.upper()] = kind, metadata, provoke
+        return provoke
+
+    return add
+
+
+@case(RequestError, field="name")
+def name_invalid(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("../m", {"w": ZEROS})
+
+
+@case(RequestError, tensor="w", shape="1x1x1x1x1x1x1x1x3")
+def shape_invalid(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("n", {"w": np.zeros((1,) * 8 + (3,), np.float32)})
+
+
+@case(RequestError, field="rho", allowed="in [0, 1]")
+def hyperparameter_invalid(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("n", {"w": ZEROS}, rho=1.5)
+
+
+@case(RequestError, field="policy.sync.min_workers")
+def policy_invalid(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("n", {"w": ZEROS}, policy=Sync(min_workers=0))
+
+
+@case(RequestError, tensor="w", index="1")
+def value_not_finite(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.worker.step({"w": np.array([1, np.nan], np.float32), "b": ONE})
+
+
+@case(RequestError, tensor="b", index="0")
+def value_too_large(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.worker.step({"w": ONES, "b": np.full((), 1e30, np.float32)})
+
+
+@case(RequestError, model="other")
+def model_not_found(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.model("other")
+
+
+@case(ConflictError, model="m", difference="lr of group 0 is 1.0, not 0.5")
+def model_mismatch(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("m", {"w": np.zeros(2), "b": np.float32(0)}, lr=0.5)
+
+
+@case(SessionError)
+def session_unknown(stage: Stage) -> Callable[[], object]:
+    stage.worker.close()
+    return lambda: stage.worker.step({"w": ONES, "b": ONE})
+
+
+@case(SessionError, worker="a", epoch="1", current="2")
+def session_fenced(stage: Stage) -> Callable[[], object]:
+    stage.another("m", "a")
+    return lambda: stage.worker.step({"w": ONES, "b": ONE})
+
+
+@case(ConflictError, field="groups[0].lr", round="0.5", got="0.25")
+def hyperparameter_conflict(stage: Stage) -> Callable[[], object]:
+    first = stage.worker_of("s", Sync())
+    second = stage.another("s", "second")
+    second.pull()
+    stage.push_that_waits(first, ZEROS + 1, Hyperparameters(lr=0.5))
+    return lambda: second.step({"w": ZEROS + 1}, hyperparameters=[Hyperparameters(lr=0.25)])
+
+
+@case(UnavailableError, needed=str(24 * 100_000))
+def memory_budget(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.client.create_model("n", {"w": np.zeros(100_000, np.float32)})
+
+
+@case(UnavailableError, limit="4")
+def session_limit(stage: Stage) -> Callable[[], object]:
+    for number in range(3):
+        stage.another("m", f"w{number}")
+    return lambda: stage.model.worker("late")
+
+
+@case(UnavailableError, limit="3")
+def model_limit(stage: Stage) -> Callable[[], object]:
+    for name in ("n", "o"):
+        stage.client.create_model(name, {"w": ZEROS})
+    return lambda: stage.client.create_model("p", {"w": ZEROS})
+
+
+@case(ServerError)
+def internal(stage: Stage) -> Callable[[], object]:
+    def fault(*_: object) -> None:
+        raise ZeroDivisionError
+
+    worker = stage.worker_of("broken")
+    worker.pull()
+    with stage.monkeypatch.context() as patch:
+        patch.setattr(HostStore, "update", fault)
+        with pytest.raises(ServerError):
+            worker.step({"w": ZEROS + 1})
+    return worker.pull
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_a_refusal_is_raised_as_what_the_table_says(reason: str, stage: Stage) -> None:
+    kind, metadata, provoke = CASES[reason]
+    call = provoke(stage)
+    with unchanged(stage.wire, "m"), pytest.raises(Error) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert caught.value.reason == reason
+    assert caught.value.metadata == caught.value.metadata | metadata
+    assert str(caught.value).isprintable()

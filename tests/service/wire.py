@@ -1,0 +1,378 @@
+"""Every RPC through a plain gRPC channel: bytes of the generated message classes, none of the client's own code."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from numpy.typing import ArrayLike, NDArray
+
+from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, worker_service_pb2
+from deltaserve.v1.common_pb2 import Hyperparameters, ModelConfig, Policy, SyncPolicy, TensorSpec
+from deltaserve.v1.worker_service_pb2 import PushHeader
+
+Vector = NDArray[np.float32]
+Shapes = Mapping[str, tuple[int, ...]]
+
+SERVICES = {
+    service.full_name: service
+    for module in (model_service_pb2, worker_service_pb2, system_service_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+}
+METHODS: dict[str, MethodDescriptor] = {m.name: m for service in SERVICES.values() for m in service.methods}
+
+SECONDS = 20.0
+"""How long a call of a test may take: a server that hangs fails the test, a busy machine does not."""
+
+CHUNK = 1 << 18
+"""Elements of a chunk unless a test says otherwise."""
+
+
+def sync(min_workers: int | None = None) -> Policy:
+    """The synchronous policy."""
+    return Policy(sync=SyncPolicy(min_workers=min_workers))
+
+
+def floats(values: ArrayLike) -> bytes:
+    """A vector as it travels."""
+    return np.asarray(values, "<f4").tobytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What a refused call carries."""
+
+    code: grpc.StatusCode
+    reason: str
+    domain: str
+    metadata: dict[str, str]
+    retry_seconds: float | None
+    fields: tuple[str, ...]
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.code.name} {self.reason} {self.metadata}: {self.text}"
+
+
+def refusal(error: grpc.RpcError) -> Refusal:
+    """Reads a status; fails where it carries no ErrorInfo."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no details: {error.code()} {error.details()}"
+    info, retry, request = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+    retry_seconds = None
+    kinds = [detail.TypeName().rpartition(".")[2] for detail in status.details]
+    assert kinds[0] == "ErrorInfo"
+    assert set(kinds) <= {"ErrorInfo", "RetryInfo", "BadRequest"}
+    assert len(set(kinds)) == len(kinds)
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(request)
+        if detail.Unpack(retry):
+            retry_seconds = retry.retry_delay.ToTimedelta().total_seconds()
+    return Refusal(
+        code=error.code(),
+        reason=info.reason,
+        domain=info.domain,
+        metadata=dict(info.metadata),
+        retry_seconds=retry_seconds,
+        fields=tuple(violation.field for violation in request.field_violations),
+        text=str(error.details()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All that a client can see of a model."""
+
+    version: int
+    config: bytes
+    update_counts: tuple[int, ...]
+    vectors: tuple[bytes, bytes, bytes]
+    sessions: tuple[tuple[str, int, int, int, bool], ...]
+
+    @property
+    def weights(self) -> Vector:
+        """The parameters."""
+        return np.frombuffer(self.vectors[0], "<f4")
+
+    @property
+    def square_avg(self) -> Vector:
+        """The leaky average of squared gradients."""
+        return np.frombuffer(self.vectors[1], "<f4")
+
+    @property
+    def acc_delta(self) -> Vector:
+        """The leaky average of squared updates."""
+        return np.frombuffer(self.vectors[2], "<f4")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What names a session in a request, and what the server said when it was opened."""
+
+    model: str
+    opened: worker_service_pb2.OpenSessionResponse
+
+    @property
+    def id(self) -> dict[str, Any]:
+        """The fields of every request of the session."""
+        return {"model": self.model, "session_id": self.opened.session_id, "epoch": self.opened.epoch}
+
+    def header(self, sequence: int, **fields: Any) -> PushHeader:
+        """A push's header."""
+        return PushHeader(**self.id, sequence=sequence, **fields)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step's answer."""
+
+    result: worker_service_pb2.PushResult
+    position: common_pb2.ModelPosition
+    weights: Vector
+
+
+class Wire:
+    """A channel of its own to a server."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.use_local_subchannel_pool", 1)]
+        self.channel = grpc.insecure_channel(target, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.channel.close()
+
+    # --- any RPC
+
+    def start(self, method: str, messages: Iterable[Message | bytes], seconds: float = SECONDS) -> Any:
+        """Begins a call; the result iterates over the response's bytes and can be cancelled."""
+        path = f"/{METHODS[method].containing_service.full_name}/{method}"
+        begin: Any = self.channel.stream_stream(path, request_serializer=None, response_deserializer=None)
+        encoded = (m if isinstance(m, bytes) else m.SerializeToString() for m in messages)
+        return begin(encoded, timeout=seconds)
+
+    def call(self, method: str, *messages: Message | bytes, seconds: float = SECONDS) -> list[Any]:
+        """Makes a call; returns the messages of the response."""
+        kind = GetMessageClass(METHODS[method].output_type)
+        return [kind.FromString(data) for data in self.start(method, messages, seconds)]
+
+    def one(self, method: str, *messages: Message | bytes, seconds: float = SECONDS) -> Any:
+        """Makes a call whose response is one message."""
+        (answer,) = self.call(method, *messages, seconds=seconds)
+        return answer
+
+    def refused(self, method: str, *messages: Message | bytes) -> Refusal:
+        """Makes a call that is to be refused."""
+        try:
+            answer = self.call(method, *messages)
+        except grpc.RpcError as error:
+            return refusal(error)
+        raise AssertionError(f"{method} answered {answer}")
+
+    # --- models
+
+    def create(
+        self,
+        name: str,
+        shapes: Shapes | None = None,
+        *,
+        weights: ArrayLike | None = None,
+        groups: Sequence[Hyperparameters] = (),
+        group_of: Sequence[int] = (),
+        policy: Policy | None = None,
+    ) -> model_service_pb2.CreateModelResponse:
+        """Creates a model; its weights are zero unless given."""
+        messages = creation(name, shapes, weights=weights, groups=groups, group_of=group_of, policy=policy)
+        answer: model_service_pb2.CreateModelResponse = self.one("CreateModel", *messages)
+        return answer
+
+    def model(self, name: str) -> model_service_pb2.GetModelResponse:
+        """GetModel."""
+        answer: model_service_pb2.GetModelResponse = self.one("GetModel", model_service_pb2.GetModelRequest(model=name))
+        return answer
+
+    def models(self) -> Sequence[model_service_pb2.ModelSummary]:
+        """ListModels."""
+        answer: model_service_pb2.ListModelsResponse = self.one("ListModels", model_service_pb2.ListModelsRequest())
+        return answer.models
+
+    def snapshot(self, name: str) -> Snapshot:
+        """PullState and GetModel."""
+        header, *rest = self.call("PullState", model_service_pb2.PullStateRequest(model=name, optimizer_state=True))
+        vectors = dict.fromkeys(("weights", "square_avg", "acc_delta"), b"")
+        for message in rest:
+            vectors[message.WhichOneof("message")] += getattr(message, message.WhichOneof("message")).data
+        return Snapshot(
+            version=header.header.position.version,
+            config=header.header.config.SerializeToString(deterministic=True),
+            update_counts=tuple(header.header.update_counts),
+            vectors=(vectors["weights"], vectors["square_avg"], vectors["acc_delta"]),
+            sessions=tuple((s.worker, s.epoch, s.rank, s.last_sequence, s.waiting) for s in self.model(name).sessions),
+        )
+
+    def delete(self, name: str) -> None:
+        """DeleteModel."""
+        self.one("DeleteModel", model_service_pb2.DeleteModelRequest(model=name))
+
+    def info(self) -> system_service_pb2.GetServerInfoResponse:
+        """GetServerInfo."""
+        answer: system_service_pb2.GetServerInfoResponse = self.one(
+            "GetServerInfo", system_service_pb2.GetServerInfoRequest()
+        )
+        return answer
+
+    # --- workers
+
+    def open(self, model: str, worker: str, lease_seconds: float | None = None) -> Session:
+        """OpenSession."""
+        request = worker_service_pb2.OpenSessionRequest(model=model, worker=worker, lease_seconds=lease_seconds)
+        return Session(model, self.one("OpenSession", request))
+
+    def keep(self, session: Session) -> worker_service_pb2.KeepSessionResponse:
+        """KeepSession."""
+        request = worker_service_pb2.KeepSessionRequest(**session.id)
+        answer: worker_service_pb2.KeepSessionResponse = self.one("KeepSession", request)
+        return answer
+
+    def close(self, session: Session) -> None:
+        """CloseSession."""
+        self.one("CloseSession", worker_service_pb2.CloseSessionRequest(**session.id))
+
+    def step(self, header: PushHeader, gradient: ArrayLike, seconds: float = SECONDS) -> Stepped:
+        """Step."""
+        request = worker_service_pb2.StepRequest(header=header, gradient=floats(gradient))
+        answer = self.one("Step", request, seconds=seconds)
+        return Stepped(answer.result, answer.position, np.frombuffer(answer.weights, "<f4"))
+
+    def stream_step(self, header: PushHeader, chunks: Iterable[tuple[int, ArrayLike]]) -> Stepped:
+        """StreamStep of chunks as they are given."""
+        return streamed(self.start("StreamStep", push(header, chunks)))
+
+    def begin(self, header: PushHeader, gradient: ArrayLike) -> Any:
+        """Begins a StreamStep, which may have to wait for its round; returns when it was accepted or refused."""
+        call = self.start("StreamStep", push(header, cut(gradient)))
+        eventually(lambda: self._accepted(header) or call.done(), "the push does not arrive")
+        return call
+
+    def _accepted(self, header: PushHeader) -> bool:
+        session: dict[str, Any] = {"model": header.model, "session_id": header.session_id, "epoch": header.epoch}
+        answer = self.one("KeepSession", worker_service_pb2.KeepSessionRequest(**session))
+        return bool(answer.last_accepted_sequence >= header.sequence)
+
+    def waiting(self, model: str) -> set[str]:
+        """The workers whose pushes wait for their round."""
+        return {session.worker for session in self.model(model).sessions if session.waiting}
+
+    def pull(self, model: str, **fields: Any) -> tuple[worker_service_pb2.PullHeader, Vector]:
+        """Pull."""
+        return pulled(self.start("Pull", [worker_service_pb2.PullRequest(model=model, **fields)]))
+
+
+def streamed(call: Iterable[bytes]) -> Stepped:
+    """Reads StreamStep's answer."""
+    header, *rest = [worker_service_pb2.StreamStepResponse.FromString(data) for data in call]
+    weights = _joined([message.weights for message in rest])
+    return Stepped(header.header.result, header.header.position, weights)
+
+
+def pulled(call: Iterable[bytes]) -> tuple[worker_service_pb2.PullHeader, Vector]:
+    """Reads Pull's answer."""
+    header, *rest = [worker_service_pb2.PullResponse.FromString(data) for data in call]
+    weights = _joined([message.weights for message in rest])
+    assert weights.size == header.header.element_count
+    return header.header, weights
+
+
+def _joined(chunks: Sequence[common_pb2.Chunk]) -> Vector:
+    end = 0
+    for chunk in chunks:
+        assert chunk.offset * 4 == end
+        end += len(chunk.data)
+    return np.frombuffer(b"".join(chunk.data for chunk in chunks), "<f4")
+
+
+def creation(
+    name: str,
+    shapes: Shapes | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    groups: Sequence[Hyperparameters] = (),
+    group_of: Sequence[int] = (),
+    policy: Policy | None = None,
+) -> list[Message]:
+    """The messages of a CreateModel."""
+    shapes = {"w": (4,), "b": ()} if shapes is None else shapes
+    config = ModelConfig(
+        name=name,
+        tensors=[
+            TensorSpec(name=tensor, shape=shape, group=group_of[k] if group_of else 0)
+            for k, (tensor, shape) in enumerate(shapes.items())
+        ],
+        groups=groups,
+        policy=policy,
+    )
+    size = sum(int(np.prod(shape)) for shape in shapes.values())
+    vector = np.zeros(size, np.float32) if weights is None else np.asarray(weights, np.float32)
+    kind = model_service_pb2.CreateModelRequest
+    return [kind(config=config), *(kind(weights=piece) for piece in pieces(vector))]
+
+
+def pieces(vector: ArrayLike, start: int = 0, size: int = CHUNK) -> Iterator[common_pb2.Chunk]:
+    """Cuts a vector into chunks."""
+    whole = np.asarray(vector, np.float32).reshape(-1)
+    for at in range(0, whole.size, size):
+        yield common_pb2.Chunk(offset=start + at, data=floats(whole[at : at + size]))
+
+
+def cut(vector: ArrayLike, size: int = CHUNK) -> list[tuple[int, Vector]]:
+    """Cuts a vector into offsets and values."""
+    whole = np.asarray(vector, np.float32).reshape(-1)
+    return [(at, whole[at : at + size]) for at in range(0, whole.size, size)]
+
+
+def push(header: PushHeader, chunks: Iterable[tuple[int, ArrayLike]]) -> Iterator[bytes]:
+    """The messages of a StreamStep."""
+    kind = worker_service_pb2.StreamStepRequest
+    yield kind(header=header).SerializeToString()
+    for offset, values in chunks:
+        data = values if isinstance(values, bytes) else floats(values)
+        yield kind(gradient=common_pb2.Chunk(offset=offset, data=data)).SerializeToString()
+
+
+@contextmanager
+def unchanged(wire: Wire, *models: str) -> Iterator[None]:
+    """Holds a server to it that what happens inside changes nothing that a client can see."""
+    before = _seen(wire, models)
+    yield
+    eventually(lambda: _seen(wire, models) == before, f"something of {models} changed")
+
+
+def _seen(wire: Wire, models: Sequence[str]) -> tuple[object, ...]:
+    return (
+        [model.name for model in wire.models()],
+        wire.info().limits.memory_available_bytes,
+        [wire.snapshot(name) for name in models],
+    )
+
+
+def eventually(condition: Callable[[], bool], otherwise: str, seconds: float = SECONDS) -> None:
+    """Waits for a condition."""
+    deadline = monotonic() + seconds
+    while not condition():
+        assert monotonic() < deadline, otherwise
+        sleep(0.005)
