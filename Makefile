@@ -34,8 +34,9 @@ demo: $(SETUP) ## train digits with a server and two workers
 test: $(SETUP) ## run the tests; PYTEST_ARGS="-k name" goes to pytest
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-test-floor: $(FLOOR) ## run the client at the oldest versions it supports
+test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
+	@$(BIN)/python tests/floor/run.py .venv-floor/bin/python
 	@status=0; .venv-floor/bin/deltaserve || status=$$?; test "$$status" = 2
 
 check: $(SETUP) stubs buf ## format, lint, types, stubs, and buf where it is installed

@@ -60,6 +60,29 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
+class _Channel:
+    """A gRPC channel and the calls that were made ready on it."""
+
+    def __init__(self, target: str) -> None:
+        self._grpc = grpc.insecure_channel(target, options=_OPTIONS)
+        self._calls: dict[str, Any] = {}
+
+    def close(self) -> None:
+        self._grpc.close()
+
+    def call(self, method: str) -> Any:
+        """Returns what makes the call of an RPC, of bytes."""
+        if method not in self._calls:
+            descriptor = METHODS[method]
+            sends, receives = (
+                ("unary", "stream")[streams] for streams in (descriptor.client_streaming, descriptor.server_streaming)
+            )
+            path = f"/{descriptor.containing_service.full_name}/{method}"
+            make = getattr(self._grpc, f"{sends}_{receives}")
+            self._calls[method] = make(path, request_serializer=None, response_deserializer=None)
+        return self._calls[method]
+
+
 class Connection:
     """A channel to one server.
 
@@ -77,8 +100,7 @@ class Connection:
         self.target = target
         self.timeout_seconds = timeout_seconds
         self._process = os.getpid()
-        self._channel: grpc.Channel | None = grpc.insecure_channel(target, options=_OPTIONS)
-        self._calls: dict[str, Any] = {}
+        self._channel: _Channel | None = _Channel(target)
         self.sessions: WeakSet[_Closable] = WeakSet()
 
     def close(self) -> None:
@@ -157,25 +179,29 @@ class Connection:
                 level = logging.WARNING if tries == _PATIENCE else logging.INFO
                 _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
                 sleep(delay)
+            except Exception:
+                raise
+            except BaseException:
+                self._replace_channel()
+                raise
         raise AssertionError("unreachable")
 
+    def _replace_channel(self) -> None:
+        """Goes on with a new channel after an interrupt.
+
+        Ctrl+C may strike while gRPC's Python code holds a lock of the channel. It is then held for good, and every
+        further call waits for it, whatever its deadline. Calls of other threads end on the old channel.
+        """
+        if self._channel and self._process == os.getpid():
+            self._channel = _Channel(self.target)
+
     def _call(self, method: str) -> Any:
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             raise ValueError("the connection is closed")
         if self._process != os.getpid():
             raise RuntimeError("a connection does not survive a fork: call deltaserve.connect in the child process")
-        if method not in self._calls:
-            descriptor = METHODS[method]
-            kind = (
-                ("unary", "stream")[descriptor.client_streaming]
-                + "_"
-                + ("unary", "stream")[descriptor.server_streaming]
-            )
-            path = f"/{descriptor.containing_service.full_name}/{method}"
-            self._calls[method] = getattr(self._channel, kind)(
-                path, request_serializer=None, response_deserializer=None
-            )
-        return self._calls[method]
+        return channel.call(method)
 
 
 def incarnation(connection: Connection) -> str | None:

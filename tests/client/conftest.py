@@ -1,0 +1,216 @@
+"""Servers to kill and stop, a line to cut, programs to interrupt."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+
+_SERVE = """
+import sys, deltaserve_server
+server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind=sys.argv[1], device="cpu"))
+server.start()
+print(server.target, flush=True)
+server.wait()
+"""
+
+
+class ServerProcess:
+    """A server in a process of its own; it starts again on the port that it had."""
+
+    def __init__(self) -> None:
+        self.target = "127.0.0.1:0"
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", _SERVE, self.target], stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout
+        self.target = self._process.stdout.readline().strip()
+        assert self.target, "the server did not start"
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends the process at once, and frees its port."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Proxy:
+    """A line between clients and a server, with faults on demand."""
+
+    def __init__(self, upstream: str) -> None:
+        host, port = upstream.split(":")
+        self._upstream = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.refusing = False
+        self.cuts = 0
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._lock = threading.Lock()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._left: dict[str, int | None] = {"up": None, "down": None}
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold_answers(self) -> None:
+        """From now on nothing reaches the client, until the next cut."""
+        self._flowing.clear()
+
+    def cut(self) -> None:
+        """Ends every connection; the next one works."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+            self._left = dict.fromkeys(self._left)
+            self.cuts += bool(pairs)
+        for pair in pairs:
+            for end in pair:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self._flowing.set()
+
+    def cut_after(self, direction: str, count: int) -> None:
+        """Cuts once after `count` further bytes, "up" to the server or "down" to the client."""
+        self._left[direction] = count
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    if self.refusing:
+                        raise OSError("refused")
+                    server = socket.create_connection(self._upstream)
+                except OSError:
+                    client.close()
+                    continue
+                with self._lock:
+                    self._pairs.append((client, server))
+                for arguments in ((client, server, "up"), (server, client, "down")):
+                    threading.Thread(target=self._carry, args=arguments, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if direction == "down":
+                    self._flowing.wait()
+                left = self._left[direction]
+                if left is not None:
+                    self._left[direction] = left - len(data)
+                    if left <= len(data):
+                        self.cut()
+                        break
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+class Program:
+    """A Python program of a test, in a process of its own; it prints a line for each thing that it has done."""
+
+    def __init__(self, source: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", source, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        """Returns the next line that it prints."""
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str) -> None:
+        """Gives it a line on its standard input."""
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def finish(self, seconds: float = 30.0) -> tuple[int, str, str]:
+        """Waits for its end; returns its status and what else it wrote to standard output and error."""
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+
+StartServer = Callable[[], ServerProcess]
+StartProxy = Callable[[str], Proxy]
+StartProgram = Callable[..., Program]
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    with ExitStack() as stack:
+
+        def start() -> ServerProcess:
+            process = ServerProcess()
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server_for_all() -> Iterator[ServerProcess]:
+    """One server process for the tests of a file."""
+    process = ServerProcess()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def start_proxy() -> Iterator[StartProxy]:
+    with ExitStack() as stack:
+
+        def start(upstream: str) -> Proxy:
+            proxy = Proxy(upstream)
+            stack.callback(proxy.close)
+            return proxy
+
+        yield start
+
+
+@pytest.fixture
+def start_program() -> Iterator[StartProgram]:
+    with ExitStack() as stack:
+
+        def start(source: str, *arguments: str) -> Program:
+            program = Program(source, *arguments)
+            stack.callback(program.process.communicate)
+            stack.callback(program.process.kill)
+            return program
+
+        yield start
+
+
+Eventually = Callable[[Callable[[], Any]], Any]
+
+
+@pytest.fixture
+def eventually() -> Eventually:
+    """Waits until a condition is met; returns what it gave."""
+
+    def wait(condition: Callable[[], Any]) -> Any:
+        deadline = monotonic() + 10.0
+        while not (met := condition()):
+            assert monotonic() < deadline, "it did not happen within 10 s"
+            sleep(0.01)
+        return met
+
+    return wait

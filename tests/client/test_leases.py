@@ -1,0 +1,187 @@
+"""Sessions: renewed in the background, ended when their worker is, whatever way it goes."""
+
+import gc
+import logging
+import signal
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client
+from deltaserve_server import LocalServer
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, StartProgram, StartProxy
+
+ONE = {"w": np.ones(3, np.float32)}
+
+
+@pytest.fixture
+def model(client: Client) -> deltaserve.Model:
+    return client.create_model("m", ONE)
+
+
+def workers(model: deltaserve.Model) -> list[str]:
+    return [session.worker for session in model.info().sessions]
+
+
+def test_the_lease_of_an_idle_worker_is_renewed(model: deltaserve.Model) -> None:
+    with model.worker("a", lease_seconds=1.0) as worker:
+        worker.step(ONE)
+        least = 1.0
+        for _ in range(30):
+            sleep(0.1)
+            (session,) = model.info().sessions
+            least = min(least, session.lease_left_seconds)
+        assert least > 0.2, "it is renewed at a third"
+        assert session.epoch == 1
+        worker.step(ONE)
+        assert worker.version == 2
+
+
+def test_the_lease_is_renewed_after_a_disturbance(
+    server: LocalServer, model: deltaserve.Model, start_proxy: "StartProxy"
+) -> None:
+    proxy = start_proxy(server.target)
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far, far.model("m").worker("a", lease_seconds=2.0):
+        proxy.refusing = True
+        proxy.cut()
+        sleep(1.2)
+        proxy.refusing = False
+        sleep(2.0)
+        assert workers(model) == ["a"]
+
+
+def test_a_renewal_that_fails_on_the_way_is_not_the_last(
+    model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the transport fails in a way that no call is retried for."""
+    with model.worker("a", lease_seconds=1.0) as worker:
+        failed: list[float | None] = []
+
+        def fail(timeout_seconds: float | None = None) -> None:
+            failed.append(timeout_seconds)
+            monkeypatch.undo()
+            raise deltaserve.Error("INTERNAL: Received RST_STREAM with error code 2")
+
+        monkeypatch.setattr(worker._session, "keep", fail)
+        sleep(2.2)
+        assert len(failed) == 1
+        assert workers(model) == ["a"]
+
+
+def test_a_renewal_that_is_refused_is_told_and_is_the_last(
+    model: deltaserve.Model, caplog: pytest.LogCaptureFixture, eventually: "Eventually"
+) -> None:
+    with caplog.at_level(logging.WARNING, "deltaserve"):
+        older = model.worker("a", lease_seconds=1.0)
+        with model.worker("a"):
+            eventually(lambda: "a newer session of worker a has taken over" in caplog.text)
+            sleep(0.8)
+    assert caplog.text.count("taken over") == 1
+    older.close()
+
+
+OPEN = """
+import sys, threading, time
+import numpy as np
+import deltaserve
+
+client = deltaserve.connect(sys.argv[1], timeout_seconds=20)
+worker = client.model("m").worker("a", lease_seconds=float(sys.argv[3]))
+worker.step({"w": np.ones(3)})
+print("open", flush=True)
+sys.stdin.readline()
+if sys.argv[2] == "falls off the end":
+    pass
+elif sys.argv[2] == "raises":
+    raise ValueError("as planned")
+elif sys.argv[2] == "exits":
+    sys.exit(3)
+elif sys.argv[2] == "closes the client":
+    client.close()
+elif sys.argv[2] == "has a thread":
+    threading.Thread(target=time.sleep, args=(0.3,)).start()
+elif sys.argv[2] == "is interrupted":
+    raise KeyboardInterrupt
+"""
+
+WAYS = {
+    "falls off the end": 0, "raises": 1, "exits": 3, "closes the client": 0, "has a thread": 0, "is interrupted": -2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("way", "status"), WAYS.items(), ids=lambda value: str(value).replace(" ", "-"))
+def test_a_worker_that_is_not_closed_ends_with_its_program(
+    way: str, status: int, server: LocalServer, model: deltaserve.Model, start_program: "StartProgram"
+) -> None:
+    program = start_program(OPEN, server.target, way, "60")
+    assert program.line() == "open"
+    assert workers(model) == ["a"]
+    began = monotonic()
+    program.tell("go")
+    assert program.finish()[0] == status
+    assert workers(model) == [], "at once, and not with its lease"
+    assert monotonic() - began < 10
+
+
+def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
+    server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
+) -> None:
+    program = start_program(OPEN, server.target, "", "1.5")
+    assert program.line() == "open"
+    program.process.send_signal(signal.SIGKILL)
+    killed = monotonic()
+    program.process.wait()
+    assert workers(model) == ["a"]
+    eventually(lambda: not workers(model))
+    assert 0.8 < monotonic() - killed < 4
+
+
+def test_a_program_that_was_stopped_for_longer_than_its_lease_learns_of_it(
+    server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
+) -> None:
+    source = OPEN.replace("if sys.argv[2] ==", 'worker.step({"w": np.ones(3)})\nif sys.argv[2] ==', 1)
+    program = start_program(source, server.target, "", "1")
+    assert program.line() == "open"
+    program.process.send_signal(signal.SIGSTOP)
+    eventually(lambda: not workers(model))
+    program.process.send_signal(signal.SIGCONT)
+    program.tell("go")
+    status, _, errors = program.finish()
+    assert status == 1
+    assert "SessionError: there is no such session" in errors.splitlines()[-1]
+
+
+def test_a_worker_that_is_garbage_ends_its_session(model: deltaserve.Model, eventually: "Eventually") -> None:
+    worker = model.worker("a")
+    assert workers(model) == ["a"]
+    del worker
+    assert workers(model) == []
+
+
+def test_a_worker_in_a_cycle_of_garbage_ends_its_session(model: deltaserve.Model) -> None:
+    cycle: list[object] = [model.worker("a")]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert workers(model) == []
+
+
+def test_a_client_closes_the_workers_that_are_still_open(server: LocalServer, model: deltaserve.Model) -> None:
+    with deltaserve.connect(server.target, timeout_seconds=20) as other:
+        kept = [other.model("m").worker(name) for name in ("a", "b")]
+        assert workers(model) == ["a", "b"]
+    assert workers(model) == []
+    del kept
+
+
+def test_closing_a_worker_after_its_server_is_gone_takes_no_error(server: LocalServer, model: deltaserve.Model) -> None:
+    worker = model.worker("a")
+    server.stop(grace_seconds=0)
+    began = monotonic()
+    worker.close()
+    assert monotonic() - began < 3

@@ -1,0 +1,116 @@
+"""A server that was killed and came back without its models: the workers learn what is lost, and stop."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Sync, Worker
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, StartProgram, StartServer
+
+ONE = {"w": np.ones(3, np.float32)}
+
+CALLS: list[Callable[[Worker], object]] = [lambda worker: worker.pull(), lambda worker: worker.step(ONE)]
+
+LOST = re.escape(
+    "was restarted and has lost model digits: its weights and state of version 2 were not durable (2 updates)"
+)
+
+
+def test_a_step_and_a_pull_say_what_is_lost(start_server: "StartServer") -> None:
+    server = start_server()
+    with deltaserve.connect(server.target, timeout_seconds=20) as client:
+        worker = client.create_model("digits", ONE).worker("a")
+        for _ in range(2):
+            worker.step(ONE)
+        kept = {name: values.copy() for name, values in worker.weights.items()}
+        server.kill()
+        server.start()
+        for call in CALLS:
+            with pytest.raises(deltaserve.StateLostError, match=LOST) as caught:
+                call(worker)
+            assert server.target in str(caught.value)
+            assert caught.value.reason == "MODEL_NOT_FOUND"
+        np.testing.assert_array_equal(worker.weights["w"], kept["w"])
+        worker.close()
+
+
+@pytest.mark.parametrize("further", [0, 5], ids=["behind", "ahead"])
+def test_a_model_that_another_made_anew_is_not_taken_for_the_old_one(start_server: "StartServer", further: int) -> None:
+    """Neither where its version is lower, nor where it is higher already."""
+    server = start_server()
+    with deltaserve.connect(server.target, timeout_seconds=20) as client:
+        worker = client.create_model("digits", ONE).worker("a")
+        for _ in range(2):
+            worker.step(ONE)
+        kept = worker.weights["w"].copy()
+        server.kill()
+        server.start()
+        with client.create_model("digits", {"w": np.zeros(3)}).worker("b") as other:
+            for _ in range(further):
+                other.step(ONE)
+            for call in CALLS:
+                with pytest.raises(deltaserve.StateLostError, match=LOST):
+                    call(worker)
+        np.testing.assert_array_equal(worker.weights["w"], kept, "its own weights are what it can start again from")
+        worker.close()
+
+
+def test_a_worker_that_waits_in_a_round_learns_of_it(start_server: "StartServer", eventually: "Eventually") -> None:
+    server = start_server()
+    with deltaserve.connect(server.target, timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
+        model = client.create_model("digits", ONE, policy=Sync(min_workers=2))
+        worker = model.worker("a")
+        step = pool.submit(worker.step, ONE)
+        eventually(lambda: model.info().sessions[0].waiting)
+        server.kill()
+        server.start()
+        with pytest.raises(deltaserve.StateLostError, match="of version 0 were not durable"):
+            step.result()
+        worker.close()
+
+
+def test_a_lost_lease_is_no_lost_state(client: deltaserve.Client) -> None:
+    """The server lives; the worker was away for longer than its lease."""
+    worker = client.create_model("digits", ONE).worker("a", lease_seconds=1.0)
+    worker._session._closed.set()  # its lease is not renewed any more, as if the process had been stopped
+    sleep(1.8)
+    with pytest.raises(deltaserve.SessionError, match="its lease ran out; open a new one") as caught:
+        worker.step(ONE)
+    assert caught.value.reason == "SESSION_UNKNOWN"
+
+
+TRAIN = """
+import sys
+import numpy as np
+import deltaserve
+
+with deltaserve.connect(sys.argv[1], timeout_seconds=20) as client:
+    with client.create_model("digits", {"w": np.ones(3)}).worker() as worker:
+        while True:
+            worker.step({"w": np.ones(3)})
+            print(worker.version, flush=True)
+"""
+
+
+def test_a_training_program_ends_with_that_message_and_not_with_0(
+    start_server: "StartServer", start_program: "StartProgram"
+) -> None:
+    server = start_server()
+    program = start_program(TRAIN, server.target)
+    while program.line() != "20":
+        pass
+    server.kill()
+    server.start()
+    status, _, errors = program.finish()
+    assert status == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("deltaserve._errors.StateLostError: the server at ")
+    assert "was restarted and has lost model digits" in last

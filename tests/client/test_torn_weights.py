@@ -1,0 +1,82 @@
+"""Weights that arrived in part: nothing that was computed on them is pushed."""
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client
+from deltaserve._flat import FlatVector
+
+SIZE = 700_000  # three chunks
+ONES = {"w": np.ones(SIZE)}
+
+
+@pytest.fixture
+def workers(client: Client) -> tuple[deltaserve.Worker, deltaserve.Worker]:
+    model = client.create_model("m", {"w": np.zeros(SIZE)})
+    return model.worker("a"), model.worker("b")
+
+
+def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
+    """Ctrl+C strikes while the second chunk is written."""
+    write = FlatVector.write
+
+    def interrupted(self: FlatVector, offset: int, data: memoryview) -> None:
+        if offset:
+            raise KeyboardInterrupt
+        write(self, offset, data)
+
+    patch.setattr(FlatVector, "write", interrupted)
+
+
+def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
+    workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = workers
+    a.pull()
+    b.step(ONES)
+    with monkeypatch.context() as patch:
+        interrupt_second_chunk(patch)
+        with pytest.raises(KeyboardInterrupt):
+            a.pull()
+    with pytest.raises(deltaserve.ConflictError, match="arrived in part only"):
+        a.step(ONES)
+    assert np.ptp(a.weights["w"]) == 0
+    a.step(ONES)
+    assert a.last_result is not None
+    assert (a.last_result.version, a.last_result.staleness) == (2, 0)
+
+
+def test_after_a_step_whose_weights_broke_off_the_same_gradient_is_found_and_another_refused(
+    workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = workers
+    a.pull()
+    for version, gradient in ((1, ONES), (2, {"w": np.full(SIZE, 2.0)})):
+        with monkeypatch.context() as patch:
+            interrupt_second_chunk(patch)
+            with pytest.raises(KeyboardInterrupt):
+                a.step(ONES)
+        if version == 1:
+            a.step(gradient)
+            assert a.last_result is not None
+            assert (a.last_result.version, a.last_result.duplicate) == (1, True)
+        else:
+            with pytest.raises(deltaserve.ConflictError, match="arrived in part only"):
+                a.step(gradient)
+        assert a.version == version
+        assert np.ptp(a.weights["w"]) == 0
+
+
+def test_weights_that_arrived_in_part_are_fetched_again_before_they_are_shown(
+    workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = workers
+    a.pull()
+    b.step(ONES)
+    with monkeypatch.context() as patch:
+        interrupt_second_chunk(patch)
+        with pytest.raises(KeyboardInterrupt):
+            a.pull()
+    assert np.ptp(a.weights["w"]) == 0
+    assert a.version == 1

@@ -1,0 +1,130 @@
+"""A push of which nothing is known: what the next step does, whatever ended the first."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client, Hyperparameters, Sync
+from deltaserve_server import LocalServer
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, StartProxy
+
+ONE, TWO = {"w": np.ones(3)}, {"w": np.full(3, 2.0)}
+
+
+def timed_out(client: Client, target: str, name: str) -> tuple[Client, deltaserve.Worker]:
+    """Returns a worker whose push waits in a round that its client did not wait for, and the client."""
+    short = deltaserve.connect(target, timeout_seconds=0.5)
+    worker = short.model(client.models()[0].name).worker(name)
+    with pytest.raises(deltaserve.UnavailableError, match=r"did not answer within 0\.5 s"):
+        worker.step(ONE)
+    return short, worker
+
+
+@pytest.fixture
+def model(client: Client) -> deltaserve.Model:
+    return client.create_model("m", {"w": np.zeros(3)}, policy=Sync(min_workers=2))
+
+
+def test_with_the_same_gradient_it_is_found_again(client: Client, server: LocalServer, model: deltaserve.Model) -> None:
+    short, a = timed_out(client, server.target, "a")
+    with short, model.worker("b") as b:
+        assert model.info().sessions[0].waiting
+        b.step(ONE)
+        a.step(ONE)
+        assert a.last_result is not None
+        assert (a.last_result.version, a.last_result.duplicate, a.last_result.contributors) == (1, True, 2)
+        assert model.info().version == 1
+
+
+def test_with_another_gradient_the_first_counts_and_so_does_the_second(
+    client: Client, server: LocalServer, model: deltaserve.Model
+) -> None:
+    short, a = timed_out(client, server.target, "a")
+    with short, model.worker("b") as b, ThreadPoolExecutor(1) as pool:
+        b.step(ONE)
+        with pytest.raises(deltaserve.ConflictError) as stale:
+            a.step(TWO)
+        assert stale.value.reason == "ROUND_CLOSED"  # it was computed on the weights before the first
+        assert a.version == 1
+        other = pool.submit(b.step, TWO)
+        a.step(TWO)
+        other.result()
+        assert a.last_result is not None
+        assert (a.last_result.version, a.last_result.duplicate, a.last_result.contributors) == (2, False, 2)
+        assert [session.last_sequence for session in model.info().sessions] == [2, 2]
+    twin = client.create_model("twin", {"w": np.zeros(3)})
+    with twin.worker() as worker:
+        worker.step(ONE)
+        np.testing.assert_array_equal(worker.step(TWO)["w"], a.weights["w"])
+
+
+def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(
+    client: Client, server: LocalServer, model: deltaserve.Model
+) -> None:
+    """The first waits in a round; the second is refused for its hyperparameters; the third finds the first."""
+    short, a = timed_out(client, server.target, "a")
+    with short, model.worker("b") as b:
+        with pytest.raises(deltaserve.RequestError, match="lr"):
+            a.step(TWO, hyperparameters=[Hyperparameters(lr=-1.0)])
+        b.step(ONE)
+        with pytest.raises(deltaserve.ConflictError, match="compute again"):
+            a.step(TWO)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(b.step, TWO)
+            a.step(TWO)
+            other.result()
+        assert a.last_result is not None
+        assert a.last_result.version == 2
+
+
+def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
+    server: LocalServer, client: Client, start_proxy: "StartProxy", eventually: "Eventually"
+) -> None:
+    """The push is applied, its answer lost, and every further attempt meets a server that drains."""
+    proxy = start_proxy(server.target)
+    model = client.create_model("m", {"w": np.zeros(3)})
+    with deltaserve.connect(proxy.target, timeout_seconds=2.0) as far, ThreadPoolExecutor(1) as pool:
+        worker = far.model("m").worker("a")
+        worker.pull()
+        proxy.hold_answers()
+        step = pool.submit(worker.step, ONE)
+        eventually(lambda: model.info().version == 1)
+        server._registry.drain()
+        proxy.cut()
+        with pytest.raises(deltaserve.UnavailableError, match="about to stop"):
+            step.result()
+        server._registry._draining = False
+        worker.step(TWO)
+        assert worker.last_result is not None
+        result = worker.last_result
+        assert (result.version, result.duplicate, result.staleness) == (2, False, 1)
+
+
+def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
+    with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
+        for _ in range(3):
+            with pytest.raises(deltaserve.RequestError, match="NaN"):
+                worker.step({"w": np.full(3, np.nan)})
+        worker.step(ONE)
+        assert worker.last_result is not None
+        assert (worker.last_result.version, worker.last_result.duplicate) == (1, False)
+
+
+def test_an_interrupt_between_answer_and_bookkeeping_leaves_the_worker_able_to_go_on(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl+C may strike after the server has answered and before the worker has counted the push."""
+    with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
+        worker.pull()
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_moved", lambda position: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                worker.step(ONE)
+        worker.step(TWO)
+        assert worker.last_result is not None
+        assert (worker.last_result.version, worker.last_result.duplicate) == (2, False)

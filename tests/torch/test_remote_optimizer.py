@@ -1,0 +1,232 @@
+"""RemoteAdadelta as a torch.optim.Optimizer: autograd, hooks, copies, printing, errors."""
+
+import copy
+import inspect
+import pickle
+import typing
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deltaserve.torch
+from deltaserve.torch import RemoteAdadelta
+
+if TYPE_CHECKING:
+    from tests.torch.conftest import Pair, Remote
+
+# --- autograd
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.ones(3, 3), lambda: torch.ones(3, 3, dtype=torch.float64), lambda: torch.ones(3, 6)[:, ::2]]
+)
+def test_a_graph_from_before_the_step_cannot_be_used_after_it(make: Callable[[], Tensor], remote: "Remote") -> None:
+    """As with torch's own: the values that its backward pass needs are gone, the new ones must not pass for them."""
+    for optimize in (torch.optim.Adadelta, remote):
+        param = nn.Parameter(make())
+        optimizer = optimize([param])
+        loss = (param @ param).sum()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_graph_from_before_the_optimizer_cannot_be_used_when_weights_were_pulled(remote: "Remote") -> None:
+    param = nn.Parameter(torch.ones(3, 3))
+    loss = (param @ param).sum()
+    remote([param])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_step_is_no_part_of_the_graph(remote: "Remote") -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(4)[::2])]
+    optimizer = remote(params)
+    for param in params:
+        param.grad = torch.ones(2, requires_grad=True)
+    optimizer.step()
+    assert all(param.is_leaf and param.requires_grad and param.grad_fn is None for param in params)
+
+
+def test_parameters_keep_their_identity_and_memory(remote: "Remote") -> None:
+    param = nn.Parameter(torch.ones(5))
+    address = param.data_ptr()
+    optimizer = remote([param])
+    param.grad = torch.ones(5)
+    optimizer.step()
+    assert param.data_ptr() == address
+    assert optimizer.param_groups[0]["params"][0] is param
+
+
+# --- hooks
+
+
+def test_hooks_of_a_step_run_in_torchs_order(remote: "Remote") -> None:
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    for optimizer in (remote([param]), torch.optim.Adadelta([param])):
+        seen: list[Any] = []
+
+        def note(when: str, opt: torch.optim.Optimizer, args: Any, kwargs: Any, seen: list[Any] = seen) -> None:
+            seen.append((when, opt))
+
+        optimizer.register_step_pre_hook(partial(note, "before"))
+        optimizer.register_step_post_hook(partial(note, "after"))
+        optimizer.step()
+        assert seen == [("before", optimizer), ("after", optimizer)]
+
+
+def test_a_pre_hook_can_change_the_gradients(make_pair: "Callable[..., Pair]") -> None:
+    pair = make_pair()
+
+    def double(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad.mul_(2)
+
+    for side in pair.sides:
+        side.optimizer.register_step_pre_hook(double)
+    pair.train(20)
+
+
+def test_hooks_of_state_dicts(make_pair: "Callable[..., Pair]") -> None:
+    """A pre-hook sees the state; what it adds, and what the others change, takes effect as with torch's own."""
+    pair = make_pair()
+    pair.train(3)
+    seen: list[Any] = []
+
+    def before(optimizer: torch.optim.Optimizer) -> None:
+        seen.append(sorted(state["step"].item() for state in optimizer.state.values()))
+
+    def after(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "extra": len(state["state"])}
+
+    def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        state["param_groups"][0]["lr"] = 0.25
+        return state
+
+    def loaded(optimizer: torch.optim.Optimizer) -> None:
+        for state in optimizer.state.values():
+            state["square_avg"].fill_(0.5)
+
+    for side in pair.sides:
+        side.optimizer.register_state_dict_pre_hook(before)
+        side.optimizer.register_state_dict_post_hook(after)
+        side.optimizer.register_load_state_dict_pre_hook(load)
+        side.optimizer.register_load_state_dict_post_hook(loaded)
+    ours, theirs = (side.optimizer.state_dict() for side in pair.sides)
+    assert seen == [[3.0] * 4] * 2
+    assert ours["extra"] == theirs["extra"] == 4
+    for side in pair.sides:
+        side.optimizer.load_state_dict(side.optimizer.state_dict())
+        assert side.optimizer.param_groups[0]["lr"] == 0.25
+        assert (side.optimizer.state_dict()["state"][0]["square_avg"] == 0.5).all()
+    pair.train(3)
+
+
+def test_what_hooks_keep_in_the_state_stays(remote: "Remote") -> None:
+    def mark(optimizer: torch.optim.Optimizer) -> None:
+        state: dict[Any, Any] = optimizer.state
+        state["loaded"] = True
+
+    param = nn.Parameter(torch.ones(2))
+    for optimizer in (remote([param]), torch.optim.Adadelta([param])):
+        optimizer.register_load_state_dict_post_hook(mark)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert dict(optimizer.state) == {"loaded": True}
+        assert optimizer.state_dict()["state"] == {"loaded": True}
+
+
+# --- copies and printing
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, pickle.dumps, lambda optimizer: torch.save(optimizer, "/dev/null")]
+)
+def test_it_cannot_be_copied_and_says_what_to_do(duplicate: Callable[[Any], Any], remote: "Remote") -> None:
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: take its state_dict\(\)"):
+        duplicate(remote([torch.zeros(1)]))
+
+
+def test_it_can_be_printed(make_pair: "Callable[..., Pair]") -> None:
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        first, *rest = net.parameters()
+        return [{"params": [first], "lr": 0.5}, {"params": rest, "weight_decay": 0.1}]
+
+    pair = make_pair(params=groups)
+    ours, theirs = (repr(side.optimizer) for side in pair.sides)
+    assert ours.startswith("RemoteAdadelta (\nParameter Group 0\n")
+    assert ours.removeprefix("Remote") == theirs
+
+
+def test_no_signature_has_a_type_of_protobuf_or_grpc() -> None:
+    functions = [
+        f
+        for name, f in inspect.getmembers(RemoteAdadelta, inspect.isfunction)
+        if f.__module__ == deltaserve.torch.__name__
+    ]
+    assert {"__init__", "step", "state_dict"} <= {function.__name__ for function in functions}
+    for function in functions:
+        if function.__name__.startswith("_") and function.__name__ != "__init__":
+            continue
+        for annotation in typing.get_type_hints(function).values():
+            assert not str(getattr(annotation, "__module__", "")).startswith(("google", "grpc", "deltaserve.v1"))
+
+
+# --- errors, as torch's own
+
+
+def complaint(make: Callable[[], object]) -> tuple[type[Exception], str]:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        make()
+    return type(caught.value), str(caught.value)
+
+
+BAD: dict[str, Callable[[Any], Any]] = {
+    "lr": lambda make: make([torch.zeros(1)], lr=-0.5),
+    "lr that is no number": lambda make: make([torch.zeros(1)], lr=float("nan")),
+    "lr of two elements": lambda make: make([torch.zeros(1)], lr=torch.ones(2)),
+    "lr that is a negative tensor": lambda make: make([torch.zeros(1)], lr=torch.tensor(-1.0)),
+    "rho": lambda make: make([torch.zeros(1)], rho=1.5),
+    "rho below": lambda make: make([torch.zeros(1)], rho=-0.1),
+    "eps": lambda make: make([torch.zeros(1)], eps=-1e-6),
+    "weight_decay": lambda make: make([torch.zeros(1)], weight_decay=-0.1),
+    "nothing to optimize": lambda make: make([]),
+    "a tensor instead of a list": lambda make: make(torch.zeros(1)),
+    "no tensor": lambda make: make([1.0]),
+    "a set": lambda make: make([{"params": {torch.zeros(1)}}]),
+    "no leaf": lambda make: make([torch.zeros(1, requires_grad=True) * 2]),
+    "one tensor in two groups": lambda make: (lambda p: make([{"params": [p]}, {"params": [p]}]))(torch.zeros(1)),
+    "names for some": lambda make: make([("a", torch.zeros(1)), torch.zeros(1)]),
+    "no dict": lambda make: make([torch.zeros(1)]).add_param_group([torch.zeros(1)]),
+}
+
+
+@pytest.mark.parametrize("make", BAD.values(), ids=BAD)
+def test_an_error_is_torchs_in_type_and_text(make: Callable[[Any], Any], remote: "Remote") -> None:
+    assert complaint(lambda: make(remote)) == complaint(lambda: make(torch.optim.Adadelta))
+
+
+def test_an_epsilon_of_0_is_an_error_here_alone(remote: "Remote") -> None:
+    """torch divides 0 by 0 with it, which this server's promise of finite weights does not allow."""
+    assert complaint(lambda: remote([torch.zeros(1)], eps=0.0)) == (ValueError, "Invalid epsilon value: 0.0")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_parameters_that_are_no_real_floating_point_numbers(dtype: torch.dtype, remote: "Remote") -> None:
+    assert complaint(lambda: remote([torch.zeros(1, dtype=dtype)])) == (
+        TypeError, f"RemoteAdadelta takes real floating-point parameters, not {dtype}",
+    )  # fmt: skip
+
+
+def test_a_sparse_gradient_is_refused_as_by_torch_and_changes_nothing(remote: "Remote") -> None:
+    for optimize in (remote, torch.optim.Adadelta):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = optimize([param])
+        param.grad = torch.ones(3).to_sparse()
+        assert complaint(optimizer.step) == (RuntimeError, "Adadelta does not support sparse gradients")
+        assert param.tolist() == [1, 1, 1]

@@ -1,0 +1,435 @@
+"""The checks that PyTorch makes of its own optimizers (test/test_optim.py), made of RemoteAdadelta.
+
+The inputs are those of the installed PyTorch: `optim_db` in torch.testing._internal.common_optimizers has, for
+Adadelta, the hyperparameters to try, the schedulers, and the inputs that must be refused. The checks are written anew,
+each after the one of its name there. "cuda" marks what is only run on a GPU there.
+
+    there                                              here
+    -------------------------------------------------  ----------------------------------------------------------------
+    errors                                             the same
+    forloop_goes_right_direction                       the same; there is but one implementation
+    param_group_with_lrscheduler_goes_right_direction  the same
+    param_groups_lr, param_groups_weight_decay         the same
+    tensor_lr, tensor_lr_num_dim                       the same
+    step_is_noop_when_params_have_no_grad              the same
+    step_is_noop_for_zero_grads                        the same
+    optimizer_can_be_printed                           the same
+    state_dict_deterministic                           the same
+    can_load_older_state_dict                          the same
+    can_load_from_to_named_state_dict                  the same
+    save_load_equality_with_weights_only               the same
+    load_nontensor_step                                the same
+    state_dict_pre_hook, _post_hook, _pre_post_hook    the same
+    load_state_dict_pre_hook_and_prepend, _post_hook   the same
+    step_pre_hook, step_post_hook, step_all_hooks      the same
+    non_empty_state                                    on the state dict: the optimizer itself holds no state
+    grads_are_never_inplaced_into                      test_remote_parity.py
+    complex, complex_2d                                refused: the server holds real numbers (test_remote_optimizer.py)
+    rosenbrock_sparse                                  Adadelta takes no sparse gradients, there or here
+    deepcopy_copies_all_public_attrs                   refused with a TypeError: a connection cannot be copied
+    foreach_*, fused_*, peak_memory_*                  no such argument: the update is made elsewhere, and always fused
+    set_default_dtype_works_with_foreach               likewise
+    differentiable                                     no such argument: autograd ends at the network
+    capturable, cudagraphs (cuda)                      no such argument: a step waits for a network, a graph cannot
+    state_dict_with_cuda_params, mixed_device_dtype    cuda; test_gpu.py of the end-to-end tests steps on a GPU
+    second_order_optims_return_consistent_types        Adadelta is none
+"""
+
+import functools
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from tests.torch.conftest import Remote
+
+Scheduler = Callable[[torch.optim.Optimizer], Any]
+
+
+class Database(NamedTuple):
+    """What PyTorch has of Adadelta in its `optim_db`."""
+
+    kwargs: Callable[[], list[dict[str, Any]]]
+    errors: list[Any]
+    schedulers: list[list[Scheduler]]
+    newer_flags: tuple[str, ...]
+    construction_error: object
+
+
+@pytest.fixture(scope="module")
+def database() -> Database:
+    """The import has effects on the whole process, which are taken back."""
+    profile = hypothesis.settings.get_current_profile_name()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal import common_optimizers as common
+    hypothesis.settings.load_profile(profile)
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
+    infos: list[Any] = common.optim_db
+    info = next(info for info in infos if info.optim_cls is torch.optim.Adadelta)
+    return Database(
+        kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")],
+        errors=info.optim_error_inputs_func(device="cpu", dtype=torch.float32),
+        schedulers=info.scheduler_inputs,
+        newer_flags=info.not_og_supported_flags,
+        construction_error=common.OptimizerErrorEnum.CONSTRUCTION_ERROR,
+    )
+
+
+class Regression:
+    """Ten outputs of a linear layer, the sum of their squares the loss."""
+
+    def __init__(self, contiguous: bool = True) -> None:
+        if contiguous:
+            self.weight, self.bias = nn.Parameter(torch.randn(10, 5)), nn.Parameter(torch.randn(10))
+        else:
+            self.weight = nn.Parameter(torch.randn(10, 5, 2)[..., 0])
+            self.bias = nn.Parameter(torch.randn(10, 2)[..., 0])
+        self.input = torch.randn(5)
+
+    def copy(self) -> "Regression":
+        other = deepcopy(self)
+        other.weight, other.bias = (nn.Parameter(p.detach().clone()) for p in (self.weight, self.bias))
+        return other
+
+    def loss(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad()
+        loss = (self.weight.mv(self.input) + self.bias).pow(2).sum()
+        loss.backward()
+        return loss.detach()
+
+    def run(self, optimizer: torch.optim.Optimizer, steps: int, schedulers: list[Any] | None = None) -> None:
+        for _ in range(steps):
+            loss = optimizer.step(functools.partial(self.loss, optimizer))  # type: ignore[arg-type]
+            for scheduler in schedulers or []:
+                scheduler.step(*([loss] if isinstance(scheduler, ReduceLROnPlateau) else []))
+
+
+def right_direction(before: Tensor, after: Tensor, kwargs: dict[str, Any]) -> bool:
+    return bool(after > before if kwargs.get("maximize") else after < before)
+
+
+def named(params: list[nn.Parameter], with_names: bool) -> list[Any]:
+    return [(f"name{index}", param) for index, param in enumerate(params)] if with_names else list(params)
+
+
+def without_names(state: dict[str, Any]) -> dict[str, Any]:
+    groups = [{key: value for key, value in group.items() if key != "param_names"} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    """Bit for bit, and through dicts and lists."""
+    assert type(one) is type(two)
+    if isinstance(one, Tensor):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert_equal(value, two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_equal(left, right)
+    else:
+        assert one == two
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def test_the_database_is_the_one_expected(database: Database) -> None:
+    assert {} in database.kwargs()
+    assert {"maximize": True} in database.kwargs()
+    assert len(database.kwargs()) >= 6
+    assert len(database.errors) >= 5
+    assert not {"foreach", "fused", "differentiable"} & set().union(*database.kwargs())
+
+
+def test_errors(database: Database, remote: "Remote") -> None:
+    for error in database.errors:
+        assert error.error_on == database.construction_error
+        entry = error.optimizer_error_input
+        params = [nn.Parameter(torch.randn(1, 1))] if entry.params is None else entry.params
+        expected = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
+        with expected(error.error_type, match=error.error_regex):
+            remote(params, **entry.kwargs)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_goes_right_direction(contiguous: bool, scheduled: bool, database: Database, remote: "Remote") -> None:
+    for schedulers, kwargs in itertools.product(database.schedulers if scheduled else [[]], database.kwargs()):
+        problem = Regression(contiguous)
+        optimizer = remote([problem.weight, problem.bias], **kwargs)
+        before = problem.loss(optimizer)
+        problem.run(optimizer, 20, [make(optimizer) for make in schedulers])
+        assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
+
+
+def test_param_group_with_lrscheduler_goes_right_direction(database: Database, remote: "Remote") -> None:
+    for schedulers in database.schedulers:
+        problem = Regression()
+        optimizer = remote([{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.01}])
+        before = problem.loss(optimizer)
+        problem.run(optimizer, 20, [make(optimizer) for make in schedulers])
+        assert problem.loss(optimizer) < before
+
+
+def test_param_groups_lr(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        problem, irrelevant = Regression(), nn.Parameter(torch.randn(2))
+        kept = irrelevant.detach().clone()
+        group = {"lr": 1e-3, **kwargs, "params": [problem.weight, problem.bias]}
+        optimizer = remote([group, {"params": [irrelevant]}], lr=1e-28)
+        before = problem.loss(optimizer)
+        for _ in range(20):
+            irrelevant.grad = torch.rand_like(irrelevant)
+            optimizer.step()
+            problem.loss(optimizer)
+        assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
+        assert_equal(irrelevant.detach(), kept)
+
+
+def test_param_groups_weight_decay(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        problem = Regression()
+        groups = [{"params": [problem.weight], **kwargs}, {"params": [problem.bias], **kwargs, "weight_decay": 0.0}]
+        optimizer = remote(groups)
+        before = problem.loss(optimizer)
+        problem.run(optimizer, 20)
+        assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.001), torch.tensor([0.001]), torch.tensor([[[0.001]]])])
+def test_tensor_lr(lr: Tensor, database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        one = Regression()
+        two = one.copy()
+        with_number = remote([one.weight, one.bias], **{**kwargs, "lr": lr.item()})
+        with_tensor = remote([two.weight, two.bias], **{**kwargs, "lr": lr})
+        for problem, optimizer in ((one, with_number), (two, with_tensor)):
+            problem.run(optimizer, 5)
+        assert_equal((one.weight, one.bias), (two.weight, two.bias))
+
+
+def test_step_is_noop_when_params_have_no_grad(database: Database, remote: "Remote") -> None:
+    params = [torch.randn(2, 3) for _ in range(2)]
+    kept = [param.clone() for param in params]
+    for kwargs in database.kwargs():
+        remote(params, **kwargs).step(lambda: 1.0)
+        assert_equal(params, kept)
+
+
+def test_step_is_noop_for_zero_grads(database: Database, remote: "Remote") -> None:
+    param = nn.Parameter(torch.randn(5, 1))
+    kept = param.detach().clone()
+    for kwargs in database.kwargs():
+        if not kwargs.get("weight_decay"):
+            optimizer = remote([param], **kwargs)
+            param.grad = torch.zeros_like(param)
+            optimizer.step(lambda: 1.0)
+            assert_equal(param.detach(), kept)
+
+
+def test_optimizer_can_be_printed(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        text = repr(remote([nn.Parameter(torch.randn(2, 3))], **kwargs))
+        assert all(f"{key}: {value}" in text for key, value in kwargs.items())
+
+
+@pytest.mark.parametrize("first_named", [True, False])
+@pytest.mark.parametrize("second_named", [True, False])
+def test_state_dict_deterministic(first_named: bool, second_named: bool, database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        one = Regression()
+        first = remote(named([one.weight, one.bias], first_named), **kwargs)
+        one.run(first, 10)
+        two = one.copy()
+        second = remote(named([two.weight, two.bias], second_named), **kwargs)
+        second.load_state_dict(deepcopy(first.state_dict()))
+        for _ in range(10):
+            one.run(first, 1)
+            two.run(second, 1)
+            assert_equal((one.weight, one.bias), (two.weight, two.bias))
+        assert_equal(without_names(first.state_dict()), without_names(second.state_dict()))
+        # A group twice has the same form twice.
+        second.param_groups.extend(second.param_groups)
+        assert_equal(
+            without_names(first.state_dict())["param_groups"][-1],
+            without_names(second.state_dict())["param_groups"][-1],
+        )
+
+
+def convolution() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Conv2d(4, 2, 1, stride=2), nn.BatchNorm2d(2)), torch.rand(1, 4, 16, 16)
+
+
+def convolve(optimizer: torch.optim.Optimizer, model: nn.Module, image: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(image).sum().backward()
+        optimizer.step()
+
+
+def test_can_load_older_state_dict(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        model, image = convolution()
+        optimizer = remote(model.parameters(), **kwargs)
+        convolve(optimizer, model, image, 3)
+        older = deepcopy(optimizer.state_dict())
+        for group, flag in itertools.product(older["param_groups"], database.newer_flags):
+            group.pop(flag, None)
+        optimizer.load_state_dict(older)
+        convolve(optimizer, model, image, 1)
+        assert optimizer.state_dict()["state"][0]["step"].item() == 4
+
+
+@pytest.mark.parametrize("first_named", [True, False])
+@pytest.mark.parametrize("second_named", [True, False])
+def test_can_load_from_to_named_state_dict(
+    first_named: bool, second_named: bool, database: Database, remote: "Remote"
+) -> None:
+    for kwargs in database.kwargs():
+        model, image = convolution()
+        first = remote(model.named_parameters() if first_named else model.parameters(), **kwargs)
+        convolve(first, model, image, 3)
+        second = remote(model.named_parameters() if second_named else model.parameters(), **kwargs)
+        second.load_state_dict(deepcopy(first.state_dict()))
+        convolve(second, model, image, 1)
+        if first_named or second_named:
+            assert second.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_save_load_equality_with_weights_only(with_names: bool, database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        problem = Regression()
+        optimizer = remote(named([problem.weight, problem.bias], with_names), **kwargs)
+        problem.run(optimizer, 3)
+        state, file = optimizer.state_dict(), io.BytesIO()
+        torch.save(state, file)
+        for weights_only in (False, True):
+            file.seek(0)
+            assert_equal(torch.load(file, weights_only=weights_only), state)
+
+
+def test_load_nontensor_step(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        params = [nn.Parameter(torch.randn(2, 3)) for _ in range(2)]
+        for param in params:
+            param.grad = torch.rand_like(param)
+        optimizer = remote(params, **kwargs)
+        for _ in range(3):
+            optimizer.step()
+        state = deepcopy(optimizer.state_dict())
+        for entry in state["state"].values():
+            entry["step"] = entry["step"].item()
+        optimizer.load_state_dict(state)
+        optimizer.step()
+        assert [entry["step"].item() for entry in optimizer.state_dict()["state"].values()] == [4, 4]
+
+
+def mark(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state["test"] = 1  # type: ignore[index]
+
+
+def unmark(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    state["marked"] = state["state"].pop("test", None) is not None
+    return state
+
+
+def test_state_dict_hooks(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        before, after, both = (remote([torch.rand(2, 3)], **kwargs) for _ in range(3))
+        before.register_state_dict_pre_hook(mark)
+        assert before.state_dict()["state"]["test"] == 1
+        after.register_state_dict_post_hook(unmark)
+        assert after.state_dict()["marked"] is False
+        both.register_state_dict_pre_hook(mark)
+        both.register_state_dict_post_hook(unmark)
+        state = both.state_dict()
+        assert "test" not in state["state"]
+        assert state["marked"] is True
+
+
+def lower(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    state["param_groups"][0]["lr"] = 0.002
+
+
+def replace(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    mine = deepcopy(state)
+    mine["param_groups"][0]["lr"] = 0.003
+    return mine
+
+
+def note(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state["replaced"] = optimizer.param_groups[0]["lr"] == 0.003  # type: ignore[index]
+
+
+def test_load_state_dict_hooks(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        optimizer = remote([torch.rand(2, 3)], **kwargs)
+        state = optimizer.state_dict()
+        optimizer.register_load_state_dict_pre_hook(lower)
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.002
+        optimizer.register_load_state_dict_pre_hook(replace, prepend=True)
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.002, "the one that came first runs last"
+        optimizer.register_load_state_dict_post_hook(note)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.state["replaced"] is False  # type: ignore[index]
+        other = remote([torch.rand(2, 3)], **kwargs)
+        other.register_load_state_dict_pre_hook(replace)
+        other.register_load_state_dict_post_hook(note)
+        other.load_state_dict(other.state_dict())
+        assert other.state["replaced"] is True  # type: ignore[index]
+
+
+def test_step_hooks(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        params = [torch.tensor([1.0, 1.0])]
+        ours, other = remote(params, **kwargs), torch.optim.SGD(params)
+        order: list[str] = []
+
+        def hook(name: str, order: list[str] = order) -> Callable[..., None]:
+            return lambda optimizer, args, kwargs: order.append(name)
+
+        handles = [register_optimizer_step_pre_hook(hook("0")), register_optimizer_step_post_hook(hook("5"))]
+        for optimizer in (ours, other):
+            handles.append(optimizer.register_step_pre_hook(hook("1")))
+            handles.append(optimizer.register_step_post_hook(hook("2")))
+        for optimizer in (ours, other, ours):
+            optimizer.step()
+        assert "".join(order) == "0125" * 3
+        for handle in handles:
+            handle.remove()
+        ours.step()
+        assert len(order) == 12
+
+
+def test_non_empty_state(database: Database, remote: "Remote") -> None:
+    for kwargs in database.kwargs():
+        model = nn.Linear(5, 5)
+        optimizer = remote(model.parameters(), **kwargs)
+        model(torch.rand(2, 5)).sum().backward()
+        optimizer.step()
+        state = optimizer.state_dict()["state"]
+        assert [sorted(entry) for entry in state.values()] == [["acc_delta", "square_avg", "step"]] * 2
+        assert all(entry["square_avg"].any() for entry in state.values())
