@@ -266,7 +266,7 @@ def test_no_further_from_float64_than_torch(implementation: Implementation) -> N
             for update in (implementation.update, update_torch)
         )
         for name, our, its, bound in zip(State._fields, ours, torchs, bounds, strict=True):
-            # Where a few elements of the sample are rounded the other way, a mean moves by some 0.05 %, a quantile by 0.1 %.
+            # Where a few elements are rounded the other way, a mean moves by some 0.05 %, a quantile by 0.1 %.
             assert our.mean() <= its.mean() * 1.002, (hyperparameters, name)
             assert np.quantile(our, 0.999) <= np.quantile(its, 0.999) * 1.005, (hyperparameters, name)
             assert our.max() <= bound, (hyperparameters, name)
