@@ -29,9 +29,10 @@ def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FlatVector, "write", interrupted)
 
 
-def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
+def pulled_in_part(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> deltaserve.Worker:
+    """Returns a worker that has a part of version 1, the rest being of version 0."""
     a, b = workers
     a.pull()
     b.step(ONES)
@@ -39,6 +40,13 @@ def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
         interrupt_second_chunk(patch)
         with pytest.raises(KeyboardInterrupt):
             a.pull()
+    return a
+
+
+def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
+    workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = pulled_in_part(workers, monkeypatch)
     with pytest.raises(deltaserve.ConflictError, match="arrived in part only"):
         a.step(ONES)
     assert np.ptp(a.weights["w"]) == 0
@@ -71,12 +79,6 @@ def test_after_a_step_whose_weights_broke_off_the_same_gradient_is_found_and_ano
 def test_weights_that_arrived_in_part_are_fetched_again_before_they_are_shown(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = workers
-    a.pull()
-    b.step(ONES)
-    with monkeypatch.context() as patch:
-        interrupt_second_chunk(patch)
-        with pytest.raises(KeyboardInterrupt):
-            a.pull()
+    a = pulled_in_part(workers, monkeypatch)
     assert np.ptp(a.weights["w"]) == 0
     assert a.version == 1

@@ -3,6 +3,7 @@
 Events go in as method calls that carry the time, decisions come out as values; the applier carries them out.
 """
 
+from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Answer, Decision, Fold, Machine, Renumber, Update
 from deltaserve_server.model.policy import Async, Policy, Sync
@@ -15,6 +16,7 @@ __all__ = [
     "Async",
     "Decision",
     "Fold",
+    "Hyperparameters",
     "Layout",
     "Machine",
     "Policy",

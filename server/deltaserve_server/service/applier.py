@@ -15,13 +15,13 @@ from time import monotonic, sleep
 from typing import Any
 
 from deltaserve.v1 import common_pb2
-from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.memory import BudgetExceeded, Range, Reservation, Staging, State, Store, Version
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import (
     Answer,
     Decision,
     Fold,
+    Hyperparameters,
     Machine,
     Push,
     PushResult,

@@ -6,8 +6,7 @@ from dataclasses import fields, replace
 from math import prod
 
 from deltaserve.v1 import common_pb2 as pb
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.model import Async, Layout, Machine, Policy, Refused, Sync, Tensor
+from deltaserve_server.model import Async, Hyperparameters, Layout, Machine, Policy, Refused, Sync, Tensor
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from deltaserve._codec import Piece, StreamCodec
+from deltaserve._flat import CHUNK_ELEMENTS
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as rpc
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
@@ -15,9 +16,6 @@ from deltaserve_server.model import Machine, Refused, Session, Sync
 from deltaserve_server.service import admission, convert
 from deltaserve_server.service.applier import Applier, model_bytes
 from deltaserve_server.service.registry import Registry
-
-CHUNK_ELEMENTS = 1 << 18
-"""Elements of the chunks that the server sends: 1 MiB."""
 
 _UPDATES = (1 << 63) - 1
 """Updates that a state may come with; those that follow must fit into the field too."""

@@ -11,13 +11,12 @@ from typing import Any
 import grpc
 
 from deltaserve._codec import Piece, StreamCodec
+from deltaserve._flat import CHUNK_ELEMENTS
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.memory.store import ELEMENT_BYTES
-from deltaserve_server.model import Push, PushResult, Refused
+from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused
 from deltaserve_server.service import admission, convert
 from deltaserve_server.service.admission import Gate
-from deltaserve_server.service.model_service import CHUNK_ELEMENTS
 from deltaserve_server.service.registry import Registry
 from deltaserve_server.service.rpc import wait
 
