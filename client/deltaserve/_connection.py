@@ -3,7 +3,9 @@
 import logging
 import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count
 from time import monotonic, sleep
 from typing import Any, Protocol, TypeVar
@@ -14,6 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from deltaserve._aside import Aside
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._errors import Error, from_call
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
@@ -101,6 +104,7 @@ class Connection:
         self.timeout_seconds = timeout_seconds
         self._process = os.getpid()
         self._channel: _Channel | None = _Channel(target)
+        self._aside: Aside | None = None
         self.sessions: WeakSet[_Closable] = WeakSet()
 
     def close(self) -> None:
@@ -147,20 +151,33 @@ class Connection:
             Error: The server refused, or was not reached in time.
         """
         codec = StreamCodec(GetMessageClass(METHODS[method].output_type))
+        calls: list[Any] = []
 
         def attempt(seconds: float) -> T:
             sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
             call = self._call(method)(sent, timeout=seconds)
+            calls[:] = [call]
             try:
                 decoded = map(codec.decode, call)
                 return take(next(decoded), decoded)
             finally:
                 call.cancel()
 
-        return self.retry(attempt)
+        # Not left to itself after an interrupt: it writes into the caller's memory.
+        return self.retry(attempt, cancel=lambda: [call.cancel() for call in calls])
 
-    def retry(self, attempt: Callable[[float], T], timeout_seconds: float | None = None) -> T:
+    def retry(
+        self,
+        attempt: Callable[[float], T],
+        timeout_seconds: float | None = None,
+        cancel: Callable[[], object] | None = None,
+    ) -> T:
         """Calls `attempt` with the seconds that are left until it succeeds.
+
+        Args:
+            attempt: What to call, in any thread.
+            timeout_seconds: How long to try; None means the connection's timeout.
+            cancel: Makes an attempt end soon; None where one that was interrupted may go on by itself.
 
         Raises:
             Error: The server refused in a way that a retry does not mend, or time is up.
@@ -169,7 +186,7 @@ class Connection:
         deadline = monotonic() + budget
         for tries in count():
             try:
-                return attempt(max(deadline - monotonic(), 0.001))
+                return self._uninterrupted(partial(attempt, max(deadline - monotonic(), 0.001)), cancel)
             except grpc.RpcError as failed:
                 error, wait_seconds = from_call(failed, self.target, budget)
                 most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
@@ -179,21 +196,17 @@ class Connection:
                 level = logging.WARNING if tries == _PATIENCE else logging.INFO
                 _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
                 sleep(delay)
-            except Exception:
-                raise
-            except BaseException:
-                self._replace_channel()
-                raise
         raise AssertionError("unreachable")
 
-    def _replace_channel(self) -> None:
-        """Goes on with a new channel after an interrupt.
-
-        Ctrl+C may strike while gRPC's Python code holds a lock of the channel. It is then held for good, and every
-        further call waits for it, whatever its deadline. Calls of other threads end on the old channel.
-        """
-        if self._channel and self._process == os.getpid():
-            self._channel = _Channel(self.target)
+    def _uninterrupted(self, attempt: Callable[[], T], cancel: Callable[[], object] | None) -> T:
+        """Makes an attempt; an interrupt ends the wait for it, and cancels it if it can."""
+        if threading.current_thread() is not threading.main_thread() or self._process != os.getpid():
+            return attempt()
+        aside, self._aside = self._aside or Aside(), None
+        outcome = aside.run(attempt, cancel)
+        self._aside = aside
+        del aside  # or an error's traceback would hold it, and its thread
+        return outcome()
 
     def _call(self, method: str) -> Any:
         channel = self._channel

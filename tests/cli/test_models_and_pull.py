@@ -71,7 +71,7 @@ def test_status_of_a_model_shows_its_workers(command: Command, target: str, trai
 def test_a_model_that_is_not_there(command: Command, target: str) -> None:
     for arguments in (["status", "nope"], ["delete", "nope"], ["pull", "nope", "-o", "nope.safetensors"]):
         ended = command(*arguments, "--target", target)
-        assert (ended.returncode, ended.stderr) == (1, "deltaserve: no model named nope\n")
+        assert (ended.returncode, ended.stderr) == (1, "deltaserve: no model is named 'nope'\n")
     assert not Path("nope.safetensors").exists()
 
 
