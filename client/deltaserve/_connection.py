@@ -202,7 +202,10 @@ class Connection:
         """Makes an attempt; an interrupt ends the wait for it, and cancels it if it can."""
         if threading.current_thread() is not threading.main_thread() or self._process != os.getpid():
             return attempt()
-        aside, self._aside = self._aside or Aside(), None
+        try:
+            aside, self._aside = self._aside or Aside(), None
+        except RuntimeError:
+            return attempt()
         outcome = aside.run(attempt, cancel)
         self._aside = aside
         del aside  # or an error's traceback would hold it, and its thread
