@@ -24,29 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/common.proto\x12\rdeltaserve.v1\"d\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataType\"\xad\x01\n\x0fHyperparameters\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03rho\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\x08maximize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x05\n\x03_lrB\x06\n\x04_rhoB\x06\n\x04_epsB\x0f\n\r_weight_decayB\x0b\n\t_maximize\"6\n\nSyncPolicy\x12\x18\n\x0bmin_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_min_workers\"\r\n\x0b\x41syncPolicy\"j\n\x06Policy\x12)\n\x04sync\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.SyncPolicyH\x00\x12+\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x1a.deltaserve.v1.AsyncPolicyH\x00\x42\x08\n\x06policy\"\x9e\x01\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.deltaserve.v1.TensorSpec\x12.\n\x06groups\x18\x03 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12%\n\x06policy\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Policy\"g\n\rModelPosition\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1c\n\x0f\x64urable_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_durable_version\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/common.proto\x12\rdeltaserve.v1\"d\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataType\"\xad\x01\n\x0fHyperparameters\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03rho\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\x08maximize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x05\n\x03_lrB\x06\n\x04_rhoB\x06\n\x04_epsB\x0f\n\r_weight_decayB\x0b\n\t_maximize\"\xb1\x02\n\nSyncPolicy\x12\x18\n\x0bmin_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06quorum\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rgrace_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\"\n\x15round_timeout_seconds\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12+\n\treduction\x18\x05 \x01(\x0e\x32\x18.deltaserve.v1.Reduction\x12\x11\n\x04trim\x18\x06 \x01(\rH\x04\x88\x01\x01\x12\x16\n\tclip_norm\x18\x07 \x01(\x01H\x05\x88\x01\x01\x42\x0e\n\x0c_min_workersB\t\n\x07_quorumB\x10\n\x0e_grace_secondsB\x18\n\x16_round_timeout_secondsB\x07\n\x05_trimB\x0c\n\n_clip_norm\"]\n\x0b\x41syncPolicy\x12\x1a\n\rmax_staleness\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x64\x61mping\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_max_stalenessB\n\n\x08_damping\"-\n\rBoundedPolicy\x12\x12\n\x05slack\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_slack\"\x9b\x01\n\x06Policy\x12)\n\x04sync\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.SyncPolicyH\x00\x12+\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x1a.deltaserve.v1.AsyncPolicyH\x00\x12/\n\x07\x62ounded\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.BoundedPolicyH\x00\x42\x08\n\x06policy\"\x9e\x01\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.deltaserve.v1.TensorSpec\x12.\n\x06groups\x18\x03 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12%\n\x06policy\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Policy\"g\n\rModelPosition\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1c\n\x0f\x64urable_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_durable_version\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01*l\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x1a\n\x16REDUCTION_TRIMMED_MEAN\x10\x02\x12\x14\n\x10REDUCTION_MEDIAN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=807
-  _globals['_DATATYPE']._serialized_end=867
+  _globals['_DATATYPE']._serialized_start=1236
+  _globals['_DATATYPE']._serialized_end=1296
+  _globals['_REDUCTION']._serialized_start=1298
+  _globals['_REDUCTION']._serialized_end=1406
   _globals['_TENSORSPEC']._serialized_start=45
   _globals['_TENSORSPEC']._serialized_end=145
   _globals['_HYPERPARAMETERS']._serialized_start=148
   _globals['_HYPERPARAMETERS']._serialized_end=321
-  _globals['_SYNCPOLICY']._serialized_start=323
-  _globals['_SYNCPOLICY']._serialized_end=377
-  _globals['_ASYNCPOLICY']._serialized_start=379
-  _globals['_ASYNCPOLICY']._serialized_end=392
-  _globals['_POLICY']._serialized_start=394
-  _globals['_POLICY']._serialized_end=500
-  _globals['_MODELCONFIG']._serialized_start=503
-  _globals['_MODELCONFIG']._serialized_end=661
-  _globals['_MODELPOSITION']._serialized_start=663
-  _globals['_MODELPOSITION']._serialized_end=766
-  _globals['_CHUNK']._serialized_start=768
-  _globals['_CHUNK']._serialized_end=805
+  _globals['_SYNCPOLICY']._serialized_start=324
+  _globals['_SYNCPOLICY']._serialized_end=629
+  _globals['_ASYNCPOLICY']._serialized_start=631
+  _globals['_ASYNCPOLICY']._serialized_end=724
+  _globals['_BOUNDEDPOLICY']._serialized_start=726
+  _globals['_BOUNDEDPOLICY']._serialized_end=771
+  _globals['_POLICY']._serialized_start=774
+  _globals['_POLICY']._serialized_end=929
+  _globals['_MODELCONFIG']._serialized_start=932
+  _globals['_MODELCONFIG']._serialized_end=1090
+  _globals['_MODELPOSITION']._serialized_start=1092
+  _globals['_MODELPOSITION']._serialized_end=1195
+  _globals['_CHUNK']._serialized_start=1197
+  _globals['_CHUNK']._serialized_end=1234
 # @@protoc_insertion_point(module_scope)

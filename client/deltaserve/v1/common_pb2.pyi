@@ -41,6 +41,44 @@ DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 binary32, little-endian."""
 global___DataType = DataType
 
+class _Reduction:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ReductionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Reduction.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    REDUCTION_UNSPECIFIED: _Reduction.ValueType  # 0
+    """Not set; means REDUCTION_MEAN."""
+    REDUCTION_MEAN: _Reduction.ValueType  # 1
+    """The mean, weighted by PushHeader.weight."""
+    REDUCTION_TRIMMED_MEAN: _Reduction.ValueType  # 2
+    """The mean without the `trim` lowest and the `trim` highest values, whatever the pushes' weights: at most `trim`
+    workers that push nonsense cannot take an element out of the range of the others' values (Yin et al., 2018,
+    arXiv:1803.01498).
+    """
+    REDUCTION_MEDIAN: _Reduction.ValueType  # 3
+    """The median, whatever the pushes' weights; of an even number, the mean of the two in the middle. Holds against fewer
+    than half.
+    """
+
+class Reduction(_Reduction, metaclass=_ReductionEnumTypeWrapper):
+    """How the pushes of a round become one gradient, element by element. An element that a push does not hold counts as 0."""
+
+REDUCTION_UNSPECIFIED: Reduction.ValueType  # 0
+"""Not set; means REDUCTION_MEAN."""
+REDUCTION_MEAN: Reduction.ValueType  # 1
+"""The mean, weighted by PushHeader.weight."""
+REDUCTION_TRIMMED_MEAN: Reduction.ValueType  # 2
+"""The mean without the `trim` lowest and the `trim` highest values, whatever the pushes' weights: at most `trim`
+workers that push nonsense cannot take an element out of the range of the others' values (Yin et al., 2018,
+arXiv:1803.01498).
+"""
+REDUCTION_MEDIAN: Reduction.ValueType  # 3
+"""The median, whatever the pushes' weights; of an even number, the mean of the two in the middle. Holds against fewer
+than half.
+"""
+global___Reduction = Reduction
+
 @typing.final
 class TensorSpec(google.protobuf.message.Message):
     """One tensor of a model. The order of tensors in ModelConfig is the layout: tensor k is
@@ -131,41 +169,124 @@ global___Hyperparameters = Hyperparameters
 
 @typing.final
 class SyncPolicy(google.protobuf.message.Message):
-    """A round closes when every session that belongs to it has pushed, and there are at least min_workers pushes; its
-    update takes the mean. Until then Step and StreamStep do not answer; below min_workers they wait without end, so give
-    them a deadline. A session leaves a round when it is closed or its lease runs out, so a worker that dies keeps the
-    others waiting for at most a lease.
+    """Workers wait for each other. A round closes, and makes an update of its pushes, as soon as there are min_workers of
+    them and
+      - every session that belongs to the round has pushed, or
+      - there were `quorum` of them grace_seconds ago, or
+      - the first of them came round_timeout_seconds ago.
+    With fewer than min_workers it fails when round_timeout_seconds have passed: ROUND_FAILED. Until a round closes or
+    fails, Step and StreamStep do not answer: give them a deadline. A push that comes too late is refused with
+    ROUND_CLOSED. A session leaves a round when it is closed or its lease runs out, so a worker that dies keeps the others
+    waiting for at most a lease. Pushes are reduced in order of worker names: who contributed decides every bit, never who
+    came first.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MIN_WORKERS_FIELD_NUMBER: builtins.int
+    QUORUM_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    ROUND_TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
+    REDUCTION_FIELD_NUMBER: builtins.int
+    TRIM_FIELD_NUMBER: builtins.int
+    CLIP_NORM_FIELD_NUMBER: builtins.int
     min_workers: builtins.int
     """A round needs at least this many pushes to close, 1 to 65536. Until so many workers are live, those who open a
     session join the round that is under way. Unset means 1.
+    """
+    quorum: builtins.int
+    """So many pushes are enough when grace_seconds have passed, min_workers to 65536. Unset means that all are awaited."""
+    grace_seconds: builtins.float
+    """How long a round with a quorum still waits for the rest, in seconds, 0 to 86400; only with quorum. Unset means 0."""
+    round_timeout_seconds: builtins.float
+    """How long a round lasts at most, from its first push, in seconds, more than 0 and up to 86400. Unset means without
+    end.
+    """
+    reduction: global___Reduction.ValueType
+    """Unset means REDUCTION_MEAN."""
+    trim: builtins.int
+    """For REDUCTION_TRIMMED_MEAN alone: values left out at either end, at least 1; min_workers is at least 2 * trim + 1."""
+    clip_norm: builtins.float
+    """A push whose L2 norm is larger is scaled down to this norm before the reduction, > 0 and finite. Unset means that
+    none is.
     """
     def __init__(
         self,
         *,
         min_workers: builtins.int | None = ...,
+        quorum: builtins.int | None = ...,
+        grace_seconds: builtins.float | None = ...,
+        round_timeout_seconds: builtins.float | None = ...,
+        reduction: global___Reduction.ValueType = ...,
+        trim: builtins.int | None = ...,
+        clip_norm: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_min_workers", b"_min_workers", "min_workers", b"min_workers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_workers", b"_min_workers", "min_workers", b"min_workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_clip_norm", b"_clip_norm", "_grace_seconds", b"_grace_seconds", "_min_workers", b"_min_workers", "_quorum", b"_quorum", "_round_timeout_seconds", b"_round_timeout_seconds", "_trim", b"_trim", "clip_norm", b"clip_norm", "grace_seconds", b"grace_seconds", "min_workers", b"min_workers", "quorum", b"quorum", "round_timeout_seconds", b"round_timeout_seconds", "trim", b"trim"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_clip_norm", b"_clip_norm", "_grace_seconds", b"_grace_seconds", "_min_workers", b"_min_workers", "_quorum", b"_quorum", "_round_timeout_seconds", b"_round_timeout_seconds", "_trim", b"_trim", "clip_norm", b"clip_norm", "grace_seconds", b"grace_seconds", "min_workers", b"min_workers", "quorum", b"quorum", "reduction", b"reduction", "round_timeout_seconds", b"round_timeout_seconds", "trim", b"trim"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_norm", b"_clip_norm"]) -> typing.Literal["clip_norm"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_grace_seconds", b"_grace_seconds"]) -> typing.Literal["grace_seconds"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_workers", b"_min_workers"]) -> typing.Literal["min_workers"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_quorum", b"_quorum"]) -> typing.Literal["quorum"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_round_timeout_seconds", b"_round_timeout_seconds"]) -> typing.Literal["round_timeout_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_trim", b"_trim"]) -> typing.Literal["trim"] | None: ...
 
 global___SyncPolicy = SyncPolicy
 
 @typing.final
 class AsyncPolicy(google.protobuf.message.Message):
-    """Every push is an update at once, however old the weights are that it was computed on."""
+    """Every push is an update at once, and no worker waits."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    MAX_STALENESS_FIELD_NUMBER: builtins.int
+    DAMPING_FIELD_NUMBER: builtins.int
+    max_staleness: builtins.int
+    """A push whose base is more versions old than this is refused with STALE_BASE. Unset means that none is."""
+    damping: builtins.bool
+    """Divide lr by 1 + the push's staleness (Zhang et al., 2016, arXiv:1511.05950). Unset means false."""
     def __init__(
         self,
+        *,
+        max_staleness: builtins.int | None = ...,
+        damping: builtins.bool | None = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_damping", b"_damping", "_max_staleness", b"_max_staleness", "damping", b"damping", "max_staleness", b"max_staleness"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_damping", b"_damping", "_max_staleness", b"_max_staleness", "damping", b"damping", "max_staleness", b"max_staleness"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_damping", b"_damping"]) -> typing.Literal["damping"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_staleness", b"_max_staleness"]) -> typing.Literal["max_staleness"] | None: ...
 
 global___AsyncPolicy = AsyncPolicy
+
+@typing.final
+class BoundedPolicy(google.protobuf.message.Message):
+    """Every push is an update at once, but its answer waits while its worker is more than `slack` steps ahead of the slowest
+    live session (stale synchronous parallel: Ho et al., 2013). A worker's steps are counted from where the slowest stood
+    when its session was opened. A session that is closed or whose lease runs out is not waited for.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SLACK_FIELD_NUMBER: builtins.int
+    slack: builtins.int
+    """How many steps a worker may be ahead, 0 or more. Unset means 0."""
+    def __init__(
+        self,
+        *,
+        slack: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_slack", b"_slack", "slack", b"slack"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_slack", b"_slack", "slack", b"slack"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_slack", b"_slack"]) -> typing.Literal["slack"] | None: ...
+
+global___BoundedPolicy = BoundedPolicy
 
 @typing.final
 class Policy(google.protobuf.message.Message):
@@ -175,18 +296,24 @@ class Policy(google.protobuf.message.Message):
 
     SYNC_FIELD_NUMBER: builtins.int
     ASYNC_FIELD_NUMBER: builtins.int
+    BOUNDED_FIELD_NUMBER: builtins.int
     @property
     def sync(self) -> global___SyncPolicy:
         """Workers wait for each other."""
+
+    @property
+    def bounded(self) -> global___BoundedPolicy:
+        """Workers wait for the slowest when they are too far ahead."""
 
     def __init__(
         self,
         *,
         sync: global___SyncPolicy | None = ...,
+        bounded: global___BoundedPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["async", b"async", "policy", b"policy", "sync", b"sync"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["async", b"async", "policy", b"policy", "sync", b"sync"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["policy", b"policy"]) -> typing.Literal["sync", "async"] | None: ...
+    def HasField(self, field_name: typing.Literal["async", b"async", "bounded", b"bounded", "policy", b"policy", "sync", b"sync"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["async", b"async", "bounded", b"bounded", "policy", b"policy", "sync", b"sync"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["policy", b"policy"]) -> typing.Literal["sync", "async", "bounded"] | None: ...
 
 global___Policy = Policy
 

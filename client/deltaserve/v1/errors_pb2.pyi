@@ -3,8 +3,8 @@
 isort:skip_file
 Why a request was refused. Every error of this service carries google.rpc.ErrorInfo with domain "deltaserve.dev", the
 reason (a name below without its prefix) and the metadata keys listed with it; all values are decimal numbers or
-short text. A refused request has changed nothing, and leaves its sequence number free. One exception: a push that
-was accepted and waits for its round may end with DRAINING or MODEL_NOT_FOUND.
+short text. A refused request has changed nothing, and leaves its sequence number free. A push that was accepted and
+waits for its round may still end with ROUND_FAILED, DRAINING or MODEL_NOT_FOUND.
 
 An error without ErrorInfo comes from the transport. After UNAVAILABLE, DEADLINE_EXCEEDED and CANCELLED the outcome
 is not known: send the same request again, a push with the same sequence number. RESOURCE_EXHAUSTED then means a
@@ -77,9 +77,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     compared, nor is anything beyond the last 8 pushes.
     """
     ERROR_REASON_ROUND_CLOSED: _ErrorReason.ValueType  # 18
-    """FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round. `current` is the
-    version that it is to be computed on, which may lie one ahead of the model's: pull with wait_for_version set to it,
-    compute again, push with the same sequence number.
+    """FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round, because it comes too
+    late or its session too soon. `current` is the version that it is to be computed on, which may lie one ahead of the
+    model's: pull with wait_for_version set to it, compute again, push with the same sequence number.
     """
     ERROR_REASON_HYPERPARAMETER_CONFLICT: _ErrorReason.ValueType  # 19
     """FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters; the first that
@@ -97,6 +97,20 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
+    ERROR_REASON_STALE_BASE: _ErrorReason.ValueType  # 25
+    """ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness (`bound`)
+    versions old. Pull, compute again, push with the same sequence number.
+    """
+    ERROR_REASON_ROUND_FAILED: _ErrorReason.ValueType  # 26
+    """ABORTED {got, need}: the round's time was up with fewer pushes than min_workers. None of them was applied, their
+    numbers are free: send the same push again when more workers are there.
+    """
+    ERROR_REASON_WATCHER_LIMIT: _ErrorReason.ValueType  # 27
+    """RESOURCE_EXHAUSTED {limit}: too many WatchModel calls."""
+    ERROR_REASON_SLACK_EXCEEDED: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION {ahead, slack}: under BoundedPolicy, the session's last push was applied, but its answer waits:
+    the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Metadata keys are in braces, the gRPC code is in front."""
@@ -148,9 +162,9 @@ ERROR_REASON_SEQUENCE_REUSED: ErrorReason.ValueType  # 17
 compared, nor is anything beyond the last 8 pushes.
 """
 ERROR_REASON_ROUND_CLOSED: ErrorReason.ValueType  # 18
-"""FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round. `current` is the
-version that it is to be computed on, which may lie one ahead of the model's: pull with wait_for_version set to it,
-compute again, push with the same sequence number.
+"""FAILED_PRECONDITION {base, current}: the push was computed on weights older than its round, because it comes too
+late or its session too soon. `current` is the version that it is to be computed on, which may lie one ahead of the
+model's: pull with wait_for_version set to it, compute again, push with the same sequence number.
 """
 ERROR_REASON_HYPERPARAMETER_CONFLICT: ErrorReason.ValueType  # 19
 """FAILED_PRECONDITION {field, round, got}: pushes of one round carry different hyperparameters; the first that
@@ -168,4 +182,18 @@ session.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
+ERROR_REASON_STALE_BASE: ErrorReason.ValueType  # 25
+"""ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness (`bound`)
+versions old. Pull, compute again, push with the same sequence number.
+"""
+ERROR_REASON_ROUND_FAILED: ErrorReason.ValueType  # 26
+"""ABORTED {got, need}: the round's time was up with fewer pushes than min_workers. None of them was applied, their
+numbers are free: send the same push again when more workers are there.
+"""
+ERROR_REASON_WATCHER_LIMIT: ErrorReason.ValueType  # 27
+"""RESOURCE_EXHAUSTED {limit}: too many WatchModel calls."""
+ERROR_REASON_SLACK_EXCEEDED: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION {ahead, slack}: under BoundedPolicy, the session's last push was applied, but its answer waits:
+the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
+"""
 global___ErrorReason = ErrorReason

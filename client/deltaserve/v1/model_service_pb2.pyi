@@ -322,6 +322,70 @@ class ListModelsResponse(google.protobuf.message.Message):
 global___ListModelsResponse = ListModelsResponse
 
 @typing.final
+class UpdateModelRequest(google.protobuf.message.Message):
+    """Asks to change a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
+        """One entry per parameter group; unset fields stay as they are. Empty means that all do. Pushes that carry
+        hyperparameters of their own go on using those.
+        """
+
+    @property
+    def policy(self) -> deltaserve.v1.common_pb2.Policy:
+        """Unset means that it stays as it is."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        groups: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        policy: deltaserve.v1.common_pb2.Policy | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "model", b"model", "policy", b"policy"]) -> None: ...
+
+global___UpdateModelRequest = UpdateModelRequest
+
+@typing.final
+class UpdateModelResponse(google.protobuf.message.Message):
+    """The change is made, or will be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIRST_VERSION_FIELD_NUMBER: builtins.int
+    CONFIG_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    first_version: builtins.int
+    """The first version that is made with the change in place."""
+    @property
+    def config(self) -> deltaserve.v1.common_pb2.ModelConfig:
+        """The model's config once it is in place."""
+
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands."""
+
+    def __init__(
+        self,
+        *,
+        first_version: builtins.int = ...,
+        config: deltaserve.v1.common_pb2.ModelConfig | None = ...,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["config", b"config", "position", b"position"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "first_version", b"first_version", "position", b"position"]) -> None: ...
+
+global___UpdateModelResponse = UpdateModelResponse
+
+@typing.final
 class DeleteModelRequest(google.protobuf.message.Message):
     """Asks to forget a model."""
 
@@ -541,3 +605,120 @@ class PutStateResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["position", b"position"]) -> None: ...
 
 global___PutStateResponse = PutStateResponse
+
+@typing.final
+class WatchModelRequest(google.protobuf.message.Message):
+    """Asks to be told what happens to a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___WatchModelRequest = WatchModelRequest
+
+@typing.final
+class Contribution(google.protobuf.message.Message):
+    """One push in an update."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    STALENESS_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """The worker's name."""
+    epoch: builtins.int
+    """The epoch of the session that it came from."""
+    sequence: builtins.int
+    """Its sequence number in that session."""
+    staleness: builtins.int
+    """How many versions the weights had moved on between the push's base and its update."""
+    weight: builtins.float
+    """Its weight in the mean."""
+    gradient_norm: builtins.float
+    """L2 norm of its gradient as it came."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        epoch: builtins.int = ...,
+        sequence: builtins.int = ...,
+        staleness: builtins.int = ...,
+        weight: builtins.float = ...,
+        gradient_norm: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "gradient_norm", b"gradient_norm", "sequence", b"sequence", "staleness", b"staleness", "weight", b"weight", "worker", b"worker"]) -> None: ...
+
+global___Contribution = Contribution
+
+@typing.final
+class UpdateEvent(google.protobuf.message.Message):
+    """One update."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTRIBUTIONS_FIELD_NUMBER: builtins.int
+    HYPERPARAMETERS_FIELD_NUMBER: builtins.int
+    UPDATE_NORM_FIELD_NUMBER: builtins.int
+    update_norm: builtins.float
+    """L2 norm of the change of the weights."""
+    @property
+    def contributions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Contribution]:
+        """By worker name."""
+
+    @property
+    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
+        """The hyperparameters that it used, by group, with every field set; lr after damping."""
+
+    def __init__(
+        self,
+        *,
+        contributions: collections.abc.Iterable[global___Contribution] | None = ...,
+        hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        update_norm: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["contributions", b"contributions", "hyperparameters", b"hyperparameters", "update_norm", b"update_norm"]) -> None: ...
+
+global___UpdateEvent = UpdateEvent
+
+@typing.final
+class WatchModelResponse(google.protobuf.message.Message):
+    """What happened, or, in the first message, where the model stands."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: builtins.int
+    UPDATE_FIELD_NUMBER: builtins.int
+    MISSED_FIELD_NUMBER: builtins.int
+    missed: builtins.int
+    """How many messages before this one were left out, because the watcher did not take them in time."""
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands after it."""
+
+    @property
+    def update(self) -> global___UpdateEvent:
+        """Unset in the first message, and where a version came about without an update (see ModelPosition.version)."""
+
+    def __init__(
+        self,
+        *,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+        update: global___UpdateEvent | None = ...,
+        missed: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["position", b"position", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["missed", b"missed", "position", b"position", "update", b"update"]) -> None: ...
+
+global___WatchModelResponse = WatchModelResponse

@@ -41,6 +41,7 @@ class Limits(google.protobuf.message.Message):
     LEASE_SECONDS_MIN_FIELD_NUMBER: builtins.int
     LEASE_SECONDS_MAX_FIELD_NUMBER: builtins.int
     LEASE_SECONDS_DEFAULT_FIELD_NUMBER: builtins.int
+    WATCHERS_FIELD_NUMBER: builtins.int
     message_bytes: builtins.int
     """Largest message, in bytes."""
     models: builtins.int
@@ -59,6 +60,8 @@ class Limits(google.protobuf.message.Message):
     """Longest lease, in seconds."""
     lease_seconds_default: builtins.float
     """The lease of a session that does not ask for one, in seconds."""
+    watchers: builtins.int
+    """Calls of WatchModel at a time, over all models."""
     def __init__(
         self,
         *,
@@ -71,8 +74,9 @@ class Limits(google.protobuf.message.Message):
         lease_seconds_min: builtins.float = ...,
         lease_seconds_max: builtins.float = ...,
         lease_seconds_default: builtins.float = ...,
+        watchers: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_seconds_default", b"lease_seconds_default", "lease_seconds_max", b"lease_seconds_max", "lease_seconds_min", b"lease_seconds_min", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "message_bytes", b"message_bytes", "models", b"models", "sessions", b"sessions", "staged_bytes", b"staged_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_seconds_default", b"lease_seconds_default", "lease_seconds_max", b"lease_seconds_max", "lease_seconds_min", b"lease_seconds_min", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "message_bytes", b"message_bytes", "models", b"models", "sessions", b"sessions", "staged_bytes", b"staged_bytes", "watchers", b"watchers"]) -> None: ...
 
 global___Limits = Limits
 

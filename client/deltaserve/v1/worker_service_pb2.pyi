@@ -8,10 +8,45 @@ import collections.abc
 import deltaserve.v1.common_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _PushState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PushStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PushState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PUSH_STATE_UNSPECIFIED: _PushState.ValueType  # 0
+    """Never sent."""
+    PUSH_STATE_NOT_ACCEPTED: _PushState.ValueType  # 1
+    """The server has no such push: it has not come, or it was refused. It may still come while its session lives."""
+    PUSH_STATE_WAITING: _PushState.ValueType  # 2
+    """It waits for its round, also when its session has ended."""
+    PUSH_STATE_APPLIED: _PushState.ValueType  # 3
+    """It is part of an update."""
+
+class PushState(_PushState, metaclass=_PushStateEnumTypeWrapper):
+    """Where a push stands."""
+
+PUSH_STATE_UNSPECIFIED: PushState.ValueType  # 0
+"""Never sent."""
+PUSH_STATE_NOT_ACCEPTED: PushState.ValueType  # 1
+"""The server has no such push: it has not come, or it was refused. It may still come while its session lives."""
+PUSH_STATE_WAITING: PushState.ValueType  # 2
+"""It waits for its round, also when its session has ended."""
+PUSH_STATE_APPLIED: PushState.ValueType  # 3
+"""It is part of an update."""
+global___PushState = PushState
 
 @typing.final
 class OpenSessionRequest(google.protobuf.message.Message):
@@ -229,6 +264,7 @@ class PushHeader(google.protobuf.message.Message):
     BASE_VERSION_FIELD_NUMBER: builtins.int
     HYPERPARAMETERS_FIELD_NUMBER: builtins.int
     ABSENT_TENSORS_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     session_id: builtins.bytes
@@ -240,6 +276,10 @@ class PushHeader(google.protobuf.message.Message):
     base_version: builtins.int
     """The version of the weights that the gradient was computed on, at most the current one. Under SyncPolicy that of the
     open round, or a newer one. Set it always; unset means the current one.
+    """
+    weight: builtins.float
+    """How much the push counts in the mean of its round, for instance the number of samples that it was computed on; 1e-9
+    to 1e9. Unset means 1.
     """
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
@@ -265,10 +305,14 @@ class PushHeader(google.protobuf.message.Message):
         base_version: builtins.int | None = ...,
         hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
         absent_tensors: collections.abc.Iterable[builtins.int] | None = ...,
+        weight: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_base_version", b"_base_version", "base_version", b"base_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "hyperparameters", b"hyperparameters", "model", b"model", "sequence", b"sequence", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "base_version", b"base_version", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "hyperparameters", b"hyperparameters", "model", b"model", "sequence", b"sequence", "session_id", b"session_id", "weight", b"weight"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base_version", b"_base_version"]) -> typing.Literal["base_version"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
 
 global___PushHeader = PushHeader
 
@@ -283,6 +327,8 @@ class PushResult(google.protobuf.message.Message):
     STALENESS_FIELD_NUMBER: builtins.int
     CONTRIBUTORS_FIELD_NUMBER: builtins.int
     HYPERPARAMETERS_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    UPDATE_NORM_FIELD_NUMBER: builtins.int
     version: builtins.int
     """The version that the update made. For a duplicate beyond the last 8 pushes: the current version."""
     duplicate: builtins.bool
@@ -293,10 +339,14 @@ class PushResult(google.protobuf.message.Message):
     """
     contributors: builtins.int
     """How many pushes made the update. Unset for a duplicate beyond the last 8 pushes."""
+    gradient_norm: builtins.float
+    """L2 norm of the push's gradient as it came. Unset for a duplicate beyond the last 8 pushes."""
+    update_norm: builtins.float
+    """L2 norm of the change of the weights by the update. Unset for a duplicate beyond the last 8 pushes."""
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
-        """The hyperparameters that the update used, by group, with every field set. Empty for a duplicate beyond the last 8
-        pushes.
+        """The hyperparameters that the update used, by group, with every field set; lr after damping. Empty for a duplicate
+        beyond the last 8 pushes.
         """
 
     def __init__(
@@ -307,13 +357,19 @@ class PushResult(google.protobuf.message.Message):
         staleness: builtins.int | None = ...,
         contributors: builtins.int | None = ...,
         hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        gradient_norm: builtins.float | None = ...,
+        update_norm: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_contributors", b"_contributors", "_staleness", b"_staleness", "contributors", b"contributors", "staleness", b"staleness"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_contributors", b"_contributors", "_staleness", b"_staleness", "contributors", b"contributors", "duplicate", b"duplicate", "hyperparameters", b"hyperparameters", "staleness", b"staleness", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_contributors", b"_contributors", "_gradient_norm", b"_gradient_norm", "_staleness", b"_staleness", "_update_norm", b"_update_norm", "contributors", b"contributors", "gradient_norm", b"gradient_norm", "staleness", b"staleness", "update_norm", b"update_norm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_contributors", b"_contributors", "_gradient_norm", b"_gradient_norm", "_staleness", b"_staleness", "_update_norm", b"_update_norm", "contributors", b"contributors", "duplicate", b"duplicate", "gradient_norm", b"gradient_norm", "hyperparameters", b"hyperparameters", "staleness", b"staleness", "update_norm", b"update_norm", "version", b"version"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_contributors", b"_contributors"]) -> typing.Literal["contributors"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_gradient_norm", b"_gradient_norm"]) -> typing.Literal["gradient_norm"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_staleness", b"_staleness"]) -> typing.Literal["staleness"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_update_norm", b"_update_norm"]) -> typing.Literal["update_norm"] | None: ...
 
 global___PushResult = PushResult
 
@@ -543,3 +599,64 @@ class PullResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "weights"] | None: ...
 
 global___PullResponse = PullResponse
+
+@typing.final
+class GetPushRequest(google.protobuf.message.Message):
+    """Asks what became of a push."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    session_id: builtins.bytes
+    """From OpenSessionResponse."""
+    sequence: builtins.int
+    """The push's number, 1 or more."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        session_id: builtins.bytes = ...,
+        sequence: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "sequence", b"sequence", "session_id", b"session_id"]) -> None: ...
+
+global___GetPushRequest = GetPushRequest
+
+@typing.final
+class GetPushResponse(google.protobuf.message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    FINAL_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    state: global___PushState.ValueType
+    """Where it stands."""
+    final: builtins.bool
+    """Whether that will not change any more: it was applied, or it never came and its session has ended."""
+    @property
+    def result(self) -> global___PushResult:
+        """Set when it was applied; for a push before the session's last 8 with the current version and no more."""
+
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands."""
+
+    def __init__(
+        self,
+        *,
+        state: global___PushState.ValueType = ...,
+        final: builtins.bool = ...,
+        result: global___PushResult | None = ...,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["final", b"final", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
+
+global___GetPushResponse = GetPushResponse
