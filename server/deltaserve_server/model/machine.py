@@ -1,57 +1,18 @@
 """The state machine of one model: events in, decisions out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model.decision import Answer, Combine, Decision, Fold, Refuse, Renumber, Update
 from deltaserve_server.model.layout import Layout, Tensor
-from deltaserve_server.model.policy import Async, Policy
-from deltaserve_server.model.push import Key, Push, PushResult
+from deltaserve_server.model.policy import Async, Bounded, Policy, Sync
+from deltaserve_server.model.push import Key, Made, Push, PushResult, PushStatus
 from deltaserve_server.model.refused import Refused
-from deltaserve_server.model.round import Contribution, Round
+from deltaserve_server.model.round import Contribution, Round, factor, trim
 from deltaserve_server.model.sessions import Session, Sessions
 
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """Reduce this push's gradient into the update that comes next."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """Apply the reduced gradient, divided by the number of contributors, and publish the version.
-
-    Attributes:
-        version: The version that the update makes.
-        contributors: Number of pushes that were folded.
-        absent: Tensors that keep their weights and optimizer state.
-        hyperparameters: By group.
-    """
-
-    version: int
-    contributors: int
-    absent: frozenset[int]
-    hyperparameters: tuple[Hyperparameters, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Renumber:
-    """Give the weights as they are a new version, for those who wait for it."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Tell whoever waits for this push what became of it."""
-
-    key: Key
-    result: PushResult
-
-
-Decision = Fold | Update | Renumber | Answer
+_RETRY_SECONDS = 0.1
 
 
 class Machine:
@@ -64,6 +25,7 @@ class Machine:
         layout: Its tensors.
         groups: Its hyperparameters by parameter group.
         policy: When a push becomes an update.
+        created_as: Groups and policy as they were asked for when it was created, or extended.
         version: How many updates it has had, and replacements of the whole state, and see `Renumber`.
         update_counts: By tensor: how many updates its optimizer state has had.
         sessions: Its workers.
@@ -75,11 +37,14 @@ class Machine:
         self.layout = layout
         self.groups = tuple(groups)
         self.policy = policy
+        self.created_as = self.groups, policy
         self.version = 0
         self.update_counts = [0] * len(layout.tensors)
         self.sessions = Sessions()
         self.shorter: set[tuple[int, int]] = set()
         self._round = Round(opened=0)
+        self._held: dict[Key, tuple[Session, PushResult]] = {}
+        self._next: tuple[tuple[Hyperparameters, ...], Policy] | None = None
 
     # --- sessions
 
@@ -107,6 +72,7 @@ class Machine:
         """
         tensor_count = _known("tensor_count", tensor_count, len(self.layout.tensors))
         group_count = _known("group_count", group_count, len(self.groups))
+        decisions = self._advance(now)  # a round whose time is up is not joined any more
         older = self.sessions.named(worker)
         rank = older.rank if older else self.sessions.free_rank()
         member = self._joinable(worker)
@@ -121,9 +87,10 @@ class Machine:
             expires=now + lease_seconds,
             first_version=self.version if member else self.version + 1,
             member=member,
+            clock=self._slowest(),
         )
         self.sessions.add(session)
-        return session, self._advance(now)
+        return session, [*decisions, *self._advance(now)]
 
     def keep_session(self, session_id: bytes, epoch: int, now: float) -> Session:
         """Renews a lease.
@@ -150,12 +117,18 @@ class Machine:
         if session:
             session.renew(now)
 
-    def expire(self, now: float) -> tuple[list[Session], list[Decision]]:
-        """Ends the sessions whose lease has run out; returns them, and what follows."""
+    # --- time
+
+    def tick(self, now: float) -> tuple[list[Session], list[Decision]]:
+        """Ends the sessions whose lease has run out; returns them, and what follows from that and from the time."""
         gone = [session for session in self.sessions.live() if session.expired(now)]
         for session in gone:
             self.sessions.remove(session)
-        return gone, self._advance(now) if gone else []
+        return gone, self._advance(now)
+
+    def due(self) -> float | None:
+        """Returns the time at which `tick` is wanted for the open round; None while there is none."""
+        return self._round.due(self.policy) if isinstance(self.policy, Sync) else None
 
     # --- pushes
 
@@ -171,24 +144,31 @@ class Machine:
         return session
 
     def push(self, push: Push, now: float) -> list[Decision]:
-        """Takes a push whose values are here. The Answer comes now, or with a later event when its round closes.
+        """Takes a push whose values are here. The Answer comes now, or with a later event.
 
         Raises:
             Refused: The push is not accepted.
         """
         session = self.check(push, now)
         if session.known(push):
-            result = session.result(push.sequence, self.version)
+            result = None if push.key in self._held else session.result(push.sequence, self.version)
             return [Answer(push.key, result)] if result else []
-        base_version = self.version if push.base_version is None else push.base_version
-        contribution = Contribution(session, push, base_version)
+        contribution = Contribution(session, push, self._base_version(push))
         session.accept(push)
-        if isinstance(self.policy, Async):
-            alone = Round(opened=self.version)
-            alone.add(contribution)
-            return list(self._update(alone, now))
-        self._round.add(contribution)
-        return self._advance(now)
+        if isinstance(self.policy, Sync):
+            self._round.add(contribution, now)
+            return self._advance(now)
+        return [*self._update_alone(contribution, now), *self._advance(now)]
+
+    def push_status(self, session_id: bytes, sequence: int) -> PushStatus:
+        """Returns what became of a push.
+
+        Raises:
+            Refused: SESSION_UNKNOWN; PUSH_INVALID for a number that no push has.
+        """
+        if sequence < 1:
+            raise Refused("PUSH_INVALID", field="sequence", allowed=">= 1")
+        return self.sessions.push_status(session_id, sequence, self.version)
 
     # --- the whole state
 
@@ -202,13 +182,60 @@ class Machine:
         self.shorter.add((len(self.layout.tensors), len(self.groups)))
         self.layout = self.layout.extended(tensors)
         self.groups = (*self.groups, *groups)
+        self.created_as = (*self.created_as[0], *groups), self.created_as[1]
+        if self._next:
+            self._next = (*self._next[0], *groups), self._next[1]
         self.update_counts += [0] * len(tensors)
 
-    # --- rounds
+    def configuration(self) -> tuple[tuple[Hyperparameters, ...], Policy]:
+        """Returns groups and policy as they are, or will be when the open round has closed."""
+        return self._next or (self.groups, self.policy)
 
-    @property
-    def _min_workers(self) -> int:
-        return 1 if isinstance(self.policy, Async) else self.policy.min_workers
+    def change(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
+        """Changes hyperparameters and policy, from the next update on.
+
+        Where a part of the open round is reduced already, and the new policy would reduce it otherwise, from the one
+        after.
+
+        Args:
+            groups: As many as there are.
+            policy: The policy.
+            now: The time.
+
+        Returns:
+            The first version that is made with the change in place, and what follows.
+        """
+        if self._round.folded and not _reduces_alike(self.policy, policy, len(self._round.contributions)):
+            self._next = groups, policy
+            return self.version + 2, []
+        self._next = None
+        first_version = self.version + 1
+        return first_version, list(self._reconfigure(groups, policy, now))
+
+    # --- whether a push fits
+
+    def _base_version(self, push: Push) -> int:
+        return self.version if push.base_version is None else push.base_version
+
+    def _check_new(self, session: Session, push: Push) -> None:
+        base = self._base_version(push)
+        if base > self.version:
+            raise Refused("PUSH_INVALID", field="base_version", allowed=f"at most {self.version}, the current version")
+        if push.hyperparameters is not None and len(push.hyperparameters) != session.group_count:
+            raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{session.group_count} groups")
+        match self.policy:
+            case Sync():
+                if not session.member or session.waiting:
+                    raise Refused("ROUND_CLOSED", base=base, current=self.version + 1)
+                self._round.check(push, base)
+            case Async(max_staleness=bound):
+                if bound is not None and self.version - base > bound:
+                    raise Refused("STALE_BASE", base=base, current=self.version, bound=bound)
+            case Bounded(slack=slack):
+                if (session.id, session.last_accepted) in self._held:
+                    raise Refused("SLACK_EXCEEDED", _RETRY_SECONDS, ahead=session.clock - self._slowest(), slack=slack)
+
+    # --- rounds
 
     def _joinable(self, worker: str) -> bool:
         """Whether a session that is opened now belongs to the open round."""
@@ -217,32 +244,35 @@ class Machine:
         if not held or (older and older.member and worker not in held):  # the latter takes its own place
             return True
         others = {session.worker for session in self.sessions.live() if session.member and session.worker != worker}
-        return len(others | held.keys()) < self._min_workers and worker not in held
-
-    def _check_new(self, session: Session, push: Push) -> None:
-        base = self.version if push.base_version is None else push.base_version
-        if base > self.version:
-            raise Refused("PUSH_INVALID", field="base_version", allowed=f"at most {self.version}, the current version")
-        if push.hyperparameters is not None and len(push.hyperparameters) != session.group_count:
-            raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{session.group_count} groups")
-        if isinstance(self.policy, Async):
-            return
-        if not session.member or session.waiting:
-            raise Refused("ROUND_CLOSED", base=base, current=self.version + 1)
-        self._round.check(push, base)
+        least = self.policy.min_workers if isinstance(self.policy, Sync) else 1
+        return len(others | held.keys()) < least and worker not in held
 
     def _advance(self, now: float) -> list[Decision]:
-        """Folds what can be folded, and closes the round where nobody is awaited any more."""
-        if isinstance(self.policy, Async) or not self._round.contributions:
+        """Does what the sessions, the pushes and the time now allow."""
+        if not isinstance(self.policy, Sync):
+            return self._release()
+        if not self._round.contributions:
             return []
         awaited = {s.worker for s in self.sessions.live() if s.member and not s.waiting}
-        decisions: list[Decision] = []
-        ready = self._round.foldable(awaited, self._min_workers)
-        if not awaited and len(self._round.contributions) >= self._min_workers:
-            return list(self._update(self._round, now))
+        due = self._round.due(self.policy)
+        time_is_up = due is not None and now >= due
+        if self._round.enough(self.policy):
+            return self._close_round(now) if time_is_up or not awaited else self._fold(self.policy, awaited)
+        if time_is_up:
+            return self._fail_round(self.policy, now)
+        return [] if awaited else self._take_in()
+
+    def _fold(self, policy: Sync, awaited: set[str]) -> list[Decision]:
+        """Reduces what can be reduced before the round closes, so that fewer pushes are held.
+
+        Not before `min_workers` are in: until then a worker of any name may still join the round, and what an update
+        gives must not depend on who came first.
+        """
+        if policy.reduction != "mean":
+            return []
+        ready = self._round.foldable(awaited)
         self._round.folded += len(ready)
-        decisions.extend(Fold(contribution.push.key) for contribution in ready)
-        return decisions if awaited else [*decisions, *self._take_in()]
+        return [Fold(held.push.key, factor(held.push, policy)) for held in ready]
 
     def _take_in(self) -> list[Decision]:
         """Takes those who wait for the next round into this one, which lacks workers and would never close without.
@@ -255,42 +285,150 @@ class Machine:
             return []
         for session in late:
             session.member = True
+        return [self._renumber()]
+
+    def _renumber(self) -> Renumber:
         self.version += 1
-        return [Renumber(self.version)]
+        return Renumber(self.version)
 
-    def _update(self, made_of: Round, now: float) -> Iterator[Decision]:
-        """Makes the update of a round in which nobody is awaited."""
-        for contribution in made_of.foldable(set(), 1):
-            yield Fold(contribution.push.key)
-        absent = made_of.absent(len(self.layout.tensors))
-        hyperparameters = self._effective(made_of.hyperparameters)
-        before, self.version = self.version, self.version + 1
-        for index in range(len(self.update_counts)):
-            self.update_counts[index] += index not in absent
-        contributions = made_of.contributions
-        yield Update(self.version, len(contributions), absent, hyperparameters)
-        for name in sorted(contributions):
-            session, push = contributions[name].session, contributions[name].push
-            result = PushResult(
-                version=self.version,
-                staleness=before - contributions[name].base_version,
-                contributors=len(contributions),
-                hyperparameters=hyperparameters,
-            )
-            session.apply(push.sequence, result, now)
-            yield Answer(push.key, result)
-        if made_of is self._round:
-            self._open_round()
+    def _close_round(self, now: float) -> list[Decision]:
+        """Makes the update of the open round, and opens the next."""
+        assert isinstance(self.policy, Sync)
+        decisions: list[Decision]
+        if self.policy.reduction == "mean":
+            decisions = self._fold(self.policy, set())
+        else:
+            pushes = tuple((c.push.key, factor(c.push, self.policy)) for c in self._round.in_order())
+            decisions = [Combine(pushes, trim(self.policy, len(pushes)))]
+        decisions += self._update(self._round, self.groups, now)
+        self._open_round(self.version)
+        if self._next:
+            (groups, policy), self._next = self._next, None
+            decisions += self._reconfigure(groups, policy, now)
+        return decisions
 
-    def _effective(self, carried: tuple[Hyperparameters, ...] | None) -> tuple[Hyperparameters, ...]:
-        """Returns what an update uses: the groups that its pushes carry; for groups they do not know, the model's."""
-        carried = carried or ()
-        return (*carried, *self.groups[len(carried) :])
+    def _fail_round(self, policy: Sync, now: float) -> list[Decision]:
+        """Gives up a round whose time is up; nothing of it was reduced yet. The next one is on the same weights."""
+        refusal = Refused("ROUND_FAILED", got=len(self._round.contributions), need=policy.min_workers)
+        late = any(not session.member for session in self.sessions.live())
+        decisions: list[Decision] = [self._give_up(held, refusal, now) for held in self._round.in_order()]
+        self._open_round(self._round.opened)
+        return [self._renumber(), *decisions] if late else decisions  # who waits for the next version has it then
 
-    def _open_round(self) -> None:
-        self._round = Round(opened=self.version)
+    def _give_up(self, contribution: Contribution, refusal: Refused, now: float) -> Refuse:
+        contribution.session.give_up(contribution.push.sequence, now)
+        return Refuse(contribution.push.key, refusal)
+
+    def _open_round(self, opened: int) -> None:
+        self._round = Round(opened=opened)
         for session in self.sessions.live():
             session.member = True
+
+    # --- updates
+
+    def _update(self, made_of: Round, groups: tuple[Hyperparameters, ...], now: float) -> Iterator[Decision]:
+        """Makes the update of pushes that are reduced, and answers them."""
+        absent = made_of.absent(len(self.layout.tensors))
+        carried = made_of.hyperparameters or ()
+        shares = tuple(held.share(self.version) for held in made_of.in_order())
+        self.version += 1
+        for index in range(len(self.update_counts)):
+            self.update_counts[index] += index not in absent
+        made = Made(
+            version=self.version,
+            shares=shares,
+            hyperparameters=(*carried, *groups[len(carried) :]),  # for groups that the pushes do not know, the model's
+        )
+        yield Update(made, sum(share.weight for share in shares), absent)
+        for held, share in zip(made_of.in_order(), shares, strict=True):
+            result = PushResult(version=self.version, share=share, made=made)
+            held.session.apply(held.push.sequence, result, now)
+            yield from self._answer(held, result)
+
+    def _update_alone(self, contribution: Contribution, now: float) -> list[Decision]:
+        """Makes an update of one push."""
+        alone = Round(opened=self.version)
+        alone.add(contribution, now)
+        groups = self.groups
+        if isinstance(self.policy, Async) and self.policy.damping:
+            divisor = 1 + self.version - contribution.base_version
+            alone.hyperparameters = _damped(alone.hyperparameters or (), divisor) or None
+            groups = _damped(groups, divisor)
+        contribution.session.clock += 1
+        return [Fold(contribution.push.key, contribution.push.weight), *self._update(alone, groups, now)]
+
+    def _answer(self, contribution: Contribution, result: PushResult) -> Iterator[Answer]:
+        """Answers a push, or holds the answer while its worker is too far ahead."""
+        session = contribution.session
+        if isinstance(self.policy, Bounded) and self._ahead(session) > self.policy.slack:
+            self._held[contribution.push.key] = session, result
+        else:
+            yield Answer(contribution.push.key, result)
+
+    # --- how far ahead
+
+    def _slowest(self) -> int:
+        return min((session.clock for session in self.sessions.live()), default=0)
+
+    def _ahead(self, session: Session) -> int:
+        """Returns how many steps a session is ahead of the slowest; one that has ended is not any more."""
+        return session.clock - self._slowest() if self.sessions.find(session.id) else 0
+
+    def _release(self) -> list[Decision]:
+        """Gives the answers that are held no longer."""
+        most = self._slowest() + self.policy.slack if isinstance(self.policy, Bounded) else None
+        free = [
+            key
+            for key, (session, _) in self._held.items()
+            if most is None or session.clock <= most or not self.sessions.find(session.id)
+        ]
+        return [Answer(key, self._held.pop(key)[1]) for key in free]
+
+    # --- another configuration
+
+    def _reconfigure(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> Iterator[Decision]:
+        """Puts a configuration in place; pushes that wait are judged by it."""
+        before, waiting = self.policy, self._round
+        self.groups, self.policy = groups, policy
+        if type(before) is not type(policy):
+            for session in self.sessions.live():
+                session.clock = 0
+        if isinstance(before, Sync) and not isinstance(policy, Sync):
+            yield from self._disband(waiting, now)
+        if isinstance(policy, Sync) and not isinstance(before, Sync):
+            self._open_round(self.version)
+        yield from self._release()
+        yield from self._advance(now)
+
+    def _disband(self, waiting: Round, now: float) -> Iterator[Decision]:
+        """Makes every push of a round an update of its own, or gives it up where the new policy would refuse it."""
+        before = self.version
+        late = any(not session.member for session in self.sessions.live())
+        self._open_round(self.version)
+        for held in waiting.in_order():
+            stale = self.version - held.base_version
+            bound = self.policy.max_staleness if isinstance(self.policy, Async) else None
+            if bound is not None and stale > bound:
+                refusal = Refused("STALE_BASE", base=held.base_version, current=self.version, bound=bound)
+                yield self._give_up(held, refusal, now)
+            else:
+                yield from self._update_alone(held, now)
+        if late and self.version == before:  # who waits for the next version has it then
+            yield self._renumber()
+
+
+def _damped(groups: tuple[Hyperparameters, ...], divisor: int) -> tuple[Hyperparameters, ...]:
+    return tuple(replace(group, lr=group.lr / divisor) for group in groups)
+
+
+def _reduces_alike(before: Policy, after: Policy, pushes: int) -> bool:
+    """Whether a round of so many pushes, reduced in part under one policy, can be closed under another."""
+    return (
+        isinstance(before, Sync)
+        and isinstance(after, Sync)
+        and (before.reduction, before.trim, before.clip_norm) == (after.reduction, after.trim, after.clip_norm)
+        and after.min_workers <= pushes
+    )
 
 
 def _known(field: str, count: int | None, total: int) -> int:

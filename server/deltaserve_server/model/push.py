@@ -1,6 +1,7 @@
 """A push as the state machine sees it: who, which, on what; never its values."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from deltaserve_server.adadelta import Hyperparameters
 
@@ -19,7 +20,9 @@ class Push:
         base_version: Version of the weights that the gradient was computed on; None means the current one.
         hyperparameters: By group, for the update that this push becomes part of; None means the model's own.
         absent: Indices of tensors without a gradient.
+        weight: How much it counts in a weighted mean.
         fingerprint: Of the values; None before they have come.
+        norm: L2 norm of the values; 0 before they have come.
     """
 
     session_id: bytes
@@ -28,7 +31,9 @@ class Push:
     base_version: int | None = None
     hyperparameters: tuple[Hyperparameters, ...] | None = None
     absent: frozenset[int] = frozenset()
+    weight: float = 1.0
     fingerprint: int | None = None
+    norm: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -37,23 +42,74 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one push was in an update.
+
+    Attributes:
+        worker: The worker's name.
+        epoch: Of the session that it came from.
+        sequence: Its number there.
+        staleness: Versions between its base and the update.
+        weight: Its weight in the mean.
+        norm: L2 norm of its values.
+    """
+
+    worker: str
+    epoch: int
+    sequence: int
+    staleness: int
+    weight: float
+    norm: float
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Made:
+    """An update that was made.
+
+    Attributes:
+        version: The version that it made.
+        shares: Its pushes, by worker name.
+        hyperparameters: What it used, by group.
+        norm: L2 norm of the change of the weights; who carries the update out enters it.
+    """
+
+    version: int
+    shares: tuple[Share, ...]
+    hyperparameters: tuple[Hyperparameters, ...]
+    norm: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PushResult:
     """What became of a push.
 
     Attributes:
-        version: The version that the update made.
+        version: The version that its update made; the current one where that is no longer known.
         duplicate: The push had been applied before; this is its first result.
-        staleness: Versions between the push's base and its update; None when it is no longer known.
-        contributors: Number of pushes in the update; None when it is no longer known.
-        hyperparameters: What the update used, by group; empty when it is no longer known.
+        share: What it was in the update; None when that is no longer known.
+        made: The update; None likewise.
     """
 
     version: int
     duplicate: bool = False
-    staleness: int | None = None
-    contributors: int | None = None
-    hyperparameters: tuple[Hyperparameters, ...] = ()
+    share: Share | None = None
+    made: Made | None = None
 
     def again(self) -> "PushResult":
         """Returns the result as a duplicate push gets it."""
         return replace(self, duplicate=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PushStatus:
+    """Where a push stands.
+
+    Attributes:
+        state: "waiting" is for its round; "not accepted" also before it has come.
+        final: Whether that will not change any more.
+        result: Of a push that was applied.
+    """
+
+    state: Literal["not accepted", "waiting", "applied"]
+    final: bool
+    result: PushResult | None = None

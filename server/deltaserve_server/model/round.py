@@ -1,9 +1,11 @@
 """One round of a synchronous policy: the pushes that together make one update."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.model.push import Push
+from deltaserve_server.model.policy import Sync
+from deltaserve_server.model.push import Push, Share
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
 
@@ -20,13 +22,24 @@ class Contribution:
         """Returns the tensors without a gradient: those left out, and those that the session does not know."""
         return self.push.absent.union(range(self.session.tensor_count, tensor_count))
 
+    def share(self, version: int) -> Share:
+        """Returns what the push is in an update of `version`."""
+        return Share(
+            worker=self.session.worker,
+            epoch=self.session.epoch,
+            sequence=self.push.sequence,
+            staleness=version - self.base_version,
+            weight=self.push.weight,
+            norm=self.push.norm,
+        )
+
 
 @dataclass(slots=True)
 class Round:
     """Pushes by worker name, folded in the order of names.
 
     Attributes:
-        opened: Version at which the round began.
+        opened: Version at which the round began; no older base is taken.
         contributions: Accepted pushes by worker name.
         hyperparameters: Those that the round's pushes carry; None while none does.
         folded: How many contributions, in order of names, are already reduced.
@@ -36,6 +49,7 @@ class Round:
     contributions: dict[str, Contribution] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameters, ...] | None = None
     folded: int = 0
+    _arrivals: list[float] = field(default_factory=list)
 
     def check(self, push: Push, base_version: int) -> None:
         """Raises Refused where the push does not fit into this round."""
@@ -45,28 +59,52 @@ class Round:
         if difference:
             raise Refused("HYPERPARAMETER_CONFLICT", None, **difference)
 
-    def add(self, contribution: Contribution) -> None:
+    def add(self, contribution: Contribution, now: float) -> None:
         """Takes a push in."""
         self.contributions[contribution.session.worker] = contribution
+        self._arrivals.append(now)
         carried = contribution.push.hyperparameters
         if carried and len(carried) > len(self.hyperparameters or ()):
             self.hyperparameters = carried
 
-    def foldable(self, awaited: set[str], min_workers: int) -> list[Contribution]:
-        """Returns what can be reduced now, in order: the contributions whose names come before every awaited one.
+    def enough(self, policy: Sync) -> bool:
+        """Whether the round has the pushes without which it does not close."""
+        return len(self.contributions) >= policy.min_workers
 
-        Nothing can before `min_workers` are in: until then a worker of any name may still join the round, and what an
-        update gives must not depend on who came first.
-        """
-        if len(self.contributions) < min_workers:
-            return []
+    def due(self, policy: Sync) -> float | None:
+        """Returns the time from which on nobody is awaited; None while there is none."""
+        times = []
+        if policy.quorum is not None and len(self._arrivals) >= policy.quorum:
+            times.append(self._arrivals[policy.quorum - 1] + policy.grace_seconds)
+        if policy.round_timeout_seconds is not None and self._arrivals:
+            times.append(self._arrivals[0] + policy.round_timeout_seconds)
+        return min(times, default=None)
+
+    def foldable(self, awaited: Collection[str]) -> list[Contribution]:
+        """Returns what can be reduced now, in order: the contributions whose names come before every awaited one."""
         first_awaited = min(awaited, default=None)
         ready = sorted(name for name in self.contributions if first_awaited is None or name < first_awaited)
         return [self.contributions[name] for name in ready[self.folded :]]
 
+    def in_order(self) -> list[Contribution]:
+        """Returns the contributions by worker name."""
+        return [self.contributions[name] for name in sorted(self.contributions)]
+
     def absent(self, tensor_count: int) -> frozenset[int]:
         """Returns the tensors that no contribution has a gradient for."""
         return frozenset.intersection(*(held.absent(tensor_count) for held in self.contributions.values()))
+
+
+def factor(push: Push, policy: Sync) -> float:
+    """Returns what a push's values are multiplied with before they are reduced: its weight, after clipping."""
+    clips = policy.clip_norm is not None and push.norm > policy.clip_norm
+    scale = policy.clip_norm / push.norm if clips and policy.clip_norm else 1.0
+    return scale * push.weight if policy.reduction == "mean" else scale
+
+
+def trim(policy: Sync, count: int) -> int:
+    """Returns how many of `count` values are left out at either end: for the median, all but one or two."""
+    return (count - 1) // 2 if policy.reduction == "median" else policy.trim
 
 
 def _difference(held: tuple[Hyperparameters, ...], got: tuple[Hyperparameters, ...]) -> dict[str, object]:

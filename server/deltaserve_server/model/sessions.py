@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeVar
 
-from deltaserve_server.model.push import Push, PushResult
+from deltaserve_server.model.push import Push, PushResult, PushStatus
 from deltaserve_server.model.refused import Refused
 
 _K = TypeVar("_K")
@@ -16,6 +16,9 @@ WINDOW = 8
 
 _REMEMBERED = 65_536
 """How many names' epochs, and how many fenced sessions, are remembered at most."""
+
+_ENDED = 1024
+"""How many sessions that have ended are kept, for those who ask what became of a push."""
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Session:
         member: Whether the open round waits for it.
         last_accepted: Sequence number of its last accepted push.
         last_applied: Sequence number of its last push that is part of an update.
+        clock: How many steps it has made, counted from where the slowest stood when it came; under `Bounded` alone.
     """
 
     worker: str
@@ -57,6 +61,7 @@ class Session:
     member: bool = True
     last_accepted: int = 0
     last_applied: int = 0
+    clock: int = 0
     _window: dict[int, _Record] = field(default_factory=dict)
 
     @property
@@ -84,7 +89,7 @@ class Session:
             raise Refused("SEQUENCE_GAP", expected=self.last_accepted + 1, got=push.sequence)
         if push.sequence == self.last_accepted + 1:
             return False
-        record = self._window.get(push.sequence)
+        record = self._recent(push.sequence)
         if record and push.fingerprint is not None and push.fingerprint != record.fingerprint:
             raise Refused("SEQUENCE_REUSED", sequence=push.sequence)
         return True
@@ -93,20 +98,39 @@ class Session:
         """Takes note of a push that is to become part of an update."""
         self.last_accepted = push.sequence
         self._window[push.sequence] = _Record(push.fingerprint)
-        self._window.pop(push.sequence - WINDOW, None)
 
     def apply(self, sequence: int, result: PushResult, now: float) -> None:
         """Takes note of an update that a push became part of."""
         self.last_applied = sequence
         self._window[sequence].result = result
+        self._window.pop(sequence - WINDOW, None)  # not before: the push might have been given up
         self.renew(now)
+
+    def give_up(self, sequence: int, now: float) -> None:
+        """Takes back that the last push was accepted: it will not become part of an update, and its number is free."""
+        self.last_accepted = sequence - 1
+        del self._window[sequence]
+        self.renew(now)
+
+    def status(self, sequence: int, version: int, live: bool) -> PushStatus:
+        """Returns where a push stands; `version` is the model's, `live` whether the session has not ended."""
+        if sequence > self.last_accepted:
+            return PushStatus("not accepted", final=not live)
+        if sequence > self.last_applied:
+            return PushStatus("waiting", final=False)
+        return PushStatus("applied", final=True, result=self._first_result(sequence, version))
 
     def result(self, sequence: int, version: int) -> PushResult | None:
         """Returns what a known push gets as a duplicate, or None while it waits for its round."""
-        if sequence > self.last_applied:
-            return None
-        record = self._window.get(sequence)
-        return record.result.again() if record and record.result else PushResult(version=version, duplicate=True)
+        return None if sequence > self.last_applied else self._first_result(sequence, version).again()
+
+    def _first_result(self, sequence: int, version: int) -> PushResult:
+        record = self._recent(sequence)
+        return record.result if record and record.result else PushResult(version=version)
+
+    def _recent(self, sequence: int) -> _Record | None:
+        """Returns the record of a push that is among the last accepted."""
+        return self._window.get(sequence) if sequence > self.last_accepted - WINDOW else None
 
 
 class Sessions:
@@ -117,6 +141,7 @@ class Sessions:
         self._by_name: dict[str, Session] = {}
         self._epochs: OrderedDict[str, int] = OrderedDict()
         self._fenced: OrderedDict[bytes, str] = OrderedDict()
+        self._ended: OrderedDict[bytes, Session] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -151,6 +176,7 @@ class Sessions:
     def remove(self, session: Session) -> None:
         """Ends a session."""
         del self._by_id[session.id], self._by_name[session.worker]
+        _remember(self._ended, session.id, session, _ENDED)
 
     def get(self, session_id: bytes, epoch: int) -> Session:
         """Returns a live session.
@@ -172,8 +198,20 @@ class Sessions:
         """Returns a live session, whatever its epoch."""
         return self._by_id.get(session_id)
 
+    def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
+        """Returns where a push stands, also one of a session that ended not too long ago.
 
-def _remember(table: OrderedDict[_K, _V], key: _K, value: _V) -> None:
+        Raises:
+            Refused: SESSION_UNKNOWN.
+        """
+        live = self._by_id.get(session_id)
+        session = live or self._ended.get(session_id)
+        if session is None:
+            raise Refused("SESSION_UNKNOWN")
+        return session.status(sequence, version, live=live is not None)
+
+
+def _remember(table: OrderedDict[_K, _V], key: _K, value: _V, most: int = _REMEMBERED) -> None:
     table[key] = value
-    while len(table) > _REMEMBERED:
+    while len(table) > most:
         table.popitem(last=False)
