@@ -38,11 +38,12 @@ def gpu(size: int, rounds: int) -> dict[str, Timing]:
     square_avg, acc_delta = (torch.zeros(size, device="cuda") for _ in range(2))
     param = torch.nn.Parameter(weights)
     param.grad = gradient
+    squares = torch.empty(cuda.blocks(size), dtype=torch.float64, device="cuda")
     hyperparameters = Hyperparameters()
     contenders: dict[str, Callable[[], object]] = {
         "copy of the same bytes": _synchronized(lambda: _copy(weights, new_weights)),
         "deltaserve": _synchronized(
-            lambda: cuda.update(gradient, 1.0, square_avg, acc_delta, weights, new_weights, hyperparameters)
+            lambda: cuda.update(gradient, 1.0, square_avg, acc_delta, weights, new_weights, squares, hyperparameters)
         ),
         "torch.optim.Adadelta, foreach": _synchronized(torch.optim.Adadelta([param], foreach=True).step),
         "torch.optim.Adadelta, compiled": _synchronized(
@@ -59,8 +60,8 @@ def _host_update(gradient: np.ndarray, executor: ThreadPoolExecutor, threads: in
     def update() -> None:
         staging = store.stage()
         staging.add(0, gradient)
-        store.fold(staging)
-        store.update(ranges, 1, store.current.number + 1)
+        store.fold(staging, 1.0)
+        store.update(ranges, 1.0, store.current.number + 1)
 
     return update
 

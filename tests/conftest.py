@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 if TYPE_CHECKING:  # the packages are imported by the tests that need them
     import grpc

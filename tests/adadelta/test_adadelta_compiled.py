@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import deltaserve_server.adadelta
-from deltaserve_server.adadelta import Hyperparameters, _compiled, cpu, values
+from deltaserve_server.adadelta import Hyperparameters, _compiled, _squares, cpu, values
 
 ROOM = Path(deltaserve_server.adadelta.__file__).parent
 
@@ -30,7 +30,7 @@ import numpy as np
 from deltaserve_server.adadelta import Hyperparameters, cpu, values
 made = [np.zeros(3, np.float32) for _ in range(3)]
 cpu.update(np.ones(3, np.float32), 1, made[0], made[1], np.ones(3, np.float32), made[2], Hyperparameters())
-print(np.concatenate(made).tobytes().hex(), values.inspect(np.ones(3, np.float32), 0, 0))
+print(np.concatenate(made).tobytes().hex(), values.inspect(np.ones(3, np.float32), 0, 0, values.lanes()))
 """
 
 
@@ -47,7 +47,7 @@ def run(code: str, folder: Path = ROOM.parent, **environment: str) -> subprocess
 def expected() -> str:
     made = [np.zeros(3, np.float32) for _ in range(3)]
     cpu.update(np.ones(3, np.float32), 1, made[0], made[1], np.ones(3, np.float32), made[2], Hyperparameters())
-    return f"{np.concatenate(made).tobytes().hex()} {values.inspect(np.ones(3, np.float32), 0, 0)}\n"
+    return f"{np.concatenate(made).tobytes().hex()} {values.inspect(np.ones(3, np.float32), 0, 0, values.lanes())}\n"
 
 
 @functools.cache
@@ -69,8 +69,27 @@ def update_code() -> str:
 def test_update_is_vector_code_in_single_precision(update_code: str) -> None:
     for instruction in (r"vsqrtps", r"vdivps", r"vfn?madd\d+ps"):
         assert re.search(instruction + r"\s+.*%[yz]mm", update_code), instruction
-    assert not re.search(r"vsqrt[sp]d|vdiv[sp]d|vfn?m(add|sub)\d+[sp]d|vmul[sp]d", update_code)
+    # Double precision is the squares' alone: no packed double is ever rounded to a float.
+    assert not re.search(r"vsqrt[sp]d|vdiv[sp]d|vfn?m(add|sub)\d+[sp]d|vcvtpd2ps", update_code)
     assert "fmaf" not in update_code
+
+
+@pytest.mark.usefixtures("update_code")
+@pytest.mark.parametrize(
+    ("function", "dispatcher"), [(cpu._update_range, cpu._update), (values._inspect_chunk, values._inspect)]
+)
+def test_squares_are_vector_code(function: Any, dispatcher: Any) -> None:
+    code = assembly(function, dispatcher)
+    for instruction in ("vcvtps2pd", "vmulpd", "vaddpd"):
+        assert len(re.findall(rf"{instruction}\s+.*%[yz]mm", code)) >= _squares.BLOCK // _squares.LANES, instruction
+
+
+@pytest.mark.usefixtures("update_code")
+def test_a_scaled_sum_is_vector_code_and_rounds_twice() -> None:
+    code = assembly(cpu._add_scaled, cpu._add)
+    for instruction in ("vmulps", "vaddps"):
+        assert re.search(rf"{instruction}\s+.*%[yz]mm", code), instruction
+    assert "fmadd" not in code
 
 
 def test_products_are_fused_where_the_source_says_so_and_nowhere_else(update_code: str) -> None:
@@ -96,7 +115,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
 def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cache, first = first_run
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
-    assert len(files) == 6
+    assert len(files) == 8
     second = run(COMPUTES + "\nprint(sum(cpu._update.stats.cache_hits.values()))", NUMBA_CACHE_DIR=str(cache))
     assert (first.stdout, second.stdout) == (expected(), expected() + "1\n")
     assert first.stderr == second.stderr == ""
@@ -137,6 +156,7 @@ def test_a_fault_in_the_function_itself_is_raised() -> None:
         ("adadelta.reference", ["numba", "torch", "triton", "deltaserve"]),
         ("adadelta.cpu", ["torch", "triton", "deltaserve"]),
         ("adadelta.values", ["torch", "triton", "deltaserve"]),
+        ("adadelta.robust", ["numba", "torch", "triton", "deltaserve"]),
         ("adadelta.cuda", ["numba", "deltaserve"]),
     ],
 )

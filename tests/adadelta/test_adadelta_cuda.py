@@ -17,12 +17,12 @@ from deltaserve_server.adadelta import cuda  # noqa: E402
 def compiled(architecture: int) -> dict[str, str]:
     """Compiles the kernel, which needs no GPU."""
     names = cuda._update_range.arg_names
-    types = dict.fromkeys(names[:5], "*fp32") | dict.fromkeys(names[5:], "fp32")
+    types = dict.fromkeys(names[:5], "*fp32") | {"squares": "*fp64"} | dict.fromkeys(names[6:], "fp32")
     source = triton.compiler.ASTSource(
         fn=cuda._update_range,
         signature={**types, "size": "i64", "block": "constexpr"},
         constexprs={"block": cuda._BLOCK},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(7)},
     )
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     asm: dict[str, str] = triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm
@@ -46,13 +46,25 @@ def test_generated_code_rounds_as_ieee_says_and_moves_16_bytes_at_a_time(archite
     }
     assert "ftz" not in code
     assert "approx" not in code
-    assert ".f64" not in code
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_only_the_squares_are_in_double_precision(architecture: int) -> None:
+    code = compiled(architecture)["ptx"]
+    doubles = {
+        instruction for line in code.splitlines() for instruction in re.findall(r"\s([a-z][\w.]*\.f64\S*)\s", line)
+    }
+    assert "cvt.f64.f32" in doubles
+    # Squares and sums, and nothing that makes a float32 of one, nor a product and a sum in one rounding.
+    assert {name.split(".")[0] for name in doubles - {"cvt.f64.f32"}} <= {"mul", "add", "mov", "selp"}
+    assert "fma.rn.f64" not in code
+    assert len(re.findall(r"st\.global\.b64", code)) == 1
 
 
 def test_offsets_have_64_bits() -> None:
     additions = [line for line in compiled(80)["ttir"].splitlines() if "tt.addptr" in line]
-    assert len(additions) == 5
-    assert all(f"tensor<{cuda._BLOCK}xi64>" in line for line in additions)
+    vectors = [line for line in additions if f"tensor<{cuda._BLOCK}xi64>" in line]
+    assert (len(vectors), len(additions)) == (5, 6)  # the sixth is the place of the block's sum, which has 32
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -67,8 +79,45 @@ def test_offsets_have_64_bits() -> None:
     ],
 )
 def test_wrong_tensors_are_refused(place: int, wrong: torch.Tensor, error: type[Exception]) -> None:
-    arguments: list[Any] = [*(torch.full((5,), 2.0) for _ in range(5)), Hyperparameters()]
+    squares = torch.full((1,), 2.0, dtype=torch.float64)
+    arguments: list[Any] = [*(torch.full((5,), 2.0) for _ in range(5)), squares, Hyperparameters()]
     arguments[place] = wrong
     with pytest.raises(error):
         cuda.update(arguments[0], 1, *arguments[1:])
-    assert all((tensor == 2).all() for tensor in arguments[:5] if tensor is not wrong)
+    assert all((tensor == 2).all() for tensor in arguments[:6] if tensor is not wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (torch.ones(2, dtype=torch.float64), ValueError),
+        (torch.ones(0, dtype=torch.float64), ValueError),
+        (torch.ones(1, dtype=torch.float64, device="meta"), ValueError),
+        (torch.ones(1), TypeError),
+        (torch.ones(1, 1, dtype=torch.float64), TypeError),
+    ],
+)
+def test_a_wrong_place_for_the_squares_is_refused(wrong: torch.Tensor, error: type[Exception]) -> None:
+    vectors = [torch.full((5,), 2.0) for _ in range(5)]
+    arguments: list[Any] = [*vectors[1:], wrong, Hyperparameters()]
+    with pytest.raises(error):
+        cuda.update(vectors[0], 1, *arguments)
+    assert all((tensor == 2).all() for tensor in vectors)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_more_than_2_to_the_31_elements() -> None:
+    size = 2**31 + 2**20 + 3
+    if torch.cuda.mem_get_info()[0] < 5 * 4 * size + 2**30:
+        pytest.skip("the GPU's memory does not hold five such vectors")
+    gradient, square_avg, acc_delta, weights = (torch.full((size,), x, device="cuda") for x in (2.0, 0.0, 0.0, 1.0))
+    new_weights = torch.full_like(weights, torch.nan)
+    squares = torch.full((cuda.blocks(size),), torch.nan, dtype=torch.float64, device="cuda")
+    hyperparameters = Hyperparameters(rho=0.625, eps=0.0625)
+    cuda.update(gradient, 1, square_avg, acc_delta, weights, new_weights, squares, hyperparameters)
+    for tensor, expected in ((square_avg, 1.5), (acc_delta, 0.06), (new_weights, 0.6)):
+        low, high = torch.aminmax(tensor)
+        assert low.item() == high.item() == pytest.approx(expected, rel=1e-6)
+    assert squares.sum().item() == pytest.approx(size * 0.16, rel=1e-6)

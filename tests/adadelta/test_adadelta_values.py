@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deltaserve_server.adadelta import values as kernel
 from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
-from deltaserve_server.adadelta.values import inspect
 
 Vector = NDArray[np.float32]
 
@@ -22,6 +22,10 @@ BAD = {
     "-2**64": np.float32(-(2.0**64)),
     "largest": np.finfo(np.float32).max,
 }
+
+
+def inspect(values: Vector, start: int, fingerprint: int) -> tuple[int, int]:
+    return kernel.inspect(values, start, fingerprint, kernel.lanes())
 
 
 def random_values(seed: int, size: int) -> Vector:

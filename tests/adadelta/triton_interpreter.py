@@ -1,6 +1,7 @@
 """Makes the interpreter of older Triton releases compute as their compiler does, so that bits can be compared.
 
-Up to 3.8 the interpreter rounds a fused multiply-add twice, and takes a denormal Python float for a float64.
+Up to 3.8 the interpreter rounds a fused multiply-add twice, and takes a denormal Python float for a float64. And what
+Triton writes in its own language, it only interprets where the environment said so before Triton was imported.
 """
 
 from typing import Any
@@ -24,6 +25,11 @@ def correct(patch: pytest.MonkeyPatch) -> None:
     def create_fma(_builder: Any, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(_fused(*np.broadcast_arrays(x.data, y.data, z.data)), z.dtype.scalar)
 
+    def total(values: Any, axis: int) -> Any:
+        made = np.atleast_1d(np.sum(values.handle.data, axis))
+        return tl.tensor(interpreter.TensorHandle(made, values.dtype), values.dtype)
+
+    patch.setattr(tl, "sum", total)
     patch.setattr(interpreter, "_implicit_cvt", convert)
     patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 

@@ -4,6 +4,7 @@
     cpu         numba, float32: one fused pass over host memory
     cuda        torch tensors and one fused Triton kernel, float32: the same bits as `cpu`
     values      numba: what admission must know of a gradient, in one pass
+    robust      numpy: means of gradients that a few liars cannot move far
 
 Each is imported by who needs it: a CPU server loads neither torch nor Triton, a client neither those nor numba.
 """

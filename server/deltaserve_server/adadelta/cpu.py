@@ -22,12 +22,17 @@ from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta._compiled import compiled, readable, received, types, writable
+from deltaserve_server.adadelta._squares import squared_distance
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
 
 Vector = NDArray[np.float32]
 
 _FLOAT32_MAX, _MAGNITUDE_MAX = np.float32(FLOAT32_MAX), np.float32(MAGNITUDE_MAX)
 _ZERO = np.float32(0)
+
+_BLOCK = 1 << 15
+"""Elements that are updated before their change is added up: both weights are still in a near cache then. In shorter
+blocks, a processor keeps losing sight of what it is to fetch next."""
 
 
 def update(
@@ -38,7 +43,7 @@ def update(
     weights: Vector,
     new_weights: Vector,
     hyperparameters: Hyperparameters,
-) -> None:
+) -> float:
     """Makes one update of a range, on the calling thread and without the GIL.
 
     Where gradient / divisor and the weights are finite, the averages stay finite, whatever the hyperparameters. Weights
@@ -46,12 +51,17 @@ def update(
 
     Args:
         gradient: The sum of a round's gradients, float32 [n], contiguous; may be read-only and start at any byte.
-        divisor: How many gradients make the sum, 1 to 2**24.
+        divisor: The sum of the gradients' weights, > 0; rounded to float32.
         square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
         acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
         weights: The parameters, float32 [n]; only read.
         new_weights: Where the new parameters go, float32 [n].
         hyperparameters: Without a `problem`.
+
+    Returns:
+        The sum of (new_weights - weights)**2: differences in float32, squares and sum in float64. Infinite only where a
+        weight moved by more than the largest float32, which takes an lr above 1e19. It has the same bits on any
+        processor; but how a vector was split into ranges may show in its last ones.
 
     Raises:
         ValueError: The lengths differ.
@@ -60,7 +70,25 @@ def update(
     if not gradient.size == square_avg.size == acc_delta.size == weights.size == new_weights.size:
         sizes = [vector.size for vector in (gradient, square_avg, acc_delta, weights, new_weights)]
         raise ValueError(f"expected five vectors of one length, got lengths {sizes}")
-    _update(gradient, divisor, square_avg, acc_delta, weights, new_weights, *scalars(hyperparameters))
+    squares: float = _update(gradient, divisor, square_avg, acc_delta, weights, new_weights, *scalars(hyperparameters))
+    return squares
+
+
+def add(total: Vector, values: Vector, factor: float) -> None:
+    """Adds factor times the values to a sum, without the GIL: product and sum are each rounded to float32.
+
+    Args:
+        total: The sum, float32 [n]; added to in place.
+        values: What is added, float32 [n], contiguous; may be read-only and start at any byte.
+        factor: > 0; rounded to float32. 1 adds the values as they are.
+
+    Raises:
+        ValueError: The lengths differ.
+        TypeError: A vector is not a contiguous one of float32, or the sum is read-only or not aligned.
+    """
+    if total.size != values.size:
+        raise ValueError(f"expected two vectors of one length, got lengths {[total.size, values.size]}")
+    _add(total, values, factor)
 
 
 def _type_multiply_add(_context: Any, factor: Any, other_factor: Any, summand: Any) -> Any:
@@ -85,7 +113,8 @@ def _bounded(value: Any) -> Any:
     return -_at_most(_MAGNITUDE_MAX, -_at_most(_MAGNITUDE_MAX, value))
 
 
-def _update_range(
+@register_jitable
+def _update_block(
     gradient: Any, divisor: Any, square_avg: Any, acc_delta: Any, weights: Any, new_weights: Any,
     minus_lr: Any, rho: Any, one_minus_rho: Any, eps: Any, weight_decay: Any, sign: Any,
 ) -> None:  # fmt: skip
@@ -102,9 +131,31 @@ def _update_range(
         new_weights[i] = -_at_most(_FLOAT32_MAX, -_at_most(_FLOAT32_MAX, _multiply_add(minus_lr, step, weights[i])))
 
 
+def _update_range(
+    gradient: Any, divisor: Any, square_avg: Any, acc_delta: Any, weights: Any, new_weights: Any,
+    minus_lr: Any, rho: Any, one_minus_rho: Any, eps: Any, weight_decay: Any, sign: Any,
+) -> Any:  # fmt: skip
+    squares = 0.0
+    for first in range(0, gradient.size, _BLOCK):
+        last = min(first + _BLOCK, gradient.size)
+        old, new = weights[first:last], new_weights[first:last]
+        _update_block(
+            gradient[first:last], divisor, square_avg[first:last], acc_delta[first:last], old, new,
+            minus_lr, rho, one_minus_rho, eps, weight_decay, sign,
+        )  # fmt: skip
+        squares += squared_distance(new, old)
+    return squares
+
+
+def _add_scaled(total: Any, values: Any, factor: Any) -> None:
+    for i in range(values.size):
+        total[i] += factor * values[i]
+
+
 _number = types.float32
+_add = compiled(types.void(writable(_number), received(_number), _number), _add_scaled)
 _update = compiled(
-    types.void(
+    types.float64(
         received(_number),
         _number,
         writable(_number),

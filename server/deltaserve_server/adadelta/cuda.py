@@ -14,6 +14,11 @@ _MAGNITUDE_MIN, _MAGNITUDE_MAX = tl.constexpr(-MAGNITUDE_MAX), tl.constexpr(MAGN
 _BLOCK = 1024
 
 
+def blocks(size: int) -> int:
+    """Returns how many sums of squares the update of a range of `size` elements writes."""
+    return -(-size // _BLOCK)
+
+
 def update(
     gradient: torch.Tensor,
     divisor: float,
@@ -21,6 +26,7 @@ def update(
     acc_delta: torch.Tensor,
     weights: torch.Tensor,
     new_weights: torch.Tensor,
+    squares: torch.Tensor,
     hyperparameters: Hyperparameters,
 ) -> None:
     """Queues one update of a range on the tensors' device, in its current stream.
@@ -30,24 +36,27 @@ def update(
 
     Args:
         gradient: The sum of a round's gradients, float32 [n], contiguous, as all tensors here.
-        divisor: How many gradients make the sum, 1 to 2**24.
+        divisor: The sum of the gradients' weights, > 0; rounded to float32.
         square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
         acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
         weights: The parameters, float32 [n]; only read.
         new_weights: Where the new parameters go, float32 [n].
+        squares: Where the sums of (new_weights - weights)**2 go, one of each block of the range, float64 [blocks(n)];
+            differences in float32, squares and sums in float64. Their order of additions is not that of `cpu`.
         hyperparameters: Without a `problem`.
 
     Raises:
         ValueError: The lengths or the devices differ.
-        TypeError: A tensor is not a contiguous vector of float32.
+        TypeError: A tensor is not a contiguous vector of float32, or `squares` not one of float64.
     """
     tensors = (gradient, square_avg, acc_delta, weights, new_weights)
-    _check(tensors)
+    _check(tensors, squares)
     if gradient.numel() == 0:
         return
     with torch.cuda.device(gradient.get_device()):
-        _update_range[(triton.cdiv(gradient.numel(), _BLOCK),)](
+        _update_range[(blocks(gradient.numel()),)](
             *tensors,
+            squares,
             gradient.numel(),
             float(divisor),
             *scalars(hyperparameters),
@@ -56,13 +65,16 @@ def update(
         )
 
 
-def _check(tensors: tuple[torch.Tensor, ...]) -> None:
-    if any(tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous() for tensor in tensors):
-        raise TypeError("expected contiguous vectors of float32")
+def _check(tensors: tuple[torch.Tensor, ...], squares: torch.Tensor) -> None:
+    kinds = [*((tensor, torch.float32) for tensor in tensors), (squares, torch.float64)]
+    if any(tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() for tensor, dtype in kinds):
+        raise TypeError("expected contiguous vectors of float32, and one of float64 for the squares")
     if len({tensor.numel() for tensor in tensors}) != 1:
         raise ValueError(f"expected five vectors of one length, got lengths {[tensor.numel() for tensor in tensors]}")
-    if len({tensor.device for tensor in tensors}) != 1:
-        raise ValueError(f"expected one device, got {sorted({str(tensor.device) for tensor in tensors})}")
+    if squares.numel() != blocks(tensors[0].numel()):
+        raise ValueError(f"expected {blocks(tensors[0].numel())} squares, got {squares.numel()}")
+    if len({tensor.device for tensor, _ in kinds}) != 1:
+        raise ValueError(f"expected one device, got {sorted({str(tensor.device) for tensor, _ in kinds})}")
 
 
 @triton.jit
@@ -78,7 +90,7 @@ def _bounded(value):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _update_range(  # type: ignore[no-untyped-def]
-    gradient, square_avg, acc_delta, weights, new_weights, size, divisor,
+    gradient, square_avg, acc_delta, weights, new_weights, squares, size, divisor,
     minus_lr, rho, one_minus_rho, eps, weight_decay, sign, block: tl.constexpr,
 ):  # fmt: skip
     # Offsets of 64 bits: a model may have more than 2**31 elements.
@@ -96,4 +108,7 @@ def _update_range(  # type: ignore[no-untyped-def]
     tl.store(square_avg + i, s, inside)
     tl.store(acc_delta + i, tl.fma(one_minus_rho * step, step, acc * rho), inside)
     new = _at_most(_FLOAT32_MAX, tl.fma(minus_lr, step, w))
-    tl.store(new_weights + i, tl.where(new < _FLOAT32_MIN, _FLOAT32_MIN, new), inside)
+    new = tl.where(new < _FLOAT32_MIN, _FLOAT32_MIN, new)
+    tl.store(new_weights + i, new, inside)
+    change = tl.where(inside, new - w, 0.0).to(tl.float64)
+    tl.store(squares + tl.program_id(0), tl.sum(change * change, 0))

@@ -48,3 +48,13 @@ def update(
     x = x - lr * step
     dx = rho * dx + (1 - rho) * step**2
     return s, dx, x
+
+
+def squared_change(weights: ArrayLike, new_weights: ArrayLike) -> float:
+    """Returns the sum of (new_weights - weights)**2, float64: the square of an update's L2 norm.
+
+    Args:
+        weights: The parameters before it, any shape.
+        new_weights: The parameters after it, of that shape.
+    """
+    return float(np.sum((np.asarray(new_weights, np.float64) - np.asarray(weights, np.float64)) ** 2))

@@ -12,10 +12,24 @@ import torch
 
 from deltaserve_server.adadelta import Hyperparameters, cuda
 from deltaserve_server.memory.budget import Allowance, Budget
-from deltaserve_server.memory.store import ELEMENT_BYTES, Pool, Range, Staging, State, Store, Vector, Version
+from deltaserve_server.memory.store import (
+    ELEMENT_BYTES,
+    Pool,
+    Range,
+    Staging,
+    State,
+    Store,
+    Vector,
+    Version,
+    check_combine,
+    root_of_sum,
+)
 
 _PIECE = 1 << 22
 """Elements that are updated, and then copied down, at a time: 16 MiB, long enough to keep either side busy."""
+
+_SCRATCH = 1 << 22
+"""Elements of all pushes together that are combined at a time: 16 MiB, and some five times that to sort them."""
 
 
 class DeviceStaging(Staging):
@@ -47,6 +61,12 @@ class DeviceStaging(Staging):
         stream.wait_stream(self._upload)
         self.values.record_stream(stream)
 
+    def read(self, size: int, stream: torch.cuda.Stream) -> None:
+        """Makes the values a vector of `size` elements, 0 where none came, that `stream`, the current one, may read."""
+        self.used_by(stream)
+        self.lengthen(size)
+        self.zero_gaps()
+
     def lengthen(self, size: int) -> None:
         """Adds zeros up to `size` elements, where the layout was extended since the push came."""
         missing = size - self.values.numel()
@@ -72,8 +92,9 @@ class DeviceStore(Store):
     def __init__(self, weights: Vector, number: int, budget: Budget) -> None:
         self._budget = budget
         self._upload, self._compute, self._download = (torch.cuda.Stream() for _ in range(3))
-        self._staged: DeviceStaging | None = None
-        self._folds = 0
+        self._staged: tuple[DeviceStaging, float] | None = None
+        self._sum: torch.Tensor | None = None
+        self._combined = False
         self._weights: torch.Tensor
         self._next: torch.Tensor
         self._pool: Pool
@@ -89,36 +110,72 @@ class DeviceStore(Store):
         """Returns the size of the whole vector, pinned and on the device, however little of it comes."""
         return 2 * self._weights.numel() * ELEMENT_BYTES
 
-    def fold(self, staging: Staging) -> None:
+    def fold(self, staging: Staging, factor: float) -> None:
         """Adds a push to the sum, which the first one's own memory becomes."""
         assert isinstance(staging, DeviceStaging)
-        self._folds += 1
+        assert not self._combined
+        size = self._weights.numel()
         with torch.cuda.stream(self._compute):
-            staging.used_by(self._compute)
-            staging.lengthen(self._weights.numel())
-            if self._staged is None:
-                self._staged = staging
+            if self._staged is None and self._sum is None:
+                staging.used_by(self._compute)
+                staging.lengthen(size)
+                self._staged = staging, factor
                 return
-            if self._folds == 2:  # from here on every element counts, also where the first had none
-                self._staged.zero_gaps()
+            if self._staged is not None:
+                first, first_factor = self._staged
+                first.read(size, self._compute)
+                # Added to 0, as on the host: -0 becomes +0.
+                self._sum = first.values.mul_(first_factor).add_(0.0)
+                self._staged = None
+            assert self._sum is not None
+            staging.used_by(self._compute)
             for start, stop in staging.covered:
-                self._staged.values[start:stop].add_(staging.values[start:stop])
+                # Not add_ with alpha, which rounds once.
+                self._sum[start:stop].add_(staging.values[start:stop].mul_(factor))
         self._compute.synchronize()
 
-    def update(self, ranges: Sequence[Range], contributors: int, number: int) -> None:
-        """Applies the folded sum part by part, each followed by its copy to the host, and publishes the version."""
-        assert self._staged is not None
+    def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
+        """Makes the gradient of the next update a trimmed mean, block by block."""
+        count, size = len(stagings), self._weights.numel()
+        check_combine(count, trim, self._staged is not None or self._sum is not None)
+        block = max(1, _SCRATCH // count)
+        with torch.cuda.stream(self._compute):
+            vectors = []
+            for staging, factor in stagings:
+                assert isinstance(staging, DeviceStaging)
+                staging.read(size, self._compute)
+                vectors.append((staging.values, factor))
+            mean = torch.empty(size, dtype=torch.float32, device="cuda")
+            for start in range(0, size, block):
+                part = slice(start, start + block)
+                rows = torch.empty((count, mean[part].numel()), dtype=torch.float32, device="cuda")
+                for row, (values, factor) in zip(rows, vectors, strict=True):
+                    torch.mul(values[part], factor, out=row)
+                mean[part] = _trimmed_mean(rows, trim)
+            self._sum, self._combined = mean, True
+        self._compute.synchronize()
+
+    def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
+        """Applies the gradient part by part, each followed by its copy to the host, and publishes the version."""
+        gradient, divisor = self._gradient(weight)
         host = self._pool.take()
+        squares = []
         for start, stop, hyperparameters in _parts(ranges, self._weights.numel()):
             with torch.cuda.stream(self._compute):
-                self._update(start, stop, hyperparameters, float(contributors))
+                if hyperparameters is None:
+                    self._next[start:stop].copy_(self._weights[start:stop])
+                else:
+                    squares.append(self._update(start, stop, hyperparameters, gradient, divisor))
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
                 torch.from_numpy(host[start:stop]).copy_(self._next[start:stop], non_blocking=True)
+        with torch.cuda.stream(self._compute):
+            change = torch.stack(squares).tolist() if squares else []
         self._download.synchronize()
         self._weights, self._next = self._next, self._weights
-        self._staged, self._folds = None, 0
+        self._staged, self._sum, self._combined = None, None, False
         self._publish(host, number)
+        return root_of_sum(change)
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""
@@ -141,27 +198,38 @@ class DeviceStore(Store):
                 np.concatenate([held.acc_delta, zeros]),
             )
         )
-        if self._staged is not None:
-            with torch.cuda.stream(self._compute):
-                self._staged.lengthen(self._weights.numel())
-            self._compute.synchronize()
+        with torch.cuda.stream(self._compute):
+            if self._staged is not None:
+                self._staged[0].lengthen(self._weights.numel())
+            if self._sum is not None:
+                self._sum = torch.cat([self._sum, torch.zeros(weights.size, device="cuda")])
+        self._compute.synchronize()
         self._publish(self._pinned_copy(), self.current.number)
 
-    def _update(self, start: int, stop: int, hyperparameters: Hyperparameters | None, divisor: float) -> None:
-        """Updates one part, or keeps it where there are no hyperparameters."""
-        if hyperparameters is None:
-            self._next[start:stop].copy_(self._weights[start:stop])
-            return
-        assert self._staged is not None
+    def _gradient(self, weight: float) -> tuple[torch.Tensor, float]:
+        """Returns the next update's gradient and what it is to be divided by."""
+        if self._staged is not None:
+            staging, factor = self._staged
+            return staging.values, weight / factor
+        assert self._sum is not None
+        return self._sum, 1.0 if self._combined else weight
+
+    def _update(
+        self, start: int, stop: int, hyperparameters: Hyperparameters, gradient: torch.Tensor, divisor: float
+    ) -> torch.Tensor:
+        """Queues one part's update; returns the sum of the squares of its change, float64."""
+        squares = torch.empty(cuda.blocks(stop - start), dtype=torch.float64, device="cuda")
         cuda.update(
-            self._staged.values[start:stop],
+            gradient[start:stop],
             divisor,
             self._square_avg[start:stop],
             self._acc_delta[start:stop],
             self._weights[start:stop],
             self._next[start:stop],
+            squares,
             hyperparameters,
         )
+        return squares.sum()
 
     def _load(self, state: State) -> None:
         self._weights, self._square_avg, self._acc_delta = (
@@ -201,6 +269,16 @@ def device_memory_bytes() -> int:
 def _pinned(size: int) -> Vector:
     vector: Vector = torch.empty(size, dtype=torch.float32, pin_memory=True).numpy()
     return vector
+
+
+def _trimmed_mean(rows: torch.Tensor, trim: int) -> torch.Tensor:
+    """Computes what `robust.trimmed_mean` does, operation for operation, of float32 [n, m], into float64 [m]."""
+    kept = torch.sort(rows, dim=0).values[trim : len(rows) - trim]
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for row in kept:
+        total += row
+    # By a tensor on the device: a plain number's reciprocal would be multiplied by, which rounds twice.
+    return total / torch.full((), len(kept), dtype=torch.float64, device=rows.device)
 
 
 def _parts(ranges: Sequence[Range], size: int) -> Iterator[tuple[int, int, Hyperparameters | None]]:

@@ -1,14 +1,30 @@
 """Vectors in host memory, updated by the CPU kernel on as many threads as it gains from."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 
+from deltaserve._failpoints import failpoint
 from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.adadelta.robust import trimmed_mean
 from deltaserve_server.memory.budget import Allowance, Budget
-from deltaserve_server.memory.store import ELEMENT_BYTES, Pool, Range, Staging, State, Store, Vector, Version
+from deltaserve_server.memory.store import (
+    ELEMENT_BYTES,
+    Pool,
+    Range,
+    Staging,
+    State,
+    Store,
+    Vector,
+    Version,
+    check_combine,
+    root_of_sum,
+)
 
 _ALONE = 1 << 16
 """Up to this many elements one thread is faster than several."""
@@ -18,6 +34,12 @@ _SMALL = 1 << 12
 
 _PIECE = 1 << 18
 """Elements that a thread updates in one call: enough to make the call cheap, few enough to share the work evenly."""
+
+_BLOCK = 1 << 15
+"""Elements of every push that a thread combines at a time: large enough for numpy's calls to be cheap."""
+
+_SCRATCH = 1 << 21
+"""Elements of all pushes together that a thread combines at a time: 8 MiB."""
 
 
 class HostStaging(Staging):
@@ -35,6 +57,19 @@ class HostStaging(Staging):
                 return
         self.pieces.append((offset, values))
 
+    def scaled(self, start: int, factor: float, out: Vector) -> None:
+        """Writes `factor` times the elements from `start` on to `out`, float32 rounded once; 0 where there are none."""
+        stop = start + out.size
+        out.fill(0)
+        first = max(bisect_right(self.pieces, start, key=itemgetter(0)) - 1, 0)
+        for offset, values in self.pieces[first : bisect_left(self.pieces, stop, key=itemgetter(0))]:
+            low, high = max(offset, start), min(offset + values.size, stop)
+            if low < high:
+                held = values[low - offset : high - offset]
+                np.multiply(held, np.float32(factor), out=out[low - start : high - start])
+
+
+_Item = TypeVar("_Item")
 
 _Work = tuple[int, int, Vector, Hyperparameters]
 """Elements `[start, stop)`, their gradient, and their hyperparameters."""
@@ -60,8 +95,9 @@ class HostStore(Store):
         self._pool, self._readers = Pool(weights.size), Allowance(weights.nbytes, budget)
         self._square_avg = np.zeros(weights.size, np.float32)
         self._acc_delta = np.zeros(weights.size, np.float32)
-        self._first: HostStaging | None = None
+        self._first: tuple[HostStaging, float] | None = None
         self._sum: Vector | None = None
+        self._combined = False
         self.current = Version(number, weights, self._readers, self._pool)
 
     def stage(self) -> HostStaging:
@@ -72,29 +108,54 @@ class HostStore(Store):
         """Returns the size of the messages that hold them."""
         return elements * ELEMENT_BYTES
 
-    def fold(self, staging: Staging) -> None:
+    def fold(self, staging: Staging, factor: float) -> None:
         """Adds a push to the sum."""
         assert isinstance(staging, HostStaging)
+        assert not self._combined
+        failpoint("push.reduce")
         if self._first is None and self._sum is None:
-            self._first = staging
+            self._first = staging, factor
             return
-        if self._sum is None:
+        if self._first is not None:
             self._sum = self._pool.take()
             self._sum.fill(0)
-            self._add(self._first)
+            self._add(*self._first)
             self._first = None
-        self._add(staging)
+        self._add(staging, factor)
 
-    def update(self, ranges: Sequence[Range], contributors: int, number: int) -> None:
-        """Applies the folded sum in one pass and publishes the new version."""
-        pieces = self._first.pieces if self._first else [(0, self._sum)] if self._sum is not None else []
+    def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
+        """Makes the gradient of the next update a trimmed mean, block by block."""
+        check_combine(len(stagings), trim, self._first is not None or self._sum is not None)
+        failpoint("push.reduce")
+        target = self._pool.take()
+        block = max(1, min(_BLOCK, _SCRATCH // len(stagings)))
+
+        def combine(starts: Sequence[int]) -> None:
+            rows = np.empty((len(stagings), min(block, target.size)), np.float32)
+            for start in starts:
+                part = target[start : start + block]
+                for row, (staging, factor) in zip(rows, stagings, strict=True):
+                    assert isinstance(staging, HostStaging)
+                    staging.scaled(start, factor, row[: part.size])
+                trimmed_mean(rows[:, : part.size], trim, part)
+
+        self._share(combine, range(0, target.size, block))
+        self._sum, self._combined = target, True
+
+    def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
+        """Applies the gradient in one pass and publishes the new version."""
+        pieces, divisor = self._gradient(weight)
         weights = self._pool.take()
         self._keep_outside(ranges, weights)
-        self._run(list(_work(pieces, ranges)), float(contributors), weights)
+        work = list(enumerate(_work(pieces, ranges)))
+        squares = [0.0] * len(work)
+        self._share(lambda part: self._update(part, divisor, weights, squares), work)
         if self._sum is not None:
             self._pool.give(self._sum)
-        self._first = self._sum = None
+        self._first, self._sum, self._combined = None, None, False
+        failpoint("push.updated")
         self._publish(weights, number)
+        return root_of_sum(squares)
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""
@@ -121,12 +182,19 @@ class HostStore(Store):
         before, self.current = self.current, Version(number, weights, self._readers, self._pool)
         before.retire()
 
-    def _add(self, staging: HostStaging | None) -> None:
-        assert staging is not None
+    def _add(self, staging: HostStaging, factor: float) -> None:
+        from deltaserve_server.adadelta import cpu  # numba: not before the first update
+
         assert self._sum is not None
         for offset, values in staging.pieces:
-            target = self._sum[offset : offset + values.size]
-            np.add(target, values, out=target)
+            cpu.add(self._sum[offset : offset + values.size], values, factor)
+
+    def _gradient(self, weight: float) -> tuple[Sequence[tuple[int, Vector]], float]:
+        """Returns the pieces of the next update's gradient and what it is to be divided by."""
+        if self._first is not None:
+            staging, factor = self._first
+            return staging.pieces, weight / factor
+        return [] if self._sum is None else [(0, self._sum)], 1.0 if self._combined else weight
 
     def _keep_outside(self, ranges: Sequence[Range], weights: Vector) -> None:
         """Copies the weights that no range covers."""
@@ -134,20 +202,20 @@ class HostStore(Store):
         for start, stop in list(pairwise(edges))[::2]:
             weights[start:stop] = self.current.weights[start:stop]
 
-    def _run(self, work: list[_Work], divisor: float, weights: Vector) -> None:
-        """Updates all of `work`, on several threads where there is enough of it."""
-        if weights.size <= _ALONE or self._threads == 1:
-            self._update(work, divisor, weights)
+    def _share(self, run: Callable[[Sequence[_Item]], None], items: Sequence[_Item]) -> None:
+        """Does all items, on several threads where there is enough of them."""
+        if self.current.weights.size <= _ALONE or self._threads == 1:
+            run(items)
             return
-        parts = [work[k :: self._threads] for k in range(self._threads)]
-        for done in [self._executor.submit(self._update, part, divisor, weights) for part in parts]:
+        parts = [items[k :: self._threads] for k in range(self._threads)]
+        for done in [self._executor.submit(run, part) for part in parts]:
             done.result()
 
-    def _update(self, work: list[_Work], divisor: float, weights: Vector) -> None:
+    def _update(self, work: Sequence[tuple[int, _Work]], divisor: float, weights: Vector, squares: list[float]) -> None:
         from deltaserve_server.adadelta import cpu  # numba: not before the first update
 
-        for start, stop, gradient, hyperparameters in work:
-            cpu.update(
+        for index, (start, stop, gradient, hyperparameters) in work:
+            squares[index] = cpu.update(
                 gradient,
                 divisor,
                 self._square_avg[start:stop],
@@ -156,6 +224,7 @@ class HostStore(Store):
                 weights[start:stop],
                 hyperparameters,
             )
+            failpoint("push.mid_update")
 
 
 def _work(pieces: Sequence[tuple[int, Vector]], ranges: Sequence[Range]) -> Iterator[_Work]:

@@ -1,7 +1,8 @@
 """What every place for a model's vectors offers; `host` and `device` are the two there are."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -36,6 +37,22 @@ class State:
     weights: Vector
     square_avg: Vector
     acc_delta: Vector
+
+
+def root_of_sum(squares: Iterable[float]) -> float:
+    """Returns the root of a sum, in float64 and in this order, which Python's own `sum` does not promise."""
+    total = 0.0
+    for square in squares:
+        total += square
+    return math.sqrt(total)
+
+
+def check_combine(count: int, trim: int, pending: bool) -> None:
+    """Raises ValueError where so many pushes cannot be combined now; see `Store.combine`."""
+    if not 0 <= 2 * trim < count:
+        raise ValueError(f"expected more than twice {trim} pushes, got {count}")
+    if pending:
+        raise ValueError("the next update has a gradient already")
 
 
 class Staging(ABC):
@@ -144,14 +161,45 @@ class Store(ABC):
         """Returns how many bytes a place for a push of so many elements takes."""
 
     @abstractmethod
-    def fold(self, staging: Staging) -> None:
-        """Adds a push to the sum that the next update takes; the first is used as it is, without a copy."""
+    def fold(self, staging: Staging, factor: float) -> None:
+        """Adds `factor` times a push to the sum that the next update takes.
+
+        In float32: the factor is rounded, then the product, then the sum. A push that remains alone is kept as it is,
+        without a copy, and its factor goes into the divisor.
+
+        Args:
+            staging: The whole push; kept, or not needed any more afterwards.
+            factor: Its weight in the sum, in (0, 1e9].
+        """
 
     @abstractmethod
-    def update(self, ranges: Sequence[Range], contributors: int, number: int) -> None:
-        """Applies the folded sum divided by `contributors` and makes version `number` current.
+    def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
+        """Makes the gradient of the next update a trimmed mean, coordinate by coordinate (`adadelta.robust`).
 
-        Elements outside `ranges` keep their weights and state. Each range lies within what some folded push holds.
+        Where a push has no value, it counts as 0. The same pushes give the same bits in any order and on any device.
+
+        Args:
+            stagings: Whole pushes and their factors, in (0, 1e9], by each of which a push is first multiplied, in
+                float32; not needed any more afterwards.
+            trim: How many values go at either end; the median is (len(stagings) - 1) // 2.
+
+        Raises:
+            ValueError: There are not more than 2 * trim pushes, or the next update has a gradient already.
+        """
+
+    @abstractmethod
+    def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
+        """Applies what was folded, divided by `weight`, or what was combined, and makes version `number` current.
+
+        Elements outside `ranges` keep their weights and state. Each range lies within what some push holds.
+
+        Args:
+            ranges: What is updated, in ascending order.
+            weight: The sum of the contributors' weights, in [1e-9, 65536e9]; after `combine` of no meaning.
+            number: The new version.
+
+        Returns:
+            The L2 norm of the change of all weights, float64.
         """
 
     @abstractmethod

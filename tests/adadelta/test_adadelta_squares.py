@@ -1,0 +1,165 @@
+"""Sums of squares: how long a gradient is, how far an update went."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from deltaserve_server.adadelta import Hyperparameters, cpu, reference, values
+from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
+
+Vector = NDArray[np.float32]
+
+BLOCK = cpu._BLOCK
+
+
+def any_magnitude(seed: int, size: int) -> Vector:
+    """Whatever passes admission: zeros of both signs, denormals, the largest."""
+    rng = np.random.default_rng(seed)
+    last = int(np.float32(MAGNITUDE_MAX).view(np.uint32))
+    special = np.array([0, 1, 0x007FFFFF, 0x00800000, last], np.uint32)
+    bits = np.where(rng.random(size) < 0.2, rng.choice(special, size), rng.integers(0, last + 1, size, np.uint32))
+    made: Vector = bits.astype(np.uint32).view(np.float32) * rng.choice(np.array([-1, 1], np.float32), size)
+    return made
+
+
+def unaligned(chunk: Vector, shift: int) -> Vector:
+    message = b"h" * shift + chunk.tobytes()
+    return np.frombuffer(message, np.uint8)[shift:].view(np.float32)
+
+
+def lanes(chunk: Vector, start: int, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    assert values.inspect(chunk, start, 0, squares)[0] == -1
+    return squares
+
+
+def stated_lanes(vector: Vector, start: int) -> list[float]:
+    """In Python's floats, one after the other."""
+    sums = [0.0] * 16
+    for position, value in enumerate(vector.tolist(), start):
+        sums[position % 16] += value * value
+    return sums
+
+
+def test_numbers_worked_by_hand() -> None:
+    squares = lanes(np.array([3, -4, 12], np.float32), 15, values.lanes())
+    assert squares.tolist() == [16, 144, *[0] * 13, 9]
+    assert values.norm(squares) == 13
+    lanes(np.array([84], np.float32), 18, squares)
+    assert values.norm(squares) == 85
+
+
+def test_nothing_is_of_length_0() -> None:
+    assert values.norm(lanes(np.empty(0, np.float32), 7, values.lanes())) == 0
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.one_of(st.integers(0, 700), st.sampled_from([4095, 4096, 4097, 9000])),
+    start=st.integers(0, 2**62),
+    shift=st.integers(0, 7),
+)
+def test_lanes_are_the_plain_statements(seed: int, size: int, start: int, shift: int) -> None:
+    vector = any_magnitude(seed, size)
+    assert lanes(unaligned(vector, shift), start, values.lanes()).tolist() == stated_lanes(vector, start)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(0, 10_000),
+    start=st.integers(0, 100),
+    cuts=st.lists(st.integers(0, 10_000), max_size=8),
+    shift=st.integers(0, 7),
+)
+def test_chunks_do_not_change_a_bit(seed: int, size: int, start: int, cuts: list[int], shift: int) -> None:
+    vector = any_magnitude(seed, size)
+    whole = lanes(vector, start, values.lanes())
+    squares = values.lanes()
+    for begin, end in itertools.pairwise([0, *sorted(min(cut, size) for cut in cuts), size]):
+        lanes(unaligned(vector[begin:end], shift), start + begin, squares)
+    assert squares.tobytes() == whole.tobytes()
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 3000))
+def test_a_norm_is_numpys(seed: int, size: int) -> None:
+    vector = any_magnitude(seed, size)
+    made = values.norm(lanes(vector, 0, values.lanes()))
+    assert made == pytest.approx(np.linalg.norm(vector.astype(np.float64)), rel=1e-6)
+
+
+def test_the_largest_values_do_not_overflow() -> None:
+    squares = values.lanes()
+    chunk = np.full(100_000, -MAGNITUDE_MAX, np.float32)
+    for start in range(0, 1_000_000, chunk.size):
+        lanes(chunk, start, squares)
+    assert values.norm(squares) == pytest.approx(MAGNITUDE_MAX * 1000, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, FLOAT32_MAX])
+def test_a_bad_value_is_found_whatever_the_lanes_become(bad: float) -> None:
+    chunk = np.ones(300, np.float32)
+    chunk[217] = bad
+    assert values.inspect(chunk, 3, 0, values.lanes())[0] == 217
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (np.zeros(15), ValueError),
+        (np.zeros(17), ValueError),
+        (np.zeros(16, np.float32), TypeError),
+        (np.zeros(32)[::2], TypeError),
+        (np.frombuffer(bytes(128), np.float64), TypeError),
+    ],
+)
+def test_other_lanes_are_refused(wrong: NDArray[np.float64], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        values.inspect(np.ones(100, np.float32), 0, 0, wrong)
+    assert not wrong.any()
+
+
+def updated(size: int, seed: int = 0) -> tuple[Vector, Vector, float]:
+    rng = np.random.default_rng(seed)
+    gradient, weights = (rng.standard_normal(size, dtype=np.float32) for _ in range(2))
+    square_avg, acc_delta = (np.zeros(size, np.float32) for _ in range(2))
+    new_weights = np.full_like(weights, np.nan)
+    squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, Hyperparameters())
+    return weights, new_weights, squares
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 15, 16, 255, 256, 257, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 300, 3 * BLOCK + 7, 100_003]
+)
+def test_the_change_is_that_of_the_weights(size: int) -> None:
+    weights, new_weights, squares = updated(size)
+    assert squares == pytest.approx(np.sum((new_weights - weights).astype(np.float64) ** 2), rel=1e-12)
+    assert squares == pytest.approx(np.sum((new_weights.astype(np.float64) - weights) ** 2), rel=1e-6)
+    assert updated(size)[2] == squares
+
+
+def test_every_element_of_the_change_counts_once() -> None:
+    """One weight at a time is changed."""
+    for at in [*range(300), *range(BLOCK - 20, BLOCK + 20)]:
+        gradient, square_avg, acc_delta, weights, new_weights = (np.zeros(2 * BLOCK + 90, np.float32) for _ in range(5))
+        gradient[at] = 1
+        squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, Hyperparameters())
+        assert squares == np.float64(new_weights[at]) ** 2 > 0
+
+
+def test_a_change_as_far_as_a_float32_goes_is_finite() -> None:
+    size = 1000
+    gradient, square_avg, acc_delta = (np.full(size, x, np.float32) for x in (MAGNITUDE_MAX, 0, FLOAT32_MAX))
+    weights, new_weights = np.zeros(size, np.float32), np.empty(size, np.float32)
+    hyperparameters = Hyperparameters(lr=FLOAT32_MAX, rho=1.0)
+    squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, hyperparameters)
+    assert (new_weights == -FLOAT32_MAX).all()
+    assert squares == pytest.approx(size * FLOAT32_MAX**2, rel=1e-12)
+
+
+def test_the_references_change() -> None:
+    assert reference.squared_change([1, 2, -3], [4, 2, 1]) == 25
+    assert reference.squared_change([], []) == 0
