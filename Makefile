@@ -20,7 +20,7 @@ SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-floor check stubs buf proto bench clean
+.PHONY: help setup demo test test-floor simulate chaos check stubs buf proto bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,6 +38,12 @@ test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it suppor
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
 	@$(BIN)/python tests/floor/run.py .venv-floor/bin/python
 	@status=0; .venv-floor/bin/deltaserve || status=$$?; test "$$status" = 2
+
+chaos: $(SETUP) ## kill, stop and cut until TRIALS=1000 faults have fired; SEED=1, CHAOS_ARGS for more
+	@$(BIN)/python tests/chaos/chaos.py --trials $(or $(TRIALS),1000) --seed $(or $(SEED),1) $(CHAOS_ARGS)
+
+simulate: $(SETUP) ## run EVENTS=10000000 random events through the state machine; SEED=1
+	@$(BIN)/python tests/simulation/run.py --events $(or $(EVENTS),1000000) --seed $(or $(SEED),0)
 
 check: $(SETUP) stubs buf ## format, lint, types, stubs, and buf where it is installed
 	$(BIN)/ruff format --check .

@@ -192,7 +192,9 @@ class SessionInfo(google.protobuf.message.Message):
     epoch: builtins.int
     """How many sessions of this name there have been."""
     rank: builtins.int
-    """The worker's rank: the lowest number that no other live session had when it came."""
+    """The worker's rank: the lowest number that no other live session had when it came, or that of the session that it
+    took over.
+    """
     last_sequence: builtins.int
     """Last sequence number that was accepted; 0 before the first."""
     lease_left_seconds: builtins.float

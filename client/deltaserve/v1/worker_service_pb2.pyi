@@ -113,7 +113,7 @@ class OpenSessionResponse(google.protobuf.message.Message):
     epoch: builtins.int
     """One higher than the last session's of this name; for every further call."""
     rank: builtins.int
-    """The lowest number that no other live session had."""
+    """The lowest number that no other live session had, or that of the live session whose worker name it took over."""
     lease_seconds: builtins.float
     """The lease that was granted, in seconds."""
     first_version: builtins.int
@@ -335,7 +335,7 @@ class PushResult(google.protobuf.message.Message):
     """The push had been applied before; this is its first result."""
     staleness: builtins.int
     """How many versions the weights had moved on between the push's base and its update; 0 in a synchronous round, but
-    for a PutState in between. Unset for a duplicate beyond the last 8 pushes.
+    for versions that came about without an update (see ModelPosition.version). Unset for a duplicate beyond the last 8 pushes.
     """
     contributors: builtins.int
     """How many pushes made the update. Unset for a duplicate beyond the last 8 pushes."""

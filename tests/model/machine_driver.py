@@ -1,0 +1,142 @@
+"""What the tests of the state machine share: a machine, a clock that stands still, and a note of what is decided."""
+
+import itertools
+
+import pytest
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model import (
+    Answer,
+    Combine,
+    Decision,
+    Fold,
+    Key,
+    Layout,
+    Machine,
+    Policy,
+    Push,
+    PushResult,
+    PushStatus,
+    Refuse,
+    Refused,
+    Renumber,
+    Session,
+    Share,
+    Tensor,
+    Update,
+)
+
+LEASE = 10.0
+
+
+class Driver:
+    """A machine, a clock that stands still unless told, and what has become of every push."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), [Hyperparameters()], policy)
+        self.now = 0.0
+        self.decisions: list[Decision] = []
+        self.folds: list[Key] = []
+        self.factors: dict[Key, float] = {}
+        self.combined: list[Combine] = []
+        self.updates: list[Update] = []
+        self.renumbered: list[int] = []
+        self.answers: dict[Key, PushResult] = {}
+        self.given_up: dict[Key, Refused] = {}
+        self._ids = itertools.count()
+
+    @property
+    def version(self) -> int:
+        return self.machine.version
+
+    def open(self, worker: str, lease: float = LEASE) -> Session:
+        session_id = next(self._ids).to_bytes(16, "big")
+        session, decisions = self.machine.open_session(worker, session_id, lease, self.now)
+        self._note(decisions)
+        return session
+
+    def close(self, session: Session) -> None:
+        self._note(self.machine.close_session(session.id, session.epoch, self.now))
+
+    def tick(self, seconds: float) -> list[str]:
+        """Lets time pass; returns whose lease ran out."""
+        self.now += seconds
+        gone, decisions = self.machine.tick(self.now)
+        self._note(decisions)
+        return [session.worker for session in gone]
+
+    def push(
+        self,
+        session: Session,
+        sequence: int | None = None,
+        *,
+        base: int | None = None,
+        fingerprint: int = 0,
+        hyperparameters: Hyperparameters | None = None,
+        absent: frozenset[int] = frozenset(),
+        weight: float = 1.0,
+        norm: float = 0.0,
+    ) -> PushResult | None:
+        """Pushes; returns the answer, where it comes at once."""
+        push = Push(
+            session_id=session.id,
+            epoch=session.epoch,
+            sequence=session.last_accepted + 1 if sequence is None else sequence,
+            base_version=base,
+            hyperparameters=(hyperparameters,) if hyperparameters else None,
+            absent=absent,
+            weight=weight,
+            fingerprint=fingerprint,
+            norm=norm,
+        )
+        self.answers.pop(push.key, None)
+        self._note(self.machine.push(push, self.now))
+        return self.answers.get(push.key)
+
+    def change(self, policy: Policy | None = None, *groups: Hyperparameters) -> int:
+        """Changes the configuration; returns the first version that is made with it."""
+        before = self.machine.configuration()
+        first, decisions = self.machine.change(groups or before[0], policy or before[1], self.now)
+        self._note(decisions)
+        return first
+
+    def status(self, session: Session, sequence: int = 1) -> PushStatus:
+        return self.machine.push_status(session.id, sequence)
+
+    def _note(self, decisions: list[Decision]) -> None:
+        self.decisions += decisions
+        for decision in decisions:
+            match decision:
+                case Fold(key, factor):
+                    self.folds.append(key)
+                    self.factors[key] = factor
+                case Combine():
+                    self.combined.append(decision)
+                case Update():
+                    self.updates.append(decision)
+                case Renumber(version):
+                    self.renumbered.append(version)
+                case Answer(key, result):
+                    self.answers[key] = result
+                case Refuse(key, refusal):
+                    self.given_up[key] = refusal
+
+
+def shares(result: PushResult | None) -> tuple[Share, ...]:
+    """Returns what the pushes of a result's update were."""
+    assert result
+    assert result.made
+    return result.made.shares
+
+
+def share(result: PushResult | None) -> Share:
+    """Returns what the push itself was in its update."""
+    assert result
+    assert result.share
+    return result.share
+
+
+def refused(reason: str, **metadata: object) -> "pytest.RaisesExc[Refused]":
+    """Expects a refusal; of its metadata, what is given here."""
+    expected = {key: str(value) for key, value in metadata.items()}.items()
+    return pytest.raises(Refused, check=lambda error: error.reason == reason and expected <= error.metadata.items())

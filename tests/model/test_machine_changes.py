@@ -1,0 +1,232 @@
+"""The state machine: other hyperparameters and other policies, at once or when the open round has closed."""
+
+import pytest
+from machine_driver import Driver, refused, share, shares
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model import Async, Bounded, Key, Policy, Sync, Tensor
+
+SLOW = Hyperparameters(lr=0.25)
+
+
+class TestAtOnce:
+    def test_hyperparameters_count_from_the_next_update(self) -> None:
+        driver = Driver(Async())
+        a = driver.open("a")
+        driver.push(a)
+        assert driver.change(None, SLOW) == 2
+        driver.push(a)
+        driver.push(a, hyperparameters=Hyperparameters(lr=3.0))  # a push's own go on counting
+        used = [update.made.hyperparameters[0].lr for update in driver.updates]
+        assert used == [1.0, 0.25, 3.0]
+
+    def test_hyperparameters_count_for_a_round_that_is_reduced_in_part(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        assert driver.folds
+        assert driver.change(None, SLOW) == 1
+        driver.push(b)
+        assert driver.updates[0].made.hyperparameters == (SLOW,)
+
+    def test_what_it_was_created_as_stays(self) -> None:
+        driver = Driver(Sync())
+        driver.change(Async(), SLOW)
+        assert driver.machine.created_as == ((Hyperparameters(),), Sync())
+        assert driver.machine.configuration() == ((SLOW,), Async())
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (Sync(min_workers=3), Sync(min_workers=2)),
+            (Sync(quorum=3), Sync(quorum=2)),
+            (Sync(), Sync(round_timeout_seconds=1.0)),
+            (Sync(reduction="median"), Sync(quorum=1)),
+        ],
+    )
+    def test_pushes_that_wait_are_judged_by_the_new_policy(self, before: Sync, after: Sync) -> None:
+        driver = Driver(before)
+        b, c = driver.open("b"), driver.open("c")
+        if before.min_workers < 3:
+            driver.open("a")
+        driver.push(b)
+        driver.push(c)
+        driver.now = 2.0
+        assert driver.version == 0
+        assert driver.change(after) == 1
+        assert len(shares(driver.answers[b.id, 1])) == 2
+
+    def test_a_new_reduction_counts_for_what_is_not_reduced_yet(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(b)  # a is awaited, and comes first
+        assert driver.change(Sync(reduction="median", clip_norm=1.0)) == 1
+        driver.push(a, norm=4.0)
+        assert [factor for _, factor in driver.combined[0].pushes] == [0.25, 1.0]
+
+    def test_more_workers_are_waited_for_where_nothing_is_reduced_yet(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(b)
+        assert driver.change(Sync(min_workers=3)) == 1
+        c = driver.open("c")
+        assert c.first_version == 0
+        driver.push(a)
+        assert driver.version == 0
+        assert len(shares(driver.push(c))) == 3
+
+
+class TestDeferred:
+    @pytest.mark.parametrize(
+        "after",
+        [Async(), Bounded(), Sync(reduction="median"), Sync(clip_norm=1.0), Sync(min_workers=2)],
+    )
+    def test_a_round_reduced_in_part_closes_as_it_began(self, after: Policy) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a, norm=4.0)
+        assert driver.change(after, SLOW) == 2
+        assert (driver.machine.policy, driver.machine.groups) == (Sync(), (Hyperparameters(),))
+        assert driver.machine.configuration() == ((SLOW,), after)
+        driver.push(b, norm=4.0)
+        assert driver.updates[0].made.hyperparameters == (Hyperparameters(),)
+        assert driver.factors == {(a.id, 1): 1.0, (b.id, 1): 1.0}
+        assert (driver.machine.policy, driver.machine.groups) == (after, (SLOW,))
+
+    def test_the_last_of_several_counts(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.change(Async())
+        assert driver.change(Bounded(slack=4)) == 2
+        driver.push(b)
+        assert driver.machine.policy == Bounded(slack=4)
+
+    def test_one_that_need_not_wait_replaces_one_that_does(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.change(Async(), SLOW)
+        assert driver.change(Sync(quorum=2), Hyperparameters(lr=0.5)) == 1
+        driver.push(b)
+        assert driver.machine.configuration() == ((Hyperparameters(lr=0.5),), Sync(quorum=2))
+
+    def test_groups_that_are_added_meanwhile_stay(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.change(Async(), SLOW)
+        driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(rho=0.5)])
+        driver.push(b)
+        assert driver.machine.configuration() == ((SLOW, Hyperparameters(rho=0.5)), Async())
+
+    def test_the_next_round_may_close_at_once(self) -> None:
+        driver = Driver(Sync())
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.change(Sync(quorum=1, clip_norm=9.0))
+        driver.push(b)
+        assert driver.version == 1
+        assert driver.push(a)
+
+
+class TestOutOfRounds:
+    def waiting(self) -> tuple[Driver, list[Key]]:
+        """Returns a driver with pushes of b and c that wait, none reduced, and their keys."""
+        driver = Driver(Sync())
+        c, b, _ = (driver.open(name) for name in "cba")
+        driver.push(c, base=0, weight=2.0)
+        driver.push(b, base=0)
+        return driver, [(b.id, 1), (c.id, 1)]
+
+    def test_to_async_each_push_is_an_update_of_its_own(self) -> None:
+        driver, keys = self.waiting()
+        assert driver.change(Async()) == 1
+        assert driver.folds == keys
+        assert [driver.answers[key].version for key in keys] == [1, 2]
+        assert [share(driver.answers[key]).staleness for key in keys] == [0, 1]
+
+    def test_to_async_what_is_too_stale_by_then_is_given_up(self) -> None:
+        driver, (first, second) = self.waiting()
+        driver.change(Async(max_staleness=0))
+        assert driver.answers[first].version == 1
+        refusal = driver.given_up[second]
+        assert (refusal.reason, refusal.metadata) == ("STALE_BASE", {"base": "0", "current": "1", "bound": "0"})
+        session = driver.machine.sessions.named("c")
+        assert session
+        assert share(driver.push(session, 1, base=1)).staleness == 0  # its number is free
+
+    def test_to_async_with_damping_each_has_its_own_lr(self) -> None:
+        driver, _ = self.waiting()
+        driver.change(Async(damping=True))
+        assert [update.made.hyperparameters[0].lr for update in driver.updates] == [1.0, 0.5]
+
+    def test_to_bounded_each_is_a_step_and_may_be_held(self) -> None:
+        driver, keys = self.waiting()
+        driver.change(Bounded())
+        assert driver.version == 2
+        assert not driver.answers  # a has made no step
+        a = driver.machine.sessions.named("a")
+        assert a
+        driver.push(a)
+        assert set(driver.answers) == {*keys, (a.id, 1)}
+
+    def test_who_waits_for_the_next_round_may_push(self) -> None:
+        driver, _ = self.waiting()
+        late = driver.open("d")
+        assert late.first_version == 1
+        driver.change(Async())
+        assert driver.push(late, base=1)
+        assert driver.renumbered == []
+
+    def test_a_version_is_made_for_who_was_promised_one(self) -> None:
+        driver = Driver(Sync())
+        b, _ = driver.open("b"), driver.open("a")
+        driver.machine.put_state([0, 0])
+        driver.push(b, base=0)
+        late = driver.open("d")
+        assert late.first_version == 2
+        driver.change(Async(max_staleness=0))
+        assert (b.id, 1) in driver.given_up
+        assert driver.renumbered == [2]
+
+    def test_the_push_of_a_session_that_ended_counts(self) -> None:
+        driver, keys = self.waiting()
+        session = driver.machine.sessions.named("c")
+        assert session
+        driver.close(session)
+        driver.change(Bounded())
+        assert keys[1] in driver.answers  # and is not held
+
+
+class TestIntoRounds:
+    @pytest.mark.parametrize("before", [Async(), Bounded()])
+    def test_the_first_round_begins_at_the_version_that_there_is(self, before: Policy) -> None:
+        driver = Driver(before)
+        a, b = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.push(b)
+        assert driver.change(Sync()) == 3
+        with refused("ROUND_CLOSED", base=1, current=2):
+            driver.push(a, base=1)
+        assert driver.push(a, base=2) is None
+        assert len(shares(driver.push(b, base=2))) == 2
+
+    @pytest.mark.parametrize("after", [Sync(), Async(), Sync(min_workers=5)])
+    def test_answers_that_bounded_held_are_given(self, after: Policy) -> None:
+        driver = Driver(Bounded())
+        a, _ = driver.open("a"), driver.open("b")
+        assert driver.push(a) is None
+        driver.change(after)
+        assert driver.answers[a.id, 1].version == 1
+        assert not a.waiting
+
+    def test_steps_are_counted_anew(self) -> None:
+        driver = Driver(Bounded(slack=1))
+        a, _ = driver.open("a"), driver.open("b")
+        driver.push(a)
+        driver.change(Async())
+        driver.push(a)
+        driver.change(Bounded(slack=1))
+        assert driver.push(a)
+        assert driver.push(a) is None

@@ -1,0 +1,224 @@
+"""The state machine: rounds that close without all, by quorum and by timeout, and rounds that fail."""
+
+import pytest
+from machine_driver import LEASE, Driver, refused, share, shares
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model import Renumber, Sync
+
+LONG = 1000.0
+
+
+class TestQuorum:
+    def test_without_grace_it_closes_with_the_push_that_makes_it(self) -> None:
+        driver = Driver(Sync(quorum=2))
+        a, b, c = (driver.open(name) for name in "abc")
+        assert driver.push(c) is None
+        assert [held.worker for held in shares(driver.push(a))] == ["a", "c"]
+        assert driver.folds == [(a.id, 1), (c.id, 1)]
+        assert b.member
+
+    def test_grace_counts_from_the_push_that_made_the_quorum(self) -> None:
+        driver = Driver(Sync(quorum=2, grace_seconds=3.0))
+        a, b, _ = (driver.open(name, LONG) for name in "abc")
+        driver.push(a)
+        assert driver.machine.due() is None
+        driver.tick(2.0)
+        driver.push(b)
+        assert driver.machine.due() == 5.0
+        driver.tick(2.75)
+        assert driver.version == 0
+        driver.tick(0.25)
+        assert (driver.version, driver.machine.due()) == (1, None)
+        assert [held.worker for held in driver.updates[0].made.shares] == ["a", "b"]
+
+    def test_within_the_grace_the_rest_still_comes_and_ends_it(self) -> None:
+        driver = Driver(Sync(quorum=2, grace_seconds=3.0))
+        a, b, c = (driver.open(name, LONG) for name in "abc")
+        driver.push(a)
+        driver.push(b)
+        driver.tick(1.0)
+        assert len(shares(driver.push(c))) == 3
+        assert driver.now == 1.0
+
+    def test_any_event_sees_that_the_time_is_up(self) -> None:
+        driver = Driver(Sync(quorum=1, grace_seconds=3.0))
+        a, b = (driver.open(name, LONG) for name in "ab")
+        driver.push(a)
+        driver.now = 4.0
+        driver.close(b)
+        assert driver.version == 1
+
+    def test_who_joins_after_the_time_joins_the_next_round(self) -> None:
+        driver = Driver(Sync(quorum=1, grace_seconds=3.0))
+        a, _ = (driver.open(name, LONG) for name in "ab")
+        driver.push(a)
+        driver.now = 4.0  # nobody ticked yet
+        b = driver.open("b")
+        assert (driver.version, b.member, b.first_version) == (1, True, 1)
+        assert driver.push(b, base=b.first_version) is None
+        assert len(shares(driver.push(a))) == 2
+
+    def test_a_straggler_is_told_which_version_to_compute_on(self) -> None:
+        driver = Driver(Sync(quorum=2))
+        a, b, c = (driver.open(name) for name in "abc")
+        driver.push(a, base=0)
+        driver.push(b, base=0)
+        with refused("ROUND_CLOSED", base=0, current=1):
+            driver.push(c, base=0)
+        assert driver.push(c, 1, base=1) is None  # the same number
+        assert len(shares(driver.push(a, base=1))) == 2
+
+    def test_it_is_no_less_than_min_workers_that_closes(self) -> None:
+        driver = Driver(Sync(min_workers=2, quorum=3))
+        a, b, c = (driver.open(name) for name in "abc")
+        driver.push(a)
+        driver.close(c)
+        assert driver.version == 0
+        assert len(shares(driver.push(b))) == 2  # all that are awaited, though no quorum
+
+
+class TestTimeout:
+    def test_it_closes_with_those_who_are_there(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a, b, c = (driver.open(name, LONG) for name in "abc")
+        driver.tick(3.0)
+        assert driver.machine.due() is None
+        driver.push(b, base=0)
+        driver.tick(4.0)
+        driver.push(a, base=0)
+        assert (driver.version, driver.machine.due()) == (0, 8.0)
+        driver.tick(1.0)
+        assert [held.worker for held in shares(driver.answers[a.id, 1])] == ["a", "b"]
+        with refused("ROUND_CLOSED", base=0, current=1):
+            driver.push(c, base=0)
+
+    def test_the_sooner_of_quorum_and_timeout_counts(self) -> None:
+        driver = Driver(Sync(quorum=2, grace_seconds=3.0, round_timeout_seconds=4.0))
+        a, b, _ = (driver.open(name, LONG) for name in "abc")
+        driver.push(a)
+        driver.tick(2.0)
+        driver.push(b)
+        assert driver.machine.due() == 4.0
+
+    def test_the_next_round_has_a_time_of_its_own(self) -> None:
+        driver = Driver(Sync(round_timeout_seconds=5.0))
+        a, b = (driver.open(name, LONG) for name in "ab")
+        driver.push(a)
+        driver.tick(5.0)
+        assert driver.version == 1
+        driver.tick(7.0)
+        driver.push(b)
+        assert driver.machine.due() == 17.0
+
+    def test_a_dead_worker_holds_a_round_no_longer_than_its_lease(self) -> None:
+        driver = Driver(Sync(round_timeout_seconds=LONG))
+        a, _ = driver.open("a", LONG), driver.open("b")
+        driver.push(a)
+        assert driver.tick(LEASE) == ["b"]
+        assert driver.version == 1
+
+
+class TestFailure:
+    def test_with_too_few_nothing_is_applied_and_numbers_are_free(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a = driver.open("a", LONG)
+        driver.push(a, 1, base=0, fingerprint=7)
+        driver.tick(5.0)
+        refusal = driver.given_up[a.id, 1]
+        assert (refusal.reason, refusal.metadata) == ("ROUND_FAILED", {"got": "1", "need": "2"})
+        assert (driver.version, driver.updates, driver.folds, driver.answers) == (0, [], [], {})
+        assert (a.last_accepted, a.waiting, driver.status(a).state) == (0, False, "not accepted")
+        assert driver.machine.due() is None
+        b = driver.open("b")
+        assert driver.push(b, base=0) is None
+        assert len(shares(driver.push(a, 1, base=0, fingerprint=7))) == 2
+        assert driver.folds == [(a.id, 1), (b.id, 1)]
+
+    def test_another_push_may_have_the_number(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a = driver.open("a", LONG)
+        driver.push(a, 1, fingerprint=7, hyperparameters=Hyperparameters(lr=0.5))
+        driver.tick(5.0)
+        driver.push(driver.open("b"), hyperparameters=Hyperparameters(lr=0.25))  # the round's own are forgotten
+        assert driver.push(a, 1, fingerprint=8)
+
+    def test_all_who_wait_are_told_in_order_of_names(self) -> None:
+        driver = Driver(Sync(min_workers=3, round_timeout_seconds=5.0))
+        b, a = driver.open("b", LONG), driver.open("a", LONG)
+        driver.push(b)
+        driver.push(a)
+        driver.close(b)  # its push waits nevertheless
+        driver.tick(5.0)
+        assert list(driver.given_up) == [(a.id, 1), (b.id, 1)]
+        assert {refusal.metadata["got"] for refusal in driver.given_up.values()} == {"2"}
+
+    def test_leases_start_anew(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a = driver.open("a")
+        driver.push(a)
+        driver.tick(5.0)
+        assert driver.tick(LEASE - 1) == []
+        assert driver.tick(1) == ["a"]
+
+    def test_who_waits_for_the_next_version_gets_it(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a, b = driver.open("a", LONG), driver.open("b", LONG)
+        driver.push(a, base=0)
+        late = driver.open("c", LONG)
+        assert late.first_version == 1
+        driver.close(b)
+        driver.machine.renew(late.id, driver.now)
+        assert driver.renumbered == [1]  # nobody but it is awaited, so it is taken in
+        driver.tick(5.0)
+        assert driver.given_up
+        assert driver.renumbered == [1]
+        driver.push(a, 1, base=1)
+        assert driver.push(late, base=1)
+
+    def test_a_round_that_fails_makes_the_version_that_others_were_promised(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a, _ = driver.open("a", LONG), driver.open("b", LONG)
+        driver.push(a, base=0)
+        late = driver.open("c", LONG)
+        driver.tick(5.0)
+        assert driver.decisions[0] == Renumber(1)
+        assert (late.member, late.first_version, driver.version) == (True, 1, 1)
+        assert driver.push(late, base=1) is None
+        result = driver.push(a, 1, base=0)  # the same push, on the same weights
+        assert result is None  # b is awaited
+        driver.tick(5.0)
+        assert share(driver.answers[a.id, 1]).staleness == 1
+
+    def test_duplicates_of_the_last_eight_are_known_after_it(self) -> None:
+        driver = Driver(Sync(round_timeout_seconds=5.0))
+        a = driver.open("a", LONG)
+        for _ in range(8):
+            driver.push(a)
+        driver.change(Sync(min_workers=2, round_timeout_seconds=5.0))
+        driver.push(a, 9)
+        driver.tick(5.0)
+        assert (a.id, 9) in driver.given_up
+        first = driver.push(a, 1)
+        assert first
+        assert first.version == 1
+        with refused("SEQUENCE_REUSED"):
+            driver.push(a, 1, fingerprint=5)
+
+    def test_the_push_of_a_session_that_ended_has_never_come(self) -> None:
+        driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
+        a = driver.open("a")
+        driver.push(a)
+        driver.close(a)
+        driver.tick(5.0)
+        status = driver.status(a)
+        assert (status.state, status.final) == ("not accepted", True)
+
+
+@pytest.mark.parametrize("quorum", [None, 3])
+def test_below_min_workers_without_a_timeout_it_waits(quorum: int | None) -> None:
+    driver = Driver(Sync(min_workers=3, quorum=quorum))
+    driver.push(driver.open("a", 1e9))
+    driver.push(driver.open("b", 1e9))
+    driver.tick(1e6)
+    assert (driver.version, driver.given_up) == (0, {})

@@ -1,0 +1,237 @@
+"""The state machine: who belongs to a round, and when it closes with all that are awaited."""
+
+import itertools
+
+import pytest
+from machine_driver import LEASE, Driver, refused, share, shares
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model import Sync, Tensor
+
+
+def test_an_update_when_all_have_pushed() -> None:
+    driver = Driver(Sync())
+    sessions = [driver.open(name) for name in "abc"]
+    assert driver.push(sessions[2]) is None
+    assert driver.push(sessions[0]) is None
+    result = driver.push(sessions[1])
+    assert result
+    assert (result.version, len(shares(result)), share(result).staleness) == (1, 3, 0)
+    assert len(driver.answers) == 3
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_folds_are_in_the_order_of_names(order: tuple[int, ...]) -> None:
+    driver = Driver(Sync())
+    names = ["a10", "B", "a9", "c"]
+    sessions = [driver.open(name) for name in names]
+    for index in order:
+        driver.push(sessions[index])
+    assert driver.folds == [(sessions[names.index(name)].id, 1) for name in sorted(names)]
+
+
+def test_a_complete_prefix_is_folded_at_once() -> None:
+    driver = Driver(Sync())
+    a, b, c = (driver.open(name) for name in "abc")
+    driver.push(c)
+    assert driver.folds == []
+    driver.push(a)
+    assert driver.folds == [(a.id, 1)]
+    driver.push(b)
+    assert driver.folds == [(session.id, 1) for session in (a, b, c)]
+
+
+def test_nothing_is_folded_while_workers_may_still_join() -> None:
+    driver = Driver(Sync(min_workers=2))
+    b = driver.open("b")
+    driver.push(b)
+    assert driver.folds == []
+    a = driver.open("a")
+    assert a.first_version == 0
+    driver.push(a)
+    assert driver.folds == [(a.id, 1), (b.id, 1)]
+
+
+def test_who_comes_during_a_round_joins_the_next() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a)
+    late = driver.open("c")
+    assert late.first_version == 1
+    with refused("ROUND_CLOSED"):
+        driver.push(late)
+    driver.push(b)
+    assert driver.version == 1
+    for session in (a, b):
+        assert driver.push(session) is None
+    assert driver.push(late)
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a)
+    driver.close(b)
+    assert len(shares(driver.answers[a.id, 1])) == 1
+
+
+def test_a_push_of_one_who_leaves_still_counts() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a)
+    driver.close(a)
+    assert driver.version == 0
+    assert len(shares(driver.push(b))) == 2
+
+
+def test_a_lease_that_runs_out_ends_the_wait_but_not_that_of_who_waits() -> None:
+    driver = Driver(Sync())
+    a, _ = driver.open("a"), driver.open("b")
+    driver.push(a)
+    driver.now += LEASE - 1
+    driver.machine.renew(a.id, driver.now)  # its call is still there
+    assert driver.tick(2) == ["b"]
+    assert driver.answers[a.id, 1].version == 1
+    assert driver.tick(LEASE - 1) == []
+
+
+def test_a_push_of_one_whose_lease_runs_out_still_counts() -> None:
+    driver = Driver(Sync(min_workers=2))
+    driver.push(driver.open("a"))
+    assert driver.tick(LEASE) == ["a"]
+    assert len(shares(driver.push(driver.open("b")))) == 2
+
+
+def test_a_round_waits_for_min_workers() -> None:
+    driver = Driver(Sync(min_workers=2))
+    a = driver.open("a")
+    assert driver.push(a) is None
+    b = driver.open("b")
+    driver.close(b)
+    assert driver.version == 0
+    assert driver.push(driver.open("c"))
+
+
+def test_a_fenced_workers_push_counts_and_its_successor_joins_the_next_round() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a)
+    successor = driver.open("a")
+    assert successor.first_version == 1
+    assert driver.version == 0
+    driver.push(b)
+    assert driver.version == 1
+    assert driver.push(b, base=1) is None
+    assert driver.push(successor, base=1)
+
+
+def test_a_worker_that_is_fenced_before_it_pushed_has_its_place_taken() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(b)
+    successor = driver.open("a")
+    assert successor.first_version == 0
+    with refused("SESSION_FENCED"):
+        driver.push(a)
+    assert driver.push(successor, base=0)
+    assert len(shares(driver.answers[b.id, 1])) == 2
+
+
+def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers() -> None:
+    driver = Driver(Sync(min_workers=2))
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, base=0)
+    late = driver.open("c")
+    assert late.first_version == 1
+    assert driver.tick(LEASE - 1) == []
+    driver.close(b)
+    assert driver.version == 1
+    assert not driver.updates
+    result = driver.push(late, base=1)
+    assert result
+    assert (result.version, len(shares(result)), share(result).staleness) == (2, 2, 0)
+    assert share(driver.answers[a.id, 1]).staleness == 1
+
+
+def test_a_round_that_still_waits_for_someone_takes_nobody_in() -> None:
+    driver = Driver(Sync(min_workers=2))
+    a, b, c = (driver.open(name) for name in "abc")
+    driver.push(a)
+    driver.open("d")
+    driver.close(c)
+    assert driver.version == 0
+    assert driver.push(b)
+
+
+def test_a_push_of_an_older_round_is_refused() -> None:
+    driver = Driver(Sync())
+    a = driver.open("a")
+    driver.push(a)
+    with refused("ROUND_CLOSED", base=0, current=1):
+        driver.push(a, base=0)
+
+
+def test_a_second_push_waits_for_no_round() -> None:
+    driver = Driver(Sync())
+    a, _ = driver.open("a"), driver.open("b")
+    driver.push(a)
+    with refused("ROUND_CLOSED"):
+        driver.push(a, 2)
+
+
+def test_a_duplicate_of_a_waiting_push_waits() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, 1, fingerprint=3)
+    assert driver.push(a, 1, fingerprint=3) is None
+    with refused("SEQUENCE_REUSED"):
+        driver.push(a, 1, fingerprint=4)
+    driver.push(b)
+    assert len(shares(driver.answers[a.id, 1])) == 2
+
+
+def test_hyperparameters_of_a_round_must_agree() -> None:
+    driver = Driver(Sync())
+    a, b, c = (driver.open(name) for name in "abc")
+    driver.push(a, hyperparameters=Hyperparameters(lr=0.5))
+    with refused("HYPERPARAMETER_CONFLICT", field="groups[0].lr", round=0.5, got=0.25):
+        driver.push(b, hyperparameters=Hyperparameters(lr=0.25))
+    driver.push(b, hyperparameters=Hyperparameters(lr=0.5))
+    driver.push(c)
+    assert driver.updates[-1].made.hyperparameters == (Hyperparameters(lr=0.5),)
+    for session in (a, b, c):
+        driver.push(session)
+    assert driver.updates[-1].made.hyperparameters == (Hyperparameters(),)
+
+
+def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, absent=frozenset({0, 1}))
+    driver.push(b, absent=frozenset({1}))
+    assert driver.updates[0].absent == {1}
+    assert driver.machine.update_counts == [1, 0]
+
+
+def test_a_new_state_does_not_close_the_round() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, base=0)
+    driver.machine.put_state([5, 5])
+    assert driver.version == 1
+    result = driver.push(b, base=0)
+    assert result
+    assert (result.version, share(result).staleness) == (2, 1)
+    assert driver.machine.update_counts == [6, 6]
+
+
+def test_older_sessions_go_on_after_an_extension() -> None:
+    driver = Driver(Sync())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, hyperparameters=Hyperparameters(lr=0.5))
+    driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(lr=0.1)])
+    driver.push(b)
+    assert driver.updates[0].made.hyperparameters == (Hyperparameters(lr=0.5), Hyperparameters(lr=0.1))
+    assert driver.updates[0].absent == {2}
+    assert driver.machine.update_counts == [1, 1, 0]
+    assert driver.open("c").tensor_count == 3

@@ -1,0 +1,217 @@
+"""What a simulated machine has decided so far, and what holds of it whatever the reference says."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from reference import Answered, GivenUp, Renumbered, Said, Updated, Worker
+
+from deltaserve_server.model import (
+    Answer,
+    Async,
+    Bounded,
+    Combine,
+    Decision,
+    Fold,
+    Key,
+    Made,
+    Policy,
+    Refuse,
+    Renumber,
+    Sync,
+    Update,
+)
+
+
+class Violation(Exception):
+    """The machine did what it must not."""
+
+
+@dataclass
+class Totals:
+    """What happened in one or several simulations."""
+
+    events: int = 0
+    updates: int = 0
+    pushes: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Totals") -> None:
+        self.events += other.events
+        self.updates += other.updates
+        self.pushes += other.pushes
+        self.refusals += other.refusals
+
+
+class Ledger:
+    """Every push from its acceptance to its answer, and every version.
+
+    Attributes:
+        totals: What happened.
+        version: Counted by updates, renumberings and new states.
+        judged_by: The policy that the event's updates are made under.
+        workers: By name and epoch.
+        present: Sessions whose call waits for an answer.
+        accepted: Pushes that were accepted and not given up.
+        applied: Those that became part of an update.
+        unanswered: Those without an answer.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.totals = Totals()
+        self.version = 0
+        self.judged_by = policy
+        self.workers: dict[tuple[str, int], Worker] = {}
+        self.present: set[bytes] = set()
+        self.accepted: set[Key] = set()
+        self.applied: dict[Key, Made] = {}
+        self.unanswered: set[Key] = set()
+        self._reduced: list[tuple[Key, float]] = []
+        self._trim: int | None = None
+        self._closed = self._most_slack = 0
+        self._takes: dict[type, Callable[[Any, Iterator[Said]], None]] = {
+            Fold: self._folded,
+            Combine: self._combined,
+            Update: self._updated,
+            Answer: self._answered,
+            Renumber: self._renumbered,
+            Refuse: self._given_up,
+        }
+
+    def take_in(self, key: Key) -> None:
+        """A push was accepted."""
+        self.totals.pushes += 1
+        if key in self.accepted:
+            raise Violation("a push is accepted twice")
+        self.accepted.add(key)
+        self.unanswered.add(key)
+
+    def follow(self, decisions: list[Decision], said: list[Said]) -> None:
+        """Compares an event's decisions with what the reference says, and takes note of them."""
+        should = iter(said)
+        for decision in decisions:
+            self._takes[type(decision)](decision, should)
+        missing = next(should, None)
+        if missing is not None:
+            raise Violation(f"missing: {missing}")
+
+    def check_all_settled(self, policy: Policy) -> None:
+        """Of sessions that all have ended, long after: nobody waits, unless for others without a timeout."""
+        waits_for_ever = isinstance(policy, Sync) and policy.round_timeout_seconds is None
+        too_few = isinstance(policy, Sync) and len(self.unanswered) < policy.min_workers
+        if self.unanswered and not (waits_for_ever and too_few):
+            raise Violation(f"{len(self.unanswered)} pushes are never answered")
+        if self.accepted != self.applied.keys() | self.unanswered or self.applied.keys() & self.unanswered:
+            raise Violation("an accepted push is neither applied nor given up nor waiting")
+
+    def change(self, before: Policy, after: Policy) -> None:
+        """Takes note of another policy: what holds from now on."""
+        if isinstance(after, Sync) and not isinstance(before, Sync):
+            self._closed = self.version
+        if isinstance(after, Bounded):
+            self._most_slack = max(after.slack, self._most_slack if isinstance(before, Bounded) else 0)
+
+    def check_slack(self, worker: Worker, slowest: int) -> None:
+        """A worker just made a step under `Bounded`."""
+        if worker.live and worker.steps > slowest + self._most_slack + 1:
+            raise Violation("a worker went on that is too far ahead")
+
+    # --- decisions
+
+    def _folded(self, fold: Fold, should: Iterator[Said]) -> None:
+        if self._trim is not None:
+            raise Violation("folded into a gradient that is not a sum")
+        self._reduced.append((fold.key, fold.factor))
+
+    def _combined(self, combine: Combine, should: Iterator[Said]) -> None:
+        if self._reduced or not 0 <= 2 * combine.trim < len(combine.pushes):
+            raise Violation("combined with a sum, or too much left out")
+        self._reduced, self._trim = list(combine.pushes), combine.trim
+
+    def _renumbered(self, renumber: Renumber, should: Iterator[Said]) -> None:
+        self.version += 1
+        if next(should, None) != Renumbered(renumber.version) or renumber.version != self.version:
+            raise Violation(f"unexpected: {renumber}")
+
+    def _given_up(self, refuse: Refuse, should: Iterator[Said]) -> None:
+        key, refusal = refuse.key, refuse.refusal
+        if next(should, None) != GivenUp(key, refusal.reason, refusal.metadata):
+            raise Violation(f"unexpected: {refuse}")
+        if key not in self.unanswered or key in self.applied:
+            raise Violation("given up, but did not wait")
+        self.totals.refusals[refusal.reason] += 1
+        self.unanswered.remove(key)
+        self.accepted.remove(key)
+        self.present.discard(key[0])
+
+    def _updated(self, update: Update, should: Iterator[Said]) -> None:
+        made = update.made
+        self.totals.updates += 1
+        self.version += 1
+        if made.version != self.version:
+            raise Violation(f"version {made.version} after {self.version - 1}")
+        self._check_reduced(made)
+        self._check_bounds(made)
+        self._check_expected(update, next(should, None))
+        self._reduced, self._trim = [], None
+
+    def _check_reduced(self, made: Made) -> None:
+        """Just before an update its pushes were reduced in their order, each for the first time."""
+        keys = [(self.workers[share.worker, share.epoch].id, share.sequence) for share in made.shares]
+        if keys != [key for key, _ in self._reduced] or not keys:
+            raise Violation("an update is not preceded by the reduction of its pushes in their order")
+        if any(left.worker >= right.worker for left, right in pairwise(made.shares)):
+            raise Violation("the pushes of an update are not in order of names")
+        for key in keys:
+            if key not in self.accepted or key in self.applied:
+                raise Violation("a push is applied that was not accepted, or was applied before")
+            self.applied[key] = made
+
+    def _check_expected(self, update: Update, should: Said | None) -> None:
+        if not isinstance(should, Updated):
+            raise Violation(f"unexpected: {update}, expected {should}")
+        made, parts = update.made, should.parts
+        got = made.version, tuple(self._reduced), made.hyperparameters, update.absent, self._trim
+        if got != (should.version, tuple([part[:2] for part in parts]), *should[2:]):
+            raise Violation(f"unexpected: {got}, expected {should}")
+        shares = [(s.worker, s.epoch, s.sequence, s.staleness, s.weight, s.norm) for s in made.shares]
+        if shares != [part[2:] for part in parts]:
+            raise Violation(f"unexpected: {shares}, expected {parts}")
+        if update.weight != sum([part.weight for part in parts]):
+            raise Violation("another divisor than the weights of the pushes")
+
+    def _check_bounds(self, made: Made) -> None:
+        """No push of a closed round counts, and none that is too stale."""
+        policy, before = self.judged_by, made.version - 1
+        for share in made.shares:
+            if share.staleness < 0:
+                raise Violation("a push on weights that there were not yet")
+            if isinstance(policy, Sync) and before - share.staleness < self._closed:
+                raise Violation("a push of a closed round counts")
+            bound = policy.max_staleness if isinstance(policy, Async) else None
+            if bound is not None and share.staleness > bound:
+                raise Violation("a push is staler than allowed")
+        if isinstance(policy, Sync):
+            if len(made.shares) < policy.min_workers:
+                raise Violation("an update of fewer pushes than min_workers")
+            self._closed = made.version
+
+    def _answered(self, answer: Answer, said: Iterator[Said]) -> None:
+        key, result = answer.key, answer.result
+        should = next(said, None)
+        if Answered(key, result.version, result.duplicate, result.made is not None) != should:
+            raise Violation(f"unexpected: {answer}, expected {should}")
+        if key not in self.applied or (key in self.unanswered) == result.duplicate:
+            raise Violation("an answer of a push that was not applied, or a second one")
+        self.unanswered.discard(key)
+        self.present.discard(key[0])
+        share = result.share
+        if share is None or result.made is None:
+            return
+        worker = self.workers[share.worker, share.epoch]
+        if result.made is not self.applied[key] or share not in result.made.shares:
+            raise Violation("the answer of another update")
+        if (worker.id, share.sequence) != key:
+            raise Violation("the answer of another push")
