@@ -21,7 +21,7 @@ def trained(target: str, model: str) -> str:
     """A model of two tensors and two updates."""
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         tensors = {"w": np.ones((3, 2), np.float32), "b": np.zeros((), np.float32)}
-        made = client.create_model(model, tensors, rho=0.95, policy=deltaserve.Sync(min_workers=1))
+        made = client.create_model(model, tensors, rho=0.95, policy=deltaserve.Sync(round_timeout_seconds=9.0))
         with made.worker() as worker:
             for _ in range(2):
                 worker.step({"w": np.ones((3, 2), np.float32), "b": np.array(0.5, np.float32)})
@@ -30,9 +30,9 @@ def trained(target: str, model: str) -> str:
 
 def test_models_lists_each_in_a_line(command: Command, target: str, trained: str) -> None:
     lines = command("models", "--target", target).stdout.splitlines()
-    assert lines[0].split() == ["MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "POLICY", "VERSION", "DURABLE"]
+    assert lines[0].split() == ["MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "POLICY"]
     line = next(line for line in lines if line.startswith(trained))
-    assert line.split() == [trained, "7", "2", "0", "sync,", "min_workers", "1", "2", "none"]
+    assert line.split() == [trained, "7", "2", "0", "2", "none", "sync:round_timeout_seconds=9"]
 
 
 def test_the_target_comes_from_the_environment_unless_a_flag_is_given(
@@ -59,7 +59,7 @@ def test_status_of_a_model_shows_its_workers(command: Command, target: str, trai
         worker.pull()
         out = command("status", trained, "--target", target).stdout
     assert "version  2, durable: none" in out
-    assert "policy   sync, min_workers 1" in out
+    assert "policy   sync:round_timeout_seconds=9\n" in out
     assert "weights  7 float32 elements, 28 bytes" in out
     assert "0.95" in out
     assert ["w", "3", "x", "2", "0"] in [line.split() for line in out.splitlines()]
@@ -69,7 +69,13 @@ def test_status_of_a_model_shows_its_workers(command: Command, target: str, trai
 
 
 def test_a_model_that_is_not_there(command: Command, target: str) -> None:
-    for arguments in (["status", "nope"], ["delete", "nope"], ["pull", "nope", "-o", "nope.safetensors"]):
+    for arguments in (
+        ["status", "nope"],
+        ["delete", "nope"],
+        ["pull", "nope", "-o", "nope.safetensors"],
+        ["update", "nope", "--lr", "1"],
+        ["watch", "nope"],
+    ):
         ended = command(*arguments, "--target", target)
         assert (ended.returncode, ended.stderr) == (1, "deltaserve: no model is named 'nope'\n")
     assert not Path("nope.safetensors").exists()

@@ -8,11 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import deltaserve
 
 Process = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def made_up_airfoil(tmp_path: Path) -> Path:
+    file = tmp_path / "airfoil_self_noise.dat"
+    rows = np.random.default_rng(7).standard_normal((1503, 6))
+    file.write_text("".join("\t".join(f"{value:.6g}" for value in row) + "\n" for row in rows))
+    return file
 
 
 def until_training(child: "subprocess.Popen[str]") -> list[str]:
@@ -64,6 +73,40 @@ def test_the_demo(process: Process) -> None:
     assert "\x1b" not in out + err
     assert re.search(r"^worker 0: step 1800 of 1800, loss 0\.\d+$", err, re.MULTILINE)
     assert re.search(r"^worker 1: step 1800 of 1800$", err, re.MULTILINE)
+
+
+def test_late_gradients_are_counted(process: Process) -> None:
+    child = process("train", "digits", "--workers", "3", "--policy", "sync:quorum=1")
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, err
+    assert "3 workers, sync:quorum=1, batches of 8 each" in out
+    assert "updates applied: 1200 (the model is at version 1200)" in out
+    found = re.search(
+        r"^came too late: (\d+) of (\d+) gradients; (\d+) parts of batches were skipped", out, re.MULTILINE
+    )
+    assert found is not None
+    assert int(found[2]) + int(found[3]) == 3600
+    assert int(found[2]) - int(found[1]) >= 1200
+    assert re.search(r"^worker [12]: step 1200 of 1200, \d+ too late$", err, re.MULTILINE)
+
+
+def test_the_concise_recipe_counts_them_quietly(process: Process, made_up_airfoil: Path) -> None:
+    arguments = ("--recipe", "concise", "--workers", "2", "--policy", "async:max_staleness=0")
+    child = process("train", "airfoil", *arguments, "--data", str(made_up_airfoil))
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, err
+    assert re.search(r"^came too late: \d+ of 600 gradients$", out, re.MULTILINE)
+    assert [line for line in err.splitlines() if not line.startswith("worker ")] == []
+
+
+def test_a_policy_that_the_server_refuses_is_one_line(process: Process) -> None:
+    child = process("train", "digits", "--policy", "sync:reduction=trimmed_mean,trim=1")
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    last = err.splitlines()[-1]
+    assert re.fullmatch(
+        r"deltaserve: worker \d: policy\.sync\.trim: expected less than half of min_workers \(2\)", last
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

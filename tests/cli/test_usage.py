@@ -13,7 +13,7 @@ from deltaserve_server.cli.options import parse_bytes
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
-COMMANDS = ["serve", "train", "models", "status", "pull", "delete", "health", "doctor"]
+COMMANDS = ["serve", "train", "models", "status", "watch", "update", "pull", "delete", "health", "doctor"]
 
 
 def test_help_names_every_command(command: Command) -> None:
@@ -48,7 +48,15 @@ def test_version(command: Command) -> None:
         (["train"], "say what to train: deltaserve train digits, or deltaserve train airfoil"),
         (["train", "digits", "--foo"], "No such option: --foo; see deltaserve train digits --help"),
         (["train", "digits", "--workers", "0"], "--workers"),
-        (["train", "digits", "--policy", "maybe"], "--policy"),
+        (["train", "digits", "--policy", "maybe"], "'maybe' is no policy; write sync, async or bounded"),
+        (["train", "digits", "--policy", "sync:min_workers=3"], "a round of 3 workers never closes with 2"),
+        (["train", "digits", "--policy", "sync:quorum=3"], "a round of 3 workers never closes with 2"),
+        (["update", "m"], "say what to change: --policy, --lr, --rho, --eps or --weight-decay"),
+        (["update", "m", "--group", "0", "--policy", "sync"], "--group says whose hyperparameters change"),
+        (["update", "m", "--lr", "much"], "--lr"),
+        (["update", "m", "--policy", "bounded:slak=2"], "bounded has no setting 'slak'; it has slack"),
+        (["watch"], "MODEL"),
+        (["watch", "m", "--count", "0"], "--count"),
         (["train", "airfoil", "--recipe", "other"], "--recipe"),
         (["train", "digits", "--target", "nowhere"], "'nowhere' is no address; write HOST:PORT"),
         (["status", "--target", "host:99999"], "'host:99999' is no address; write HOST:PORT"),
@@ -74,6 +82,8 @@ def test_wrong_usage_is_one_line_and_status_2(command: Command, arguments: list[
         ["status", "--target", "127.0.0.1:9"],
         ["status", "m", "--target", "127.0.0.1:9"],
         ["delete", "m", "--target", "127.0.0.1:9"],
+        ["update", "m", "--lr", "1", "--target", "127.0.0.1:9"],
+        ["watch", "m", "--target", "127.0.0.1:9"],
         ["health", "127.0.0.1:9"],
         ["train", "digits", "--target", "127.0.0.1:9"],
     ],

@@ -32,7 +32,7 @@ def test_network() -> None:
     x, y = random.standard_normal((7, 4)), random.integers(0, 3, 7)
     weights = {name: array.astype(np.float64) for name, array in network.initial_weights(4, 5, 3, seed=2).items()}
     weights["hidden.bias"] += 0.1
-    by_hand = network.gradients(weights, x, y, 7)  # type: ignore[arg-type]  # float64, to tell errors from rounding
+    by_hand = network.gradients(weights, x, y)  # type: ignore[arg-type]  # float64, to tell errors from rounding
     by_difference = differences(lambda w: network.loss(w, x, y), weights)  # type: ignore[arg-type]
     assert by_hand.keys() == weights.keys()
     for name, slope in by_difference.items():
@@ -43,7 +43,7 @@ def test_linear() -> None:
     random = np.random.default_rng(1)
     x, y = random.standard_normal((7, 5)), random.standard_normal(7)
     weights = {"w": random.standard_normal((5, 1)), "b": random.standard_normal(1)}
-    by_hand = linear.gradients(weights["w"], weights["b"], x, y, 7)  # type: ignore[arg-type]
+    by_hand = linear.gradients(weights["w"], weights["b"], x, y)  # type: ignore[arg-type]
     by_difference = differences(lambda v: linear.loss(v["w"], v["b"], x, y), weights)  # type: ignore[arg-type]
     for name, slope in by_difference.items():
         np.testing.assert_allclose(by_hand[name], slope, atol=1e-8, rtol=1e-6)
@@ -56,7 +56,7 @@ def test_softmax_of_huge_scores_is_finite() -> None:
 
 def test_a_share_without_examples_has_no_gradient() -> None:
     weights = network.initial_weights(4, 5, 3, seed=0)
-    none = network.gradients(weights, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0.5)
+    none = network.gradients(weights, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     assert all(not array.any() and array.shape == weights[name].shape for name, array in none.items())
 
 

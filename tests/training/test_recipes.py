@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from deltaserve_server.training import linear
 from deltaserve_server.training.batches import Plan, Share
 from deltaserve_server.training.data import Examples, load_airfoil
 from deltaserve_server.training.recipes import AirfoilConcise, AirfoilScratch, Policy, Recipe, Seat
-from deltaserve_server.training.worker import Done, Job, Message, Progress, train
+from deltaserve_server.training.worker import Done, Job, Message, Progress, Trainer, train
 
 Doubles = NDArray[np.float64]
 
@@ -30,10 +31,7 @@ def seat(target: str, model: str, policy: Policy) -> Seat:
 
 
 def jobs(recipe: Recipe, where: Seat, workers: int) -> list[Job]:
-    return [
-        Job(recipe=recipe, seat=where, worker=worker, workers=workers, elastic=False, skip_empty=False)
-        for worker in range(workers)
-    ]
+    return [Job(recipe=recipe, seat=where, worker=worker, workers=workers, elastic=False) for worker in range(workers)]
 
 
 def train_together(work: Sequence[Job]) -> None:
@@ -186,8 +184,87 @@ def test_elastic_workers_take_their_examples_in_orders_of_their_own(made_up: Exa
         worker=0,
         workers=1,
         elastic=True,
-        skip_empty=False,
     )
     first = [next(job.plan(rank).shares()).rows.tolist() for rank in range(4)]
     assert len({tuple(rows) for rows in first}) == 4
     assert first[1] == next(job.plan(1).shares()).rows.tolist()
+
+
+@pytest.mark.parametrize("kind", [AirfoilScratch, AirfoilConcise])
+def test_a_push_weighs_its_samples(target: str, model: str, kind: type[AirfoilScratch | AirfoilConcise]) -> None:
+    # 13 examples, batches of 10 for each of 2 workers: parts of 7 and 6.
+    random = np.random.default_rng(1)
+    examples = Examples(
+        features=random.standard_normal((13, 5)).astype(np.float32),
+        labels=random.standard_normal(13).astype(np.float32),
+    )
+    recipe = kind(train=examples, seed=5)
+    where = seat(target, model, deltaserve.Sync(min_workers=2))
+    with deltaserve.connect(target, timeout_seconds=10.0) as client, ThreadPoolExecutor(1) as threads:
+        work = jobs(recipe, where, 2)
+        with work[0].recipe.learner(where) as first, work[1].recipe.learner(where) as second:
+            events = client.model(model).watch()
+            next(events)
+            for ours, theirs in zip(work[0].plan(0).shares(), work[1].plan(1).shares(), strict=True):
+                waiting = threads.submit(second.step, theirs)
+                assert first.step(ours)
+                assert waiting.result()
+                assert sorted(push.weight for push in next(events).contributions) == [6.0, 7.0]
+            del events
+    # One worker with batches twice as large takes the same 13 at a step.
+    alone = replace(recipe, batch_size=20)
+    train_together(jobs(alone, seat(target, f"{model}-alone", deltaserve.Sync()), 1))
+    for one, other in zip(final_weights(target, model)[1], final_weights(target, f"{model}-alone")[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=WEIGHTS_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [AirfoilScratch, AirfoilConcise])
+def test_a_late_worker_goes_on_with_the_batch_of_the_open_round(
+    target: str, model: str, made_up: Examples, kind: type[AirfoilScratch | AirfoilConcise]
+) -> None:
+    work = jobs(kind(train=made_up), seat(target, model, deltaserve.Sync(min_workers=1, quorum=1)), 2)
+    with work[0].recipe.learner(work[0].seat) as quick, work[1].recipe.learner(work[1].seat) as slow:
+        late = Trainer(work[1], slow)
+        shares = list(work[1].plan(1).shares())
+        for share in list(work[0].plan(0).shares())[:3]:
+            assert quick.step(share)
+        late.take(1, shares[0])
+        assert (late.pushes, late.late, slow.version) == (1, 1, 3)
+        late.take(2, shares[1])
+        late.take(3, shares[2])
+        assert (late.pushes, late.passed) == (1, 2)
+        late.take(4, shares[3])
+        assert (late.pushes, late.late, late.passed, late.samples, slow.version) == (2, 1, 2, 10, 4)
+        # Another policy, and versions count rounds no more.
+        quick.model.update(policy=deltaserve.Async())
+        for share in list(work[0].plan(0).shares())[3:6]:
+            quick.step(share)
+        late.take(5, shares[4])
+        late.take(6, shares[5])
+        assert (late.pushes, late.late, late.passed, late.samples) == (4, 1, 2, 30)
+
+
+def test_a_stale_gradient_is_left_out(target: str, model: str, made_up: Examples) -> None:
+    work = jobs(AirfoilScratch(train=made_up), seat(target, model, deltaserve.Async(max_staleness=0)), 2)
+    with work[0].recipe.learner(work[0].seat) as quick, work[1].recipe.learner(work[1].seat) as slow:
+        late = Trainer(work[1], slow)
+        shares = list(work[1].plan(1).shares())
+        assert quick.step(shares[0])
+        late.take(1, shares[0])
+        late.take(2, shares[1])
+    assert (late.pushes, late.late, late.passed, late.samples) == (2, 1, 0, 10)
+
+
+def test_a_round_that_failed_is_tried_again_until_time_is_up(target: str, model: str, made_up: Examples) -> None:
+    policy = deltaserve.Sync(min_workers=2, round_timeout_seconds=0.1)
+    where = Seat(target=target, model=model, policy=policy, timeout_seconds=1.0)
+    work = jobs(AirfoilScratch(train=made_up), where, 2)
+    with work[0].recipe.learner(where) as one, ThreadPoolExecutor(1) as threads:
+        share = next(work[0].plan(0).shares())
+        with pytest.raises(deltaserve.UnavailableError, match="the round's time was up with 1 pushes of the 2"):
+            Trainer(work[0], one).take(1, share)
+        with work[1].recipe.learner(where) as other:
+            waiting = threads.submit(Trainer(work[0], one).take, 1, share)
+            Trainer(work[1], other).take(1, share)
+            waiting.result()
+            assert (one.version, other.version) == (1, 1)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaserve_server.cli import doctor, health, models, pull, serve, train
+from deltaserve_server.cli import doctor, health, models, pull, serve, train, update, watch
 
 HELP = """Adadelta as a service: a server holds a model's weights and optimizer state, workers push gradients and get
 the new weights back.
@@ -29,7 +29,9 @@ def typer_application() -> typer.Typer:
     application.callback(invoke_without_command=True)(start)
     application.command()(serve.serve)
     application.add_typer(train.application, name="train")
-    for function in (models.models, models.status, pull.pull, models.delete, health.health, doctor.doctor):
+    for function in (models.models, models.status, watch.watch, update.update, pull.pull, models.delete):
+        application.command()(function)
+    for function in (health.health, doctor.doctor):
         application.command()(function)
     return application
 

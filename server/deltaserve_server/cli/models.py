@@ -8,6 +8,7 @@ from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.display import facts, format_bytes, format_seconds, table
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
+from deltaserve_server.cli.policy import format_policy
 
 if TYPE_CHECKING:
     import deltaserve
@@ -68,28 +69,21 @@ def device(info: "deltaserve.ServerInfo") -> str:
     return f"{info.device_kind}: {info.device_name}{threads}"
 
 
-def policy_in_words(policy: "deltaserve.Sync | deltaserve.Async") -> str:
-    """Returns a policy as `sync, min_workers 2` or `async`."""
-    import deltaserve
-
-    return f"sync, min_workers {policy.min_workers}" if isinstance(policy, deltaserve.Sync) else "async"
-
-
 def _durable(version: int | None) -> int | str:
     return "none" if version is None else version
 
 
 def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
-    header = ("MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "POLICY", "VERSION", "DURABLE")
+    header = ("MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "POLICY")
     rows = [
         (
             one.name,
             one.element_count,
             one.tensor_count,
             one.session_count,
-            policy_in_words(one.policy),
             one.version,
             _durable(one.durable_version),
+            format_policy(one.policy),
         )
         for one in summaries
     ]
@@ -103,11 +97,11 @@ def _model_status(model: "deltaserve.Model") -> str:
         [
             ("model", model.name),
             ("version", f"{info.version}, durable: {_durable(info.durable_version)}"),
-            ("policy", policy_in_words(model.policy)),
+            ("policy", format_policy(model.policy)),
             ("weights", f"{elements} float32 elements, {format_bytes(4 * elements)}"),
         ]
     )
-    parts = [head, _group_table(model), _tensor_table(model), _session_table(info)]
+    parts = [head, group_table(model), _tensor_table(model), _session_table(info)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -118,7 +112,8 @@ def _size(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _group_table(model: "deltaserve.Model") -> str:
+def group_table(model: "deltaserve.Model") -> str:
+    """Returns the hyperparameters, a line a parameter group."""
     rows = [
         (index, group.lr, group.rho, group.eps, group.weight_decay, "yes" if group.maximize else "no")
         for index, group in enumerate(model.groups)

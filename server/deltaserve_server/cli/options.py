@@ -45,3 +45,4 @@ TargetArgument = Annotated[
     typer.Argument(metavar="HOST:PORT", envvar="DELTASERVE_TARGET", parser=parse_address, help=TARGET_HELP),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.", show_default=False)]
+POLICY_HELP = "When a push becomes an update, as sync:quorum=3, async:max_staleness=8 or bounded:slack=2."

@@ -27,14 +27,14 @@ def _bars(workers: int) -> Iterator[Observer]:
         rich.BarColumn(bar_width=None),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
-        rich.TextColumn("{task.fields[loss]}"),
+        rich.TextColumn("{task.fields[notes]}"),
     ]
     with rich.Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = [bars.add_task(f"worker {worker}", total=None, loss="starting") for worker in range(workers)]
+        tasks = [bars.add_task(f"worker {worker}", total=None, notes="starting") for worker in range(workers)]
 
         def show(progress: "Progress") -> None:
-            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
-            bars.update(tasks[progress.worker], total=progress.steps, completed=progress.step, loss=loss)
+            notes = ", ".join(_notes(progress))
+            bars.update(tasks[progress.worker], total=progress.steps, completed=progress.step, notes=notes)
 
         yield show
 
@@ -47,9 +47,12 @@ def _lines() -> Observer:
         part = progress.step * LINES_A_WORKER // progress.steps
         if told.get(progress.worker) != part:
             told[progress.worker] = part
-            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-            print(
-                f"worker {progress.worker}: step {progress.step} of {progress.steps}{loss}", file=sys.stderr, flush=True
-            )
+            text = ", ".join([f"step {progress.step} of {progress.steps}", *_notes(progress)])
+            print(f"worker {progress.worker}: {text}", file=sys.stderr, flush=True)
 
     return show
+
+
+def _notes(progress: "Progress") -> list[str]:
+    loss = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
+    return [*loss, *([f"{progress.late} too late"] if progress.late else [])]

@@ -14,7 +14,8 @@ import typer
 
 from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.errors import UsageError
-from deltaserve_server.cli.options import parse_address
+from deltaserve_server.cli.options import POLICY_HELP, parse_address
+from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
 
 if TYPE_CHECKING:
     from deltaserve_server.training.recipes import Policy, Recipe
@@ -30,13 +31,6 @@ def train(context: typer.Context) -> None:
         raise UsageError("say what to train: deltaserve train digits, or deltaserve train airfoil")
 
 
-class PolicyName(StrEnum):
-    """When a push becomes an update."""
-
-    SYNC = "sync"
-    ASYNC = "async"
-
-
 class AirfoilRecipe(StrEnum):
     """The book's two ways to the same regression."""
 
@@ -46,8 +40,13 @@ class AirfoilRecipe(StrEnum):
 
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Worker processes.")]
 PolicyOption = Annotated[
-    PolicyName,
-    typer.Option("--policy", help="sync: one update of all workers' gradients together. async: an update for each."),
+    PolicyText,
+    typer.Option(
+        "--policy",
+        metavar="POLICY",
+        parser=parse_policy,
+        help=f"{POLICY_HELP} sync waits for all workers, unless min_workers or quorum is less.",
+    ),
 ]
 TrainTarget = Annotated[
     str | None,
@@ -85,7 +84,7 @@ Plot = Annotated[
 @application.command()
 def digits(
     workers: Workers = 2,
-    policy: PolicyOption = PolicyName.SYNC,
+    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
     target: TrainTarget = None,
     model: ModelName = None,
     seed: Seed = 0,
@@ -102,7 +101,7 @@ def digits(
 @application.command()
 def airfoil(
     workers: Workers = 1,
-    policy: PolicyOption = PolicyName.SYNC,
+    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
     recipe: Annotated[
         AirfoilRecipe, typer.Option("--recipe", help="scratch: in numpy, 2 epochs. concise: in torch, 4 epochs.")
     ] = AirfoilRecipe.SCRATCH,
@@ -147,14 +146,15 @@ def _check_torch() -> None:
 
 
 def _train(
-    recipe: "Recipe", workers: int, policy: PolicyName, target: str | None, model: str | None, timeout: float
+    recipe: "Recipe", workers: int, policy: PolicyText, target: str | None, model: str | None, timeout: float
 ) -> "Outcome":
     """Trains, shows how it goes, prints what came out."""
     from deltaserve_server.cli.progress import shown
     from deltaserve_server.training.run import run
 
+    chosen = _policy(policy, workers, alone=target is None)
     with _leaving_on_sigterm(), _server(target) as address:
-        kind = f"{workers} worker{'s' * (workers > 1)}, {policy}, batches of {recipe.batch_size} each"
+        kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(chosen)}, batches of {recipe.batch_size} each"
         typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")
         with shown(workers) as observer:
             outcome = run(
@@ -162,7 +162,7 @@ def _train(
                 target=address,
                 model=model,
                 workers=workers,
-                policy=_policy(policy, workers),
+                policy=chosen,
                 elastic=target is not None and workers == 1,
                 timeout_seconds=timeout,
                 observer=observer,
@@ -204,10 +204,26 @@ def _server(target: str | None) -> "Iterator[str]":
         yield server.target
 
 
-def _policy(policy: PolicyName, workers: int) -> "Policy":
+def _policy(written: PolicyText, workers: int, alone: bool) -> "Policy":
+    """Returns the policy: a round of `sync` is of all workers of the run, or of a quorum, unless it says otherwise.
+
+    Args:
+        written: What was asked for.
+        workers: Of this run.
+        alone: Whether no others can join them.
+
+    Raises:
+        UsageError: No round would ever close.
+    """
     import deltaserve
 
-    return deltaserve.Sync(min_workers=workers) if policy is PolicyName.SYNC else deltaserve.Async()
+    if written.kind is not deltaserve.Sync:
+        return written.policy()
+    policy = written.policy(min_workers=written.settings.get("quorum", workers))
+    assert isinstance(policy, deltaserve.Sync)
+    if alone and policy.min_workers > workers:
+        raise UsageError(f"a round of {policy.min_workers} workers never closes with {workers}: give --workers too")
+    return policy
 
 
 def _print(outcome: "Outcome") -> None:
@@ -215,4 +231,7 @@ def _print(outcome: "Outcome") -> None:
         typer.echo(f"test accuracy: {outcome.accuracy:.3f}")
     typer.echo(f"loss: {outcome.loss:.3f}, {outcome.epoch_seconds:.3f} sec/epoch")
     typer.echo(f"updates applied: {outcome.updates} (the model is at version {outcome.version})")
+    if outcome.late or outcome.passed:
+        passed = f"; {outcome.passed} parts of batches were skipped to keep up" if outcome.passed else ""
+        typer.echo(f"came too late: {outcome.late} of {outcome.pushes} gradients{passed}")
     typer.echo(f"samples/s: {outcome.samples_per_second:.0f}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_WEIGHT = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -13,14 +15,16 @@ class Share:
 
     Attributes:
         rows: Row numbers of the worker's examples. May be empty where a last batch has fewer examples than workers.
-        divisor: What the worker divides its summed gradient by: the batch's size over the number of workers, so that
-            the mean over the workers is the mean over the batch, also where the parts differ in size.
         batch: Number of examples in the whole batch, of all workers.
     """
 
     rows: NDArray[np.intp]
-    divisor: float
     batch: int
+
+    @property
+    def weight(self) -> float:
+        """What the mean gradient of the share counts in its round, so that the round's is the mean of the batch."""
+        return len(self.rows) or LEAST_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,4 +66,4 @@ class Plan:
             for start in range(0, self.examples, whole):
                 batch = order[start : start + whole]
                 rows = np.array_split(batch, self.workers)[self.worker]
-                yield Share(rows=rows, divisor=len(batch) / self.workers, batch=len(batch))
+                yield Share(rows=rows, batch=len(batch))

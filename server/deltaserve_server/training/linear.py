@@ -22,9 +22,9 @@ def errors(w: Vector, b: Vector, x: Vector, y: Vector) -> Vector:
     return (x @ w + b).ravel() - y
 
 
-def gradients(w: Vector, b: Vector, x: Vector, y: Vector, divisor: float) -> dict[str, Vector]:
-    """Returns the gradient of the summed half squared error over `divisor`: `w` (d, 1) and `b` (1,)."""
-    off = errors(w, b, x, y) / np.float32(divisor)
+def gradients(w: Vector, b: Vector, x: Vector, y: Vector) -> dict[str, Vector]:
+    """Returns the gradient of the loss: `w` (d, 1) and `b` (1,); 0 where there are no examples."""
+    off = errors(w, b, x, y) / np.float32(max(len(y), 1))
     return {"w": (x.T @ off).reshape(w.shape), "b": off.sum(keepdims=True)}
 
 

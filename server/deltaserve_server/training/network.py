@@ -43,12 +43,12 @@ def softmax(z: Vector) -> Vector:
     return probability
 
 
-def gradients(weights: Weights, x: Vector, y: NDArray[np.int64], divisor: float) -> dict[str, Vector]:
-    """Returns the gradient of the summed cross-entropy over `divisor`, by name (float32, the weights' shapes)."""
+def gradients(weights: Weights, x: Vector, y: NDArray[np.int64]) -> dict[str, Vector]:
+    """Returns the gradient of the loss by name (float32, the weights' shapes); 0 where there are no examples."""
     h, z = forward(weights, x)
     dz = softmax(z)
     dz[np.arange(len(y)), y] -= 1
-    dz /= np.float32(divisor)
+    dz /= np.float32(max(len(y), 1))
     dh = (dz @ weights["output.weight"].T) * (h > 0)
     return {
         "hidden.weight": x.T @ dh,

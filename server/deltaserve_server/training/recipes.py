@@ -16,7 +16,7 @@ from deltaserve_server.training.data import Examples
 
 Vector = NDArray[np.float32]
 Weights = Mapping[str, Vector]
-Policy = deltaserve.Sync | deltaserve.Async
+Policy = deltaserve.Sync | deltaserve.Async | deltaserve.Bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,29 @@ class Seat:
 class Learner(AbstractContextManager["Learner"], Protocol):
     """One worker's session with the model, and its own copy of the weights."""
 
+    model: deltaserve.Model
+
     @property
     def rank(self) -> int:
         """The session's rank."""
 
     @property
+    def version(self) -> int:
+        """The version that the weights are of."""
+
+    @property
     def weights(self) -> Weights:
         """The newest weights this worker has."""
 
-    def step(self, share: Share) -> None:
-        """Computes the gradient on a share of a batch, pushes it and takes the new weights."""
+    def step(self, share: Share) -> bool:
+        """Computes the gradient on a share of a batch, pushes it and takes the new weights.
+
+        Returns:
+            Whether the gradient counts; False where it came too late.
+
+        Raises:
+            deltaserve.Error: As `deltaserve.Worker.step` raises it.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +110,7 @@ class NumpyRecipe(Recipe):
 
     @abstractmethod
     def gradients(self, weights: Weights, share: Share) -> dict[str, Vector]:
-        """Returns the gradient of the summed loss of a share over its divisor, by tensor."""
+        """Returns the gradient of the mean loss over a share, by tensor; 0 where the share is empty."""
 
     def learner(self, seat: Seat) -> Learner:
         """Opens a session."""
@@ -105,16 +118,16 @@ class NumpyRecipe(Recipe):
 
 
 class NumpyLearner:
-    """A worker in numpy: `weights = worker.step(gradients)` is all it does."""
+    """A worker in numpy: `worker.step(gradients)` is all it does."""
 
     def __init__(self, recipe: NumpyRecipe, seat: Seat) -> None:
         self._recipe = recipe
         with ExitStack() as opened:
             client = opened.enter_context(deltaserve.connect(seat.target, timeout_seconds=seat.timeout_seconds))
             settings = asdict(recipe.hyperparameters())
-            model = client.create_model(seat.model, recipe.initial_weights(), policy=seat.policy, **settings)
-            self._worker = opened.enter_context(model.worker())
-            self._weights: Weights = self._worker.pull()
+            self.model = client.create_model(seat.model, recipe.initial_weights(), policy=seat.policy, **settings)
+            self._worker = opened.enter_context(self.model.worker())
+            self._worker.pull()
             self._close = opened.pop_all().close
 
     @property
@@ -123,13 +136,23 @@ class NumpyLearner:
         return self._worker.rank
 
     @property
+    def version(self) -> int:
+        """The version that the weights are of."""
+        return self._worker.version
+
+    @property
     def weights(self) -> Weights:
         """The newest weights this worker has."""
-        return self._weights
+        return self._worker.weights
 
-    def step(self, share: Share) -> None:
+    def step(self, share: Share) -> bool:
         """Computes, pushes, takes the new weights."""
-        self._weights = self._worker.step(self._recipe.gradients(self._weights, share))
+        gradients = self._recipe.gradients(self._worker.weights, share)
+        try:
+            self._worker.step(gradients, weight=share.weight)
+        except deltaserve.StaleGradientError:
+            return False
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +182,7 @@ class Digits(NumpyRecipe):
     def gradients(self, weights: Weights, share: Share) -> dict[str, Vector]:
         """Differentiates the cross-entropy."""
         x, y = self.train.features[share.rows], self.train.labels[share.rows]
-        return network.gradients(weights, x, y, share.divisor)
+        return network.gradients(weights, x, y)
 
     def loss(self, weights: Weights) -> float:
         """Returns the mean cross-entropy over the training examples."""
@@ -190,7 +213,7 @@ class AirfoilScratch(NumpyRecipe):
     def gradients(self, weights: Weights, share: Share) -> dict[str, Vector]:
         """Differentiates half the squared error."""
         x, y = self.train.features[share.rows], self.train.labels[share.rows]
-        return linear.gradients(weights["w"], weights["b"], x, y, share.divisor)
+        return linear.gradients(weights["w"], weights["b"], x, y)
 
     def loss(self, weights: Weights) -> float:
         """Returns half the mean squared error over the training examples."""

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -15,12 +16,12 @@ from typing import TypeAlias
 import deltaserve
 from deltaserve_server.training.errors import WorkerError
 from deltaserve_server.training.recipes import Policy, Recipe, Seat
-from deltaserve_server.training.worker import Done, Failed, Job, Message, Progress, main
+from deltaserve_server.training.worker import Begin, Done, Failed, Job, Message, Progress, main
 
 LEAVE_SECONDS = 5.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Observer = Callable[[Progress], None]
-Pipe: TypeAlias = "Connection[Job, Message]"
+Pipe: TypeAlias = "Connection[Job | Begin, Message]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class Outcome:
         updates: By how many versions the model moved on during the run, whoever moved it.
         version: The model's version at the end.
         samples_per_second: Of all workers of the run together.
+        pushes: How many gradients the run's workers computed.
+        late: How many of them came too late to count.
+        passed: Batches that workers left out besides, because their rounds had closed meanwhile.
         curve: (epoch, loss) as the first worker measured it.
     """
 
@@ -43,6 +47,9 @@ class Outcome:
     updates: int
     version: int
     samples_per_second: float
+    pushes: int
+    late: int
+    passed: int
     curve: tuple[tuple[float, float], ...]
 
 
@@ -78,15 +85,7 @@ def run(
     with deltaserve.connect(target, timeout_seconds=timeout_seconds) as client:
         before = _version(client, seat.model)
         jobs = [
-            Job(
-                recipe=recipe,
-                seat=seat,
-                worker=worker,
-                workers=workers,
-                elastic=elastic,
-                skip_empty=isinstance(policy, deltaserve.Async),
-            )
-            for worker in range(workers)
+            Job(recipe=recipe, seat=seat, worker=worker, workers=workers, elastic=elastic) for worker in range(workers)
         ]
         done = _work(jobs, observer or (lambda progress: None))
         state = client.model(seat.model).pull_state(optimizer_state=False)
@@ -108,6 +107,9 @@ def _outcome(recipe: Recipe, done: Sequence[Done], state: deltaserve.ModelState,
         updates=state.version - before,
         version=state.version,
         samples_per_second=sum(one.samples for one in done) / seconds,
+        pushes=sum(one.pushes for one in done),
+        late=sum(one.late for one in done),
+        passed=sum(one.passed for one in done),
         curve=first.curve,
     )
 
@@ -137,26 +139,36 @@ def _start(name: str) -> tuple[Pipe, SpawnProcess]:
     return ours, process
 
 
-def _send(job: Job, pipe: Pipe, process: SpawnProcess) -> None:
+def _send(message: Job | Begin, pipe: Pipe, process: SpawnProcess) -> None:
     """Sends a worker its job, which is too large for the arguments: `start` would hang if the worker died meanwhile."""
     try:
-        pipe.send(job)
+        pipe.send(message)
     except (BrokenPipeError, ConnectionResetError):
         raise _death(process) from None
 
 
 def _follow(processes: Mapping[Pipe, SpawnProcess], observer: Observer) -> list[Done]:
     done: dict[Pipe, Done] = {}
+    ready: set[Pipe] = set()
     while len(done) < len(processes):
-        ready = wait([pipe for pipe in processes if pipe not in done])
-        for pipe in ready:
+        for pipe in wait([pipe for pipe in processes if pipe not in done]):
             assert isinstance(pipe, Connection)
             message = _receive(pipe, processes[pipe])
             if isinstance(message, Done):
                 done[pipe] = message
-            else:
-                observer(message)
+                continue
+            observer(message)
+            if pipe not in ready:
+                ready.add(pipe)
+                _begin(ready, processes)
     return list(done.values())
+
+
+def _begin(ready: AbstractSet[Pipe], processes: Mapping[Pipe, SpawnProcess]) -> None:
+    """Lets the workers begin when all have their sessions: a round that is full without the others awaits nobody."""
+    if len(ready) == len(processes):
+        for pipe, process in processes.items():
+            _send(Begin(), pipe, process)
 
 
 def _receive(pipe: Pipe, process: SpawnProcess) -> Progress | Done:

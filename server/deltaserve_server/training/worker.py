@@ -18,6 +18,11 @@ from deltaserve_server.training.recipes import Learner, Recipe, Seat
 REPORT_EVERY_SECONDS = 0.05
 
 
+@dataclass(frozen=True)
+class Begin:
+    """Says to a worker that all workers of its run have their sessions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What one worker is to do.
@@ -29,7 +34,6 @@ class Job:
         workers: How many there are in this run.
         elastic: The worker is the only one of this run, among workers of other runs: it takes its examples in an order
             of its own, drawn from its rank, so that not all of them compute the same.
-        skip_empty: Whether a share without examples is pushed (where others wait for it) or skipped.
     """
 
     recipe: Recipe
@@ -37,7 +41,11 @@ class Job:
     worker: int
     workers: int
     elastic: bool
-    skip_empty: bool
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether others wait for each push, also for that of a share without examples."""
+        return isinstance(self.seat.policy, deltaserve.Sync)
 
     def plan(self, rank: int) -> Plan:
         """Returns how the examples are dealt out, given the rank of the worker's session."""
@@ -54,12 +62,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a worker is. `loss` is the last that it measured; None before the first, and of workers that do not."""
+    """How far a worker is.
+
+    Attributes:
+        loss: The last that it measured; None before the first, and of workers that do not.
+        late: How many batches went by without it, because it was too slow.
+    """
 
     worker: int
     step: int
     steps: int
     loss: float | None
+    late: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +83,10 @@ class Done:
     Attributes:
         started, ended: Of the first and the last step, on the monotonic clock that all processes share.
         training_seconds: Between them, without the time spent on measuring the loss.
-        samples: Examples that went into this worker's gradients.
+        samples: Examples that went into those of this worker's gradients that count.
+        pushes: How many gradients it has computed.
+        late: How many of them came too late to count.
+        passed: Batches that it left out besides, because their rounds had closed meanwhile.
         curve: (epoch, loss), where this worker measured it.
     """
 
@@ -78,6 +95,9 @@ class Done:
     ended: float
     training_seconds: float
     samples: int
+    pushes: int
+    late: int
+    passed: int
     curve: tuple[tuple[float, float], ...]
 
 
@@ -129,12 +149,59 @@ class Watch:
         return self.curve[-1][1] if self.curve else None
 
 
-def train(job: Job, tell: Callable[[Message], None]) -> None:
+@dataclass
+class Trainer:
+    """Does a job's steps, and counts what became of them.
+
+    In a synchronous run a batch belongs to a round: a worker that was too slow for some goes on with the batch of the
+    round that is open, so that all are done at the same time and none waits for others that have left.
+    """
+
+    job: Job
+    learner: Learner
+    samples: int = 0
+    pushes: int = 0
+    late: int = 0
+    passed: int = 0
+
+    def __post_init__(self) -> None:
+        self._first_version = self.learner.version
+        self._in_step = self.job.synchronous and not self.job.elastic
+
+    def take(self, step: int, share: Share) -> None:
+        """Takes the step with this number, from 1, or passes over its batch."""
+        if self._in_step and self.learner.version - self._first_version >= step and self._by_rounds():
+            self.passed += 1
+        elif len(share.rows) or self.job.synchronous:
+            self.pushes += 1
+            if self._pushed(share):
+                self.samples += len(share.rows)
+            else:
+                self.late += 1
+
+    def _by_rounds(self) -> bool:
+        """Whether versions still count rounds: another may have changed the policy."""
+        self._in_step = isinstance(self.learner.model.info().policy, deltaserve.Sync)
+        return self._in_step
+
+    def _pushed(self, share: Share) -> bool:
+        """Makes the step, again where its round has failed for want of other workers; returns whether it counts."""
+        deadline = time.monotonic() + self.job.seat.timeout_seconds
+        while True:
+            try:
+                return self.learner.step(share)
+            except deltaserve.UnavailableError as error:
+                if error.reason != "ROUND_FAILED" or time.monotonic() > deadline:
+                    raise
+
+
+def train(job: Job, tell: Callable[[Message], None], begin: Callable[[], object] = lambda: None) -> None:
     """Does a job in this process.
 
     Args:
         job: What to do.
-        tell: Called with each message; the last is Done.
+        tell: Called with each message; the first is of step 0, the last is Done.
+        begin: Called before the first step; returns when the other workers of the run have their sessions too.
 
     Raises:
         deltaserve.Error: the server refused, or was lost.
@@ -142,17 +209,16 @@ def train(job: Job, tell: Callable[[Message], None]) -> None:
     with job.recipe.learner(job.seat) as learner:
         plan = job.plan(learner.rank)
         tell(Progress(worker=job.worker, step=0, steps=plan.steps, loss=None))
-        started = time.monotonic()
-        told, samples = started, 0
-        watch = Watch(job.recipe, plan.examples, measures=job.worker == 0)
+        begin()
+        told = started = time.monotonic()
+        trainer, watch = Trainer(job, learner), Watch(job.recipe, plan.examples, measures=job.worker == 0)
         for step, share in enumerate(plan.shares(), start=1):
-            if len(share.rows) or not job.skip_empty:
-                learner.step(share)
-            samples += len(share.rows)
+            trainer.take(step, share)
             watch.after(share, learner, last=step == plan.steps)
             if time.monotonic() - told > REPORT_EVERY_SECONDS or step == plan.steps:
                 told = time.monotonic()
-                tell(Progress(worker=job.worker, step=step, steps=plan.steps, loss=watch.loss))
+                late = trainer.late + trainer.passed
+                tell(Progress(worker=job.worker, step=step, steps=plan.steps, loss=watch.loss, late=late))
         ended, training_seconds = time.monotonic(), watch.stop()
     tell(
         Done(
@@ -160,19 +226,23 @@ def train(job: Job, tell: Callable[[Message], None]) -> None:
             started=started,
             ended=ended,
             training_seconds=training_seconds,
-            samples=samples,
+            samples=trainer.samples,
+            pushes=trainer.pushes,
+            late=trainer.late,
+            passed=trainer.passed,
             curve=tuple(watch.curve),
         )
     )
 
 
-def main(pipe: "Connection[Message, Job]") -> None:
-    """Entry point of a worker's process; its job comes over the pipe. Exit status: 0 if it is done, else 1."""
+def main(pipe: "Connection[Message, Job | Begin]") -> None:
+    """Entry point of a worker's process; job and Begin come over the pipe. Exit status: 0 if all is done, else 1."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         job = pipe.recv()
-        failure = _failure(job, pipe.send)
+        assert isinstance(job, Job)
+        failure = _failure(job, pipe.send, pipe.recv)
         if failure is not None:
             pipe.send(failure)
             sys.exit(1)
@@ -184,13 +254,13 @@ def main(pipe: "Connection[Message, Job]") -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _failure(job: Job, tell: Callable[[Message], None]) -> Failed | None:
+def _failure(job: Job, tell: Callable[[Message], None], begin: Callable[[], object]) -> Failed | None:
     """Does a job; returns what went wrong with it."""
     try:
-        train(job, tell)
+        train(job, tell, begin)
     except deltaserve.Error as error:
         text = str(error) + _advice(job, error)
-    except (BrokenPipeError, ConnectionResetError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
