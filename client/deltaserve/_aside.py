@@ -1,84 +1,77 @@
-"""Calls in a thread of their own, where no signal interrupts them."""
+"""Calls in a thread of their own, where no signal interrupts them.
+
+The handlers of signals run in the main thread, between any two instructions of Python: Ctrl+C can end gRPC's code while
+it holds a lock, or has counted a call that it has not begun. Such a channel answers no further call, whatever the
+deadline, and closing it never ends. So the main thread hands the call to a thread and waits, no more, and each step of
+that is one instruction: an interrupt comes before it or after it.
+"""
 
 import threading
-import weakref
+from _thread import start_new_thread  # Thread.start is Python code that waits and holds locks
 from collections.abc import Callable
 from queue import SimpleQueue
 from time import sleep
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 0.01
 
 
-class _Task(Generic[T]):
-    """A function and what became of it."""
+class Aside(Generic[T]):
+    """One call of a function, aside.
 
-    def __init__(self, function: Callable[[], T]) -> None:
+    Args:
+        function: What to call.
+        cancel: Makes it end soon; called, aside too, if the wait for it is interrupted. None means that it may go on.
+    """
+
+    def __init__(self, function: Callable[[], T], cancel: Callable[[], object] | None) -> None:
         self._function = function
+        self._cancel = cancel
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._wake: SimpleQueue[None] = SimpleQueue()
-        self.ended = False
+        self._over = False
+        self._end: SimpleQueue[None] = SimpleQueue()
+        self._begun = threading.Lock()  # taken for good by who makes the call, or sees to it that nobody does
+        self._awaited = threading.Lock()  # held while the main thread waits; `with` lets go of it whatever happens
 
-    def run(self) -> None:
+    def run(self) -> T:
+        """Makes the call, once; returns what the function returned, raises what it raised.
+
+        An interrupt ends the wait. Where the call is then cancelled, its end is waited for: it uses the caller's
+        memory. A second interrupt ends that wait too, though not the cancelling.
+        """
         try:
-            self._result.append(self._function())
-        except BaseException as error:
-            self._error = error
-        self.ended = True
-        self._wake.put(None)
-
-    def wait(self) -> None:
-        self._wake.get()
-
-    def outcome(self) -> T:
-        """Returns or raises what the function did."""
+            with self._awaited:
+                try:
+                    start_new_thread(self._call, ())
+                except RuntimeError:  # the interpreter is about to end
+                    self._call()
+                self._end.get()
+        except BaseException:
+            if self._cancel and not self._begun.acquire(blocking=False) and not self._over:
+                self._end.get()
+            raise
         if self._error:
             raise self._error
         return self._result[0]
 
-
-class Aside:
-    """A thread that runs functions, one at a time, for the main thread, which waits for them.
-
-    The handlers of signals run in the main thread, between any two instructions of Python: Ctrl+C can end gRPC's code
-    while it holds a lock, or has counted a call that it has not begun. Such a channel answers no further call,
-    whatever the deadline, and closing it never ends. Here an interrupt meets the wait alone.
-    """
-
-    def __init__(self) -> None:
-        """Raises RuntimeError where no thread can be started, as when the interpreter is about to end."""
-        self._tasks: SimpleQueue[_Task[Any] | None] = SimpleQueue()
-        # Not at exit: workers that are open still say goodbye then.
-        weakref.finalize(self, self._tasks.put, None).atexit = False
-        threading.Thread(target=_serve, args=(self._tasks,), name="calls", daemon=True).start()
-
-    def run(self, function: Callable[[], T], cancel: Callable[[], object] | None) -> Callable[[], T]:
-        """Runs a function; where the wait for it is interrupted, this object is not to be used again.
-
-        Args:
-            function: What to run.
-            cancel: Makes it end soon; an interrupt waits for that. None means that it may go on by itself.
-
-        Returns:
-            What returns or raises what the function did.
-        """
-        task = _Task(function)
-        self._tasks.put(task)
+    def _call(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            return
         try:
-            task.wait()
-        except BaseException:
-            self._tasks.put(None)
-            while cancel and not task.ended:
-                cancel()
-                sleep(_CANCEL_SECONDS)
-            raise
-        return task.outcome
+            if self._cancel:
+                start_new_thread(self._cancel_when_abandoned, (self._cancel,))
+            self._result.append(self._function())
+        except BaseException as error:
+            self._error = error
+        self._over = True
+        self._end.put(None)
 
-
-def _serve(tasks: "SimpleQueue[_Task[Any] | None]") -> None:
-    while task := tasks.get():
-        task.run()
-        del task  # or what it refers to would live until the next one comes
+    def _cancel_when_abandoned(self, cancel: Callable[[], object]) -> None:
+        with self._awaited:
+            pass
+        while not self._over:
+            cancel()
+            sleep(_CANCEL_SECONDS)

@@ -5,10 +5,11 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from time import monotonic, sleep
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakSet
 
 import grpc
@@ -29,6 +30,9 @@ _MIB = 1 << 20
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MOST_SECONDS = 5.0
 _KEEPALIVE_MS = 20_000
+_STREAM_SECONDS = 86_400
+"""No call is without a deadline."""
+
 _PATIENCE = 3
 """Retries before the user is told, once, that somebody is waited for."""
 
@@ -61,6 +65,13 @@ METHODS: dict[str, MethodDescriptor] = {
 
 class _Closable(Protocol):
     def close(self) -> None: ...
+
+
+class _Failed(NamedTuple):
+    """An attempt that failed, and after how many seconds to try again; None: do not."""
+
+    error: Error
+    wait_seconds: float | None
 
 
 class _Channel:
@@ -104,7 +115,6 @@ class Connection:
         self.timeout_seconds = timeout_seconds
         self._process = os.getpid()
         self._channel: _Channel | None = _Channel(target)
-        self._aside: Aside | None = None
         self.sessions: WeakSet[_Closable] = WeakSet()
 
     def close(self) -> None:
@@ -113,7 +123,7 @@ class Connection:
             session.close()
         channel, self._channel = self._channel, None
         if channel and self._process == os.getpid():
-            channel.close()
+            self._uninterrupted(channel.close, None)
 
     def call(self, method: str, request: Message, *, timeout_seconds: float | None = None) -> Any:
         """Makes a unary call; returns the response message.
@@ -157,14 +167,47 @@ class Connection:
             sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
             call = self._call(method)(sent, timeout=seconds)
             calls[:] = [call]
+            decoded = (codec.decode(message) for message in call)
             try:
-                decoded = map(codec.decode, call)
                 return take(next(decoded), decoded)
             finally:
                 call.cancel()
+                # Let go of here, in this thread: its __del__ is gRPC's code too.
+                decoded.close()
+                calls.clear()
+                del call
 
         # Not left to itself after an interrupt: it writes into the caller's memory.
         return self.retry(attempt, cancel=lambda: [call.cancel() for call in calls])
+
+    def stream(self, method: str, request: Message) -> Iterator[Any]:
+        """Yields the messages of a server-streaming call that has no end, made again where it breaks off.
+
+        Raises:
+            Error: The server refused, or was not reached in time.
+        """
+        kind, data = GetMessageClass(METHODS[method].output_type), request.SerializeToString()
+        calls: list[Any] = []
+
+        def begin(seconds: float) -> bytes:
+            # Its own deadline says nothing of a server that is silent: a call that is to end soon asks first.
+            self._call("GetServerInfo")(b"", timeout=seconds)
+            calls[:] = [self._call(method)(data, timeout=_STREAM_SECONDS)]
+            return next(calls[0])  # type: ignore[no-any-return]
+
+        def cancel() -> None:
+            for call in calls:
+                call.cancel()
+
+        try:
+            while True:
+                message = self.retry(begin, cancel=cancel)
+                with suppress(grpc.RpcError):
+                    while True:
+                        yield kind.FromString(message)
+                        message = self._uninterrupted(lambda: next(calls[0]), cancel)
+        finally:
+            cancel()
 
     def retry(
         self,
@@ -184,32 +227,33 @@ class Connection:
         """
         budget = timeout_seconds or self.timeout_seconds
         deadline = monotonic() + budget
-        for tries in count():
+
+        def tried(seconds: float) -> T | _Failed:
             try:
-                return self._uninterrupted(partial(attempt, max(deadline - monotonic(), 0.001)), cancel)
+                return attempt(seconds)
             except grpc.RpcError as failed:
-                error, wait_seconds = from_call(failed, self.target, budget)
-                most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
-                delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
-                if wait_seconds is None or monotonic() + delay >= deadline:
-                    raise error from None
-                level = logging.WARNING if tries == _PATIENCE else logging.INFO
-                _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
-                sleep(delay)
+                # Without its traceback, a cycle: gRPC's __del__ would run in the thread that collects garbage.
+                return _Failed(*from_call(failed.with_traceback(None), self.target, budget))
+
+        for tries in count():
+            outcome = self._uninterrupted(partial(tried, max(deadline - monotonic(), 0.001)), cancel)
+            if not isinstance(outcome, _Failed):
+                return outcome
+            error, wait_seconds = outcome
+            most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
+            delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
+            if wait_seconds is None or monotonic() + delay >= deadline:
+                raise error
+            level = logging.WARNING if tries == _PATIENCE else logging.INFO
+            _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
+            sleep(delay)
         raise AssertionError("unreachable")
 
     def _uninterrupted(self, attempt: Callable[[], T], cancel: Callable[[], object] | None) -> T:
         """Makes an attempt; an interrupt ends the wait for it, and cancels it if it can."""
-        if threading.current_thread() is not threading.main_thread() or self._process != os.getpid():
+        if threading.get_ident() != threading.main_thread().ident or self._process != os.getpid():
             return attempt()
-        try:
-            aside, self._aside = self._aside or Aside(), None
-        except RuntimeError:
-            return attempt()
-        outcome = aside.run(attempt, cancel)
-        self._aside = aside
-        del aside  # or an error's traceback would hold it, and its thread
-        return outcome()
+        return Aside(attempt, cancel).run()
 
     def _call(self, method: str) -> Any:
         channel = self._channel

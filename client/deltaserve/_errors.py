@@ -36,6 +36,10 @@ class ConflictError(Error):
     """The request contradicts what is there: another layout, another round, other content under the same number."""
 
 
+class StaleGradientError(ConflictError):
+    """The gradient is of weights that are too old. Newer ones are here now: compute it again, or leave it out."""
+
+
 class SessionError(Error):
     """The worker's session is over: fenced by a newer one of the same name, closed, or its lease ran out."""
 
@@ -106,7 +110,7 @@ TABLE: Mapping[str, Row] = {
     "SEQUENCE_REUSED": Row(_EXISTS, ConflictError, "sequence number {sequence} was used for another gradient"),
     "ROUND_CLOSED": Row(
         _PRECONDITION,
-        ConflictError,
+        StaleGradientError,
         "the gradient is of version {base}, its round is of version {current}: pull that, compute again, push",
     ),
     "HYPERPARAMETER_CONFLICT": Row(
@@ -118,6 +122,22 @@ TABLE: Mapping[str, Row] = {
     "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} sessions"),
     "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} models"),
     "DRAINING": Row(grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server is about to stop"),
+    "STALE_BASE": Row(
+        grpc.StatusCode.ABORTED,
+        StaleGradientError,
+        "the gradient is of version {base}, more than {bound} before the current {current}: pull, compute again, push",
+    ),
+    "ROUND_FAILED": Row(
+        grpc.StatusCode.ABORTED,
+        UnavailableError,
+        "the round's time was up with {got} pushes of the {need} that it needs; none was applied: step again",
+    ),
+    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} watchers"),
+    "SLACK_EXCEEDED": Row(
+        _PRECONDITION,
+        UnavailableError,
+        "the worker is {ahead} steps ahead of the slowest, {slack} are allowed: the answer to its last push waits",
+    ),
     "INTERNAL": Row(grpc.StatusCode.INTERNAL, ServerError, "a fault of the server; its log has incident {incident}"),
 }
 

@@ -4,7 +4,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -18,12 +19,17 @@ from deltaserve._flat import FlatVector, contiguous
 from deltaserve._types import (
     Array,
     Hyperparameters,
+    ModelEvent,
     ModelInfo,
     ModelState,
     Policy,
     TensorSpec,
+    from_policy,
     from_tensors,
+    to_groups,
+    to_model_event,
     to_model_info,
+    to_policy,
     to_tensors,
 )
 from deltaserve._worker import Worker
@@ -100,6 +106,51 @@ class Model:
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
         codec = StreamCodec(model_service_pb2.PutStateRequest)
         self._connection.send("PutState", lambda: _messages(codec, header, vectors))
+
+    def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
+        """Changes the hyperparameters, the policy or both, for all workers, from the next update on.
+
+        Pushes that carry hyperparameters of their own, as those of `RemoteAdadelta` do, go on using those.
+
+        Args:
+            groups: By parameter group, as many as there are; None means that they stay.
+            policy: None means that it stays.
+
+        Returns:
+            The first version that is made with the change in place; that after the next where a part of the open round
+            was reduced already in another way than the new policy would.
+
+        Raises:
+            RequestError: A setting is out of range.
+        """
+        request = model_service_pb2.UpdateModelRequest(
+            model=self.name,
+            groups=[group._to_proto() for group in groups or ()],
+            policy=None if policy is None else from_policy(policy),
+        )
+        answer = self._connection.call("UpdateModel", request)
+        self.groups, self.policy = to_groups(answer.config.groups), to_policy(answer.config.policy)
+        return int(answer.first_version)
+
+    def watch(self) -> Generator[ModelEvent, None, None]:
+        """Yields where the model stands, then an event for every version, as they come, until the loop is left.
+
+        Who is slow misses events and is told how many. A connection that breaks is made again.
+
+        Raises:
+            RequestError: The model is gone.
+            UnavailableError: The server was not reached within the timeout, or has its number of watchers.
+        """
+        request = model_service_pb2.WatchModelRequest(model=self.name)
+        last = -1
+        for message in self._connection.stream("WatchModel", request):
+            event = to_model_event(message)
+            if event.version == last:  # the connection was made again, and nothing happened meanwhile
+                continue
+            if 0 <= last < event.version:
+                event = replace(event, missed=event.version - last - 1)
+            last = event.version
+            yield event
 
     def extend(
         self,

@@ -3,10 +3,15 @@
 import logging
 import os
 import threading
+import weakref
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
+from deltaserve._aside import Aside
 from deltaserve._connection import Connection
 from deltaserve._errors import Error, UnavailableError
+from deltaserve._failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
@@ -15,7 +20,7 @@ _GOODBYE_SECONDS = 2.0
 
 
 class Session:
-    """A session; its lease is renewed at a third of it by a thread of its own.
+    """A session; its lease is renewed at a third of it by a thread of its own, for as long as somebody holds it.
 
     Args:
         connection: To the server.
@@ -49,15 +54,19 @@ class Session:
             group_count=group_count,
         )
         self.opened: rpc.OpenSessionResponse = connection.call("OpenSession", request)
+        failpoint("worker.opened")
         self.id: dict[str, Any] = {
             "model": model,
             "session_id": self.opened.session_id,
             "epoch": self.opened.epoch,
         }
         self._process = os.getpid()
-        self._closed = threading.Event()
+        self._open = True
+        self._closed: SimpleQueue[None] = SimpleQueue()
         connection.sessions.add(self)
-        threading.Thread(target=self._renew_until_closed, name=f"lease of {worker}", daemon=True).start()
+        renewal = weakref.ref(self), self._closed, self.opened.lease_seconds / 3
+        thread = threading.Thread(target=_renew, args=renewal, name=f"lease of {worker}", daemon=True)
+        Aside(thread.start, None).run()
 
     def keep(self, timeout_seconds: float | None = None) -> rpc.KeepSessionResponse:
         """Renews the lease; returns what the server has of this session."""
@@ -68,28 +77,40 @@ class Session:
 
     def close(self) -> None:
         """Ends the session, once; in a forked child it does nothing: the session is the parent's."""
-        if self._closed.is_set() or self._process != os.getpid():
+        if not self._open or self._process != os.getpid():
             return
-        self._closed.set()
+        self._open = False
+        self._closed.put(None)
         request = rpc.CloseSessionRequest(**self.id)
         try:
             self._connection.call("CloseSession", request, timeout_seconds=_GOODBYE_SECONDS)
         except (Error, ValueError) as error:
             _log.info("worker %s: the session ends with its lease: %s", self._worker, error)
 
-    def _renew_until_closed(self) -> None:
-        seconds = self.opened.lease_seconds / 3
-        while not self._closed.wait(seconds):
-            try:
-                self.keep(seconds)
-            except (Error, ValueError) as error:
-                if self._closed.is_set():
-                    return
-                passes = _passes(error)
-                level = logging.INFO if passes else logging.WARNING
-                _log.log(level, "worker %s: the lease was not renewed: %s", self._worker, error)
-                if not passes:
-                    return
+    def renew(self, timeout_seconds: float) -> bool:
+        """Renews the lease in the background; returns whether that is to go on."""
+        failpoint("worker.renewing")
+        try:
+            self.keep(timeout_seconds)
+        except (Error, ValueError) as error:
+            if not self._open:
+                return False
+            passes = _passes(error)
+            level = logging.INFO if passes else logging.WARNING
+            _log.log(level, "worker %s: the lease was not renewed: %s", self._worker, error)
+            return passes
+        return self._open
+
+
+def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", seconds: float) -> None:
+    """Renews a session every so often until it is closed, or nobody's: the one who opened it may be interrupted."""
+    while True:
+        with suppress(Empty):
+            return closed.get(timeout=seconds)
+        session = reference()
+        if not (session and session.renew(seconds)):
+            return None
+        del session
 
 
 def _passes(error: Exception) -> bool:

@@ -1,7 +1,8 @@
 """The public values: what a caller gives and gets. No protobuf type among them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +38,54 @@ class Hyperparameters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sync:
-    """Workers wait for each other: a round closes when every live one has pushed; the update takes the mean.
+    """Workers wait for each other: a round closes, and makes an update, when every live one has pushed.
 
     Attributes:
         min_workers: A round needs at least this many pushes, >= 1.
+        quorum: So many pushes are enough, once `grace_seconds` have passed; None means that all are awaited.
+        grace_seconds: How long a round with a quorum still waits for the rest.
+        round_timeout_seconds: How long a round lasts from its first push: then it closes with what it has, or fails
+            below `min_workers`. None means without end.
+        reduction: How the pushes become one gradient, element by element: "mean", weighted; "trimmed_mean", of which
+            `trim` workers that push nonsense cannot move an element out of the others' range; "median".
+        trim: Values that "trimmed_mean" leaves out at either end; `min_workers` is at least 2 * trim + 1.
+        clip_norm: A push of a larger L2 norm is scaled down to this one; None means that none is.
     """
 
     min_workers: int = 1
+    quorum: int | None = None
+    grace_seconds: float = 0.0
+    round_timeout_seconds: float | None = None
+    reduction: Literal["mean", "trimmed_mean", "median"] = "mean"
+    trim: int = 0
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Async:
-    """Workers never wait: every push is an update at once."""
+    """Workers never wait: every push is an update at once.
+
+    Attributes:
+        max_staleness: A push computed on weights more versions old is refused; None means that none is.
+        damping: Divide lr by 1 + the push's staleness (Zhang et al., 2016, arXiv:1511.05950).
+    """
+
+    max_staleness: int | None = None
+    damping: bool = False
 
 
-Policy = Sync | Async
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounded:
+    """Every push is an update at once, but a worker that is too far ahead waits (Ho et al., 2013).
+
+    Attributes:
+        slack: How many steps it may be ahead of the slowest live worker, >= 0.
+    """
+
+    slack: int = 0
+
+
+Policy = Sync | Async | Bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +173,65 @@ class StepResult:
         duplicate: An earlier attempt at this push had been applied already; this is its result.
         staleness: How many versions the weights had moved on between push and update; None when no longer known.
         contributors: How many pushes made the update; None when no longer known.
-        hyperparameters: What the update used, by group.
+        gradient_norm: L2 norm of the push's gradient, before any clipping; None when no longer known.
+        update_norm: L2 norm of the change of the weights; None when no longer known.
+        hyperparameters: What the update used, by group; lr after damping.
     """
 
     version: int
     duplicate: bool
     staleness: int | None
     contributors: int | None
+    gradient_norm: float | None
+    update_norm: float | None
     hyperparameters: tuple[Hyperparameters, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushStatus:
+    """Where a push stands.
+
+    Attributes:
+        state: "waiting" is for its round; "not accepted" also where it has not come yet.
+        final: Whether that will not change any more.
+        result: Of a push that was applied; else None.
+    """
+
+    state: Literal["not accepted", "waiting", "applied"]
+    final: bool
+    result: StepResult | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contribution:
+    """One push in an update, as in the proto's message of this name."""
+
+    worker: str
+    epoch: int
+    sequence: int
+    staleness: int
+    weight: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEvent:
+    """A version that a model has reached.
+
+    Attributes:
+        version: The version.
+        contributions: The pushes of its update, by worker name; empty where no update made it, and in the first event
+            after a connection was made.
+        hyperparameters: What the update used, by group; lr after damping. Empty likewise.
+        update_norm: L2 norm of the change of the weights; None likewise.
+        missed: How many events before this one were left out, because they were not taken in time.
+    """
+
+    version: int
+    contributions: tuple[Contribution, ...]
+    hyperparameters: tuple[Hyperparameters, ...]
+    update_norm: float | None
+    missed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +247,7 @@ class Limits:
     lease_seconds_min: float
     lease_seconds_max: float
     lease_seconds_default: float
+    watchers: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,9 +275,11 @@ class ServerInfo:
 
 def to_policy(message: common_pb2.Policy) -> Policy:
     """Returns the policy of a message."""
-    if message.WhichOneof("policy") == "sync":
-        return Sync(min_workers=message.sync.min_workers)
-    return Async()
+    which = message.WhichOneof("policy")
+    given = {field.name: value for field, value in getattr(message, which).ListFields()} if which else {}
+    if which == "sync":
+        return Sync(**(given | {"reduction": _reduction(given["reduction"])}))
+    return Bounded(**given) if which == "bounded" else Async(**given)
 
 
 def from_policy(policy: Policy) -> common_pb2.Policy:
@@ -199,14 +287,33 @@ def from_policy(policy: Policy) -> common_pb2.Policy:
 
     Raises:
         TypeError: It is none.
+        ValueError: A setting is one that no message can hold.
     """
-    if isinstance(policy, Sync):
-        return common_pb2.Policy(sync=common_pb2.SyncPolicy(min_workers=policy.min_workers))
-    if not isinstance(policy, Async):
-        raise TypeError(f"policy: expected Sync(...) or Async(), got {policy!r}")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy: expected Sync(...), Async(...) or Bounded(...), got {policy!r}")
     message = common_pb2.Policy()
-    getattr(message, "async").SetInParent()  # a keyword of Python
+    part = getattr(message, type(policy).__name__.lower())
+    part.SetInParent()
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if field.name == "reduction":
+            part.reduction = _reduction_number(value)
+        elif value is not None and value != field.default:
+            try:
+                setattr(part, field.name, value)
+            except ValueError:
+                raise ValueError(f"{field.name}: expected a whole number of at least 0, got {value!r}") from None
     return message
+
+
+def _reduction(number: "common_pb2.Reduction.ValueType") -> str:
+    return common_pb2.Reduction.Name(number).removeprefix("REDUCTION_").lower()
+
+
+def _reduction_number(name: str) -> int:
+    if name not in ("mean", "trimmed_mean", "median"):
+        raise ValueError(f"reduction: expected mean, trimmed_mean or median, got {name!r}")
+    return common_pb2.Reduction.Value(f"REDUCTION_{name.upper()}")
 
 
 def to_groups(messages: Sequence[common_pb2.Hyperparameters]) -> tuple[Hyperparameters, ...]:
@@ -270,7 +377,39 @@ def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
         duplicate=message.duplicate,
         staleness=message.staleness if message.HasField("staleness") else None,
         contributors=message.contributors if message.HasField("contributors") else None,
+        gradient_norm=message.gradient_norm if message.HasField("gradient_norm") else None,
+        update_norm=message.update_norm if message.HasField("update_norm") else None,
         hyperparameters=to_groups(message.hyperparameters),
+    )
+
+
+_STATES: Mapping[int, Literal["waiting", "applied"]] = {
+    worker_service_pb2.PUSH_STATE_WAITING: "waiting",
+    worker_service_pb2.PUSH_STATE_APPLIED: "applied",
+}
+
+
+def to_push_status(message: worker_service_pb2.GetPushResponse) -> PushStatus:
+    """Returns what GetPush answered."""
+    return PushStatus(
+        state=_STATES.get(message.state, "not accepted"),
+        final=message.final,
+        result=to_step_result(message.result) if message.HasField("result") else None,
+    )
+
+
+def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
+    """Returns a message of WatchModel."""
+    update = message.update
+    names = [field.name for field in model_service_pb2.Contribution.DESCRIPTOR.fields]
+    return ModelEvent(
+        version=message.position.version,
+        contributions=tuple(
+            Contribution(**{name: getattr(one, name) for name in names}) for one in update.contributions
+        ),
+        hyperparameters=to_groups(update.hyperparameters),
+        update_norm=update.update_norm if message.HasField("update") else None,
+        missed=message.missed,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,10 +12,19 @@ from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection, incarnation
-from deltaserve._errors import ConflictError, Error, StateLostError
+from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, StateLostError
+from deltaserve._failpoints import failpoint
 from deltaserve._flat import ELEMENT_BYTES, FlatVector, contiguous
 from deltaserve._session import Session
-from deltaserve._types import Array, Hyperparameters, StepResult, TensorSpec, to_step_result
+from deltaserve._types import (
+    Array,
+    Hyperparameters,
+    PushStatus,
+    StepResult,
+    TensorSpec,
+    to_push_status,
+    to_step_result,
+)
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
@@ -34,7 +44,7 @@ class Worker:
         name: The worker's name.
         rank: The lowest number that no other live worker of the model had when this one came.
         tensors: The layout as this worker knows it.
-        last_result: What became of the last push; None before the first.
+        last_result: What became of the last push; None before the first, and where it was refused.
     """
 
     def __init__(
@@ -49,20 +59,27 @@ class Worker:
         self._connection = connection
         self._model = model
         self.name = name
-        self._session = Session(connection, model, name, lease_seconds, len(tensors), group_count)
-        # Before anything can fail: a session without an owner would be renewed for as long as the process lives.
-        self._finalize = weakref.finalize(self, self._session.close)
-        opened = self._session.opened
-        self.rank: int = opened.rank
         self.tensors = tensors
         self.last_result: StepResult | None = None
+        self._own: dict[str, Array] | None = None
+        self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
+        self._join()
+
+    def _join(self) -> None:
+        """Opens a session and starts from the beginning with it."""
+        session = self._open_session()
+        finalize = weakref.finalize(self, session.close)
+        opened = session.opened
+        # From here on without a call that could be interrupted: the numbers are those of this session.
+        self._session = session
+        self._finalize = finalize
+        self.rank: int = opened.rank
         self._position = opened.position
-        self._first_version = opened.first_version
+        self._first_version: int = opened.first_version
+        self._version: int | None = None
         self._sequence = 1
         self._sent = False
         self._torn = False
-        self._own: dict[str, Array] | None = None
-        self._version: int | None = None
 
     @property
     def version(self) -> int:
@@ -87,7 +104,9 @@ class Worker:
             Error: See there.
         """
         arrays = self._memory(out)
+        own = dict(arrays) if out is None else None
         self._pull(FlatVector(list(arrays.values())), self._first_version if self._version is None else None)
+        self._own = own
         return arrays
 
     def step(
@@ -95,52 +114,88 @@ class Worker:
         gradients: Mapping[str, ArrayLike | None],
         *,
         hyperparameters: Sequence[Hyperparameters] | None = None,
+        weight: float = 1.0,
         out: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Pushes a gradient and returns the weights after the update that it became part of, or newer ones.
 
-        Under `Sync` it waits for the round. Where it raises without a `reason`, or is interrupted, the push may have
-        been accepted all the same: called again with the same gradients, it finds out and does not push twice.
+        Under `Sync` it waits for the round, under `Bounded` for slower workers. Where it raises without a `reason`, or
+        is interrupted, the push may have been accepted all the same: called again with the same gradients, it finds
+        out and does not push twice.
 
         Args:
             gradients: By tensor name, of the tensor's shape, converted to float32. None for a tensor without a
                 gradient: it keeps its weights and state, unless another worker of the round has one.
             hyperparameters: For this update, by parameter group; None means the model's own.
+            weight: How much it counts in the mean of its round, for instance its number of samples; 1e-9 to 1e9.
             out: By tensor name: C-contiguous float32 arrays to write the weights to; None means the worker's memory.
 
         Raises:
             ValueError: A tensor is missing, unknown or has another shape.
             TypeError: A gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
-            ConflictError: Workers of one round pushed different hyperparameters, or the gradient is of weights that are
-                too old, or that arrived in part only; those are whole again now: compute it again.
-            SessionError: The session is over.
+            StaleGradientError: The gradient is of weights that are too old for the round or for `max_staleness`, or
+                that had arrived in part only; or the lease had run out. Newer weights are in place now, where needed
+                in a new session.
+            ConflictError: Workers of one round pushed different hyperparameters.
+            SessionError: The session is over, because a newer one of this name was opened, or it was closed; a note
+                says what became of the last push.
             StateLostError: The server was restarted without the model.
-            UnavailableError: The server was not reached, or the round did not close, within the timeout.
+            UnavailableError: The server was not reached, or the round did not close, within the timeout; or the round
+                failed for want of workers.
         """
         if self._version is None:
             self.pull(out=out)
         pushed, absent = self._gradients(gradients)
         arrays = self._memory(out)
+        own = dict(arrays) if out is None else None
         target = FlatVector(list(arrays.values()))
-        sent, torn, base = self._sent, self._torn, self._version
-        if torn and not sent:
+        sent, torn = self._sent, self._torn
+        mended = StaleGradientError(self._torn_text()) if torn else None
+        if mended and not sent:
             self._pull(target, None)
-            raise ConflictError(self._torn_text())
+            raise mended
+        header = self._header(absent, hyperparameters, weight)
         try:
-            self._push(self._header(absent, hyperparameters, base), pushed, absent, target)
+            self._push(header, pushed, absent, target)
         except ConflictError as error:
             if error.reason != "SEQUENCE_REUSED" or not sent:
                 raise
             self._skip_accepted(target)
-            if torn:
-                raise ConflictError(self._torn_text()) from None
-            self._push(self._header(absent, hyperparameters, base), pushed, absent, target)
+            if mended:
+                raise mended from None
+            header.sequence = self._sequence
+            self._push(header, pushed, absent, target)
+        except SessionError as error:
+            if error.reason != "SESSION_UNKNOWN" or not self._finalize.alive:
+                raise
+            self._rejoin(target)
+        self._own = own
         return arrays
+
+    def get_push(self, sequence: int | None = None) -> PushStatus:
+        """Returns what became of a push, also when the session is over.
+
+        Args:
+            sequence: Its number, 1 for the first; None means the last one that was sent.
+
+        Raises:
+            ValueError: Nothing was pushed yet, or there is no such number.
+            SessionError: The session ended too long ago.
+        """
+        number = self._last_number if sequence is None else sequence
+        if number < 1:
+            problem = "there is no push yet" if sequence is None else f"sequence: expected 1 or more, got {sequence}"
+            raise ValueError(problem)
+        status = self._ask(self._session, number)
+        if status is None:
+            raise SessionError("the session ended too long ago")
+        return status
 
     def close(self) -> None:
         """Ends the session. A push that waits for its round still counts."""
-        self._finalize()
+        self._session.close()  # not the finalizer's: interrupted, that would not be there for a second try
+        self._finalize.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -171,37 +226,48 @@ class Worker:
         return FlatVector(arrays), absent
 
     def _header(
-        self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, base_version: int | None
+        self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, weight: float
     ) -> rpc.PushHeader:
         return rpc.PushHeader(
             **self._session.id,
             sequence=self._sequence,
-            base_version=base_version,
+            base_version=self._version,
             absent_tensors=absent,
             hyperparameters=[group._to_proto() for group in hyperparameters or ()],
+            weight=weight,
         )
 
     def _push(self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector) -> None:
+        failpoint("worker.before_send")
         unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
         # From here on an interrupt, or the refusal of a second attempt, says nothing of what became of the first.
-        self._sent = True
+        self._sent, self.last_result = True, None
         try:
             take = self._step_unary if unary else self._step_stream
             result, position = take(header, pushed, absent, target)
+        except StaleGradientError as error:
+            self._catch_up(error, target)
+            raise
         except Error as error:
             raise self._explained(error) from None
-        self._moved(position)
         self.last_result = to_step_result(result)
+        if self.last_result.duplicate:
+            _log.info("worker %s: push %d had been applied by an earlier attempt", self.name, self._sequence)
+        self._moved(position)
+        # Last, and without a call that could be interrupted: until then the answer counts as lost.
         self._sequence += 1
         self._sent = False
+        failpoint("worker.recorded")
 
     def _step_unary(
         self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
     ) -> tuple[Any, Any]:
         gradient = b"".join(part for _, parts in pushed.chunks(absent) for part in parts)
         answer = self._connection.call("Step", rpc.StepRequest(header=header, gradient=gradient))
+        failpoint("worker.acknowledged")
         self._check(answer.position)
-        target.write(0, memoryview(answer.weights))
+        self._write([Piece("weights", 0, memoryview(answer.weights))], target)
+        self._torn = False
         return answer.result, answer.position
 
     def _step_stream(
@@ -213,8 +279,11 @@ class Worker:
             yield codec.header(header)
             for offset, parts in pushed.chunks(absent):
                 yield codec.chunk("gradient", offset, parts)
+                failpoint("worker.mid_body")
+            failpoint("worker.sent")
 
         def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
+            failpoint("worker.acknowledged")
             self._check(answer.position)
             self._write(pieces, target)
             return answer.result, answer.position
@@ -236,13 +305,55 @@ class Worker:
         except Error as error:
             raise self._explained(error) from None
 
+    def _catch_up(self, error: StaleGradientError, target: FlatVector) -> None:
+        """Takes the weights that a gradient should have been of. Its number is free: no attempt at it is accepted."""
+        error.add_note("Newer weights are in place now.")
+        self._sent = False
+        # Last: whoever is interrupted later must not take the gradient for one of these weights.
+        self._pull(target, int(error.metadata["current"]))
+
+    def _rejoin(self, target: FlatVector) -> None:
+        """Goes on in a new session where the lease of the old one ran out, as after a pause or a long silence.
+
+        Raises:
+            StaleGradientError: The last push did not become part of an update.
+        """
+        ended, finalize, number = self._session, self._finalize, self._sequence
+        self._join()
+        failpoint("worker.rejoined")
+        finalize.detach()
+        _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
+        push = self._ask(ended, number)
+        while push and not push.final:  # its round is under way, and the new session is to start after it
+            self._pull(target, self.version)
+            self._torn = True
+            push = self._ask(ended, number)
+        self.last_result = push.result if push else None
+        stale = StaleGradientError(
+            f"worker {self.name}: the lease had run out; the gradient is left out, a new session is open and newer "
+            "weights are in place"
+        )
+        # Last: whoever is interrupted later must not take the gradient for one of these weights.
+        self._pull(target, self.version)
+        if not self.last_result:
+            raise stale
+
+    def _ask(self, session: Session, number: int) -> PushStatus | None:
+        """Returns what became of a push; None where it is no longer known."""
+        request = rpc.GetPushRequest(model=self._model, session_id=session.id["session_id"], sequence=number)
+        try:
+            return to_push_status(self._connection.call("GetPush", request))
+        except SessionError:
+            return None
+
     def _skip_accepted(self, target: FlatVector) -> None:
         """Goes on after an interrupted push that was accepted: it counts, and the next one takes the next number."""
-        kept = self._session.keep()
+        version = self._session.keep().position.version  # asked for first: a push that waits later makes a newer one
+        push = self.get_push()
         _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
-        waits = kept.last_applied_sequence < kept.last_accepted_sequence
-        self._pull(target, kept.position.version + waits)
-        self._sequence = kept.last_accepted_sequence + 1
+        self._pull(target, version + (push.state == "waiting"))
+        self.last_result = push.result or self.get_push().result
+        self._sequence += 1
         self._sent = False
 
     def _check(self, position: common_pb2.ModelPosition) -> None:
@@ -264,15 +375,18 @@ class Worker:
         self._torn = True
         for piece in pieces:
             target.write(piece.offset, piece.data)
+            failpoint("worker.mid_answer")
 
     def _torn_text(self) -> str:
         return (
-            f"worker {self.name}: weights had arrived in part only, and the gradient is of those; they are whole now, "
-            f"of version {self._version}: compute it again"
+            f"worker {self.name}: weights had arrived in part only, and the gradient is of those; they are whole now: "
+            "compute it again"
         )
 
     def _explained(self, error: Error) -> Error:
         """Returns the error, or what it means where the server is another than the session was opened with."""
+        if isinstance(error, SessionError):
+            error.add_note(self._fate())
         if error.reason not in ("MODEL_NOT_FOUND", "SESSION_UNKNOWN"):
             return error
         if incarnation(self._connection) in (None, self._position.incarnation):
@@ -285,11 +399,23 @@ class Worker:
             metadata=error.metadata,
         )
 
+    @property
+    def _last_number(self) -> int:
+        """The number of the last push that was sent; 0 before the first."""
+        return self._sequence if self._sent else self._sequence - 1
+
+    def _fate(self) -> str:
+        """Says what became of the last push, for a session that is over."""
+        try:
+            push = self.get_push()
+        except (Error, ValueError):
+            return "What became of its last push is not known."
+        version = f", as part of version {push.result.version}" if push.result else ""
+        return f"Its last push, number {self._last_number}: {push.state}{version}."
+
     def _memory(self, out: Mapping[str, Array] | None) -> dict[str, Array]:
         if out is None:
-            if self._own is None:
-                self._own = {spec.name: np.empty(spec.shape, np.float32) for spec in self.tensors}
-            return dict(self._own)
+            return dict(self._own or {spec.name: np.empty(spec.shape, np.float32) for spec in self.tensors})
         arrays = {spec.name: _checked(spec, out) for spec in self.tensors}
         self._own = None  # no longer the newest
         return arrays

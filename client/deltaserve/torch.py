@@ -1,5 +1,6 @@
 """`RemoteAdadelta`: a `torch.optim.Optimizer` whose state and update live on a deltaserve server."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn, Self, overload
@@ -10,8 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from deltaserve._client import connect
+from deltaserve._errors import RequestError, StaleGradientError
 from deltaserve._types import Array, Hyperparameters, ModelState, Policy, StepResult
 from deltaserve._worker import Worker
+
+_log = logging.getLogger("deltaserve")
+
+LocalOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Makes an optimizer of parameter groups, each of its "params" alone; as `torch.optim.SGD` with its lr given does."""
 
 _HYPERPARAMETERS = ("lr", "rho", "eps", "weight_decay", "maximize")
 
@@ -29,6 +36,14 @@ class RemoteAdadelta(torch.optim.Optimizer):
     The server's weights are the model's: change parameters in another way (`load_state_dict` of the module, say) before
     making the optimizer, or call `load_state_dict` of the optimizer afterwards, which puts both on the server.
 
+    A gradient of weights that are too old, because a synchronous round closed without it or it is beyond
+    `max_staleness`, is left out: a warning is logged, `last_result` is None, and the parameters have the newer weights.
+
+    With `local_steps`, each worker trains by itself for so many steps, with an optimizer of its own that
+    `local_optimizer` makes; then the difference of the weights is pushed as one gradient, and Adadelta is the outer
+    optimizer (Reddi et al., 2020, arXiv:2003.00295; DiLoCo: Douillard et al., 2023, arXiv:2311.08105). The local
+    optimizer keeps its state from one push to the next.
+
     Args:
         params: Parameters, parameter groups, or named parameters, whose names then name the tensors on the server.
         target: HOST:PORT of the server.
@@ -40,10 +55,13 @@ class RemoteAdadelta(torch.optim.Optimizer):
         maximize: Likewise.
         policy: When a push becomes an update; None means `deltaserve.Async()`.
         worker: This worker's name; None makes one up.
+        local_steps: How many steps of the local optimizer make one push.
+        local_optimizer: Makes it, for instance `functools.partial(torch.optim.SGD, lr=0.1)`; None means that gradients
+            are pushed as they are.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or `local_steps` is without a local optimizer.
         TypeError: A parameter is no real floating-point tensor.
         ConflictError: The model exists and differs; the message says in what.
         UnavailableError: The server was not reached.
@@ -71,8 +89,14 @@ class RemoteAdadelta(torch.optim.Optimizer):
         maximize: bool = False,
         policy: Policy | None = None,
         worker: str | None = None,
+        local_steps: int = 1,
+        local_optimizer: LocalOptimizer | None = None,
         timeout_seconds: float = 120.0,
     ) -> None:
+        if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
+            raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
+        self._make_local = local_optimizer
+        self._local: _LocalSteps | None = None
         self._worker: Worker | None = None
         self._staged: dict[Tensor, Array] = {}
         self._names: dict[Tensor, str] = {}
@@ -88,6 +112,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
                 policy=policy,
             )
             self._name = worker
+            if local_optimizer:
+                self._local = _LocalSteps(self, local_optimizer, local_steps)
             self._join()
         except BaseException:
             self._client.close()
@@ -99,41 +125,66 @@ class RemoteAdadelta(torch.optim.Optimizer):
         return self._joined.rank
 
     @property
+    def version(self) -> int:
+        """The version of the weights that the parameters have, before any local steps."""
+        return self._joined.version
+
+    @property
     def last_result(self) -> StepResult | None:
-        """What became of the last push; None before the first."""
+        """What became of the last push; None before the first, and where it was left out or refused."""
         return self._joined.last_result
 
+    @property
+    def local_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer of the local steps, for schedulers and checkpoints; None where there is none."""
+        return self._local.optimizer if self._local else None
+
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, weight: float = 1.0) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, weight: float = 1.0) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Pushes the gradients and writes the new weights into the parameters.
+    def step(self, closure: Callable[[], float] | None = None, *, weight: float = 1.0) -> float | None:
+        """Pushes the gradients and writes the new weights into the parameters; or makes a local step.
 
         Args:
             closure: Evaluates the model again and returns the loss.
+            weight: How much the gradient counts in the mean of its round, for instance its number of samples. Those of
+                local steps add up.
 
         Raises:
             Error: As `deltaserve.Worker.step` raises it. Where the connection broke while weights came, the parameters
-                are of two versions; the next step puts them right, and raises ConflictError instead of pushing.
+                are of two versions; the next step leaves its gradient out and puts them right.
         """
+        if self._local:
+            return self._local.step(closure, weight)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         gradients = {name: None if param.grad is None else _gradient(param.grad) for name, param in self._named()}
-        out = self._out()
-        self._joined.step(gradients, hyperparameters=self._hyperparameters(), out=out)
-        self._written(out)
+        self._exchange(gradients, weight)
         return loss
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Pushes what the local steps since the last push have made, if anything, as the end of training asks for.
+
+        Raises:
+            Error: As from `step`.
+        """
+        if self._local:
+            self._local.push()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, on the server too; its weights are this worker's, unless another added it before."""
+        self.flush()
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
             _check(self.param_groups[index])
+            if self._make_local and self.param_groups[index]["maximize"]:
+                raise ValueError("maximize belongs to the local optimizer, which takes the steps")
             self._give_names(index)
             if self._worker:
                 self._extend(index)
@@ -142,6 +193,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
                 self._names.pop(param, None)
             raise
         if self._worker:
+            if self._local:
+                self._local.optimizer.add_param_group({"params": param_group["params"]})
             older = self._worker
             self._join()  # takes the older session's place in a round
             older.close()
@@ -211,6 +264,22 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._joined.pull(out=out)
         self._written(out)
 
+    def _exchange(self, gradients: dict[str, Array | None], weight: float) -> None:
+        """Pushes gradients and takes the weights."""
+        worker, out = self._joined, self._out()
+        before = worker.version
+        try:
+            worker.step(gradients, hyperparameters=self._hyperparameters(), weight=weight, out=out)
+        except StaleGradientError as error:
+            base = error.metadata.get("base")
+            why = f"of version {base}, which is too old: version {worker.version} is here now" if base else error
+            _log.warning("worker %s: a gradient is left out: %s", worker.name, why)
+        except BaseException:
+            if worker.version != before:  # weights came all the same, to mend what had come in part
+                self._written(out)
+            raise
+        self._written(out)
+
     # --- parameters as named arrays
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
@@ -270,6 +339,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
                 increment_version(param)
             else:
                 param.copy_(torch.from_numpy(out[name]))
+        if self._local:
+            self._local.begin()
 
     # --- state dicts
 
@@ -305,6 +376,66 @@ class RemoteAdadelta(torch.optim.Optimizer):
             acc_delta=vectors["acc_delta"],
             update_counts={name: int(state.get("step", 0)) for name, (_, state) in held.items()},
         )
+
+
+class _LocalSteps:
+    """Steps of a worker's own optimizer, and the difference that they make.
+
+    Args:
+        remote: What pushes it.
+        make: Makes the optimizer.
+        count: How many steps make one push.
+    """
+
+    def __init__(self, remote: RemoteAdadelta, make: LocalOptimizer, count: int) -> None:
+        self.optimizer = make([{"params": list(group["params"])} for group in remote.param_groups])
+        self._remote = remote
+        self._count = count
+        self._pushed: dict[str, Array | None] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from the present weights on."""
+        self._base = {name: _to_host(param).copy() for name, param in self._remote._named()}
+        self._moved: set[str] = set()
+        self._done = 0
+        self._weight = 0.0
+        self._pushed = None
+
+    def step(self, closure: Callable[[], float] | None, weight: float) -> float | None:
+        """Makes a local step, and pushes after the last."""
+        if self._pushed:  # what became of it is not known: until it is, no further step is made
+            self.push()
+            return None
+        loss = self.optimizer.step(closure) if closure else self.optimizer.step()
+        self._moved |= {name for name, param in self._remote._named() if param.grad is not None}
+        self._done += 1
+        self._weight += weight
+        if self._done >= self._count:
+            self.push()
+        return loss
+
+    def push(self) -> None:
+        """Pushes the difference; a call that raised is made good by the next, which pushes the same.
+
+        Raises:
+            RequestError: The server refuses it for good; the parameters are as they were before the local steps.
+            Error: As from `RemoteAdadelta.step`.
+        """
+        if not self._done:
+            return
+        if self._pushed is None:
+            self._pushed = {
+                name: self._base[name] - _to_host(param) if name in self._moved else None
+                for name, param in self._remote._named()
+            }
+        try:
+            self._remote._exchange(self._pushed, self._weight)
+        except RequestError:  # as where the local steps have led to infinity
+            for name, param in self._remote._named():
+                param.copy_(torch.from_numpy(self._base[name]))
+            self.begin()
+            raise
 
 
 _KINDS: tuple[Callable[[Any], Any], ...] = (float, float, float, float, bool)

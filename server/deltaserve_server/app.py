@@ -72,7 +72,7 @@ class Server:
         memory_bytes = self.config.memory_bytes or place.memory_bytes
         self._registry = Registry(self.config, memory_bytes, self.incarnation, place.make_store, self._health)
         # Twice: a worker may retry while the server has not yet seen that its first call is gone.
-        workers = 2 * self.config.sessions + _SPARE_THREADS
+        workers = 2 * self.config.sessions + self.config.watchers + _SPARE_THREADS
         self._grpc = grpc.server(ThreadPoolExecutor(workers, "rpc"), options=_options(self.config))
         self._add_services()
         self._target: str | None = None

@@ -41,6 +41,7 @@ class ServerConfig:
         message_bytes: Largest message; gRPC's own default, which every client accepts.
         models: Models at a time.
         sessions: Live sessions at a time, over all models.
+        watchers: Calls of WatchModel at a time, over all models.
         lease_seconds: The lease of a session that does not ask for one.
         lease_seconds_min: Shortest lease.
         lease_seconds_max: Longest lease.
@@ -55,6 +56,7 @@ class ServerConfig:
     message_bytes: int = 4 * MIB
     models: int = 64
     sessions: int = 256
+    watchers: int = 64
     lease_seconds: float = 30.0
     lease_seconds_min: float = 1.0
     lease_seconds_max: float = 3600.0
@@ -64,7 +66,7 @@ class ServerConfig:
         host, separator, port = self.bind.rpartition(":")
         if not separator or not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"bind: expected HOST:PORT, got {self.bind!r}")
-        for name in ("threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions"):
+        for name in ("threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -1,5 +1,6 @@
 """Servers to kill and stop, a line to cut, programs to interrupt."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -130,7 +131,14 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
+
+    def kill(self) -> None:
+        """Ends it at once, with the processes that it has forked."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
 
     def line(self) -> str:
         """Returns the next line that it prints."""
@@ -192,8 +200,7 @@ def start_program() -> Iterator[StartProgram]:
 
         def start(source: str, *arguments: str) -> Program:
             program = Program(source, *arguments)
-            stack.callback(program.process.communicate)
-            stack.callback(program.process.kill)
+            stack.callback(program.kill)
             return program
 
         yield start

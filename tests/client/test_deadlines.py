@@ -33,7 +33,7 @@ class Scene:
         self.state, self.large_state = self.model.pull_state(), self.large.pull_state()
         self.worker, self.fresh, self.closing = (self.model.worker(name) for name in ("a", "b", "c"))
         self.large_worker = self.large.worker("a")
-        self.worker.pull()
+        self.worker.step(SMALL)
         self.large_worker.pull()
 
 
@@ -49,12 +49,15 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "Model.pull_state": lambda scene: scene.model.pull_state(),
     "Model.put_state": lambda scene: scene.model.put_state(scene.state),
     "Model.put_state of many chunks": lambda scene: scene.large.put_state(scene.large_state),
+    "Model.update": lambda scene: scene.model.update(policy=deltaserve.Bounded(slack=1)),
     "Model.extend": lambda scene: scene.model.extend({"x": np.zeros(3)}),
     "Model.delete": lambda scene: scene.model.delete(),
     "Worker.pull": lambda scene: scene.worker.pull(),
     "Worker.step": lambda scene: scene.worker.step(SMALL),
     "Worker.step of many chunks": lambda scene: scene.large_worker.step(LARGE),
+    "Worker.get_push": lambda scene: scene.worker.get_push(),
     "Worker.weights": lambda scene: scene.fresh.weights,
+    "Model.watch": lambda scene: next(scene.model.watch()),
 }
 
 AT_ONCE = {"Client.target", "Client.close", "Worker.close", "Worker.version"}

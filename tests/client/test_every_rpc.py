@@ -33,6 +33,7 @@ class Scene:
         self.client = client
         self.model = client.create_model("small", SMALL)
         self.worker = self.model.worker("a")
+        self.worker.step(SMALL)
         self.large = client.create_model("large", LARGE).worker("a")
         self.large.pull()
 
@@ -42,6 +43,8 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "ExtendModel": lambda scene: scene.model.extend({"more": np.zeros(2, np.float32)}),
     "GetModel": lambda scene: scene.model.info(),
     "ListModels": lambda scene: scene.client.models(),
+    "UpdateModel": lambda scene: scene.model.update(policy=deltaserve.Bounded(slack=1)),
+    "WatchModel": lambda scene: next(scene.model.watch()),
     "DeleteModel": lambda scene: scene.model.delete(),
     "PullState": lambda scene: scene.model.pull_state(),
     "PutState": lambda scene: scene.model.put_state(scene.model.pull_state()),
@@ -51,6 +54,7 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "Step": lambda scene: scene.worker.step(SMALL),
     "StreamStep": lambda scene: scene.large.step(LARGE),
     "Pull": lambda scene: scene.worker.pull(),
+    "GetPush": lambda scene: scene.worker.get_push(),
     "GetServerInfo": lambda scene: scene.client.server_info(),
 }
 """By RPC: what calls it. KeepSession is called by a thread of the worker's own; test_leases.py sees it at work."""

@@ -2,7 +2,7 @@
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,3 +109,94 @@ def test_a_program_that_gives_up_leaves_at_once_and_its_push_counts(
     assert scene.b.last_result is not None
     assert scene.b.last_result.contributors == 2
     np.testing.assert_array_equal(scene.b.weights["w"], scene.twin(client, 3, 2.0))
+
+
+OUT = """
+import signal, sys
+import numpy as np
+import deltaserve
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+size = int(sys.argv[2])
+client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
+worker = client.model("m").worker("a")
+mine = {"w": np.zeros(size, np.float32)}
+worker.pull(out=mine)
+print("ready", flush=True)
+try:
+    worker.step({"w": np.ones(size)}, out=mine)
+except KeyboardInterrupt:
+    mine["w"][:] = 7
+    print("interrupted", flush=True)
+sys.stdin.readline()
+print((mine["w"] == 7).all(), flush=True)
+"""
+
+
+@every_size
+def test_after_an_interrupt_nobody_writes_into_the_callers_memory(
+    size: int, server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
+) -> None:
+    """The answer comes later, when the round closes; the memory is the caller's again."""
+    model = client.create_model("m", {"w": np.zeros(size)}, policy=Sync(min_workers=2))
+    program = start_program(OUT, server.target, str(size))
+    assert program.line() == "ready"
+    eventually(lambda: model.info().sessions[0].waiting)
+    program.process.send_signal(signal.SIGINT)
+    assert program.line() == "interrupted"
+    with model.worker("b") as b:
+        b.step({"w": np.ones(size)})
+    sleep(0.3)
+    program.tell("look")
+    assert program.line() == "True"
+    assert program.finish()[0] == 0
+
+
+STORM = """
+import random, signal, sys
+import numpy as np
+import deltaserve
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+size, interrupts, chance = int(sys.argv[2]), 0, random.Random(int(sys.argv[4]))
+client = deltaserve.connect(sys.argv[1], timeout_seconds=20)
+worker = client.model("m").worker("a")
+worker.pull()
+while interrupts < int(sys.argv[3]):
+    gradient = {"w": np.full(size, chance.random())}
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.004 if size < 1000 else 0.03))
+            worker.step(gradient)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupts += 1
+    except deltaserve.ConflictError:
+        pass  # weights that had arrived in part only
+worker.pull()
+worker.step({"w": np.ones(size)})
+print(worker.version, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("size", "interrupts"), [(3, 150), (700_000, 30)], ids=["unary", "stream"])
+def test_interrupts_at_any_moment_leave_worker_and_connection_usable(
+    size: int, interrupts: int, seed: int, server: LocalServer, client: Client, start_program: "StartProgram"
+) -> None:
+    """Also between any two instructions of gRPC's own Python code, whose locks and counts they would leave askew."""
+    model = client.create_model("m", {"w": np.zeros(size)})
+    program = start_program(STORM, server.target, str(size), str(interrupts), str(seed))
+    line = program.line()
+    assert line, f"the program died: {program.finish()[2]}"
+    version, info = int(line), model.info()
+    assert info.version == version
+    assert info.sessions[0].last_sequence == version, "every push that was accepted made one update"
+    program.tell("enough")
+    status, _, err = program.finish()
+    assert status == 0, f"and the program ends: {err}"

@@ -80,7 +80,12 @@ def test_no_public_attribute_holds_a_message(client: deltaserve.Client) -> None:
     with model.worker("a") as worker:
         worker.step({"w": np.ones(2, np.float32)})
         things = [client, client.server_info(), client.models()[0], model, model.info(), model.pull_state(), worker]
-        things += [worker.last_result, model.info().sessions[0]]
+        things += [worker.last_result, worker.get_push(), model.info().sessions[0]]
+        events = model.watch()
+        next(events)
+        worker.step({"w": np.ones(2, np.float32)})
+        event = next(events)
+        things += [event, event.contributions[0]]
         for thing in things:
             for name in (name for name in dir(thing) if not name.startswith("_")):
                 module = type(getattr(thing, name)).__module__
@@ -89,7 +94,8 @@ def test_no_public_attribute_holds_a_message(client: deltaserve.Client) -> None:
 
 def test_every_error_is_an_error_of_deltaserve() -> None:
     errors = [kind for kind in CLASSES if issubclass(kind, Exception)]
-    assert len(errors) == 7
+    assert len(errors) == 8
+    assert issubclass(deltaserve.StaleGradientError, deltaserve.ConflictError), "who handled the latter still does"
     assert all(issubclass(kind, deltaserve.Error) for kind in errors)
     error = deltaserve.RequestError("text", reason="NAME_INVALID", metadata={"field": "name"})
     assert (str(error), error.reason, error.metadata) == ("text", "NAME_INVALID", {"field": "name"})

@@ -245,12 +245,24 @@ def test_a_refusal_is_not_tried_again(client: Client) -> None:
     assert monotonic() - began < 5
 
 
-def test_a_server_that_drains_is_tried_until_the_budget_is_spent(server: LocalServer) -> None:
+def test_a_server_that_drains_is_tried_until_the_budget_is_spent(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no sooner than it asks for."""
     with deltaserve.connect(server.target, timeout_seconds=1.5) as client:
         model = client.create_model("m", {"w": np.zeros(3)})
         server._registry.drain()
+        refuse, attempts = server._registry.check_open, list[float]()
+
+        def counted() -> None:
+            attempts.append(monotonic())
+            refuse()
+
+        monkeypatch.setattr(server._registry, "check_open", counted)
         began = monotonic()
         with pytest.raises(deltaserve.UnavailableError, match="about to stop") as caught:
             model.worker()
         assert caught.value.reason == "DRAINING"
-        assert 0.9 < monotonic() - began < 2.5, "the server asks for a second's patience"
+        assert 0.9 < monotonic() - began < 2.5
+        assert len(attempts) == 2
+        assert attempts[1] - attempts[0] > 0.99, "the server asks for a second's patience"

@@ -24,6 +24,7 @@ CONFIG = ServerConfig(
     message_bytes=140_000,
     models=5,
     sessions=6,
+    watchers=2,
 )
 """So small that each limit is near."""
 

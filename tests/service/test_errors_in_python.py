@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from wire import Wire, eventually, unchanged
 
 import deltaserve
 from deltaserve import (
+    Async,
+    Bounded,
     Client,
     ConflictError,
     Error,
@@ -20,6 +23,7 @@ from deltaserve import (
     RequestError,
     ServerError,
     SessionError,
+    StaleGradientError,
     Sync,
     UnavailableError,
     Worker,
@@ -28,7 +32,9 @@ from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.memory.host import HostStore
 
 SIZE = 10_000
-CONFIG = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, staged_bytes=60_000, models=3, sessions=4)
+CONFIG = ServerConfig(
+    bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, staged_bytes=60_000, models=3, sessions=4, watchers=1
+)
 ZEROS = np.zeros(3, np.float32)
 ONES, ONE = np.ones(2, np.float32), np.ones((), np.float32)
 
@@ -45,7 +51,7 @@ class Stage:
     monkeypatch: pytest.MonkeyPatch
     threads: ThreadPoolExecutor
 
-    def worker_of(self, name: str, policy: deltaserve.Sync | None = None, size: int = 3) -> Worker:
+    def worker_of(self, name: str, policy: deltaserve.Async | Bounded | Sync | None = None, size: int = 3) -> Worker:
         """A worker of another model, which is made for it."""
         model = self.client.create_model(name, {"w": np.zeros(size, np.float32)}, policy=policy)
         return self.stack.enter_context(model.worker("first"))
@@ -67,13 +73,14 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     with (
         LocalServer(CONFIG) as server,
         Wire(server.target) as wire,
-        deltaserve.connect(server.target, timeout_seconds=0.7) as client,
+        deltaserve.connect(server.target, timeout_seconds=20) as client,
         ThreadPoolExecutor() as threads,
         ExitStack() as stack,
     ):
         model = client.create_model("m", {"w": np.zeros(2, np.float32), "b": np.float32(0)})
         with model.worker("a") as worker:
-            worker.step({"w": ONES, "b": ONE})
+            worker.step({"w": ONES, "b": ONE})  # which may have to wait for the kernels
+            client._connection.timeout_seconds = 0.7
             yield Stage(client, wire, model, worker, stack, monkeypatch, threads)
 
 
@@ -169,6 +176,54 @@ def model_limit(stage: Stage) -> Callable[[], object]:
     for name in ("n", "o"):
         stage.client.create_model(name, {"w": ZEROS})
     return lambda: stage.client.create_model("p", {"w": ZEROS})
+
+
+@case(UnavailableError, limit="1")
+def watcher_limit(stage: Stage) -> Callable[[], object]:
+    watched: Any = stage.model.watch()
+    next(stage.stack.enter_context(closing(watched)))
+    return lambda: next(stage.model.watch())
+
+
+@case(RequestError, field="weight", allowed="1e-09 to 1e+09")
+def push_invalid(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.worker.step({"w": ONES, "b": ONE}, weight=0.0)
+
+
+@case(StaleGradientError, base="0", current="1")
+def round_closed(stage: Stage) -> Callable[[], object]:
+    first = stage.worker_of("s", Sync(quorum=1))
+    second = stage.another("s", "second")
+    second.pull()
+    first.step({"w": ZEROS + 1})
+    return lambda: second.step({"w": ZEROS + 1})
+
+
+@case(StaleGradientError, base="0", current="2", bound="1")
+def stale_base(stage: Stage) -> Callable[[], object]:
+    first = stage.worker_of("s", Async(max_staleness=1))
+    second = stage.another("s", "second")
+    second.pull()
+    for _ in range(2):
+        first.step({"w": ZEROS + 1})
+    return lambda: second.step({"w": ZEROS + 1})
+
+
+@case(UnavailableError, got="1", need="2")
+def round_failed(stage: Stage) -> Callable[[], object]:
+    worker = stage.worker_of("s", Sync(min_workers=2, round_timeout_seconds=0.1))
+    return lambda: worker.step({"w": ZEROS + 1})
+
+
+@case(UnavailableError, ahead="1", slack="0")
+def slack_exceeded(stage: Stage) -> Callable[[], object]:
+    """What a worker meets that goes on with another push than the one whose answer it did not wait for."""
+    quick = stage.worker_of("s", Bounded())
+    stage.another("s", "slow")
+    with pytest.raises(UnavailableError, match="did not answer"):
+        quick.step({"w": ZEROS + 1})
+    quick._sequence += 1
+    return lambda: quick.step({"w": ZEROS + 2})
 
 
 @case(ServerError)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 from mutations import Messages, Mutator
-from wire import METHODS, Session, Wire, creation, cut, floats, pieces, push, refusal
+from wire import METHODS, Session, Wire, creation, cut, floats, pieces, push, refusal, sync
 
 from deltaserve._errors import TABLE
 from deltaserve.v1 import model_service_pb2 as models
@@ -24,7 +24,7 @@ SHAPES = {"w": (4, 5), "none": (0,), "b": (4,)}
 GROUPS = [Hyperparameters(lr=0.5), Hyperparameters(rho=0.8)]
 CONFIG = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, models=8, sessions=16)
 CODES = {row.code for row in TABLE.values()} - {grpc.StatusCode.INTERNAL}
-READS = ("GetModel", "ListModels", "PullState", "Pull", "GetServerInfo")
+READS = ("GetModel", "ListModels", "PullState", "Pull", "GetServerInfo", "GetPush", "WatchModel")
 WAITS = 0.1
 """Seconds after which a pull that waits for a version far away is given up."""
 
@@ -42,7 +42,8 @@ class Target:
         extension = models.ExtendModelHeader(
             model="m", tensor_count=3, group_count=2, tensors=tensors, groups=GROUPS[:1]
         )
-        header = session.header(self._number, base_version=0, hyperparameters=GROUPS, absent_tensors=[1])
+        header = session.header(self._number, base_version=0, hyperparameters=GROUPS, absent_tensors=[1], weight=2.0)
+        policy = sync(3, quorum=3, grace_seconds=1.0, round_timeout_seconds=2.0, reduction=2, trim=1, clip_norm=5.0)
         vector = np.linspace(0, 1, SIZE)
         state = models.PutStateRequest
         kind = workers.StreamStepRequest
@@ -54,6 +55,8 @@ class Target:
             ],
             "GetModel": [models.GetModelRequest(model="m")],
             "ListModels": [models.ListModelsRequest()],
+            "UpdateModel": [models.UpdateModelRequest(model="m", groups=GROUPS, policy=policy)],
+            "WatchModel": [models.WatchModelRequest(model="m")],
             "DeleteModel": [models.DeleteModelRequest(model="m")],
             "PullState": [models.PullStateRequest(model="m", optimizer_state=True)],
             "PutState": [
@@ -68,6 +71,9 @@ class Target:
             "Step": [workers.StepRequest(header=header, gradient=floats(vector))],
             "StreamStep": [kind.FromString(message) for message in push(header, cut(vector, 7))],
             "Pull": [workers.PullRequest(model="m", newer_than=0, wait_for_version=0)],
+            "GetPush": [
+                workers.GetPushRequest(model="m", session_id=session.opened.session_id, sequence=self._number - 1)
+            ],
             "GetServerInfo": [system.GetServerInfoRequest()],
         }
 
@@ -76,7 +82,9 @@ class Target:
         call = self._wire.start(method, messages, seconds=WAITS if method == "Pull" else 10.0)
         try:
             for _ in call:
-                pass
+                if method == "WatchModel":  # it has no end
+                    call.cancel()
+                    break
         except grpc.RpcError as error:
             self._check(method, error)
             return False

@@ -17,7 +17,15 @@ from grpc_status import rpc_status
 from numpy.typing import ArrayLike, NDArray
 
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, worker_service_pb2
-from deltaserve.v1.common_pb2 import Hyperparameters, ModelConfig, Policy, SyncPolicy, TensorSpec
+from deltaserve.v1.common_pb2 import (
+    AsyncPolicy,
+    BoundedPolicy,
+    Hyperparameters,
+    ModelConfig,
+    Policy,
+    SyncPolicy,
+    TensorSpec,
+)
 from deltaserve.v1.worker_service_pb2 import PushHeader
 
 Vector = NDArray[np.float32]
@@ -37,9 +45,20 @@ CHUNK = 1 << 18
 """Elements of a chunk unless a test says otherwise."""
 
 
-def sync(min_workers: int | None = None) -> Policy:
+def sync(min_workers: int | None = None, **fields: Any) -> Policy:
     """The synchronous policy."""
-    return Policy(sync=SyncPolicy(min_workers=min_workers))
+    return Policy(sync=SyncPolicy(min_workers=min_workers, **fields))
+
+
+def asynchronous(**fields: Any) -> Policy:
+    """The asynchronous policy."""
+    policies: dict[str, Any] = {"async": AsyncPolicy(**fields)}  # Python's keyword
+    return Policy(**policies)
+
+
+def bounded(slack: int | None = None) -> Policy:
+    """The bounded policy."""
+    return Policy(bounded=BoundedPolicy(slack=slack))
 
 
 def floats(values: ArrayLike) -> bytes:
@@ -141,6 +160,41 @@ class Stepped:
     weights: Vector
 
 
+class Watch:
+    """A WatchModel call; each message is waited for.
+
+    Args:
+        call: The call.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def next(self) -> model_service_pb2.WatchModelResponse:
+        """The next message."""
+        return model_service_pb2.WatchModelResponse.FromString(next(self.call))
+
+    def until(self, version: int) -> list[model_service_pb2.WatchModelResponse]:
+        """The messages up to the one of a version."""
+        messages = [self.next()]
+        while messages[-1].position.version < version:
+            messages.append(self.next())
+        return messages
+
+    def refused(self) -> Refusal:
+        """Why it ends, once everything is read."""
+        try:
+            for _ in self.call:
+                pass
+        except grpc.RpcError as error:
+            return refusal(error)
+        raise AssertionError("it ended without a reason")
+
+    def cancel(self) -> None:
+        """Leaves."""
+        self.call.cancel()
+
+
 class Wire:
     """A channel of its own to a server."""
 
@@ -225,6 +279,18 @@ class Wire:
             sessions=tuple((s.worker, s.epoch, s.rank, s.last_sequence, s.waiting) for s in self.model(name).sessions),
         )
 
+    def update(
+        self, name: str, groups: Sequence[Hyperparameters] = (), policy: Policy | None = None
+    ) -> model_service_pb2.UpdateModelResponse:
+        """UpdateModel."""
+        request = model_service_pb2.UpdateModelRequest(model=name, groups=groups, policy=policy)
+        answer: model_service_pb2.UpdateModelResponse = self.one("UpdateModel", request)
+        return answer
+
+    def watch(self, name: str, seconds: float = SECONDS) -> Watch:
+        """WatchModel."""
+        return Watch(self.start("WatchModel", [model_service_pb2.WatchModelRequest(model=name)], seconds))
+
     def delete(self, name: str) -> None:
         """DeleteModel."""
         self.one("DeleteModel", model_service_pb2.DeleteModelRequest(model=name))
@@ -252,6 +318,14 @@ class Wire:
     def close(self, session: Session) -> None:
         """CloseSession."""
         self.one("CloseSession", worker_service_pb2.CloseSessionRequest(**session.id))
+
+    def fate(self, session: Session, sequence: int) -> worker_service_pb2.GetPushResponse:
+        """GetPush."""
+        request = worker_service_pb2.GetPushRequest(
+            model=session.model, session_id=session.opened.session_id, sequence=sequence
+        )
+        answer: worker_service_pb2.GetPushResponse = self.one("GetPush", request)
+        return answer
 
     def step(self, header: PushHeader, gradient: ArrayLike, seconds: float = SECONDS) -> Stepped:
         """Step."""

@@ -119,7 +119,8 @@ def remote(target: str) -> Iterator[Remote]:
         def make(params: Any, *, model: str | None = None, **options: Any) -> RemoteAdadelta:
             name = model or f"model-{secrets.token_hex(8)}"
             stack.callback(delete, name)
-            return stack.enter_context(RemoteAdadelta(params, target, model=name, timeout_seconds=30, **options))
+            options = {"timeout_seconds": 30, **options}
+            return stack.enter_context(RemoteAdadelta(params, target, model=name, **options))
 
         yield make
 

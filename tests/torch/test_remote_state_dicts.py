@@ -140,10 +140,26 @@ def test_a_parameter_without_state_among_others_with(make_pair: "Callable[..., P
 
 
 def test_weights_and_state_stay_on_the_server_and_not_in_the_optimizer(make_pair: "Callable[..., Pair]") -> None:
-    optimizer = make_pair().remote.optimizer
-    optimizer.state_dict()
-    optimizer.load_state_dict(optimizer.state_dict())
+    pair = make_pair()
+    pair.train(2)
+    optimizer = pair.remote.optimizer
+    state = optimizer.state_dict()
     assert not optimizer.state
+    optimizer.load_state_dict(state)
+    assert not optimizer.state
+
+
+def test_after_loading_the_worker_has_the_version_that_it_made(remote: "Remote") -> None:
+    param = nn.Parameter(torch.tensor([1 / 3], dtype=torch.float64))
+    optimizer = remote([param])
+    with torch.no_grad():
+        param.fill_(2 / 3)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert param.item() == torch.tensor(2 / 3, dtype=torch.float32).item(), "what the server now holds"
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.last_result is not None
+    assert (optimizer.last_result.version, optimizer.last_result.staleness) == (2, 0)
 
 
 def test_a_modules_weights_that_are_loaded_before_the_optimizer_is_made(remote: "Remote", target: str) -> None:

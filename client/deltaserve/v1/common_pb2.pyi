@@ -176,9 +176,9 @@ class SyncPolicy(google.protobuf.message.Message):
       - the first of them came round_timeout_seconds ago.
     With fewer than min_workers it fails when round_timeout_seconds have passed: ROUND_FAILED. Until a round closes or
     fails, Step and StreamStep do not answer: give them a deadline. A push that comes too late is refused with
-    ROUND_CLOSED. A session leaves a round when it is closed or its lease runs out, so a worker that dies keeps the others
-    waiting for at most a lease. Pushes are reduced in order of worker names: who contributed decides every bit, never who
-    came first.
+    ROUND_CLOSED. A session leaves a round when it is closed or its lease runs out, so a worker that dies keeps the
+    others waiting for at most a lease. Pushes are reduced in order of worker names: who contributed decides every bit,
+    never who came first.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -267,9 +267,9 @@ global___AsyncPolicy = AsyncPolicy
 
 @typing.final
 class BoundedPolicy(google.protobuf.message.Message):
-    """Every push is an update at once, but its answer waits while its worker is more than `slack` steps ahead of the slowest
-    live session (stale synchronous parallel: Ho et al., 2013). A worker's steps are counted from where the slowest stood
-    when its session was opened. A session that is closed or whose lease runs out is not waited for.
+    """Every push is an update at once, but its answer waits while its worker is more than `slack` steps ahead of the
+    slowest live session (stale synchronous parallel: Ho et al., 2013). A worker's steps are counted from where the
+    slowest stood when its session was opened. A session that is closed or whose lease runs out is not waited for.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

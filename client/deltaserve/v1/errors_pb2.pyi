@@ -98,8 +98,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
     ERROR_REASON_STALE_BASE: _ErrorReason.ValueType  # 25
-    """ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness (`bound`)
-    versions old. Pull, compute again, push with the same sequence number.
+    """ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness
+    (`bound`) versions old. Pull, compute again, push with the same sequence number.
     """
     ERROR_REASON_ROUND_FAILED: _ErrorReason.ValueType  # 26
     """ABORTED {got, need}: the round's time was up with fewer pushes than min_workers. None of them was applied, their
@@ -183,8 +183,8 @@ session.
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
 ERROR_REASON_STALE_BASE: ErrorReason.ValueType  # 25
-"""ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness (`bound`)
-versions old. Pull, compute again, push with the same sequence number.
+"""ABORTED {base, current, bound}: under AsyncPolicy, the push was computed on weights more than max_staleness
+(`bound`) versions old. Pull, compute again, push with the same sequence number.
 """
 ERROR_REASON_ROUND_FAILED: ErrorReason.ValueType  # 26
 """ABORTED {got, need}: the round's time was up with fewer pushes than min_workers. None of them was applied, their

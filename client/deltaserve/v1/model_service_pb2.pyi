@@ -366,7 +366,9 @@ class UpdateModelResponse(google.protobuf.message.Message):
     CONFIG_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     first_version: builtins.int
-    """The first version that is made with the change in place."""
+    """The first version that is made with the change in place; where it waits for the open round, one more for each
+    version that comes about without an update meanwhile.
+    """
     @property
     def config(self) -> deltaserve.v1.common_pb2.ModelConfig:
         """The model's config once it is in place."""

@@ -335,7 +335,8 @@ class PushResult(google.protobuf.message.Message):
     """The push had been applied before; this is its first result."""
     staleness: builtins.int
     """How many versions the weights had moved on between the push's base and its update; 0 in a synchronous round, but
-    for versions that came about without an update (see ModelPosition.version). Unset for a duplicate beyond the last 8 pushes.
+    for versions that came about without an update (see ModelPosition.version). Unset for a duplicate
+    beyond the last 8 pushes.
     """
     contributors: builtins.int
     """How many pushes made the update. Unset for a duplicate beyond the last 8 pushes."""

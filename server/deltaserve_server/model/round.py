@@ -1,5 +1,6 @@
 """One round of a synchronous policy: the pushes that together make one update."""
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -99,7 +100,8 @@ def factor(push: Push, policy: Sync) -> float:
     """Returns what a push's values are multiplied with before they are reduced: its weight, after clipping."""
     clips = policy.clip_norm is not None and push.norm > policy.clip_norm
     scale = policy.clip_norm / push.norm if clips and policy.clip_norm else 1.0
-    return scale * push.weight if policy.reduction == "mean" else scale
+    made = scale * push.weight if policy.reduction == "mean" else scale
+    return max(made, sys.float_info.min)  # a tiny clip_norm leaves nothing of a push, but a factor is more than 0
 
 
 def trim(policy: Sync, count: int) -> int:

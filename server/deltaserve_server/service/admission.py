@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from deltaserve._codec import Piece
+from deltaserve._failpoints import failpoint
 from deltaserve_server.memory import Staging, State
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Layout, Refused
@@ -84,13 +85,21 @@ class Inspector:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._squares = np.zeros(16)
         self.fingerprint = 0
+
+    @property
+    def norm(self) -> float:
+        """L2 norm of all values so far."""
+        from deltaserve_server.adadelta import values as kernel
+
+        return kernel.norm(self._squares)
 
     def check(self, offset: int, values: Vector) -> None:
         """Raises Refused VALUE_NOT_FINITE or VALUE_TOO_LARGE."""
         from deltaserve_server.adadelta import values as kernel  # numba: not before the first push
 
-        bad, self.fingerprint = kernel.inspect(values, offset, self.fingerprint)
+        bad, self.fingerprint = kernel.inspect(values, offset, self.fingerprint, self._squares)
         if bad < 0:
             return
         reason = "VALUE_TOO_LARGE" if np.isfinite(values[bad]) else "VALUE_NOT_FINITE"
@@ -98,19 +107,21 @@ class Inspector:
         raise Refused(reason, tensor=tensor, index=index)
 
 
-def admit_push(pieces: Iterable[tuple[int, memoryview]], gate: Gate, layout: Layout, staging: Staging) -> int:
-    """Takes a push's values into staging; returns their fingerprint.
+def admit_push(pieces: Iterable[tuple[int, memoryview]], gate: Gate, layout: Layout, staging: Staging) -> Inspector:
+    """Takes a push's values into staging; returns what has looked at them.
 
     Raises:
         Refused: For the first thing that is wrong with them.
     """
     inspector = Inspector(layout)
     for offset, data in pieces:
+        failpoint("push.chunk")
         values = gate.take(offset, data)
         inspector.check(offset, values)
         staging.add(offset, values)
     gate.close()
-    return inspector.fingerprint
+    failpoint("push.admitted")
+    return inspector
 
 
 def admit_weights(messages: Iterator[Piece], layout: Layout, start: int = 0) -> Vector:

@@ -14,23 +14,32 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
 
+from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
 from deltaserve_server.memory import BudgetExceeded, Range, Reservation, Staging, State, Store, Version
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import (
     Answer,
+    Combine,
     Decision,
     Fold,
     Hyperparameters,
+    Key,
     Machine,
+    Made,
+    Policy,
     Push,
     PushResult,
+    PushStatus,
+    Refuse,
     Refused,
     Renumber,
     Session,
     Tensor,
     Update,
 )
+from deltaserve_server.service import watch
+from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
 
@@ -50,21 +59,31 @@ class Applier:
         store: Its vectors.
         reservation: The memory that it holds.
         incarnation: Of the server process.
+        alarm: Is told when `tick` is wanted.
 
     Attributes:
         machine: To be read under `lock` alone.
         lock: Held while an event is handled; `event` also tells whether the model is still there.
     """
 
-    def __init__(self, machine: Machine, store: Store, reservation: Reservation, incarnation: str) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        store: Store,
+        reservation: Reservation,
+        incarnation: str,
+        alarm: Callable[[float], None],
+    ) -> None:
         self.machine = machine
         self.lock = threading.RLock()
         self._store = store
         self._reservations = [reservation]
         self._incarnation = incarnation
-        self._staged: dict[tuple[bytes, int], tuple[Staging, Reservation]] = {}
+        self._alarm = alarm
+        self._staged: dict[Key, tuple[Staging, Reservation]] = {}
         self._folded: list[Reservation] = []
-        self._answers: dict[tuple[bytes, int], Future[PushResult]] = {}
+        self._answers: dict[Key, Future[PushResult]] = {}
+        self._watchers: set[Watcher] = set()
         self._awaited: list[tuple[int, Future[None]]] = []
         self._present: Counter[bytes] = Counter()
         self._ended: Refused | None = None
@@ -72,7 +91,7 @@ class Applier:
     @property
     def position(self) -> common_pb2.ModelPosition:
         """Where the model stands."""
-        return common_pb2.ModelPosition(incarnation=self._incarnation, version=self.machine.version)
+        return self._at(self.machine.version)
 
     @property
     def waiting(self) -> bool:
@@ -102,14 +121,14 @@ class Applier:
         with self.event():
             self._carry_out(self.machine.close_session(session_id, epoch, monotonic()))
 
-    def expire(self) -> None:
-        """Ends the sessions whose lease has run out."""
+    def tick(self) -> None:
+        """Does what is due: ends the sessions whose lease has run out, and rounds whose time is up."""
         with self.lock:
             if self._ended:
                 return
             for session_id in self._present:
                 self.machine.renew(session_id, monotonic())
-            gone, decisions = self.machine.expire(monotonic())
+            gone, decisions = self.machine.tick(monotonic())
             for session in gone:
                 _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
             self._carry_out(decisions)
@@ -146,7 +165,9 @@ class Applier:
         The reservation is given back when the values are not needed any more; where this raises, by the caller.
         """
         with self.event():
+            failpoint("push.staged")
             decisions = self.machine.push(push, monotonic())
+            failpoint("push.accepted")
             if not decisions and push.key in self._answers:  # it waits for its round since an earlier call
                 reservation.release()
                 return self._answers[push.key]
@@ -154,6 +175,32 @@ class Applier:
             self._staged[push.key] = staging, reservation
             self._carry_out(decisions)
             return future
+
+    def push_status(self, session_id: bytes, sequence: int) -> PushStatus:
+        """Returns what became of a push."""
+        with self.event():
+            return self.machine.push_status(session_id, sequence)
+
+    # --- the model as a whole
+
+    def change(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> int:
+        """Changes hyperparameters and policy; returns the first version that is made with them."""
+        with self.event():
+            first_version, decisions = self.machine.change(groups, policy, monotonic())
+            self._carry_out(decisions)
+            return first_version
+
+    @contextmanager
+    def watched(self) -> Iterator[Watcher]:
+        """Gives what happens to the model meanwhile."""
+        with self.event():
+            watcher = Watcher(watch.message(self.position, None))
+            self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            with self.lock:
+                self._watchers.discard(watcher)
 
     # --- vectors
 
@@ -205,7 +252,7 @@ class Applier:
         with self.event():
             self._store.put(state, self.machine.version + 1)
             self.machine.put_state(update_counts)
-            self._published()
+            self._published(self.machine.version)
 
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
@@ -224,6 +271,8 @@ class Applier:
             for future in waiting:
                 if not future.done():
                     future.set_exception(refusal)
+            for watcher in self._watchers:
+                watcher.close(refusal)
             held = [reservation for _, reservation in self._staged.values()]
             for reservation in (*held, *self._folded):
                 reservation.release()
@@ -234,6 +283,9 @@ class Applier:
         """Gives the model's own memory back."""
         for reservation in self._reservations:
             reservation.release()
+
+    def _at(self, version: int) -> common_pb2.ModelPosition:
+        return common_pb2.ModelPosition(incarnation=self._incarnation, version=version)
 
     # --- decisions
 
@@ -265,52 +317,68 @@ class Applier:
         try:
             for decision in decisions:
                 match decision:
-                    case Fold(key):
-                        self._fold(*self._staged.pop(key))
+                    case Fold(key, factor):
+                        self._fold(*self._staged.pop(key), factor)
+                    case Combine():
+                        self._combine(decision)
                     case Update():
                         self._update(decision)
                     case Renumber(version):
                         self._store.current.number = version
-                        self._published()
+                        self._published(version)
                     case Answer(key, result):
-                        self._answer(key, result)
+                        self._close(key).set_result(result)
+                    case Refuse(key, refusal):
+                        self._close(key).set_exception(refusal)
         except Exception:
             incident = secrets.token_hex(8)
             _log.exception("incident %s: model %s is lost", incident, self.machine.name)
             self.end(Refused("INTERNAL", incident=incident))
             raise Refused("INTERNAL", incident=incident) from None
+        due = self.machine.due()
+        if due is not None:
+            self._alarm(due)
 
-    def _fold(self, staging: Staging, reservation: Reservation) -> None:
-        """Reduces a push; what was reduced into a sum is not held any longer, the first alone is."""
+    def _fold(self, staging: Staging, reservation: Reservation, factor: float) -> None:
+        """Adds a push to the sum; what is in the sum is not held any longer, a first push that is alone still is."""
         self._folded.append(reservation)
-        self._store.fold(staging)
+        self._store.fold(staging, factor)
         if len(self._folded) > 1:
             for summed in self._folded:
                 summed.release()
 
-    def _update(self, update: Update) -> None:
-        layout = self.machine.layout
-        ranges = [Range(start, stop, update.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
-        self._store.update(ranges, update.contributors, update.version)
-        self._release_folded()
-        self._published()
+    def _combine(self, combine: Combine) -> None:
+        pushes = [(*self._staged.pop(key), factor) for key, factor in combine.pushes]
+        self._folded += [reservation for _, reservation, _ in pushes]
+        self._store.combine([(staging, factor) for staging, _, factor in pushes], combine.trim)
 
-    def _answer(self, key: tuple[bytes, int], result: PushResult) -> None:
+    def _update(self, update: Update) -> None:
+        layout, made = self.machine.layout, update.made
+        ranges = [Range(start, stop, made.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
+        made.norm = self._store.update(ranges, update.weight, made.version)
+        failpoint("push.published")
+        self._release_folded()
+        self._published(made.version, made)
+
+    def _close(self, key: Key) -> "Future[PushResult]":
+        """Returns what whoever waits for a push waits for."""
         staged = self._staged.pop(key, None)
-        if staged:  # a duplicate: its values are not used
+        if staged:  # a duplicate, or given up: its values are not used
             staged[1].release()
-        future = self._answers.pop(key, None)
-        if future:
-            future.set_result(result)
+        return self._answers.pop(key, None) or Future()
 
     def _release_folded(self) -> None:
         for reservation in self._folded:
             reservation.release()
         self._folded.clear()
 
-    def _published(self) -> None:
-        """Wakes who waits for the version."""
-        for version, future in self._awaited:
-            if version <= self.machine.version:
+    def _published(self, version: int, made: Made | None = None) -> None:
+        """Tells who watches, and wakes who waits for the version."""
+        if self._watchers:
+            message = watch.message(self._at(version), made)
+            for watcher in self._watchers:
+                watcher.put(message)
+        for awaited, future in self._awaited:
+            if awaited <= version:
                 future.set_result(None)
         self._awaited = [(version, future) for version, future in self._awaited if not future.done()]

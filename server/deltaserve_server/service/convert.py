@@ -3,10 +3,21 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from math import prod
+from math import isfinite, prod
 
 from deltaserve.v1 import common_pb2 as pb
-from deltaserve_server.model import Async, Hyperparameters, Layout, Machine, Policy, Refused, Sync, Tensor
+from deltaserve_server.model import (
+    Async,
+    Bounded,
+    Hyperparameters,
+    Layout,
+    Machine,
+    Policy,
+    Reduction,
+    Refused,
+    Sync,
+    Tensor,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"
@@ -16,8 +27,16 @@ _SHOWN = 40
 
 _DIMENSIONS = 8
 _ELEMENTS = 1 << 48
-_MIN_WORKERS = 65_536
+_WORKERS = 65_536
 _GROUPS = 4096
+_SECONDS = 86_400
+
+_REDUCTIONS: dict[int, Reduction] = {
+    pb.REDUCTION_UNSPECIFIED: "mean",
+    pb.REDUCTION_MEAN: "mean",
+    pb.REDUCTION_TRIMMED_MEAN: "trimmed_mean",
+    pb.REDUCTION_MEDIAN: "median",
+}
 
 
 def checked_name(field: str, name: str) -> str:
@@ -122,12 +141,46 @@ def to_policy(message: pb.Policy) -> Policy:
     Raises:
         Refused: POLICY_INVALID.
     """
-    if message.WhichOneof("policy") != "sync":
-        return Async()
-    min_workers = message.sync.min_workers if message.sync.HasField("min_workers") else 1
-    if not 1 <= min_workers <= _MIN_WORKERS:
-        raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=f"1 to {_MIN_WORKERS}")
-    return Sync(min_workers=min_workers)
+    match message.WhichOneof("policy"):
+        case "sync":
+            return _to_sync(message.sync)
+        case "async":
+            given = {field.name: value for field, value in getattr(message, "async").ListFields()}  # Python's keyword
+            return Async(**given)
+        case "bounded":
+            return Bounded(slack=message.bounded.slack)
+        case _:
+            raise Refused("POLICY_INVALID", field="policy", allowed="one of sync, async, bounded")
+
+
+def _to_sync(message: pb.SyncPolicy) -> Sync:
+    given = {field.name: value for field, value in message.ListFields()}
+    reduction = _REDUCTIONS.get(message.reduction)
+    policy = Sync(**(given | {"reduction": reduction or "mean"}))
+    trimmed = policy.reduction == "trimmed_mean"
+    for field, fits, allowed in (
+        ("min_workers", 1 <= policy.min_workers <= _WORKERS, f"1 to {_WORKERS}"),
+        (
+            "quorum",
+            policy.quorum is None or policy.min_workers <= policy.quorum <= _WORKERS,
+            f"min_workers ({policy.min_workers}) to {_WORKERS}",
+        ),
+        ("grace_seconds", 0 <= policy.grace_seconds <= _SECONDS, f"0 to {_SECONDS}"),
+        ("grace_seconds", policy.quorum is not None or not policy.grace_seconds, "0 where there is no quorum"),
+        ("round_timeout_seconds", _positive(policy.round_timeout_seconds, _SECONDS), f"> 0, up to {_SECONDS}"),
+        ("reduction", reduction is not None, "REDUCTION_MEAN, REDUCTION_TRIMMED_MEAN or REDUCTION_MEDIAN"),
+        ("trim", trimmed or not policy.trim, "only with REDUCTION_TRIMMED_MEAN"),
+        ("trim", not trimmed or policy.trim >= 1, "1 or more with REDUCTION_TRIMMED_MEAN"),
+        ("trim", 2 * policy.trim < policy.min_workers, f"less than half of min_workers ({policy.min_workers})"),
+        ("clip_norm", _positive(policy.clip_norm), "> 0 and finite"),
+    ):
+        if not fits:
+            raise Refused("POLICY_INVALID", field=f"policy.sync.{field}", allowed=allowed)
+    return policy
+
+
+def _positive(value: float | None, most: float = float("inf")) -> bool:
+    return value is None or (isfinite(value) and 0 < value <= most)
 
 
 def to_machine(config: pb.ModelConfig) -> Machine:
@@ -139,19 +192,21 @@ def to_machine(config: pb.ModelConfig) -> Machine:
     name = checked_name("name", config.name)
     groups = to_groups(config.groups) or (Hyperparameters(),)
     layout = Layout(to_tensors(config.tensors, len(groups)))
-    return Machine(name, layout, groups, to_policy(config.policy))
+    policy = to_policy(config.policy) if config.HasField("policy") else Async()
+    return Machine(name, layout, groups, policy)
 
 
-def from_machine(machine: Machine) -> pb.ModelConfig:
-    """Returns a model's config with every default filled in."""
+def from_machine(machine: Machine, coming: bool = False) -> pb.ModelConfig:
+    """Returns a model's config with every default filled in; as it will be, where a change of it is `coming`."""
+    groups, policy = machine.configuration() if coming else (machine.groups, machine.policy)
     return pb.ModelConfig(
         name=machine.name,
         tensors=[
             pb.TensorSpec(name=t.name, shape=t.shape, group=t.group, data_type=pb.DATA_TYPE_FLOAT32)
             for t in machine.layout.tensors
         ],
-        groups=from_groups(machine.groups),
-        policy=from_policy(machine.policy),
+        groups=from_groups(groups),
+        policy=from_policy(policy),
     )
 
 
@@ -165,18 +220,32 @@ def from_groups(groups: Sequence[Hyperparameters]) -> list[pb.Hyperparameters]:
 
 def from_policy(policy: Policy) -> pb.Policy:
     """Returns the message for a policy."""
-    if isinstance(policy, Async):
-        message = pb.Policy()
-        getattr(message, "async").SetInParent()  # a keyword of Python
-        return message
-    return pb.Policy(sync=pb.SyncPolicy(min_workers=policy.min_workers))
+    match policy:
+        case Sync():
+            numbers = {value: key for key, value in _REDUCTIONS.items() if key}
+            given = {field.name: getattr(policy, field.name) for field in fields(policy)}
+            return pb.Policy(sync=pb.SyncPolicy(**(given | {"reduction": numbers[policy.reduction]})))
+        case Bounded():
+            return pb.Policy(bounded=pb.BoundedPolicy(slack=policy.slack))
+        case Async():
+            message, asynchronous = pb.Policy(), pb.AsyncPolicy(damping=policy.damping)
+            if policy.max_staleness is not None:
+                asynchronous.max_staleness = policy.max_staleness
+            getattr(message, "async").CopyFrom(asynchronous)  # a keyword of Python
+            return message
 
 
 def difference(held: Machine, asked: Machine) -> str | None:
-    """Says how a model that is asked for differs from the one that is there; None where it does not."""
-    ours, theirs, groups = held.layout.tensors, asked.layout.tensors, held.groups
+    """Says how a model that is asked for differs from the one that is there; None where it does not.
+
+    It may be asked for as it was created: another may have changed hyperparameters or policy since.
+    """
+    ours, theirs, count = held.layout.tensors, asked.layout.tensors, len(held.groups)
     if (len(theirs), len(asked.groups)) in held.shorter:  # the worker will extend it as others have done
-        ours, groups = ours[: len(theirs)], groups[: len(asked.groups)]
+        ours, count = ours[: len(theirs)], len(asked.groups)
+    created_groups, created_policy = held.created_as[0][:count], held.created_as[1]
+    groups = asked.groups if asked.groups == created_groups else held.groups[:count]
+    policy = asked.policy if asked.policy == created_policy else held.policy
     for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
         if left != right:
             return f"tensor {index} is {_describe(left)}, not {_describe(right)}"
@@ -189,7 +258,17 @@ def difference(held: Machine, asked: Machine) -> str | None:
             left_value, right_value = getattr(mine, field.name), getattr(yours, field.name)
             if left_value != right_value:
                 return f"{field.name} of group {index} is {left_value}, not {right_value}"
-    return None if held.policy == asked.policy else f"its policy is {held.policy}, not {asked.policy}"
+    return _policy_difference(policy, asked.policy)
+
+
+def _policy_difference(ours: Policy, theirs: Policy) -> str | None:
+    if type(ours) is not type(theirs):
+        return f"its policy is {type(ours).__name__.lower()}, not {type(theirs).__name__.lower()}"
+    for field in fields(ours):
+        left, right = getattr(ours, field.name), getattr(theirs, field.name)
+        if left != right:
+            return f"{field.name} of its policy is {left}, not {right}"
+    return None
 
 
 def _describe(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ from deltaserve._flat import CHUNK_ELEMENTS
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as rpc
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
-from deltaserve_server.model import Machine, Refused, Session, Sync
+from deltaserve_server.model import Machine, Policy, Refused, Session, Sync
 from deltaserve_server.service import admission, convert
 from deltaserve_server.service.applier import Applier, model_bytes
 from deltaserve_server.service.registry import Registry
@@ -52,8 +52,12 @@ class ModelServicer:
         if convert.from_machine(machine).ByteSize() > config.message_bytes // 2:
             allowed = f"a layout of at most {config.message_bytes // 2} bytes in a message"
             raise Refused("SHAPE_INVALID", tensor="(all)", shape="(all)", allowed=allowed)
-        if isinstance(machine.policy, Sync) and machine.policy.min_workers > config.sessions:
-            allowed = f"1 to {config.sessions}, the server's limit of sessions"
+        self._check_workers(machine.policy)
+
+    def _check_workers(self, policy: Policy) -> None:
+        limit = self._registry.config.sessions
+        if isinstance(policy, Sync) and policy.min_workers > limit:
+            allowed = f"1 to {limit}, the server's limit of sessions"
             raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=allowed)
 
     def ExtendModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.ExtendModelResponse:
@@ -96,6 +100,22 @@ class ModelServicer:
         """Every model in a line."""
         return rpc.ListModelsResponse(models=map(_summary, self._registry.all()))
 
+    def UpdateModel(self, request: rpc.UpdateModelRequest, _: grpc.ServicerContext) -> rpc.UpdateModelResponse:
+        """Changes hyperparameters and policy."""
+        applier = self._registry.get(request.model)
+        with applier.event():
+            groups, policy = applier.machine.configuration()
+            if request.groups:
+                if len(request.groups) != len(groups):
+                    raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"{len(groups)} groups")
+                groups = convert.to_groups(request.groups, groups)
+            if request.HasField("policy"):
+                policy = convert.to_policy(request.policy)
+                self._check_workers(policy)
+            first_version = applier.change(groups, policy)
+            config = convert.from_machine(applier.machine, coming=True)
+            return rpc.UpdateModelResponse(first_version=first_version, config=config, position=applier.position)
+
     def DeleteModel(self, request: rpc.DeleteModelRequest, _: grpc.ServicerContext) -> rpc.DeleteModelResponse:
         """Forgets a model."""
         return rpc.DeleteModelResponse(position=self._registry.delete(request.model).position)
@@ -132,6 +152,12 @@ class ModelServicer:
                     raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
                 applier.put_state(state, counts)
                 return rpc.PutStateResponse(position=applier.position)
+
+    def WatchModel(self, request: rpc.WatchModelRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """What happens to a model, as it happens."""
+        with self._registry.watched(request.model) as watcher:
+            if context.add_callback(watcher.close):
+                yield from watcher
 
     def _state(self, applier: Applier, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
         """Returns vectors that stay as they are until `held` is closed: the version's own, or copies."""

@@ -2,8 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
 
 from grpc_health.v1 import health, health_pb2
 
@@ -12,6 +13,7 @@ from deltaserve_server.memory import Budget, Store
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import Machine, Refused, Session
 from deltaserve_server.service.applier import Applier, model_bytes
+from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ _SERVICES = "deltaserve.v1."
 """What the full names of our services begin with."""
 
 _TICK_SECONDS = 0.25
+_SHORTEST_TICK_SECONDS = 0.001
 _DRAIN_RETRY_SECONDS = 1.0
 
 MakeStore = Callable[[Vector, Budget], Store]
@@ -56,7 +59,10 @@ class Registry:
         self._models: dict[str, Applier] = {}
         self._lock = threading.Lock()
         self._draining = False
+        self._watchers = threading.BoundedSemaphore(config.watchers)
         self._stopped = threading.Event()
+        self._alarm = threading.Event()
+        self._next_tick = 0.0
         self._ticker = threading.Thread(target=self._tick, name="leases", daemon=True)
         self._ticker.start()
 
@@ -105,7 +111,7 @@ class Registry:
                 if held is None:
                     self.check_room()
                     store = self._make_store(weights, self.memory)
-                    applier = Applier(machine, store, reservation, self.incarnation)
+                    applier = Applier(machine, store, reservation, self.incarnation, self._wanted)
                     self._models[machine.name] = applier
                     self._tell_health(machine.name, health_pb2.HealthCheckResponse.SERVING)
                     _log.info("model %s created: %d elements", machine.name, machine.layout.size)
@@ -148,6 +154,22 @@ class Registry:
                 raise Refused("SESSION_LIMIT", limit=self.config.sessions)
             return applier.open_session(worker, lease_seconds, tensor_count, group_count)
 
+    @contextmanager
+    def watched(self, name: str) -> Iterator[Watcher]:
+        """Gives what happens to a model meanwhile.
+
+        Raises:
+            Refused: WATCHER_LIMIT or MODEL_NOT_FOUND.
+        """
+        applier = self.get(name)
+        if not self._watchers.acquire(blocking=False):
+            raise Refused("WATCHER_LIMIT", limit=self.config.watchers)
+        try:
+            with applier.watched() as watcher:
+                yield watcher
+        finally:
+            self._watchers.release()
+
     def drain(self) -> None:
         """Refuses new work from now on; pushes that wait for their round go on."""
         self._draining = True
@@ -160,6 +182,7 @@ class Registry:
         """Ends every model."""
         self._draining = True
         self._stopped.set()
+        self._alarm.set()
         self._ticker.join()
         for applier in self.all():
             applier.end(Refused("DRAINING", _DRAIN_RETRY_SECONDS))
@@ -168,8 +191,18 @@ class Registry:
         if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
             self._health.set(name, status)
 
+    def _wanted(self, due: float) -> None:
+        """Sees to it that models are looked at when it is time to, however short before they were."""
+        if due < self._next_tick:
+            self._next_tick = due
+            self._alarm.set()
+
     def _tick(self) -> None:
-        while not self._stopped.wait(_TICK_SECONDS):
+        while not self._stopped.is_set():
+            self._next_tick = monotonic() + _TICK_SECONDS
             for applier in self.all():
                 with suppress(Refused):  # a fault has ended this model, and is in the log; the others go on
-                    applier.expire()
+                    applier.tick()
+            while not self._stopped.is_set() and monotonic() < self._next_tick:
+                self._alarm.clear()
+                self._alarm.wait(max(self._next_tick - monotonic(), _SHORTEST_TICK_SECONDS))

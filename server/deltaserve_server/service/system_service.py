@@ -34,6 +34,7 @@ class SystemServicer:
                 message_bytes=config.message_bytes,
                 models=config.models,
                 sessions=config.sessions,
+                watchers=config.watchers,
                 memory_bytes=self._registry.memory.total,
                 memory_available_bytes=self._registry.memory.available,
                 staged_bytes=self._registry.staged.total,

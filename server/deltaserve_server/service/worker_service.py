@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from deltaserve._codec import Piece, StreamCodec
+from deltaserve._failpoints import failpoint
 from deltaserve._flat import CHUNK_ELEMENTS
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve_server.memory.store import ELEMENT_BYTES
@@ -25,6 +26,14 @@ _PULL = StreamCodec(rpc.PullResponse)
 
 _SPARE_BYTES = 1 << 16
 """Room in a Step's messages for all but the vector."""
+
+_WEIGHTS = 1e-9, 1e9
+
+_STATES = {
+    "not accepted": rpc.PUSH_STATE_NOT_ACCEPTED,
+    "waiting": rpc.PUSH_STATE_WAITING,
+    "applied": rpc.PUSH_STATE_APPLIED,
+}
 
 
 class WorkerServicer:
@@ -112,6 +121,17 @@ class WorkerServicer:
             for offset, data in admission.chunks(weights, count, CHUNK_ELEMENTS):
                 yield _PULL.chunk("weights", offset, [data])
 
+    def GetPush(self, request: rpc.GetPushRequest, _: grpc.ServicerContext) -> rpc.GetPushResponse:
+        """What became of a push."""
+        applier = self._registry.get(request.model)
+        status = applier.push_status(request.session_id, request.sequence)
+        return rpc.GetPushResponse(
+            state=_STATES[status.state],
+            final=status.final,
+            result=_result(status.result) if status.result else None,
+            position=applier.position,
+        )
+
     def _lease(self, request: rpc.OpenSessionRequest) -> float:
         config = self._registry.config
         if not request.HasField("lease_seconds"):
@@ -148,6 +168,7 @@ class _Reception:
         _check_absent(header.absent_tensors, self._session.tensor_count)
         self.gate = Gate(self._layout.runs(self._session.tensor_count, self._push.absent))
         self.weights_size = self._layout.offsets[self._session.tensor_count]
+        failpoint("push.headers")
 
     def pieces(self, messages: Iterator[Any]) -> Iterator[tuple[int, memoryview]]:
         """Yields a stream's chunks; each renews the lease, for a slow worker is not a dead one."""
@@ -161,14 +182,18 @@ class _Reception:
         """Takes the values in, hands the push over, and waits for its update; meanwhile the session stays alive."""
         accepted = self._take(pieces)
         with self.applier.present(self._session):
-            return wait(context, accepted)
+            failpoint("push.waiting")
+            result = wait(context, accepted)
+        failpoint("push.acknowledged")
+        return result
 
     def _take(self, pieces: Iterable[tuple[int, memoryview]]) -> "Future[PushResult]":
         reservation = self._registry.staged.reserve(self.applier.staging_bytes(self.gate.size))
         try:
             staging = self.applier.stage()
-            fingerprint = admission.admit_push(pieces, self.gate, self._layout, staging)
-            return self.applier.push(replace(self._push, fingerprint=fingerprint), staging, reservation)
+            seen = admission.admit_push(pieces, self.gate, self._layout, staging)
+            push = replace(self._push, fingerprint=seen.fingerprint, norm=seen.norm)
+            return self.applier.push(push, staging, reservation)
         except BaseException:
             reservation.release()
             raise
@@ -187,7 +212,15 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
         base_version=header.base_version if header.HasField("base_version") else None,
         hyperparameters=convert.to_groups(header.hyperparameters, groups) or None,
         absent=frozenset(header.absent_tensors),
+        weight=_weight(header),
     )
+
+
+def _weight(header: rpc.PushHeader) -> float:
+    weight = header.weight if header.HasField("weight") else 1.0
+    if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        raise Refused("PUSH_INVALID", field="weight", allowed=f"{_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}")
+    return weight
 
 
 def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
@@ -202,10 +235,15 @@ def _absent_refused(tensor_count: int) -> Refused:
 
 
 def _result(result: PushResult) -> rpc.PushResult:
+    share, made = result.share, result.made
+    if share is None or made is None:
+        return rpc.PushResult(version=result.version, duplicate=result.duplicate)
     return rpc.PushResult(
         version=result.version,
         duplicate=result.duplicate,
-        staleness=result.staleness,
-        contributors=result.contributors,
-        hyperparameters=convert.from_groups(result.hyperparameters),
+        staleness=share.staleness,
+        contributors=len(made.shares),
+        hyperparameters=convert.from_groups(made.hyperparameters),
+        gradient_norm=share.norm,
+        update_norm=made.norm,
     )
