@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python -m benchmarks [--json FILE] [--quick]`."""
+"""Runs the benchmarks: `python -m benchmarks [--json FILE] [--quick]`, or `python -m benchmarks convergence`."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import kernel, step
+from benchmarks import convergence, kernel, step
 from benchmarks.timing import Timing, table
 
 _GPU_SIZES = (25_000_000, 1_000_000_000)
@@ -48,7 +48,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, in seconds")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     parser.add_argument("--only", default="", metavar="TEXT", help="only tables whose title contains TEXT")
+    study = parser.add_subparsers(dest="study", metavar="convergence").add_parser(
+        "convergence", help=convergence.__doc__
+    )
+    convergence.add_arguments(study)
     arguments = parser.parse_args()
+    if arguments.study:
+        convergence.main(arguments)
+        return
     figures: dict[str, dict[str, tuple[float, ...]]] = {}
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}\n")
     for benchmark in benchmarks():

@@ -1,0 +1,173 @@
+"""The two kinds of workers: one that pushes every gradient, and one that takes local steps of torch's SGD between."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import deltaserve
+from deltaserve import StaleGradientError, StepResult
+from deltaserve.torch import RemoteAdadelta
+from deltaserve_server.training.batches import Share
+from deltaserve_server.training.recipes import Digits, NumpyRecipe, Policy
+
+Rows = NDArray[np.intp]
+Weights = Mapping[str, NDArray[np.float32]]
+
+TIMEOUT_SECONDS = 60.0
+
+
+class Learner(Protocol):
+    """One worker and its copy of the weights.
+
+    Attributes:
+        version: Of the model's weights that it had last.
+        result: What became of the last push; None where it was refused.
+        pushes: How many it has made.
+    """
+
+    version: int
+    result: StepResult | None
+    pushes: int
+
+    @property
+    def weights(self) -> Weights:
+        """Its copy, which the next step writes over."""
+
+    def compute(self, rows: Rows) -> None:
+        """Computes the gradient of a batch."""
+
+    def step(self, weight: float) -> None:
+        """Pushes it and takes the new weights; or takes a local step."""
+
+    def finish(self) -> None:
+        """Pushes what was not pushed yet."""
+
+    def close(self) -> None:
+        """Ends the session."""
+
+
+class PlainLearner:
+    """Every gradient is a push."""
+
+    def __init__(
+        self, recipe: NumpyRecipe, target: str, model: str, worker: str, settings: Mapping[str, float]
+    ) -> None:
+        self._recipe = recipe
+        self._client = deltaserve.connect(target, timeout_seconds=TIMEOUT_SECONDS)
+        self._worker = self._client.model(model).worker(worker)
+        self._settings = [deltaserve.Hyperparameters(**{**asdict(recipe.hyperparameters()), **settings})]
+        self._weights: Weights = self._worker.pull()
+        self._gradients: Weights = {}
+        self.version = self._worker.version
+        self.result: StepResult | None = None
+        self.pushes = 0
+
+    @property
+    def weights(self) -> Weights:
+        """Its copy."""
+        return self._weights
+
+    def compute(self, rows: Rows) -> None:
+        """Computes the mean gradient of a batch."""
+        share = Share(rows=rows, batch=len(rows))
+        self._gradients = self._recipe.gradients(self._weights, share)
+
+    def step(self, weight: float) -> None:
+        """Pushes it; a refused one is gone."""
+        self.pushes += 1
+        try:
+            self._weights = self._worker.step(self._gradients, hyperparameters=self._settings, weight=weight)
+        except StaleGradientError:
+            self._weights = self._worker.weights
+        self.result = self._worker.last_result
+        self.version = self._worker.version
+
+    def finish(self) -> None:
+        """There is nothing left to push."""
+
+    def close(self) -> None:
+        """Ends the session."""
+        self._worker.close()
+        self._client.close()
+
+
+class LocalLearner:
+    """`local_steps` steps of SGD make a push, by `RemoteAdadelta`."""
+
+    def __init__(
+        self,
+        recipe: NumpyRecipe,
+        target: str,
+        model: str,
+        worker: str,
+        settings: Mapping[str, float],
+        policy: Policy,
+        local_steps: int,
+        local_lr: float,
+    ) -> None:
+        self._features = torch.from_numpy(recipe.train.features)
+        self._labels = torch.from_numpy(recipe.train.labels)
+        self._classes = isinstance(recipe, Digits)
+        self._params = {
+            name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in recipe.initial_weights().items()
+        }
+        self._optimizer = RemoteAdadelta(
+            self._params.items(),
+            target,
+            model=model,
+            policy=policy,
+            worker=worker,
+            local_steps=local_steps,
+            local_optimizer=partial(torch.optim.SGD, lr=local_lr),
+            timeout_seconds=TIMEOUT_SECONDS,
+            **{**asdict(recipe.hyperparameters()), **settings},
+        )
+        self.version = 0
+        self.result: StepResult | None = None
+        self.pushes = 0
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters; those of the model right after a push alone."""
+        return {name: param.detach().numpy() for name, param in self._params.items()}
+
+    def compute(self, rows: Rows) -> None:
+        """Differentiates the mean loss of a batch."""
+        chosen = torch.from_numpy(rows)
+        self._optimizer.zero_grad()
+        self._loss(self._features[chosen], self._labels[chosen]).backward()
+
+    def step(self, weight: float) -> None:
+        """Takes a local step, and pushes where it was the last of its number."""
+        self._optimizer.step(weight=weight)
+        self._note()
+
+    def finish(self) -> None:
+        """Pushes the last steps, where there are too few of them for a push."""
+        self._optimizer.flush()
+        self._note()
+
+    def close(self) -> None:
+        """Ends the session."""
+        self._optimizer.close()
+
+    def _note(self) -> None:
+        latest = self._optimizer.last_result
+        if latest is not None and latest is not self.result:
+            self.pushes += 1
+            self.version = latest.version
+            self.result = latest
+
+    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The recipes' losses, in torch."""
+        params = self._params
+        if not self._classes:
+            return ((x @ params["w"] + params["b"]).ravel() - y).square().mean() / 2
+        hidden = torch.relu(x @ params["hidden.weight"] + params["hidden.bias"])
+        scores = hidden @ params["output.weight"] + params["output.bias"]
+        return torch.nn.functional.cross_entropy(scores, y)
