@@ -22,7 +22,7 @@ from time import monotonic_ns, sleep
 NAMES: Mapping[str, str] = {
     # A worker's side.
     "worker.opened": "the server has opened the session, the worker does not know yet",
-    "worker.rejoined": "a new session is open after the lease ran out, the fate of the last push is not known",
+    "worker.rejoined": "a new session is open after the lease ran out, nothing is pushed in it yet",
     "worker.renewing": "the lease is about to be renewed in the background",
     "worker.before_send": "a push is about to be sent, nothing of it has been",
     "worker.mid_body": "StreamStep: one more chunk of the gradient is handed to gRPC",

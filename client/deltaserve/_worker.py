@@ -62,11 +62,13 @@ class Worker:
         self.tensors = tensors
         self.last_result: StepResult | None = None
         self._own: dict[str, Array] | None = None
+        self._version: int | None = None
+        self._torn = False
         self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
         self._join()
 
     def _join(self) -> None:
-        """Opens a session and starts from the beginning with it."""
+        """Opens a session and numbers pushes from 1."""
         session = self._open_session()
         finalize = weakref.finalize(self, session.close)
         opened = session.opened
@@ -76,10 +78,8 @@ class Worker:
         self.rank: int = opened.rank
         self._position = opened.position
         self._first_version: int = opened.first_version
-        self._version: int | None = None
         self._sequence = 1
         self._sent = False
-        self._torn = False
 
     @property
     def version(self) -> int:
@@ -135,8 +135,7 @@ class Worker:
             TypeError: A gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
             StaleGradientError: The gradient is of weights that are too old for the round or for `max_staleness`, or
-                that had arrived in part only; or the lease had run out. Newer weights are in place now, where needed
-                in a new session.
+                that had arrived in part only. Newer weights are in place now.
             ConflictError: Workers of one round pushed different hyperparameters.
             SessionError: The session is over, because a newer one of this name was opened, or it was closed; a note
                 says what became of the last push.
@@ -150,26 +149,23 @@ class Worker:
         arrays = self._memory(out)
         own = dict(arrays) if out is None else None
         target = FlatVector(list(arrays.values()))
-        sent, torn = self._sent, self._torn
-        mended = StaleGradientError(self._torn_text()) if torn else None
-        if mended and not sent:
+        mended = StaleGradientError(self._torn_text()) if self._torn else None
+        if mended and not self._sent:
             self._pull(target, None)
             raise mended
         header = self._header(absent, hyperparameters, weight)
         try:
-            self._push(header, pushed, absent, target)
-        except ConflictError as error:
-            if error.reason != "SEQUENCE_REUSED" or not sent:
-                raise
-            self._skip_accepted(target)
-            if mended:
-                raise mended from None
-            header.sequence = self._sequence
-            self._push(header, pushed, absent, target)
+            self._push_after_any(header, pushed, absent, target, mended)
         except SessionError as error:
             if error.reason != "SESSION_UNKNOWN" or not self._finalize.alive:
+                error.add_note(self._fate())
                 raise
-            self._rejoin(target)
+            stale = self._rejoin() or mended
+            if stale:
+                self._pull(target, self._first_version)
+                raise stale from None
+            self._address(header)
+            self._push(header, pushed, absent, target)
         self._own = own
         return arrays
 
@@ -190,7 +186,7 @@ class Worker:
         status = self._ask(self._session, number)
         if status is None:
             raise SessionError("the session ended too long ago")
-        return status
+        return to_push_status(status)
 
     def close(self) -> None:
         """Ends the session. A push that waits for its round still counts."""
@@ -228,14 +224,39 @@ class Worker:
     def _header(
         self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, weight: float
     ) -> rpc.PushHeader:
-        return rpc.PushHeader(
-            **self._session.id,
-            sequence=self._sequence,
+        header = rpc.PushHeader(
             base_version=self._version,
             absent_tensors=absent,
             hyperparameters=[group._to_proto() for group in hyperparameters or ()],
             weight=weight,
         )
+        self._address(header)
+        return header
+
+    def _address(self, header: rpc.PushHeader) -> None:
+        """Makes it the header of the session's next push."""
+        header.MergeFrom(rpc.PushHeader(**self._session.id, sequence=self._sequence))
+
+    def _push_after_any(
+        self,
+        header: rpc.PushHeader,
+        pushed: FlatVector,
+        absent: list[int],
+        target: FlatVector,
+        mended: StaleGradientError | None,
+    ) -> None:
+        """Pushes, whatever became of the push before; raises `mended`, if anything, instead of a push beyond that."""
+        sent = self._sent
+        try:
+            self._push(header, pushed, absent, target)
+        except ConflictError as error:
+            if error.reason != "SEQUENCE_REUSED" or not sent:
+                raise
+            self._skip_accepted(target)
+            if mended:
+                raise mended from None
+            self._address(header)
+            self._push(header, pushed, absent, target)
 
     def _push(self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector) -> None:
         failpoint("worker.before_send")
@@ -312,47 +333,44 @@ class Worker:
         # Last: whoever is interrupted later must not take the gradient for one of these weights.
         self._pull(target, int(error.metadata["current"]))
 
-    def _rejoin(self, target: FlatVector) -> None:
-        """Goes on in a new session where the lease of the old one ran out, as after a pause or a long silence.
+    def _rejoin(self) -> StaleGradientError | None:
+        """Opens a new session where the lease of the old one ran out, as after a pause or a long silence.
 
-        Raises:
-            StaleGradientError: The last push did not become part of an update.
+        A push that the old one had accepted is still answered; that this was not the answer means that nothing of it
+        was applied, so it may be pushed anew.
+
+        Returns:
+            What to raise where the server does not know any more which pushes the old session made.
         """
-        ended, finalize, number = self._session, self._finalize, self._sequence
+        known = self._ask(self._session, self._sequence)
+        finalize = self._finalize
         self._join()
         failpoint("worker.rejoined")
         finalize.detach()
         _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
-        push = self._ask(ended, number)
-        while push and not push.final:  # its round is under way, and the new session is to start after it
-            self._pull(target, self.version)
-            self._torn = True
-            push = self._ask(ended, number)
-        self.last_result = push.result if push else None
-        stale = StaleGradientError(
-            f"worker {self.name}: the lease had run out; the gradient is left out, a new session is open and newer "
-            "weights are in place"
+        if known:
+            return None
+        return StaleGradientError(
+            f"worker {self.name}: the lease had run out too long ago to know whether the last push was applied; the "
+            "gradient is left out, a new session is open and newer weights are in place"
         )
-        # Last: whoever is interrupted later must not take the gradient for one of these weights.
-        self._pull(target, self.version)
-        if not self.last_result:
-            raise stale
 
-    def _ask(self, session: Session, number: int) -> PushStatus | None:
+    def _ask(self, session: Session, number: int) -> rpc.GetPushResponse | None:
         """Returns what became of a push; None where it is no longer known."""
         request = rpc.GetPushRequest(model=self._model, session_id=session.id["session_id"], sequence=number)
         try:
-            return to_push_status(self._connection.call("GetPush", request))
+            answer: rpc.GetPushResponse = self._connection.call("GetPush", request)
         except SessionError:
             return None
+        return answer
 
     def _skip_accepted(self, target: FlatVector) -> None:
         """Goes on after an interrupted push that was accepted: it counts, and the next one takes the next number."""
-        version = self._session.keep().position.version  # asked for first: a push that waits later makes a newer one
-        push = self.get_push()
+        push = self._ask(self._session, self._sequence)
+        assert push is not None
         _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
-        self._pull(target, version + (push.state == "waiting"))
-        self.last_result = push.result or self.get_push().result
+        self._pull(target, push.position.version + (push.state == rpc.PUSH_STATE_WAITING))
+        self.last_result = to_push_status(self._ask(self._session, self._sequence) or push).result
         self._sequence += 1
         self._sent = False
 
@@ -385,8 +403,6 @@ class Worker:
 
     def _explained(self, error: Error) -> Error:
         """Returns the error, or what it means where the server is another than the session was opened with."""
-        if isinstance(error, SessionError):
-            error.add_note(self._fate())
         if error.reason not in ("MODEL_NOT_FOUND", "SESSION_UNKNOWN"):
             return error
         if incarnation(self._connection) in (None, self._position.incarnation):

@@ -82,8 +82,9 @@ def test_a_lost_lease_is_no_lost_state(client: deltaserve.Client) -> None:
     worker = client.create_model("digits", ONE).worker("a", lease_seconds=1.0)
     worker._session._closed.put(None)  # its lease is not renewed any more, as if the process had been stopped
     sleep(1.8)
-    with pytest.raises(deltaserve.StaleGradientError, match="the lease had run out"):
-        worker.step(ONE)
+    worker.step(ONE)
+    assert worker.last_result
+    assert worker.last_result.version == 1
 
 
 TRAIN = """

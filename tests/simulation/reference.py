@@ -200,7 +200,11 @@ class Reference:
 
     def check(self, push: Push, now: float) -> tuple[Worker, Sent | None]:
         """Whose push it is, and the accepted push that it repeats."""
-        worker = self.keep(push.session_id, push.epoch, now)
+        ended = self.known.get(push.session_id)
+        if ended and not ended.live and not ended.fenced and ended in self.ended and ended.epoch == push.epoch:
+            worker = ended if 1 <= push.sequence <= len(ended.pushes) else self.keep(push.session_id, push.epoch, now)
+        else:
+            worker = self.keep(push.session_id, push.epoch, now)
         last = len(worker.pushes)
         if push.sequence < 1:
             raise No("PUSH_INVALID", field="sequence", allowed=">= 1")

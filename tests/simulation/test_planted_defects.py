@@ -188,6 +188,12 @@ DEFECTS: dict[str, tuple[object, str, str, str]] = {
     # what became of a push
     "one that waits has not come": (_session, "status", 'PushStatus("waiting"', 'PushStatus("not accepted"'),
     "one that never came may still come": (_session, "status", "final=not live", "final=False"),
+    "a push of who has ended is forgotten": (
+        _machine,
+        "check",
+        "self.sessions.ended_with(push) or self.keep_session",
+        "self.keep_session",
+    ),
     "who has ended is unknown": (_sessions, "push_status", "live or self._ended.get(session_id)", "live"),
     # refusals
     "a refused push has its number": (

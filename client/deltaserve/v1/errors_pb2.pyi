@@ -66,7 +66,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_SESSION_UNKNOWN: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
-    first_version, and number from 1. A push of the old session that was accepted counts: do not send it again.
+    first_version, and number from 1. A push that gets this was not accepted, unless its session is not among a model's
+    last 1024 that have ended; GetPush tells which.
     """
     ERROR_REASON_SESSION_FENCED: _ErrorReason.ValueType  # 15
     """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""
@@ -151,7 +152,8 @@ policy.
 """
 ERROR_REASON_SESSION_UNKNOWN: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
-first_version, and number from 1. A push of the old session that was accepted counts: do not send it again.
+first_version, and number from 1. A push that gets this was not accepted, unless its session is not among a model's
+last 1024 that have ended; GetPush tells which.
 """
 ERROR_REASON_SESSION_FENCED: ErrorReason.ValueType  # 15
 """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""

@@ -135,10 +135,13 @@ class Machine:
     def check(self, push: Push, now: float) -> Session:
         """Looks at a push before its values have come, and renews the lease.
 
+        A push that was accepted is known also when its session has ended: its answer may be lost to a worker that is
+        away for longer than its lease.
+
         Raises:
             Refused: For whatever can be known without the values.
         """
-        session = self.keep_session(push.session_id, push.epoch, now)
+        session = self.sessions.ended_with(push) or self.keep_session(push.session_id, push.epoch, now)
         if not session.known(push):
             self._check_new(session, push)
         return session

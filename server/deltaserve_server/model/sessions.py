@@ -198,6 +198,12 @@ class Sessions:
         """Returns a live session, whatever its epoch."""
         return self._by_id.get(session_id)
 
+    def ended_with(self, push: Push) -> Session | None:
+        """Returns the session that had accepted a push before it ended, unless it was fenced; None without one."""
+        session = None if push.session_id in self._fenced else self._ended.get(push.session_id)
+        accepted = session and session.epoch == push.epoch and 1 <= push.sequence <= session.last_accepted
+        return session if accepted else None
+
     def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
         """Returns where a push stands, also one of a session that ended not too long ago.
 

@@ -30,7 +30,6 @@ from deltaserve_server.model import (
     Policy,
     Push,
     PushResult,
-    PushStatus,
     Refuse,
     Refused,
     Renumber,
@@ -175,11 +174,6 @@ class Applier:
             self._staged[push.key] = staging, reservation
             self._carry_out(decisions)
             return future
-
-    def push_status(self, session_id: bytes, sequence: int) -> PushStatus:
-        """Returns what became of a push."""
-        with self.event():
-            return self.machine.push_status(session_id, sequence)
 
     # --- the model as a whole
 

@@ -124,13 +124,14 @@ class WorkerServicer:
     def GetPush(self, request: rpc.GetPushRequest, _: grpc.ServicerContext) -> rpc.GetPushResponse:
         """What became of a push."""
         applier = self._registry.get(request.model)
-        status = applier.push_status(request.session_id, request.sequence)
-        return rpc.GetPushResponse(
-            state=_STATES[status.state],
-            final=status.final,
-            result=_result(status.result) if status.result else None,
-            position=applier.position,
-        )
+        with applier.event():
+            status = applier.machine.push_status(request.session_id, request.sequence)
+            return rpc.GetPushResponse(
+                state=_STATES[status.state],
+                final=status.final,
+                result=_result(status.result) if status.result else None,
+                position=applier.position,
+            )
 
     def _lease(self, request: rpc.OpenSessionRequest) -> float:
         config = self._registry.config

@@ -1,0 +1,135 @@
+"""What is tried: models, policies, and gradients that anyone can compute again from what names them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+import deltaserve
+from deltaserve import Async, Bounded, Hyperparameters, Sync, TensorSpec
+
+Vector = NDArray[np.float32]
+
+MODEL = "m"
+LEASE_SECONDS = 1.0
+
+GROUPS = (Hyperparameters(lr=1.0, rho=0.9, eps=1e-6), Hyperparameters(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01))
+
+CARRIED = (Hyperparameters(lr=0.75, rho=0.9), Hyperparameters(lr=0.25, rho=0.8, weight_decay=0.02))
+"""The hyperparameters of those pushes that carry some."""
+
+POLICIES: Mapping[str, deltaserve.Sync | deltaserve.Async | deltaserve.Bounded] = {
+    "sync": Sync(),
+    "quorum": Sync(min_workers=2, quorum=3, grace_seconds=0.02, round_timeout_seconds=0.4),
+    "median": Sync(min_workers=2, reduction="median", clip_norm=2.0),
+    "async": Async(),
+    "stale": Async(max_staleness=2, damping=True),
+    "bounded": Bounded(slack=1),
+}
+
+_SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "unary": {"a": (40, 50), "b": (7,), "c": (61, 43), "d": (), "e": (1500,)},
+    "stream": {"a": (300, 700), "b": (90_001,), "c": (7,)},
+}
+
+_SPREAD = 1 << 16
+"""Places in the pattern where a gradient may begin."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One policy on one model: through the unary door, or, with more than 1 MiB, through the stream.
+
+    Attributes:
+        policy_name: A key of POLICIES.
+        door: "unary" or "stream".
+    """
+
+    policy_name: str
+    door: str
+
+    @property
+    def policy(self) -> deltaserve.Sync | deltaserve.Async | deltaserve.Bounded:
+        return POLICIES[self.policy_name]
+
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The layout; every other tensor is of the second group."""
+        return tuple(TensorSpec(name, shape, i % 2) for i, (name, shape) in enumerate(_SHAPES[self.door].items()))
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """By tensor: where its elements begin and end in the flat vector."""
+        sizes = [int(np.prod(spec.shape)) for spec in self.tensors]
+        return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+    @property
+    def size(self) -> int:
+        return self.bounds[-1][1]
+
+    @cached_property
+    def initial(self) -> Vector:
+        return np.random.default_rng(7).standard_normal(self.size).astype(np.float32)
+
+    @cached_property
+    def _pattern(self) -> Vector:
+        return np.random.default_rng(8).integers(-9, 10, self.size + _SPREAD).astype(np.float32)
+
+    def cut(self, flat: Vector) -> dict[str, Vector]:
+        """Returns a flat vector's tensors."""
+        parts = zip(self.tensors, self.bounds, strict=True)
+        return {spec.name: flat[start:stop].reshape(spec.shape) for spec, (start, stop) in parts}
+
+    def gradient(self, name: "GradientName") -> "Gradient":
+        """Returns a worker's gradient: it follows from what names it, and from nothing else."""
+        key = crc32("/".join(map(str, name)).encode())
+        start = key % _SPREAD
+        absent = frozenset({key // 7 % len(self.tensors)} if key % 7 == 0 else ())
+        scale = np.float32(0.01 * (1 + key // 11 % 5))
+        return Gradient(
+            values=self._pattern[start : start + self.size] * scale,
+            absent=absent,
+            weight=0.5 * (1 + key // 13 % 5),
+            hyperparameters=CARRIED if key // 17 % 4 == 0 else None,
+        )
+
+    def gradient_norm(self, name: "GradientName") -> float:
+        """Returns the L2 norm of what a push of this gradient holds."""
+        return float(np.linalg.norm(self.filled(self.gradient(name)).astype(np.float64)))
+
+    def filled(self, gradient: "Gradient") -> Vector:
+        """Returns a gradient's values with zeros for its absent tensors."""
+        values = gradient.values.copy()
+        for index in gradient.absent:
+            start, stop = self.bounds[index]
+            values[start:stop] = 0
+        return values
+
+
+class GradientName(NamedTuple):
+    """Names a gradient: the worker, which of its lives, and a number. It stays the same over attempts to push it."""
+
+    worker: str
+    life: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a push contains.
+
+    Attributes:
+        values: The whole flat vector; those of absent tensors are not sent.
+        absent: Indices of tensors without a gradient.
+        weight: As in `Worker.step`.
+        hyperparameters: Likewise.
+    """
+
+    values: Vector
+    absent: frozenset[int]
+    weight: float
+    hyperparameters: tuple[Hyperparameters, ...] | None
