@@ -42,7 +42,7 @@ test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it suppor
 chaos: $(SETUP) ## kill, stop and cut until TRIALS=1000 faults have fired; SEED=1, CHAOS_ARGS for more
 	@$(BIN)/python tests/chaos/chaos.py --trials $(or $(TRIALS),1000) --seed $(or $(SEED),1) $(CHAOS_ARGS)
 
-simulate: $(SETUP) ## run EVENTS=10000000 random events through the state machine; SEED=1
+simulate: $(SETUP) ## run EVENTS=1000000 random events through the state machine; SEED=0
 	@$(BIN)/python tests/simulation/run.py --events $(or $(EVENTS),1000000) --seed $(or $(SEED),0)
 
 check: $(SETUP) stubs buf ## format, lint, types, stubs, and buf where it is installed

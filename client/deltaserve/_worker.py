@@ -150,7 +150,7 @@ class Worker:
         own = dict(arrays) if out is None else None
         target = FlatVector(list(arrays.values()))
         mended = StaleGradientError(self._torn_text()) if self._torn else None
-        if mended and not self._sent:
+        if mended and not (self._sent and self._is_accepted()):
             self._pull(target, None)
             raise mended
         header = self._header(absent, hyperparameters, weight)
@@ -364,14 +364,26 @@ class Worker:
             return None
         return answer
 
-    def _skip_accepted(self, target: FlatVector) -> None:
-        """Goes on after an interrupted push that was accepted: it counts, and the next one takes the next number."""
+    def _is_accepted(self) -> bool:
+        """Whether the server has the push whose answer was lost; if it has not, it may still get it."""
         push = self._ask(self._session, self._sequence)
-        assert push is not None
-        _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
-        self._pull(target, push.position.version + (push.state == rpc.PUSH_STATE_WAITING))
-        self.last_result = to_push_status(self._ask(self._session, self._sequence) or push).result
-        self._sequence += 1
+        return push is not None and push.state != rpc.PUSH_STATE_NOT_ACCEPTED
+
+    def _skip_accepted(self, target: FlatVector) -> None:
+        """Goes on after an interrupted push that was accepted: if it counts, the next one takes the next number."""
+        push = self._ask(self._session, self._sequence)
+        while push and push.state == rpc.PUSH_STATE_WAITING:  # its round makes a version, whatever becomes of it
+            self._pull(target, push.position.version + 1)
+            self._torn = True
+            push = self._ask(self._session, self._sequence)
+        if push is None:
+            raise SessionError(f"worker {self.name}: the session ended too long ago")
+        counts = push.state == rpc.PUSH_STATE_APPLIED
+        if counts:
+            _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
+        self._pull(target, push.position.version)
+        self.last_result = to_push_status(push).result
+        self._sequence += counts
         self._sent = False
 
     def _check(self, position: common_pb2.ModelPosition) -> None:

@@ -98,6 +98,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._make_local = local_optimizer
         self._local: _LocalSteps | None = None
         self._worker: Worker | None = None
+        self._version: int | None = None
         self._staged: dict[Tensor, Array] = {}
         self._names: dict[Tensor, str] = {}
         defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -156,12 +157,12 @@ class RemoteAdadelta(torch.optim.Optimizer):
             Error: As `deltaserve.Worker.step` raises it. Where the connection broke while weights came, the parameters
                 are of two versions; the next step leaves its gradient out and puts them right.
         """
+        if not self._is_current():
+            self._catch_up()
+            return None if closure is None else _evaluate(closure)
         if self._local:
             return self._local.step(closure, weight)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else _evaluate(closure)
         gradients = {name: None if param.grad is None else _gradient(param.grad) for name, param in self._named()}
         self._exchange(gradients, weight)
         return loss
@@ -173,12 +174,15 @@ class RemoteAdadelta(torch.optim.Optimizer):
         Raises:
             Error: As from `step`.
         """
-        if self._local:
+        if not self._is_current():
+            self._catch_up()
+        elif self._local:
             self._local.push()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, on the server too; its weights are this worker's, unless another added it before."""
-        self.flush()
+        if self._worker:
+            self.flush()
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -264,6 +268,14 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._joined.pull(out=out)
         self._written(out)
 
+    def _is_current(self) -> bool:
+        """Whether the parameters have the weights that the worker has; an interrupt may have come between."""
+        return self._version == self._joined.version
+
+    def _catch_up(self) -> None:
+        _log.warning("worker %s: a gradient is left out: it is of weights that had arrived in part", self._joined.name)
+        self._pull()
+
     def _exchange(self, gradients: dict[str, Array | None], weight: float) -> None:
         """Pushes gradients and takes the weights."""
         worker, out = self._joined, self._out()
@@ -341,6 +353,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
                 param.copy_(torch.from_numpy(out[name]))
         if self._local:
             self._local.begin()
+        self._version = self._joined.version  # last: until then the parameters may be of two versions
 
     # --- state dicts
 
@@ -406,7 +419,9 @@ class _LocalSteps:
         """Makes a local step, and pushes after the last."""
         if self._pushed:  # what became of it is not known: until it is, no further step is made
             self.push()
-            return None
+            if closure is None:
+                _log.warning("a gradient is left out: it is of weights from before a push that had to be settled first")
+                return None
         loss = self.optimizer.step(closure) if closure else self.optimizer.step()
         self._moved |= {name for name, param in self._remote._named() if param.grad is not None}
         self._done += 1
@@ -436,6 +451,11 @@ class _LocalSteps:
                 param.copy_(torch.from_numpy(self._base[name]))
             self.begin()
             raise
+
+
+def _evaluate(closure: Callable[[], float]) -> float:
+    with torch.enable_grad():
+        return closure()
 
 
 _KINDS: tuple[Callable[[Any], Any], ...] = (float, float, float, float, bool)

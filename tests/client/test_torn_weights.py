@@ -55,6 +55,31 @@ def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
     assert (a.last_result.version, a.last_result.staleness) == (2, 0)
 
 
+def test_a_gradient_of_torn_weights_is_not_taken_for_a_push_that_never_came(
+    workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = workers
+    a.pull()
+    with monkeypatch.context() as patch:
+
+        def unreachable(method: str, *_: object) -> None:
+            raise deltaserve.UnavailableError(f"{method}: cannot reach a server")
+
+        patch.setattr(a._connection, "receive", unreachable)
+        with pytest.raises(deltaserve.UnavailableError):
+            a.step(ONES)
+    b.step(ONES)
+    with monkeypatch.context() as patch:
+        interrupt_second_chunk(patch)
+        with pytest.raises(KeyboardInterrupt):
+            a.pull()
+    with pytest.raises(deltaserve.StaleGradientError, match="arrived in part only"):
+        a.step({"w": np.full(SIZE, 2.0)})
+    a.step({"w": np.full(SIZE, 2.0)})
+    assert a.last_result is not None
+    assert (a.last_result.version, a.last_result.staleness) == (2, 0)
+
+
 def test_after_a_step_whose_weights_broke_off_the_same_gradient_is_found_and_another_refused(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

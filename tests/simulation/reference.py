@@ -163,13 +163,17 @@ class Reference:
 
     def get(self, session_id: bytes, epoch: int) -> Worker:
         worker = self.known.get(session_id)
-        if worker and worker.fenced:
+        if worker and (worker.fenced or self.replaced(worker)):
             raise No("SESSION_FENCED", worker=worker.name, epoch=epoch, current=self.epochs[worker.name])
         if not worker or not worker.live:
             raise No("SESSION_UNKNOWN")
         if worker.epoch != epoch:
             raise No("PUSH_INVALID", field="epoch", allowed=f"{worker.epoch}, as OpenSession answered")
         return worker
+
+    def replaced(self, worker: Worker) -> bool:
+        """Whether another session of its name came when it had ended."""
+        return worker in self.ended and self.epochs[worker.name] > worker.epoch
 
     def keep(self, session_id: bytes, epoch: int, now: float) -> Worker:
         worker = self.get(session_id, epoch)
@@ -201,7 +205,8 @@ class Reference:
     def check(self, push: Push, now: float) -> tuple[Worker, Sent | None]:
         """Whose push it is, and the accepted push that it repeats."""
         ended = self.known.get(push.session_id)
-        if ended and not ended.live and not ended.fenced and ended in self.ended and ended.epoch == push.epoch:
+        replaced = ended and (ended.fenced or self.replaced(ended))
+        if ended and not ended.live and not replaced and ended in self.ended and ended.epoch == push.epoch:
             worker = ended if 1 <= push.sequence <= len(ended.pushes) else self.keep(push.session_id, push.epoch, now)
         else:
             worker = self.keep(push.session_id, push.epoch, now)
@@ -366,8 +371,7 @@ class Reference:
                 self.said.append(answer)
 
     def fail_round(self, policy: Sync, now: float) -> None:
-        if not all(worker.member for worker in self.live):
-            self.renumber()
+        self.renumber()
         failed, self.waiting = by_name(self.waiting), []
         for sent in failed:
             self.give_up(sent, now, "ROUND_FAILED", got=len(failed), need=policy.min_workers)

@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=cpu_count())
     options = parser.parse_args()
     names = [options.policy] if options.policy else list(SCENARIOS)
-    seeds = range(options.seed, options.seed + max(1, options.events // HISTORY // len(names)))
+    seeds = range(options.seed, options.seed - (-options.events // (HISTORY * len(names))))
     totals = {name: Totals() for name in names}
     seconds = dict.fromkeys(names, 0.0)
     violations = dict.fromkeys(names, 0)

@@ -1,8 +1,9 @@
 """A step that breaks off while weights come: the next one puts every parameter right, whatever its type and layout."""
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._flat import FlatVector
+from deltaserve.torch import RemoteAdadelta, _LocalSteps
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Remote
@@ -55,6 +57,49 @@ def test_the_next_step_leaves_its_gradient_out_and_mends(
     np.testing.assert_array_equal(param.detach().numpy(), held.weights["0.0"])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    optimizer.step()
+    assert optimizer.last_result is not None
+    assert (optimizer.last_result.version, optimizer.last_result.staleness) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("local", "written_first"),
+    [(False, False), (True, False), (True, True)],
+    ids=["plain", "local steps", "local steps, parameters written"],
+)
+def test_a_step_that_breaks_off_with_the_answer_here_counts_once(
+    local: bool,
+    written_first: bool,
+    remote: "Remote",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    param = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    options: dict[str, Any] = {"local_optimizer": functools.partial(torch.optim.SGD, lr=0.1)} if local else {}
+    optimizer = remote([param], **options)
+    written = RemoteAdadelta._written
+
+    def interrupted(self: RemoteAdadelta, out: Any) -> None:
+        if written_first:
+            monkeypatch.setattr(_LocalSteps, "begin", stop)
+            written(self, out)
+        raise KeyboardInterrupt
+
+    def stop(self: _LocalSteps) -> None:
+        raise KeyboardInterrupt
+
+    param.grad = torch.ones_like(param)
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteAdadelta, "_written", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING, "deltaserve"):
+        optimizer.step()
+    assert optimizer.version == 1, "the gradient of parameters that are behind is left out"
+    assert "a gradient is left out" in caplog.text
+    assert param.abs().min() > 0
+    param.grad = torch.ones_like(param)
     optimizer.step()
     assert optimizer.last_result is not None
     assert (optimizer.last_result.version, optimizer.last_result.staleness) == (2, 0)

@@ -369,8 +369,8 @@ class ModelPosition(google.protobuf.message.Message):
     a model is not found any more, create it again with weights that a worker holds.
     """
     version: builtins.int
-    """The current version: one more with every update and with every PutState, and where a round that lacks workers takes
-    in those who wait for the next. Starts at 0.
+    """The current version: one more with every update and with every PutState, and, the weights staying as they are,
+    where a round that lacks workers takes in those who wait for the next one, or fails. Starts at 0.
     """
     durable_version: builtins.int
     """The newest version that would survive the death of the server process. Unset means that none would."""

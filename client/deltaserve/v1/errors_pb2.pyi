@@ -70,7 +70,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     last 1024 that have ended; GetPush tells which.
     """
     ERROR_REASON_SESSION_FENCED: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""
+    """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over, also where
+    this one had ended before: stop.
+    """
     ERROR_REASON_SEQUENCE_GAP: _ErrorReason.ValueType  # 16
     """FAILED_PRECONDITION {expected, got}: a sequence number was left out."""
     ERROR_REASON_SEQUENCE_REUSED: _ErrorReason.ValueType  # 17
@@ -156,7 +158,9 @@ first_version, and number from 1. A push that gets this was not accepted, unless
 last 1024 that have ended; GetPush tells which.
 """
 ERROR_REASON_SESSION_FENCED: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over: stop."""
+"""FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over, also where
+this one had ended before: stop.
+"""
 ERROR_REASON_SEQUENCE_GAP: ErrorReason.ValueType  # 16
 """FAILED_PRECONDITION {expected, got}: a sequence number was left out."""
 ERROR_REASON_SEQUENCE_REUSED: ErrorReason.ValueType  # 17

@@ -285,7 +285,7 @@ class PushHeader(google.protobuf.message.Message):
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
         """Hyperparameters for the update that this push becomes part of, one entry per group, unset fields as the model has
         them; empty means the model's own. All pushes of a round that carry them must carry the same; an entry without any
-        field carries the model's.
+        field carries the model's of the moment when the push begins to arrive.
         """
 
     @property

@@ -46,7 +46,7 @@ class Session:
         member: Whether the open round waits for it.
         last_accepted: Sequence number of its last accepted push.
         last_applied: Sequence number of its last push that is part of an update.
-        clock: How many steps it has made, counted from where the slowest stood when it came; under `Bounded` alone.
+        clock: How many steps it has made, counted from where the slowest stood when it came; of use to `Bounded` alone.
     """
 
     worker: str
@@ -189,10 +189,17 @@ class Sessions:
             if session.epoch != epoch:
                 raise Refused("PUSH_INVALID", field="epoch", allowed=f"{session.epoch}, as OpenSession answered")
             return session
-        worker = self._fenced.get(session_id)
+        worker = self._replaced(session_id)
         if worker is None:
             raise Refused("SESSION_UNKNOWN")
         raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self._epochs.get(worker, 0))
+
+    def _replaced(self, session_id: bytes) -> str | None:
+        """Returns the worker of a session that a newer one of its name has fenced, while it lived or after it ended."""
+        ended = self._ended.get(session_id)
+        if ended and self._epochs.get(ended.worker, 0) > ended.epoch:
+            return ended.worker
+        return self._fenced.get(session_id)
 
     def find(self, session_id: bytes) -> Session | None:
         """Returns a live session, whatever its epoch."""
@@ -200,9 +207,10 @@ class Sessions:
 
     def ended_with(self, push: Push) -> Session | None:
         """Returns the session that had accepted a push before it ended, unless it was fenced; None without one."""
-        session = None if push.session_id in self._fenced else self._ended.get(push.session_id)
-        accepted = session and session.epoch == push.epoch and 1 <= push.sequence <= session.last_accepted
-        return session if accepted else None
+        session = self._ended.get(push.session_id)
+        if session is None or session.epoch != push.epoch or self._replaced(session.id):
+            return None
+        return session if 1 <= push.sequence <= session.last_accepted else None
 
     def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
         """Returns where a push stands, also one of a session that ended not too long ago.

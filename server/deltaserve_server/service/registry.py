@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from time import monotonic
 
 from grpc_health.v1 import health, health_pb2
@@ -62,6 +62,7 @@ class Registry:
         self._watchers = threading.BoundedSemaphore(config.watchers)
         self._stopped = threading.Event()
         self._alarm = threading.Event()
+        self._alarm_lock = threading.Lock()
         self._next_tick = 0.0
         self._ticker = threading.Thread(target=self._tick, name="leases", daemon=True)
         self._ticker.start()
@@ -193,16 +194,21 @@ class Registry:
 
     def _wanted(self, due: float) -> None:
         """Sees to it that models are looked at when it is time to, however short before they were."""
-        if due < self._next_tick:
-            self._next_tick = due
-            self._alarm.set()
+        with self._alarm_lock:
+            if due < self._next_tick:
+                self._next_tick = due
+                self._alarm.set()
 
     def _tick(self) -> None:
         while not self._stopped.is_set():
             self._next_tick = monotonic() + _TICK_SECONDS
             for applier in self.all():
-                with suppress(Refused):  # a fault has ended this model, and is in the log; the others go on
+                try:
                     applier.tick()
+                except Refused:
+                    pass  # a fault has ended this model, and is in the log; the others go on
+                except Exception:
+                    _log.exception("model %s: what is due was not done", applier.machine.name)
             while not self._stopped.is_set() and monotonic() < self._next_tick:
                 self._alarm.clear()
                 self._alarm.wait(max(self._next_tick - monotonic(), _SHORTEST_TICK_SECONDS))

@@ -1,0 +1,57 @@
+"""A push whose answer was lost, and whose round then failed: it does not count, and its number is free."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client, Sync, UnavailableError
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually
+
+
+def gradient(value: float) -> dict[str, np.ndarray]:
+    return {"w": np.full(3, value, np.float32)}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["alone", "with one who waits for the next round"])
+def test_the_worker_goes_on_with_another_gradient(late: bool, client: Client, eventually: "Eventually") -> None:
+    policy = Sync(min_workers=2, round_timeout_seconds=1.5)
+    model = client.create_model("m", gradient(0), policy=policy)
+    hasty = deltaserve.connect(client.target, timeout_seconds=0.5)
+    with model.worker("c") as c, hasty, hasty.model("m").worker("a") as a, ThreadPoolExecutor() as threads:
+        c.pull()
+        a.pull()
+        with pytest.raises(UnavailableError, match="did not answer"):
+            a.step(gradient(1))
+        a._connection.timeout_seconds = 20
+        if late:
+            model.worker("d").close()  # it was told to join the next round
+        with pytest.raises(UnavailableError) as caught:
+            a.step(gradient(2))  # waits until the first has failed, and then for a round of its own
+        assert caught.value.reason == "ROUND_FAILED"
+        resumed = threads.submit(a.step, gradient(2))
+        eventually(lambda: any(session.waiting for session in model.info().sessions))
+        c.step(gradient(4))
+        resumed.result()
+        assert a.last_result
+        assert a.last_result.contributors == 2
+    assert model.pull_state().update_counts == {"w": 1}
+
+
+def test_a_replacement_is_not_fenced_by_whom_it_replaced(client: Client, eventually: "Eventually") -> None:
+    model = client.create_model("m", gradient(0))
+    with model.worker("a", lease_seconds=1.0) as stopped:
+        stopped.step(gradient(1))
+        stopped._session._closed.put(None)
+        eventually(lambda: not model.info().sessions)
+        with model.worker("a") as replacement:
+            replacement.step(gradient(1))
+            with pytest.raises(deltaserve.SessionError) as caught:
+                stopped.step(gradient(2))
+            assert caught.value.reason == "SESSION_FENCED"
+            replacement.step(gradient(3))
+            assert model.info().version == 3
