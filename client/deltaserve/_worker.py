@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection, incarnation
-from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, StateLostError
+from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, StateLostError, UnavailableError
 from deltaserve._failpoints import failpoint
 from deltaserve._flat import ELEMENT_BYTES, FlatVector, contiguous
 from deltaserve._session import Session
@@ -29,6 +30,8 @@ from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
+
+_POLL_SECONDS = 0.1
 
 _UNARY_BYTES = 1 << 20
 """Up to this size a vector travels in one message: quicker than a stream."""
@@ -371,10 +374,11 @@ class Worker:
 
     def _skip_accepted(self, target: FlatVector) -> None:
         """Goes on after an interrupted push that was accepted: if it counts, the next one takes the next number."""
-        push = self._ask(self._session, self._sequence)
-        while push and push.state == rpc.PUSH_STATE_WAITING:  # its round makes a version, whatever becomes of it
-            self._pull(target, push.position.version + 1)
-            self._torn = True
+        push, deadline = self._ask(self._session, self._sequence), monotonic() + self._connection.timeout_seconds
+        while push and push.state == rpc.PUSH_STATE_WAITING:  # asked for again: a round that fails makes no version
+            if monotonic() > deadline:
+                raise UnavailableError(f"worker {self.name}: push {self._sequence} still waits for its round")
+            sleep(_POLL_SECONDS)
             push = self._ask(self._session, self._sequence)
         if push is None:
             raise SessionError(f"worker {self.name}: the session ended too long ago")

@@ -127,7 +127,7 @@ class TestFailure:
         driver.tick(5.0)
         refusal = driver.given_up[a.id, 1]
         assert (refusal.reason, refusal.metadata) == ("ROUND_FAILED", {"got": "1", "need": "2"})
-        assert (driver.version, driver.updates, driver.folds, driver.answers) == (1, [], [], {})
+        assert (driver.version, driver.updates, driver.folds, driver.answers) == (0, [], [], {})
         assert (a.last_accepted, a.waiting, driver.status(a).state) == (0, False, "not accepted")
         assert driver.machine.due() is None
         b = driver.open("b")
@@ -172,7 +172,7 @@ class TestFailure:
         assert driver.renumbered == [1]  # nobody but it is awaited, so it is taken in
         driver.tick(5.0)
         assert driver.given_up
-        assert driver.renumbered == [1, 2]
+        assert driver.renumbered == [1]
         driver.push(a, 1, base=1)
         assert driver.push(late, base=1)
 

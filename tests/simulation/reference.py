@@ -371,7 +371,8 @@ class Reference:
                 self.said.append(answer)
 
     def fail_round(self, policy: Sync, now: float) -> None:
-        self.renumber()
+        if not all(worker.member for worker in self.live):
+            self.renumber()
         failed, self.waiting = by_name(self.waiting), []
         for sent in failed:
             self.give_up(sent, now, "ROUND_FAILED", got=len(failed), need=policy.min_workers)

@@ -370,7 +370,8 @@ class ModelPosition(google.protobuf.message.Message):
     """
     version: builtins.int
     """The current version: one more with every update and with every PutState, and, the weights staying as they are,
-    where a round that lacks workers takes in those who wait for the next one, or fails. Starts at 0.
+    where workers wait for the next round because of one that lacks workers, and it takes them in or fails. Starts at
+    0.
     """
     durable_version: builtins.int
     """The newest version that would survive the death of the server process. Unset means that none would."""

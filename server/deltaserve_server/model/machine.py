@@ -313,9 +313,10 @@ class Machine:
     def _fail_round(self, policy: Sync, now: float) -> list[Decision]:
         """Gives up a round whose time is up; nothing of it was reduced yet. The next one is on the same weights."""
         refusal = Refused("ROUND_FAILED", got=len(self._round.contributions), need=policy.min_workers)
+        late = any(not session.member for session in self.sessions.live())
         decisions: list[Decision] = [self._give_up(held, refusal, now) for held in self._round.in_order()]
         self._open_round(self._round.opened)
-        return [self._renumber(), *decisions]  # who waits for the next version has it then
+        return [self._renumber(), *decisions] if late else decisions  # who waits for the next version has it then
 
     def _give_up(self, contribution: Contribution, refusal: Refused, now: float) -> Refuse:
         contribution.session.give_up(contribution.push.sequence, now)
