@@ -130,7 +130,7 @@ TABLE: Mapping[str, Row] = {
     "ROUND_FAILED": Row(
         grpc.StatusCode.ABORTED,
         UnavailableError,
-        "the round's time was up with {got} pushes of the {need} that it needs; none was applied: step again",
+        "the round's time was up with {got} of the {need} pushes that it needs; none was applied: step again",
     ),
     "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} watchers"),
     "SLACK_EXCEEDED": Row(

@@ -273,6 +273,9 @@ class Worker:
             self._catch_up(error, target)
             raise
         except Error as error:
+            if isinstance(error, UnavailableError) and error.reason is None:
+                where = f"deltaserve status {self._model} --target {self._connection.target}"
+                error.add_note(f"If the server is there, the push waits for other workers; to see for whom: {where}")
             raise self._explained(error) from None
         self.last_result = to_step_result(result)
         if self.last_result.duplicate:

@@ -144,7 +144,7 @@ def test_a_round_that_failed_is_tried_again_by_stepping_again(
     model = create(client, Sync(min_workers=2, round_timeout_seconds=0.2))
     with model.worker("a") as a:
         for _ in range(2):
-            with pytest.raises(deltaserve.UnavailableError, match="1 pushes of the 2 that it needs") as caught:
+            with pytest.raises(deltaserve.UnavailableError, match="1 of the 2 pushes that it needs") as caught:
                 a.step(gradient(1.0))
             assert (caught.value.reason, caught.value.metadata) == ("ROUND_FAILED", {"got": "1", "need": "2"})
             assert left_out(a)

@@ -261,7 +261,7 @@ def test_a_round_that_failed_is_tried_again_until_time_is_up(target: str, model:
     work = jobs(AirfoilScratch(train=made_up), where, 2)
     with work[0].recipe.learner(where) as one, ThreadPoolExecutor(1) as threads:
         share = next(work[0].plan(0).shares())
-        with pytest.raises(deltaserve.UnavailableError, match="the round's time was up with 1 pushes of the 2"):
+        with pytest.raises(deltaserve.UnavailableError, match="the round's time was up with 1 of the 2 pushes"):
             Trainer(work[0], one).take(1, share)
         with work[1].recipe.learner(where) as other:
             waiting = threads.submit(Trainer(work[0], one).take, 1, share)
