@@ -9,13 +9,15 @@ that is one instruction: an interrupt comes before it or after it.
 import threading
 from _thread import start_new_thread  # Thread.start is Python code that waits and holds locks
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from time import sleep
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 0.01
+_WAKE_SECONDS = 0.2
 
 
 class Aside(Generic[T]):
@@ -48,14 +50,21 @@ class Aside(Generic[T]):
                     start_new_thread(self._call, ())
                 except RuntimeError:  # the interpreter is about to end
                     self._call()
-                self._end.get()
+                self._await_end()
         except BaseException:
             if self._cancel and not self._begun.acquire(blocking=False) and not self._over:
-                self._end.get()
+                self._await_end()
             raise
         if self._error:
             raise self._error
         return self._result[0]
+
+    def _await_end(self) -> None:
+        # Not without a timeout: a signal that comes just before the main thread blocks does not wake it, and is handled
+        # no sooner than it wakes.
+        while True:
+            with suppress(Empty):
+                return self._end.get(timeout=_WAKE_SECONDS)
 
     def _call(self) -> None:
         if not self._begun.acquire(blocking=False):
