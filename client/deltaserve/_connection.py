@@ -178,7 +178,7 @@ class Connection:
                 del call
 
         # Not left to itself after an interrupt: it writes into the caller's memory.
-        return self.retry(attempt, cancel=lambda: [call.cancel() for call in calls])
+        return self.retry(attempt, cancel=partial(_cancel, calls))
 
     def stream(self, method: str, request: Message) -> Iterator[Any]:
         """Yields the messages of a server-streaming call that has no end, made again where it breaks off.
@@ -195,10 +195,7 @@ class Connection:
             calls[:] = [self._call(method)(data, timeout=_STREAM_SECONDS)]
             return next(calls[0])  # type: ignore[no-any-return]
 
-        def cancel() -> None:
-            for call in calls:
-                call.cancel()
-
+        cancel = partial(_cancel, calls)
         try:
             while True:
                 message = self.retry(begin, cancel=cancel)
@@ -271,3 +268,8 @@ def incarnation(connection: Connection) -> str | None:
     except Error:
         return None
     return str(info.incarnation)
+
+
+def _cancel(calls: list[Any]) -> None:
+    for call in calls:
+        call.cancel()

@@ -398,14 +398,16 @@ def to_push_status(message: worker_service_pb2.GetPushResponse) -> PushStatus:
     )
 
 
+_CONTRIBUTION = [field.name for field in fields(Contribution)]
+
+
 def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
     """Returns a message of WatchModel."""
     update = message.update
-    names = [field.name for field in model_service_pb2.Contribution.DESCRIPTOR.fields]
     return ModelEvent(
         version=message.position.version,
         contributions=tuple(
-            Contribution(**{name: getattr(one, name) for name in names}) for one in update.contributions
+            Contribution(**{name: getattr(one, name) for name in _CONTRIBUTION}) for one in update.contributions
         ),
         hyperparameters=to_groups(update.hyperparameters),
         update_norm=update.update_norm if message.HasField("update") else None,

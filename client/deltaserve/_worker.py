@@ -186,7 +186,7 @@ class Worker:
         if number < 1:
             problem = "there is no push yet" if sequence is None else f"sequence: expected 1 or more, got {sequence}"
             raise ValueError(problem)
-        status = self._ask(self._session, number)
+        status = self._ask(number)
         if status is None:
             raise SessionError("the session ended too long ago")
         return to_push_status(status)
@@ -348,7 +348,7 @@ class Worker:
         Returns:
             What to raise where the server does not know any more which pushes the old session made.
         """
-        known = self._ask(self._session, self._sequence)
+        known = self._ask(self._sequence)
         finalize = self._finalize
         self._join()
         failpoint("worker.rejoined")
@@ -361,9 +361,9 @@ class Worker:
             "gradient is left out, a new session is open and newer weights are in place"
         )
 
-    def _ask(self, session: Session, number: int) -> rpc.GetPushResponse | None:
-        """Returns what became of a push; None where it is no longer known."""
-        request = rpc.GetPushRequest(model=self._model, session_id=session.id["session_id"], sequence=number)
+    def _ask(self, number: int) -> rpc.GetPushResponse | None:
+        """Returns what became of a push of the session; None where that is no longer known."""
+        request = rpc.GetPushRequest(model=self._model, session_id=self._session.id["session_id"], sequence=number)
         try:
             answer: rpc.GetPushResponse = self._connection.call("GetPush", request)
         except SessionError:
@@ -372,17 +372,17 @@ class Worker:
 
     def _is_accepted(self) -> bool:
         """Whether the server has the push whose answer was lost; if it has not, it may still get it."""
-        push = self._ask(self._session, self._sequence)
+        push = self._ask(self._sequence)
         return push is not None and push.state != rpc.PUSH_STATE_NOT_ACCEPTED
 
     def _skip_accepted(self, target: FlatVector) -> None:
         """Goes on after an interrupted push that was accepted: if it counts, the next one takes the next number."""
-        push, deadline = self._ask(self._session, self._sequence), monotonic() + self._connection.timeout_seconds
+        push, deadline = self._ask(self._sequence), monotonic() + self._connection.timeout_seconds
         while push and push.state == rpc.PUSH_STATE_WAITING:  # asked for again: a round that fails makes no version
             if monotonic() > deadline:
                 raise UnavailableError(f"worker {self.name}: push {self._sequence} still waits for its round")
             sleep(_POLL_SECONDS)
-            push = self._ask(self._session, self._sequence)
+            push = self._ask(self._sequence)
         if push is None:
             raise SessionError(f"worker {self.name}: the session ended too long ago")
         counts = push.state == rpc.PUSH_STATE_APPLIED

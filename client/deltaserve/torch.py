@@ -279,7 +279,6 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def _exchange(self, gradients: dict[str, Array | None], weight: float) -> None:
         """Pushes gradients and takes the weights."""
         worker, out = self._joined, self._out()
-        before = worker.version
         try:
             worker.step(gradients, hyperparameters=self._hyperparameters(), weight=weight, out=out)
         except StaleGradientError as error:
@@ -287,7 +286,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
             why = f"of version {base}, which is too old: version {worker.version} is here now" if base else error
             _log.warning("worker %s: a gradient is left out: %s", worker.name, why)
         except BaseException:
-            if worker.version != before:  # weights came all the same, to mend what had come in part
+            if not self._is_current():  # weights came all the same, to mend what had come in part
                 self._written(out)
             raise
         self._written(out)

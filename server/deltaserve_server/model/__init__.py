@@ -5,6 +5,7 @@ Events go in as method calls that carry the time, decisions come out as values; 
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.decision import Answer, Combine, Decision, Fold, Refuse, Renumber, Update
+from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
 from deltaserve_server.model.policy import Async, Bounded, Policy, Reduction, Sync
@@ -37,4 +38,5 @@ __all__ = [
     "Sync",
     "Tensor",
     "Update",
+    "first_difference",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.policy import Sync
 from deltaserve_server.model.push import Push, Share
 from deltaserve_server.model.refused import Refused
@@ -112,8 +113,8 @@ def trim(policy: Sync, count: int) -> int:
 def _difference(held: tuple[Hyperparameters, ...], got: tuple[Hyperparameters, ...]) -> dict[str, object]:
     """Names the first hyperparameter in which two pushes differ, in the groups that both know; empty if none does."""
     for group, (ours, theirs) in enumerate(zip(held, got, strict=False)):
-        for field_name in ("lr", "rho", "eps", "weight_decay", "maximize"):
-            left, right = getattr(ours, field_name), getattr(theirs, field_name)
-            if left != right:
-                return {"field": f"groups[{group}].{field_name}", "round": left, "got": right}
+        difference = first_difference(ours, theirs)
+        if difference:
+            name, left, right = difference
+            return {"field": f"groups[{group}].{name}", "round": left, "got": right}
     return {}

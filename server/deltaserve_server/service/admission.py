@@ -84,22 +84,21 @@ class Inspector:
     """
 
     def __init__(self, layout: Layout) -> None:
+        from deltaserve_server.adadelta import values as kernel  # numba: not before the first push
+
+        self._kernel = kernel
         self._layout = layout
-        self._squares = np.zeros(16)
+        self._squares = kernel.lanes()
         self.fingerprint = 0
 
     @property
     def norm(self) -> float:
         """L2 norm of all values so far."""
-        from deltaserve_server.adadelta import values as kernel
-
-        return kernel.norm(self._squares)
+        return self._kernel.norm(self._squares)
 
     def check(self, offset: int, values: Vector) -> None:
         """Raises Refused VALUE_NOT_FINITE or VALUE_TOO_LARGE."""
-        from deltaserve_server.adadelta import values as kernel  # numba: not before the first push
-
-        bad, self.fingerprint = kernel.inspect(values, offset, self.fingerprint, self._squares)
+        bad, self.fingerprint = self._kernel.inspect(values, offset, self.fingerprint, self._squares)
         if bad < 0:
             return
         reason = "VALUE_TOO_LARGE" if np.isfinite(values[bad]) else "VALUE_NOT_FINITE"

@@ -17,6 +17,7 @@ from deltaserve_server.model import (
     Refused,
     Sync,
     Tensor,
+    first_difference,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -254,21 +255,17 @@ def difference(held: Machine, asked: Machine) -> str | None:
     if len(groups) != len(asked.groups):
         return f"it has {len(groups)} parameter groups, not {len(asked.groups)}"
     for index, (mine, yours) in enumerate(zip(groups, asked.groups, strict=True)):
-        for field in fields(Hyperparameters):
-            left_value, right_value = getattr(mine, field.name), getattr(yours, field.name)
-            if left_value != right_value:
-                return f"{field.name} of group {index} is {left_value}, not {right_value}"
+        found = first_difference(mine, yours)
+        if found:
+            return f"{found[0]} of group {index} is {found[1]}, not {found[2]}"
     return _policy_difference(policy, asked.policy)
 
 
 def _policy_difference(ours: Policy, theirs: Policy) -> str | None:
     if type(ours) is not type(theirs):
         return f"its policy is {type(ours).__name__.lower()}, not {type(theirs).__name__.lower()}"
-    for field in fields(ours):
-        left, right = getattr(ours, field.name), getattr(theirs, field.name)
-        if left != right:
-            return f"{field.name} of its policy is {left}, not {right}"
-    return None
+    found = first_difference(ours, theirs)
+    return f"{found[0]} of its policy is {found[1]}, not {found[2]}" if found else None
 
 
 def _describe(tensor: Tensor) -> str:
