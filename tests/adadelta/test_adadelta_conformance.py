@@ -1,7 +1,7 @@
 """One suite over all implementations of the update: what holds for one holds for each."""
 
 import functools
-import importlib.util
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import Hyperparameters, cpu, reference
+from deltaserve_server.adadelta.formats import widened
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 
 Vector = NDArray[Any]
@@ -62,6 +63,7 @@ def update_triton(
     module: ModuleType, device: str, gradient: Vector, divisor: float, state: State, hyperparameters: Hyperparameters
 ) -> State:
     sent, square_avg, acc_delta, weights = (torch.from_numpy(vector.copy()).to(device) for vector in (gradient, *state))
+    sent = sent.view(torch.bfloat16) if sent.dtype == torch.uint16 else sent
     new_weights = torch.full_like(weights, torch.nan)
     squares = torch.full((module.blocks(gradient.size),), torch.nan, dtype=torch.float64, device=device)
     # The interpreter computes with numpy, which warns where the kernel means to overflow and cuts off.
@@ -89,27 +91,14 @@ def update_torch(gradient: Vector, divisor: float, state: State, hyperparameters
     return State(averages["square_avg"].numpy(), averages["acc_delta"].numpy(), parameter.detach().numpy())
 
 
-@functools.cache
-def interpreted_cuda() -> ModuleType:
-    """The module `cuda` once more, its kernels run by Triton's interpreter: on CPU tensors, on any machine."""
-    triton = pytest.importorskip("triton", reason="Triton has no package for this platform")
-    spec = importlib.util.find_spec("deltaserve_server.adadelta.cuda")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module
-
-
 def make(name: str) -> Implementation:
     if name == "reference":
         return Implementation(update_reference, np.float64)
     if name == "cpu":
         return Implementation(update_cpu, np.float32)
     if name == "cuda-interpreter":
-        return Implementation(functools.partial(update_triton, interpreted_cuda(), "cpu"), np.float32, sample=20_000)
+        module = importlib.import_module("triton_interpreter").cuda()
+        return Implementation(functools.partial(update_triton, module, "cpu"), np.float32, sample=20_000)
     module = importlib.import_module("deltaserve_server.adadelta.cuda")
     return Implementation(functools.partial(update_triton, module, "cuda"), np.float32)
 
@@ -193,22 +182,6 @@ def test_numbers_worked_by_hand(implementation: Implementation, case: str) -> No
     for gradient, *expected in zip(gradients, SQUARE_AVG, ACC_DELTA, weights, strict=True):
         state = implementation.update(np.array([gradient], implementation.precision), divisor, state, hyperparameters)
         np.testing.assert_allclose(np.concatenate(state), expected, rtol=rtol, atol=atol)
-
-
-def test_reference_is_torch_in_double_precision() -> None:
-    rng = np.random.default_rng(0)
-    hyperparameters = Hyperparameters(lr=0.3, rho=0.95, eps=1e-5, weight_decay=0.01, maximize=True)
-    parameter = torch.nn.Parameter(torch.from_numpy(rng.standard_normal(1000)))
-    optimizer = torch.optim.Adadelta([parameter], lr=0.3, rho=0.95, eps=1e-5, weight_decay=0.01, maximize=True)
-    state = State(np.zeros(1000), np.zeros(1000), parameter.detach().numpy().copy())
-    for _ in range(100):
-        gradient = rng.standard_normal(1000)
-        state = State(*reference.update(gradient, *state, hyperparameters))
-        parameter.grad = torch.from_numpy(gradient)
-        optimizer.step()
-    for name in ("square_avg", "acc_delta"):
-        np.testing.assert_allclose(getattr(state, name), optimizer.state[parameter][name].numpy(), rtol=1e-12)
-    np.testing.assert_allclose(state.weights, parameter.detach().numpy(), rtol=1e-12, atol=1e-12)
 
 
 # Against float64. An error is counted in units of 2**-24, the largest relative error of one rounding, relative to the
@@ -415,6 +388,37 @@ def test_the_state_stays_finite(
             assert np.isfinite(vector).all()
         assert (state.square_avg >= 0).all()
         assert (state.acc_delta >= 0).all()
+
+
+@over_float32
+@settings(max_examples=25)
+@given(seed=seeds, size=sizes, divisor=divisors, hyperparameters=ordinary)
+def test_a_gradient_of_16_bits_is_what_it_is_in_32(
+    implementation: Implementation, seed: int, size: int, divisor: int, hyperparameters: Hyperparameters
+) -> None:
+    """Any bits: infinities and NaN, too."""
+    _, state = draw_anything(seed, size, largest_weight=1e30)
+    bits = np.random.default_rng(seed).integers(0, 1 << 16, size, np.uint16)
+    for gradient in (bits.view(np.float16), bits):
+        made = implementation.update(gradient, divisor, state, hyperparameters)
+        assert_same_bits(made, implementation.update(widened(gradient), divisor, state, hyperparameters))
+
+
+@over_float32
+@settings(max_examples=25)
+@given(seed=seeds, size=sizes, hyperparameters=ordinary, bits=st.sampled_from([0x7FC00000, 0xFFC00000, 0x7F800001]))
+def test_a_gradient_that_is_nan_counts_as_0(
+    implementation: Implementation, seed: int, size: int, hyperparameters: Hyperparameters, bits: int
+) -> None:
+    gradient, state = draw_anything(seed, size, largest_weight=1e30)
+    at = np.random.default_rng(seed).random(size) < 0.5
+    made = []
+    for value in (np.float32(0), np.uint32(bits).view(np.float32)):
+        gradient[at] = value
+        made.append(implementation.update(gradient, 1, state, hyperparameters))
+    for one, other in zip(*made, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.isfinite(one).all()
 
 
 @over_float32

@@ -14,10 +14,11 @@ pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has n
 from deltaserve_server.adadelta import cuda  # noqa: E402
 
 
-def compiled(architecture: int) -> dict[str, str]:
+def compiled(architecture: int, gradient: str = "fp32") -> dict[str, str]:
     """Compiles the kernel, which needs no GPU."""
     names = cuda._update_range.arg_names
     types = dict.fromkeys(names[:5], "*fp32") | {"squares": "*fp64"} | dict.fromkeys(names[6:], "fp32")
+    types["gradient"] = f"*{gradient}"
     source = triton.compiler.ASTSource(
         fn=cuda._update_range,
         signature={**types, "size": "i64", "block": "constexpr"},
@@ -49,6 +50,17 @@ def test_generated_code_rounds_as_ieee_says_and_moves_16_bytes_at_a_time(archite
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("gradient", ["fp16", "bf16"])
+def test_a_gradient_of_16_bits_is_read_as_such(architecture: int, gradient: str) -> None:
+    code = compiled(architecture, gradient)["ptx"]
+    loads = len(re.findall(r"\sld\.global\.v4\.b32\s", code))
+    each = cuda._BLOCK // (4 * 32)
+    assert loads == 3 * each // 4 + each // 8  # 16 bytes hold 8 of them
+    assert len(re.findall(r"\sdiv\.rn\.f32\s", code)) == 2 * each
+    assert "ftz" not in code
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
 def test_only_the_squares_are_in_double_precision(architecture: int) -> None:
     code = compiled(architecture)["ptx"]
     doubles = {
@@ -74,6 +86,7 @@ def test_offsets_have_64_bits() -> None:
         (torch.ones(6), ValueError),
         (torch.ones(5, device="meta"), ValueError),
         (torch.ones(5, dtype=torch.float64), TypeError),
+        (torch.ones(5, dtype=torch.int16), TypeError),
         (torch.ones(10)[::2], TypeError),
         (torch.ones(5, 1), TypeError),
     ],

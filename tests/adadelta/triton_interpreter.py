@@ -1,16 +1,34 @@
 """Makes the interpreter of older Triton releases compute as their compiler does, so that bits can be compared.
 
-Up to 3.8 the interpreter rounds a fused multiply-add twice, and takes a denormal Python float for a float64. And what
-Triton writes in its own language, it only interprets where the environment said so before Triton was imported.
+Up to 3.8 the interpreter rounds a fused multiply-add twice, takes a denormal Python float for a float64, and makes
+another number of a denormal bfloat16. And what Triton writes in its own language, it only interprets where the
+environment said so before Triton was imported.
 """
 
+import functools
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    """Returns the module `cuda` once more, its kernels run by the interpreter: on CPU tensors, on any machine."""
+    spec = importlib.util.find_spec("deltaserve_server.adadelta.cuda")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
 
 
 def correct(patch: pytest.MonkeyPatch) -> None:
@@ -25,6 +43,13 @@ def correct(patch: pytest.MonkeyPatch) -> None:
     def create_fma(_builder: Any, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(_fused(*np.broadcast_arrays(x.data, y.data, z.data)), z.dtype.scalar)
 
+    extended = interpreter.InterpreterBuilder.create_fp_ext
+
+    def create_fp_ext(builder: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar != tl.bfloat16:
+            return extended(builder, source, kind)
+        return interpreter.TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), kind.scalar)
+
     def total(values: Any, axis: int) -> Any:
         made = np.atleast_1d(np.sum(values.handle.data, axis))
         return tl.tensor(interpreter.TensorHandle(made, values.dtype), values.dtype)
@@ -32,6 +57,7 @@ def correct(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tl, "sum", total)
     patch.setattr(interpreter, "_implicit_cvt", convert)
     patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+    patch.setattr(interpreter.InterpreterBuilder, "create_fp_ext", create_fp_ext)
 
 
 def _fused(x: NDArray[np.float32], y: NDArray[np.float32], z: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
+from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.memory import Budget, Staging, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
@@ -24,6 +26,7 @@ def _cuda() -> bool:
     params=[
         "host-1",
         "host-3",
+        "shared-2",
         pytest.param("device", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="needs an NVIDIA GPU")]),
     ]
 )
@@ -36,12 +39,21 @@ def make_store(request: pytest.FixtureRequest) -> Iterator[Callable[[Vector, Bud
         return
     threads = int(request.param[-1])
     with ThreadPoolExecutor(threads) as executor:
-        yield lambda weights, budget: HostStore(weights, 0, budget, executor, threads)
+
+        def make(weights: Vector, budget: Budget) -> Store:
+            store = HostStore(weights, 0, budget, executor, threads)
+            if request.param.startswith("shared"):
+                store.share()
+            return store
+
+        yield make
 
 
-def unaligned(values: Vector) -> Vector:
+def unaligned(values: Values) -> Values:
     """The values as they lie in a received message: read-only, at an odd address."""
-    return np.frombuffer(b"x" + values.tobytes(), np.float32, offset=1)
+    received: Any = np.frombuffer(b"x" + values.tobytes(), values.dtype, offset=1)
+    made: Values = received
+    return made
 
 
 @pytest.fixture
@@ -49,7 +61,7 @@ def stage() -> Callable[..., Staging]:
     """Stages the runs of a push in chunks; all of it where none are said."""
 
     def stage(
-        store: Store, values: Vector, runs: Sequence[tuple[int, int]] | None = None, chunk: int = 1 << 18
+        store: Store, values: Values, runs: Sequence[tuple[int, int]] | None = None, chunk: int = 1 << 18
     ) -> Staging:
         staging = store.stage()
         for start, stop in [(0, values.size)] if runs is None else runs:

@@ -183,3 +183,25 @@ def test_extend_keeps_what_is_there_and_what_waits(make_store: MakeStore, stage:
         total[: gradient.size] += gradient
     oracle.update(total.astype(np.float64) / 3, ranges)
     oracle.check(store)
+
+
+def test_new_versions_lie_where_the_kernel_writes_around_the_caches(make_store: MakeStore, stage: Stage) -> None:
+    size = 2_000_003
+    weights = random(size, 0)
+    store = make_store(unaligned(weights), Budget(1 << 30))
+    addresses = set()
+    for number in range(1, 8):
+        store.fold(stage(store, random(size, number)), 1.0)
+        store.update([Range(0, size, PLAIN)], 1.0, number)
+        addresses.add(store.current.weights.ctypes.data)
+    assert {address % 64 for address in addresses} == {0}
+    assert len(addresses) <= 3, "they are used again"
+
+
+def unaligned(vector: Vector) -> Vector:
+    """The same at an address that is a multiple of 4 alone."""
+    room = np.empty(vector.size + 32, np.float32)
+    first = (-room.ctypes.data % 64) // 4 + 1
+    made = room[first : first + vector.size]
+    made[:] = vector
+    return made

@@ -27,26 +27,26 @@ def writable(dtype: Any) -> Any:
     return types.Array(dtype, 1, "C")
 
 
-def compiled(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function for one signature, or takes it from numba's cache on disk.
+def compiled(signatures: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function for its signatures, or takes it from numba's cache on disk.
 
     Fast-math stays off: it would let the compiler fuse, reorder and flush as it likes, differently in a loop's vector
     part and in its rest. `error_model="numpy"` drops Python's check for a division by zero, which prevents vector code.
 
     Args:
-        signature: Numba's signature of the function.
+        signatures: Numba's signatures of the function, or its only one.
         function: Code that numba can compile without Python objects. It runs without the GIL.
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return _jit(signature, function, cache=True, **options)
+        return _jit(signatures, function, cache=True, **options)
     except Exception as error:
         # No folder for the cache can be written to, or the disk is full, or a file in it is damaged: all of this comes
         # in many types, and none of it is a reason not to start. A fault in the function itself is raised again below.
         logger.warning("numba's cache is of no use (%s): compiling takes a few seconds", type(error).__name__)
-        return _jit(signature, function, cache=False, **options)
+        return _jit(signatures, function, cache=False, **options)
 
 
-def _jit(signature: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    dispatcher: Callable[..., Any] = numba.njit(signature, **options)(function)
+def _jit(signatures: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    dispatcher: Callable[..., Any] = numba.njit(signatures, **options)(function)
     return dispatcher

@@ -11,6 +11,7 @@ from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MA
 
 _FLOAT32_MIN, _FLOAT32_MAX = tl.constexpr(-FLOAT32_MAX), tl.constexpr(FLOAT32_MAX)
 _MAGNITUDE_MIN, _MAGNITUDE_MAX = tl.constexpr(-MAGNITUDE_MAX), tl.constexpr(MAGNITUDE_MAX)
+_FORMATS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = 1024
 
 
@@ -31,11 +32,12 @@ def update(
 ) -> None:
     """Queues one update of a range on the tensors' device, in its current stream.
 
-    Where gradient / divisor and the weights are finite, the averages stay finite, whatever the hyperparameters. Weights
-    do as long as lr times `MAGNITUDE_MAX`, added to them, is finite. Denormal numbers are numbers.
+    Where the weights are finite, the averages stay finite, whatever the gradient and the hyperparameters. Weights do as
+    long as lr times `MAGNITUDE_MAX`, added to them, is finite. Denormal numbers are numbers.
 
     Args:
-        gradient: The sum of a round's gradients, float32 [n], contiguous, as all tensors here.
+        gradient: The sum of a round's gradients, float32, float16 or bfloat16 [n], contiguous, as all tensors here. A
+            NaN in it counts as 0.
         divisor: The sum of the gradients' weights, > 0; rounded to float32.
         square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
         acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
@@ -47,7 +49,7 @@ def update(
 
     Raises:
         ValueError: The lengths or the devices differ.
-        TypeError: A tensor is not a contiguous vector of float32, or `squares` not one of float64.
+        TypeError: A tensor is not a contiguous vector of its type.
     """
     tensors = (gradient, square_avg, acc_delta, weights, new_weights)
     _check(tensors, squares)
@@ -66,9 +68,15 @@ def update(
 
 
 def _check(tensors: tuple[torch.Tensor, ...], squares: torch.Tensor) -> None:
-    kinds = [*((tensor, torch.float32) for tensor in tensors), (squares, torch.float64)]
-    if any(tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() for tensor, dtype in kinds):
-        raise TypeError("expected contiguous vectors of float32, and one of float64 for the squares")
+    kinds = [
+        *((tensor, (torch.float32,)) for tensor in tensors[1:]),
+        (tensors[0], _FORMATS),
+        (squares, (torch.float64,)),
+    ]
+    if any(tensor.dtype not in dtypes or tensor.dim() != 1 or not tensor.is_contiguous() for tensor, dtypes in kinds):
+        raise TypeError(
+            "expected contiguous vectors: a gradient of float32 or 16 bits, float32, float64 for the squares"
+        )
     if len({tensor.numel() for tensor in tensors}) != 1:
         raise ValueError(f"expected five vectors of one length, got lengths {[tensor.numel() for tensor in tensors]}")
     if squares.numel() != blocks(tensors[0].numel()):
@@ -98,7 +106,8 @@ def _update_range(  # type: ignore[no-untyped-def]
     inside = i < size
     w = tl.load(weights + i, inside)
     acc = tl.load(acc_delta + i, inside)
-    g = sign * tl.div_rn(tl.load(gradient + i, inside), divisor)
+    g = sign * tl.div_rn(tl.load(gradient + i, inside).to(tl.float32), divisor)
+    g = tl.where(g == g, g, 0.0)
     if weight_decay != 0:
         g = tl.fma(weight_decay, w, g)
     g = _bounded(g)

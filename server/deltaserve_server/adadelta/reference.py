@@ -27,6 +27,9 @@ def update(
     `lr` is torch's addition and is 1 in the paper. As in torch, `maximize` first negates the gradient, then the weight
     decay's gradient is added to it.
 
+    Infinities and NaN are as in numpy here. The float32 implementations never let them into a state: they take a NaN in
+    the gradient for 0, and cut off what is too large (`cpu` says where).
+
     Args:
         gradient: The mean gradient, any shape.
         square_avg: The leaky average of squared gradients, >= 0, of that shape.

@@ -6,11 +6,13 @@ of the part before come down.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from deltaserve_server.adadelta import Hyperparameters, cuda
+from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.memory.budget import Allowance, Budget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,
@@ -32,8 +34,12 @@ _SCRATCH = 1 << 22
 """Elements of all pushes together that are combined at a time: 16 MiB, and some five times that to sort them."""
 
 
+_TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16, np.dtype(np.uint16): torch.bfloat16}
+"""What the formats of values are to torch."""
+
+
 class DeviceStaging(Staging):
-    """A push's values on their way up: through pinned memory, without waiting for the copy.
+    """A push's values on their way up: through pinned memory, without waiting for the copy, and as they came.
 
     Args:
         size: Elements of the flat vector.
@@ -42,19 +48,31 @@ class DeviceStaging(Staging):
 
     def __init__(self, size: int, upload: torch.cuda.Stream) -> None:
         self._upload = upload
-        self._pinned = torch.empty(size, dtype=torch.float32, pin_memory=True)
-        self._host: Vector = self._pinned.numpy()
-        with torch.cuda.stream(upload):
-            self.values = torch.empty(size, dtype=torch.float32, device="cuda")
+        self._place(size, np.dtype(np.float32))
         self.covered: list[tuple[int, int]] = []
 
-    def add(self, offset: int, values: Vector) -> None:
-        """Copies the piece and sends it up."""
+    def add(self, offset: int, values: Values) -> None:
+        """Copies the piece and sends it up.
+
+        Raises:
+            TypeError: It is not of the format of those before.
+        """
         stop = offset + values.size
+        if values.dtype != self._host.dtype:
+            if self.covered:
+                raise TypeError(f"expected {self._host.dtype} as before, got {values.dtype}")
+            self._place(self._host.size, values.dtype)
         self._host[offset:stop] = values
         with torch.cuda.stream(self._upload):
             self.values[offset:stop].copy_(self._pinned[offset:stop], non_blocking=True)
         self.covered.append((offset, stop))
+
+    def _place(self, size: int, dtype: "np.dtype[Any]") -> None:
+        kind = _TYPES[dtype]
+        self._pinned = torch.empty(size, dtype=kind, pin_memory=True)
+        self._host: Values = (self._pinned.view(torch.uint16) if kind is torch.bfloat16 else self._pinned).numpy()
+        with torch.cuda.stream(self._upload):
+            self.values = torch.empty(size, dtype=kind, device="cuda")
 
     def used_by(self, stream: torch.cuda.Stream) -> None:
         """Lets `stream` read the values: it waits for the copy, and the memory is not used again before it is done."""
@@ -71,7 +89,8 @@ class DeviceStaging(Staging):
         """Adds zeros up to `size` elements, where the layout was extended since the push came."""
         missing = size - self.values.numel()
         if missing:
-            self.values = torch.cat([self.values, torch.zeros(missing, device="cuda")])
+            zeros = torch.zeros(missing, dtype=self.values.dtype, device="cuda")
+            self.values = torch.cat([self.values, zeros])
 
     def zero_gaps(self) -> None:
         """Writes zeros where no value came."""
@@ -106,7 +125,7 @@ class DeviceStore(Store):
         """Returns a place for a push's values."""
         return DeviceStaging(self._weights.numel(), self._upload)
 
-    def staging_bytes(self, elements: int) -> int:
+    def staging_bytes(self, received_bytes: int) -> int:
         """Returns the size of the whole vector, pinned and on the device, however little of it comes."""
         return 2 * self._weights.numel() * ELEMENT_BYTES
 
@@ -125,13 +144,13 @@ class DeviceStore(Store):
                 first, first_factor = self._staged
                 first.read(size, self._compute)
                 # Added to 0, as on the host: -0 becomes +0.
-                self._sum = first.values.mul_(first_factor).add_(0.0)
+                self._sum = first.values.float().mul_(first_factor).add_(0.0)
                 self._staged = None
             assert self._sum is not None
             staging.used_by(self._compute)
             for start, stop in staging.covered:
                 # Not add_ with alpha, which rounds once.
-                self._sum[start:stop].add_(staging.values[start:stop].mul_(factor))
+                self._sum[start:stop].add_(staging.values[start:stop].float().mul_(factor))
         self._compute.synchronize()
 
     def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
@@ -150,7 +169,7 @@ class DeviceStore(Store):
                 part = slice(start, start + block)
                 rows = torch.empty((count, mean[part].numel()), dtype=torch.float32, device="cuda")
                 for row, (values, factor) in zip(rows, vectors, strict=True):
-                    torch.mul(values[part], factor, out=row)
+                    row.copy_(values[part]).mul_(factor)
                 mean[part] = _trimmed_mean(rows, trim)
             self._sum, self._combined = mean, True
         self._compute.synchronize()
@@ -176,6 +195,9 @@ class DeviceStore(Store):
         self._staged, self._sum, self._combined = None, None, False
         self._publish(host, number)
         return root_of_sum(change)
+
+    def share(self) -> None:
+        """Nothing: versions lie in pinned memory, which other processes cannot map."""
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""

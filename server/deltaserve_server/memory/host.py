@@ -1,6 +1,8 @@
 """Vectors in host memory, updated by the CPU kernel on as many threads as it gains from."""
 
+import logging
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,10 +13,12 @@ import numpy as np
 
 from deltaserve._failpoints import failpoint
 from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.adadelta.robust import trimmed_mean
+from deltaserve_server.memory import shared
 from deltaserve_server.memory.budget import Allowance, Budget
+from deltaserve_server.memory.sharing import share
 from deltaserve_server.memory.store import (
-    ELEMENT_BYTES,
     Pool,
     Range,
     Staging,
@@ -22,18 +26,22 @@ from deltaserve_server.memory.store import (
     Store,
     Vector,
     Version,
+    allocate_host,
     check_combine,
     root_of_sum,
 )
 
-_ALONE = 1 << 16
-"""Up to this many elements one thread is faster than several."""
+_log = logging.getLogger(__name__)
 
 _SMALL = 1 << 12
 """A received piece of fewer elements is joined with its neighbours."""
 
 _PIECE = 1 << 18
-"""Elements that a thread updates in one call: enough to make the call cheap, few enough to share the work evenly."""
+"""Elements that a thread updates in one call: so many take longer than it takes to wake another thread, and few enough
+to share the work evenly. Calls end at multiples of it, so that the kernel can write what it makes around the caches."""
+
+_STREAMED = 1 << 20
+"""From so many elements on, new weights go around the caches: they are gone from there before somebody reads them."""
 
 _BLOCK = 1 << 15
 """Elements of every push that a thread combines at a time: large enough for numpy's calls to be cheap."""
@@ -46,19 +54,21 @@ class HostStaging(Staging):
     """A push's values: the received messages themselves, in order of their offsets."""
 
     def __init__(self) -> None:
-        self.pieces: list[tuple[int, Vector]] = []
+        self.pieces: list[tuple[int, Values]] = []
 
-    def add(self, offset: int, values: Vector) -> None:
+    def add(self, offset: int, values: Values) -> None:
         """Keeps the piece; joins small ones, each of which would take more memory for itself than for its values."""
         if self.pieces and values.size < _SMALL:
             start, last = self.pieces[-1]
-            if last.size < _SMALL and start + last.size == offset:
+            if last.size < _SMALL and start + last.size == offset and last.dtype == values.dtype:
                 self.pieces[-1] = start, np.concatenate([last, values])
                 return
         self.pieces.append((offset, values))
 
     def scaled(self, start: int, factor: float, out: Vector) -> None:
         """Writes `factor` times the elements from `start` on to `out`, float32 rounded once; 0 where there are none."""
+        from deltaserve_server.adadelta import cpu  # numba: not before the first update
+
         stop = start + out.size
         out.fill(0)
         first = max(bisect_right(self.pieces, start, key=itemgetter(0)) - 1, 0)
@@ -66,12 +76,12 @@ class HostStaging(Staging):
             low, high = max(offset, start), min(offset + values.size, stop)
             if low < high:
                 held = values[low - offset : high - offset]
-                np.multiply(held, np.float32(factor), out=out[low - start : high - start])
+                cpu.add(out[low - start : high - start], held, factor)
 
 
 _Item = TypeVar("_Item")
 
-_Work = tuple[int, int, Vector, Hyperparameters]
+_Work = tuple[int, int, Values, Hyperparameters]
 """Elements `[start, stop)`, their gradient, and their hyperparameters."""
 
 
@@ -82,8 +92,8 @@ class HostStore(Store):
         weights: The initial weights; kept, not copied.
         number: Their version.
         budget: Where readers of older versions take their memory from.
-        executor: Runs the kernel, with `threads` threads.
-        threads: How many parts an update is cut into.
+        executor: Runs the kernel beside the calling thread.
+        threads: How many threads an update runs on at most, the calling one among them.
     """
 
     def __init__(
@@ -92,7 +102,8 @@ class HostStore(Store):
         self._budget = budget
         self._executor = executor
         self._threads = threads
-        self._pool, self._readers = Pool(weights.size), Allowance(weights.nbytes, budget)
+        self._allocate: Callable[[int], Vector] = allocate_host
+        self._pool, self._readers = Pool(weights.size, self._allocate), Allowance(weights.nbytes, budget)
         self._square_avg = np.zeros(weights.size, np.float32)
         self._acc_delta = np.zeros(weights.size, np.float32)
         self._first: tuple[HostStaging, float] | None = None
@@ -104,9 +115,9 @@ class HostStore(Store):
         """Returns a place for a push's values."""
         return HostStaging()
 
-    def staging_bytes(self, elements: int) -> int:
-        """Returns the size of the messages that hold them."""
-        return elements * ELEMENT_BYTES
+    def staging_bytes(self, received_bytes: int) -> int:
+        """Returns the size of the messages: they are kept as they are."""
+        return received_bytes
 
     def fold(self, staging: Staging, factor: float) -> None:
         """Adds a push to the sum."""
@@ -130,14 +141,18 @@ class HostStore(Store):
         target = self._pool.take()
         block = max(1, min(_BLOCK, _SCRATCH // len(stagings)))
 
-        def combine(starts: Sequence[int]) -> None:
-            rows = np.empty((len(stagings), min(block, target.size)), np.float32)
-            for start in starts:
-                part = target[start : start + block]
-                for row, (staging, factor) in zip(rows, stagings, strict=True):
-                    assert isinstance(staging, HostStaging)
-                    staging.scaled(start, factor, row[: part.size])
-                trimmed_mean(rows[:, : part.size], trim, part)
+        shape = len(stagings), min(block, target.size)
+        # As many as threads: each takes one for as long as it works on a block.
+        scratch = deque([np.empty(shape, np.float32) for _ in range(self._threads)])
+
+        def combine(start: int) -> None:
+            rows = scratch.pop()
+            part = target[start : start + block]
+            for row, (staging, factor) in zip(rows, stagings, strict=True):
+                assert isinstance(staging, HostStaging)
+                staging.scaled(start, factor, row[: part.size])
+            trimmed_mean(rows[:, : part.size], trim, part)
+            scratch.append(rows)
 
         self._share(combine, range(0, target.size, block))
         self._sum, self._combined = target, True
@@ -147,15 +162,26 @@ class HostStore(Store):
         pieces, divisor = self._gradient(weight)
         weights = self._pool.take()
         self._keep_outside(ranges, weights)
-        work = list(enumerate(_work(pieces, ranges)))
+        work = list(_work(pieces, ranges))
         squares = [0.0] * len(work)
-        self._share(lambda part: self._update(part, divisor, weights, squares), work)
+
+        def update(index: int) -> None:
+            squares[index] = self._update(work[index], divisor, weights)
+
+        self._share(update, range(len(work)))
         if self._sum is not None:
             self._pool.give(self._sum)
         self._first, self._sum, self._combined = None, None, False
         failpoint("push.updated")
         self._publish(weights, number)
         return root_of_sum(squares)
+
+    def share(self) -> None:
+        """Has versions lie in shared memory, the current one too."""
+        if self._allocate is allocate_host:
+            self._allocate = _allocate_shared
+            self._pool = Pool(self.current.weights.size, self._allocate)
+            self._publish(self._placed(self.current.weights), self.current.number)
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""
@@ -164,7 +190,7 @@ class HostStore(Store):
     def put(self, state: State, number: int) -> None:
         """Replaces the three vectors."""
         self._square_avg, self._acc_delta = state.square_avg, state.acc_delta
-        self._publish(state.weights, number)
+        self._publish(self._placed(state.weights), number)
 
     def extend(self, weights: Vector) -> None:
         """Adds elements with zero state at the end."""
@@ -175,8 +201,17 @@ class HostStore(Store):
         acc_delta = np.concatenate([self._acc_delta, zeros])
         self._sum = None if self._sum is None else np.concatenate([self._sum, zeros])
         self._square_avg, self._acc_delta = square_avg, acc_delta
-        self._pool, self._readers = Pool(extended.size), Allowance(extended.nbytes, self._budget)
-        self._publish(extended, self.current.number)
+        self._pool = Pool(extended.size, self._allocate)
+        self._readers = Allowance(extended.nbytes, self._budget)
+        self._publish(self._placed(extended), self.current.number)
+
+    def _placed(self, weights: Vector) -> Vector:
+        """Returns the vector, or where versions are shared, one that others can map in its place."""
+        if self._allocate is allocate_host:
+            return weights
+        placed = self._pool.take()
+        placed[:] = weights
+        return placed
 
     def _publish(self, weights: Vector, number: int) -> None:
         before, self.current = self.current, Version(number, weights, self._readers, self._pool)
@@ -185,11 +220,16 @@ class HostStore(Store):
     def _add(self, staging: HostStaging, factor: float) -> None:
         from deltaserve_server.adadelta import cpu  # numba: not before the first update
 
-        assert self._sum is not None
-        for offset, values in staging.pieces:
-            cpu.add(self._sum[offset : offset + values.size], values, factor)
+        total = self._sum
+        assert total is not None
 
-    def _gradient(self, weight: float) -> tuple[Sequence[tuple[int, Vector]], float]:
+        def add(piece: tuple[int, Values]) -> None:
+            offset, values = piece
+            cpu.add(total[offset : offset + values.size], values, factor)
+
+        self._share(add, staging.pieces)
+
+    def _gradient(self, weight: float) -> tuple[Sequence[tuple[int, Values]], float]:
         """Returns the pieces of the next update's gradient and what it is to be divided by."""
         if self._first is not None:
             staging, factor = self._first
@@ -202,40 +242,48 @@ class HostStore(Store):
         for start, stop in list(pairwise(edges))[::2]:
             weights[start:stop] = self.current.weights[start:stop]
 
-    def _share(self, run: Callable[[Sequence[_Item]], None], items: Sequence[_Item]) -> None:
-        """Does all items, on several threads where there is enough of them."""
-        if self.current.weights.size <= _ALONE or self._threads == 1:
-            run(items)
-            return
-        parts = [items[k :: self._threads] for k in range(self._threads)]
-        for done in [self._executor.submit(run, part) for part in parts]:
-            done.result()
+    def _share(self, run: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+        """Does all items, on several threads where there are several."""
+        share(run, items, self._executor, self._threads)
 
-    def _update(self, work: Sequence[tuple[int, _Work]], divisor: float, weights: Vector, squares: list[float]) -> None:
+    def _update(self, work: _Work, divisor: float, weights: Vector) -> float:
+        """Updates one range on the calling thread; returns the sum of the squares of its change."""
         from deltaserve_server.adadelta import cpu  # numba: not before the first update
 
-        for index, (start, stop, gradient, hyperparameters) in work:
-            squares[index] = cpu.update(
-                gradient,
-                divisor,
-                self._square_avg[start:stop],
-                self._acc_delta[start:stop],
-                self.current.weights[start:stop],
-                weights[start:stop],
-                hyperparameters,
-            )
-            failpoint("push.mid_update")
+        start, stop, gradient, hyperparameters = work
+        squares = cpu.update(
+            gradient,
+            divisor,
+            self._square_avg[start:stop],
+            self._acc_delta[start:stop],
+            self.current.weights[start:stop],
+            weights[start:stop],
+            hyperparameters,
+            streaming=weights.size >= _STREAMED,
+        )
+        failpoint("push.mid_update")
+        return squares
 
 
-def _work(pieces: Sequence[tuple[int, Vector]], ranges: Sequence[Range]) -> Iterator[_Work]:
+def _allocate_shared(size: int) -> Vector:
+    """Returns a vector that others can only read; one of ordinary memory where the system has none, or no more."""
+    try:
+        return shared.allocate(size, others_write=False)
+    except OSError as error:
+        _log.warning("weights are not shared: %s", error)
+        return allocate_host(size)
+
+
+def _work(pieces: Sequence[tuple[int, Values]], ranges: Sequence[Range]) -> Iterator[_Work]:
     """Cuts the gradient where a piece, a range or a thread's portion ends. Pieces and ranges are in ascending order."""
     left = iter(pieces)
-    offset, values = 0, np.empty(0, np.float32)
+    offset = 0
+    values: Values = np.empty(0, np.float32)
     for part in ranges:
         start = part.start
         while start < part.stop:
             while start >= offset + values.size:
                 offset, values = next(left)
-            stop = min(part.stop, offset + values.size, start + _PIECE)
+            stop = min(part.stop, offset + values.size, (start // _PIECE + 1) * _PIECE)
             yield start, stop, values[start - offset : stop - offset], part.hyperparameters
             start = stop

@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.memory.budget import Allowance, Reservation
 
 Vector = NDArray[np.float32]
 """A flat vector in host memory: float32, one dimension, contiguous."""
 
 ELEMENT_BYTES = 4
+
+_LINE_BYTES = 64
+"""What the kernel needs to write around the caches: the longest vectors and the lines of caches have so many bytes."""
 
 _KEPT = 2
 """Free vectors that a pool keeps: one for the next version, one for the next sum."""
@@ -59,13 +63,23 @@ class Staging(ABC):
     """One push's values on their way into an update."""
 
     @abstractmethod
-    def add(self, offset: int, values: Vector) -> None:
-        """Takes the next piece: `values` are elements `[offset, offset + len(values))` and stay valid."""
+    def add(self, offset: int, values: Values) -> None:
+        """Takes the next piece: `values` are elements `[offset, offset + len(values))` and stay valid.
+
+        All pieces of a push are of one format; each of them counts as what it is as float32.
+        """
 
 
 def allocate_host(size: int) -> Vector:
-    """Returns a vector in ordinary memory whose values are undefined."""
-    return np.empty(size, np.float32)
+    """Returns a vector in ordinary memory, at a multiple of 64 bytes, whose values are undefined."""
+    vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
+    first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
+    return vector[first : first + size]
+
+
+def _address(vector: Vector) -> int:
+    address: int = vector.__array_interface__["data"][0]
+    return address
 
 
 class Pool:
@@ -84,8 +98,8 @@ class Pool:
             return self._allocate(self.size)
 
     def give(self, vector: Vector) -> None:
-        """Takes a vector back."""
-        if len(self._free) < _KEPT and vector.size == self.size:
+        """Takes a vector back; keeps none that came from elsewhere and begins where `allocate_host` has none begin."""
+        if len(self._free) < _KEPT and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
             self._free.append(vector)
 
 
@@ -157,8 +171,8 @@ class Store(ABC):
         """Returns a place for a push's values."""
 
     @abstractmethod
-    def staging_bytes(self, elements: int) -> int:
-        """Returns how many bytes a place for a push of so many elements takes."""
+    def staging_bytes(self, received_bytes: int) -> int:
+        """Returns how many bytes a place for a push takes whose values come in so many bytes."""
 
     @abstractmethod
     def fold(self, staging: Staging, factor: float) -> None:
@@ -201,6 +215,10 @@ class Store(ABC):
         Returns:
             The L2 norm of the change of all weights, float64.
         """
+
+    @abstractmethod
+    def share(self) -> None:
+        """Has versions lie where processes on this host can map them (`memory.shared`), if they can: from now on."""
 
     @abstractmethod
     def state(self) -> State:
