@@ -20,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from deltaserve._aside import Aside
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._errors import Error, from_call
+from deltaserve._signals import undisturbed
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
 
 T = TypeVar("T")
@@ -32,6 +33,10 @@ _BACKOFF_MOST_SECONDS = 5.0
 _KEEPALIVE_MS = 20_000
 _STREAM_SECONDS = 86_400
 """No call is without a deadline."""
+
+_SHORTEST_SECONDS = 0.001
+_SOON_SECONDS = 0.25
+"""How long Ctrl+C may have to wait for a call that is expected to be short."""
 
 _PATIENCE = 3
 """Retries before the user is told, once, that somebody is waited for."""
@@ -61,6 +66,8 @@ METHODS: dict[str, MethodDescriptor] = {
     for method in service.methods
 }
 """Every RPC by its name."""
+
+_ANSWERS: dict[str, Any] = {name: GetMessageClass(method.output_type) for name, method in METHODS.items()}
 
 
 class _Closable(Protocol):
@@ -116,6 +123,7 @@ class Connection:
         self._process = os.getpid()
         self._channel: _Channel | None = _Channel(target)
         self.sessions: WeakSet[_Closable] = WeakSet()
+        self._soon = True
 
     def close(self) -> None:
         """Closes the sessions, then ends all calls. In a forked child it does nothing: the channel is the parent's."""
@@ -133,7 +141,30 @@ class Connection:
         """
         data = request.SerializeToString()
         answer = self.retry(lambda seconds: self._call(method)(data, timeout=seconds), timeout_seconds)
-        return GetMessageClass(METHODS[method].output_type).FromString(answer)
+        return _ANSWERS[method].FromString(answer)
+
+    def call_soon(self, method: str, request: Message) -> Any:
+        """Makes a unary call whose answer is likely to come at once; returns the response message.
+
+        In the main thread, a call aside costs as much as half of such a call. So it is made there, undisturbed, though
+        not for long, since Ctrl+C waits for it; where that does not do, again and aside. The server must take the same
+        call twice.
+
+        Raises:
+            Error: The server refused, or was not reached in time.
+        """
+        data, begun = request.SerializeToString(), monotonic()
+        if self._soon and self._in_main_thread():
+            try:
+                answer = undisturbed(
+                    partial(self._call(method), data, timeout=min(_SOON_SECONDS, self.timeout_seconds))
+                )
+                return _ANSWERS[method].FromString(answer)
+            except grpc.RpcError as failed:
+                failed.with_traceback(None)  # see `retry`
+        answer = self.retry(lambda seconds: self._call(method)(data, timeout=seconds), begun=begun)
+        self._soon = monotonic() - begun < _SOON_SECONDS
+        return _ANSWERS[method].FromString(answer)
 
     def send(self, method: str, messages: Callable[[], Iterable[bytes]]) -> Any:
         """Makes a client-streaming call of the messages that each call of `messages` gives anew; returns the response.
@@ -142,10 +173,18 @@ class Connection:
             Error: The server refused, or was not reached in time.
         """
         answer = self.retry(lambda seconds: self._call(method)(iter(messages()), timeout=seconds))
-        return GetMessageClass(METHODS[method].output_type).FromString(answer)
+        return _ANSWERS[method].FromString(answer)
+
+    def begin(self, method: str, messages: Iterator[bytes]) -> Any:
+        """Begins a call of a stream of messages, which gRPC asks for in a thread of its own; returns the call."""
+        return self._call(method)(messages, timeout=self.timeout_seconds)
 
     def receive(
-        self, method: str, request: Message | Callable[[], Iterable[bytes]], take: Callable[[Any, Iterator[Piece]], T]
+        self,
+        method: str,
+        request: Message | Callable[[], Iterable[bytes]],
+        take: Callable[[Any, Iterator[Piece]], T],
+        begun: Callable[[], Any] | None = None,
     ) -> T:
         """Makes a call whose response is a stream.
 
@@ -153,6 +192,7 @@ class Connection:
             method: The RPC.
             request: A message, or what gives the messages of a request stream.
             take: Is called with the header and the chunks that follow; anew with each attempt.
+            begun: Returns a call that was begun before and is to be the first attempt, or None; asked once.
 
         Returns:
             What `take` returned.
@@ -160,12 +200,15 @@ class Connection:
         Raises:
             Error: The server refused, or was not reached in time.
         """
-        codec = StreamCodec(GetMessageClass(METHODS[method].output_type))
+        codec = StreamCodec(_ANSWERS[method])
         calls: list[Any] = []
+        first = [begun] if begun else []
 
         def attempt(seconds: float) -> T:
-            sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
-            call = self._call(method)(sent, timeout=seconds)
+            call = first.pop()() if first else None
+            if call is None:
+                sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
+                call = self._call(method)(sent, timeout=seconds)
             calls[:] = [call]
             decoded = (codec.decode(message) for message in call)
             try:
@@ -186,7 +229,7 @@ class Connection:
         Raises:
             Error: The server refused, or was not reached in time.
         """
-        kind, data = GetMessageClass(METHODS[method].output_type), request.SerializeToString()
+        kind, data = _ANSWERS[method], request.SerializeToString()
         calls: list[Any] = []
 
         def begin(seconds: float) -> bytes:
@@ -211,6 +254,7 @@ class Connection:
         attempt: Callable[[float], T],
         timeout_seconds: float | None = None,
         cancel: Callable[[], object] | None = None,
+        begun: float | None = None,
     ) -> T:
         """Calls `attempt` with the seconds that are left until it succeeds.
 
@@ -218,12 +262,13 @@ class Connection:
             attempt: What to call, in any thread.
             timeout_seconds: How long to try; None means the connection's timeout.
             cancel: Makes an attempt end soon; None where one that was interrupted may go on by itself.
+            begun: When that time began; None means now.
 
         Raises:
             Error: The server refused in a way that a retry does not mend, or time is up.
         """
         budget = timeout_seconds or self.timeout_seconds
-        deadline = monotonic() + budget
+        deadline = (monotonic() if begun is None else begun) + budget
 
         def tried(seconds: float) -> T | _Failed:
             try:
@@ -233,7 +278,7 @@ class Connection:
                 return _Failed(*from_call(failed.with_traceback(None), self.target, budget))
 
         for tries in count():
-            outcome = self._uninterrupted(partial(tried, max(deadline - monotonic(), 0.001)), cancel)
+            outcome = self._uninterrupted(partial(tried, max(deadline - monotonic(), _SHORTEST_SECONDS)), cancel)
             if not isinstance(outcome, _Failed):
                 return outcome
             error, wait_seconds = outcome
@@ -248,17 +293,22 @@ class Connection:
 
     def _uninterrupted(self, attempt: Callable[[], T], cancel: Callable[[], object] | None) -> T:
         """Makes an attempt; an interrupt ends the wait for it, and cancels it if it can."""
-        if threading.get_ident() != threading.main_thread().ident or self._process != os.getpid():
-            return attempt()
-        return Aside(attempt, cancel).run()
+        return Aside(attempt, cancel).run() if self._in_main_thread() else attempt()
+
+    def _in_main_thread(self) -> bool:
+        return threading.get_ident() == threading.main_thread().ident and self._process == os.getpid()
 
     def _call(self, method: str) -> Any:
+        return self.checked().call(method)
+
+    def checked(self) -> _Channel:
+        """Returns the channel; raises ValueError where it is closed, RuntimeError where it is a parent process's."""
         channel = self._channel
         if channel is None:
             raise ValueError("the connection is closed")
         if self._process != os.getpid():
             raise RuntimeError("a connection does not survive a fork: call deltaserve.connect in the child process")
-        return channel.call(method)
+        return channel
 
 
 def incarnation(connection: Connection) -> str | None:

@@ -139,6 +139,7 @@ TABLE: Mapping[str, Row] = {
         "the worker is {ahead} steps ahead of the slowest, {slack} are allowed: the answer to its last push waits",
     ),
     "INTERNAL": Row(grpc.StatusCode.INTERNAL, ServerError, "a fault of the server; its log has incident {incident}"),
+    "SHARED_MEMORY_UNAVAILABLE": Row(_PRECONDITION, RequestError, "no shared memory: {why}"),
 }
 
 

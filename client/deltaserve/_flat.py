@@ -8,11 +8,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deltaserve._types import Array
+from deltaserve._wire import FLOAT32, Wire
 
 ELEMENT_BYTES = 4
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+"""float32 elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+
+
+def chunk_elements(wire: Wire) -> int:
+    """Returns how many elements of a type make a chunk."""
+    return CHUNK_ELEMENTS * ELEMENT_BYTES // wire.dtype.itemsize
 
 
 def contiguous(values: ArrayLike) -> Array:
@@ -43,20 +49,22 @@ class FlatVector:
         """Number of elements."""
         return self.offsets[-1]
 
-    def chunks(self, absent: Collection[int] = ()) -> Iterator[tuple[int, list[memoryview]]]:
+    def chunks(self, absent: Collection[int] = (), wire: Wire = FLOAT32) -> Iterator[tuple[int, list[memoryview]]]:
         """Yields chunks as offset and memory; the arrays in `absent` are left out, and no chunk reaches across them."""
+        size = chunk_elements(wire)
         for first, last in self._runs(absent):
             stop = self.offsets[last]
-            for start in range(self.offsets[first], stop, CHUNK_ELEMENTS):
-                yield start, list(self._parts(start, min(start + CHUNK_ELEMENTS, stop)))
+            for start in range(self.offsets[first], stop, size):
+                yield start, list(self._parts(start, min(start + size, stop)))
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Writes received bytes from element `offset` on; what lies beyond the vector's end is left out."""
-        count = min(len(data) // ELEMENT_BYTES, self.size - offset)
+    def write(self, offset: int, data: memoryview, wire: Wire = FLOAT32) -> None:
+        """Writes received elements from element `offset` on; what lies beyond the vector's end is left out."""
+        values = np.frombuffer(data, wire.dtype)[: max(self.size - offset, 0)]
         at = 0
-        for part in self._parts(offset, offset + count) if count > 0 else ():
-            part[:] = data[at : at + part.nbytes]
-            at += part.nbytes
+        for part in self._parts(offset, offset + values.size):
+            count = part.nbytes // ELEMENT_BYTES
+            wire.widen(values[at : at + count], np.frombuffer(part, "<f4"))
+            at += count
 
     def _parts(self, start: int, stop: int) -> Iterator[memoryview]:
         """Yields the memory of elements `[start, stop)`."""
@@ -79,4 +87,4 @@ class FlatVector:
 
 
 def _raw(array: Array) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+    return array.data.cast("B") if array.size else memoryview(b"")

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection
+from deltaserve._exchange import TRANSPORTS, Transport
 from deltaserve._flat import FlatVector, contiguous
 from deltaserve._types import (
     Array,
@@ -32,6 +33,7 @@ from deltaserve._types import (
     to_policy,
     to_tensors,
 )
+from deltaserve._wire import WIRES, Wire, WireType
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
 
@@ -69,18 +71,46 @@ class Model:
         """Returns the model as it now is: version, sessions, layout."""
         return to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self.name)))
 
-    def worker(self, name: str | None = None, *, lease_seconds: float | None = None) -> Worker:
+    def worker(
+        self,
+        name: str | None = None,
+        *,
+        lease_seconds: float | None = None,
+        transport: Transport = "auto",
+        wire: WireType | Wire = "float32",
+    ) -> Worker:
         """Opens a session and returns the worker; an older session of the same name ends.
 
         Args:
             name: The worker's name, in the charset of model names; one worker, one name. None makes one up.
             lease_seconds: How long the session outlives its last sign of life; None means the server's default.
+            transport: "auto" has vectors go through shared memory where the server is on this host, runs as the same
+                user and allows it; "stream" never; "shared" insists on it when
+                the session is opened.
+            wire: The type in which elements travel in messages, "float32", "bfloat16" or "float16", in both directions.
+                Weights and state are float32 on the server all the same. Shared memory holds float32.
 
         Raises:
-            RequestError: The name or the lease is not allowed, or the model is gone.
+            ValueError: There is no such transport or type.
+            RequestError: The name or the lease is not allowed, the model is gone, or the server shares no memory and is
+                to.
+            OSError: Its memory is to be shared, and cannot be opened.
             UnavailableError: The server has its number of sessions.
         """
-        return Worker(self._connection, self.name, name or worker_name(), lease_seconds, self.tensors, len(self.groups))
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+        if not isinstance(wire, Wire) and wire not in WIRES:
+            raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        return Worker(
+            self._connection,
+            self.name,
+            name or worker_name(),
+            lease_seconds,
+            self.tensors,
+            len(self.groups),
+            transport,
+            WIRES[wire] if isinstance(wire, str) else wire,
+        )
 
     def pull_state(self, optimizer_state: bool = True) -> ModelState:
         """Returns the model's numbers, all of one version.

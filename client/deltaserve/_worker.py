@@ -2,20 +2,22 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection, incarnation
+from deltaserve._early import EarlyPush
 from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, StateLostError, UnavailableError
+from deltaserve._exchange import Exchange, Transport
 from deltaserve._failpoints import failpoint
-from deltaserve._flat import ELEMENT_BYTES, FlatVector, contiguous
+from deltaserve._flat import FlatVector, contiguous
 from deltaserve._session import Session
 from deltaserve._types import (
     Array,
@@ -26,15 +28,13 @@ from deltaserve._types import (
     to_push_status,
     to_step_result,
 )
+from deltaserve._wire import Wire
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
 
 _POLL_SECONDS = 0.1
-
-_UNARY_BYTES = 1 << 20
-"""Up to this size a vector travels in one message: quicker than a stream."""
 
 
 class Worker:
@@ -47,7 +47,6 @@ class Worker:
         name: The worker's name.
         rank: The lowest number that no other live worker of the model had when this one came.
         tensors: The layout as this worker knows it.
-        last_result: What became of the last push; None before the first, and where it was refused.
     """
 
     def __init__(
@@ -58,15 +57,20 @@ class Worker:
         lease_seconds: float | None,
         tensors: tuple[TensorSpec, ...],
         group_count: int,
+        transport: Transport,
+        wire: Wire,
     ) -> None:
         self._connection = connection
         self._model = model
         self.name = name
         self.tensors = tensors
-        self.last_result: StepResult | None = None
+        self._result: rpc.PushResult | None = None
+        self._last_result: StepResult | None = None  # made of it when it is asked for
         self._own: dict[str, Array] | None = None
         self._version: int | None = None
         self._torn = False
+        self._transport = transport
+        self._exchange = Exchange(connection, wire)
         self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
         self._join()
 
@@ -83,11 +87,23 @@ class Worker:
         self._first_version: int = opened.first_version
         self._sequence = 1
         self._sent = False
+        try:
+            self._exchange.share(session.id, sum(prod(spec.shape) for spec in self.tensors), self._transport)
+        except (Error, OSError):
+            session.close()
+            raise
 
     @property
     def version(self) -> int:
         """The version of the weights that this worker has; before the first pull, the one it is to start from."""
         return self._first_version if self._version is None else self._version
+
+    @property
+    def last_result(self) -> StepResult | None:
+        """What became of the last push; None before the first, and where it was refused."""
+        if self._last_result is None and self._result:
+            self._last_result = to_step_result(self._result)
+        return self._last_result
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -204,6 +220,32 @@ class Worker:
     ) -> None:
         self.close()
 
+    # --- a step that begins early, as `RemoteAdadelta(overlap=True)` makes it
+
+    def _begin(
+        self, push: EarlyPush, absent: list[int], hyperparameters: Sequence[Hyperparameters], weight: float
+    ) -> bool:
+        """Begins to send the next push, in any thread, while its gradient is still being made.
+
+        Args:
+            push: What is begun.
+            absent: Indices of the tensors that are expected to have no gradient.
+            hyperparameters: As in `step`.
+            weight: As in `step`.
+
+        Returns:
+            False where that is of no use, or the next step has something else to settle first.
+        """
+        if self._version is None or self._torn or self._sent:
+            return False
+        missing = set(absent)
+        size = sum(prod(spec.shape) for index, spec in enumerate(self.tensors) if index not in missing)
+        return self._exchange.begin(push, self._header(absent, hyperparameters, weight), size)
+
+    def _take_over(self, push: EarlyPush | None) -> None:
+        """Has the next step take over a push that was begun, if it is the one to be made."""
+        self._exchange.early = push
+
     # --- what is sent
 
     def _gradients(self, gradients: Mapping[str, ArrayLike | None]) -> tuple[FlatVector, list[int]]:
@@ -263,12 +305,12 @@ class Worker:
 
     def _push(self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector) -> None:
         failpoint("worker.before_send")
-        unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
         # From here on an interrupt, or the refusal of a second attempt, says nothing of what became of the first.
-        self._sent, self.last_result = True, None
+        unsure, self._sent = self._sent, True
+        self._take_note(None)
         try:
-            take = self._step_unary if unary else self._step_stream
-            result, position = take(header, pushed, absent, target)
+            result, position = self._exchange.step(header, pushed, absent, target, self._arriving, unsure=unsure)
+            self._torn = False
         except StaleGradientError as error:
             self._catch_up(error, target)
             raise
@@ -277,8 +319,8 @@ class Worker:
                 where = f"deltaserve status {self._model} --target {self._connection.target}"
                 error.add_note(f"If the server is there, the push waits for other workers; to see for whom: {where}")
             raise self._explained(error) from None
-        self.last_result = to_step_result(result)
-        if self.last_result.duplicate:
+        self._take_note(result)
+        if result.duplicate:
             _log.info("worker %s: push %d had been applied by an earlier attempt", self.name, self._sequence)
         self._moved(position)
         # Last, and without a call that could be interrupted: until then the answer counts as lost.
@@ -286,49 +328,12 @@ class Worker:
         self._sent = False
         failpoint("worker.recorded")
 
-    def _step_unary(
-        self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
-    ) -> tuple[Any, Any]:
-        gradient = b"".join(part for _, parts in pushed.chunks(absent) for part in parts)
-        answer = self._connection.call("Step", rpc.StepRequest(header=header, gradient=gradient))
-        failpoint("worker.acknowledged")
-        self._check(answer.position)
-        self._write([Piece("weights", 0, memoryview(answer.weights))], target)
-        self._torn = False
-        return answer.result, answer.position
-
-    def _step_stream(
-        self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector
-    ) -> tuple[Any, Any]:
-        codec = StreamCodec(rpc.StreamStepRequest)
-
-        def messages() -> Iterator[bytes]:
-            yield codec.header(header)
-            for offset, parts in pushed.chunks(absent):
-                yield codec.chunk("gradient", offset, parts)
-                failpoint("worker.mid_body")
-            failpoint("worker.sent")
-
-        def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
-            failpoint("worker.acknowledged")
-            self._check(answer.position)
-            self._write(pieces, target)
-            return answer.result, answer.position
-
-        return self._connection.receive("StreamStep", messages, take)
-
     # --- what comes
 
     def _pull(self, target: FlatVector, wait_for_version: int | None) -> None:
         request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
-
-        def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
-            self._check(header.position)
-            self._write(pieces, target)
-            return header.position
-
         try:
-            self._moved(self._connection.receive("Pull", request, take))
+            self._moved(self._exchange.pull(request, target, self._arriving))
         except Error as error:
             raise self._explained(error) from None
 
@@ -389,30 +394,32 @@ class Worker:
         if counts:
             _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
         self._pull(target, push.position.version)
-        self.last_result = to_push_status(push).result
+        self._take_note(push.result if push.HasField("result") else None)
         self._sequence += counts
         self._sent = False
 
-    def _check(self, position: common_pb2.ModelPosition) -> None:
-        """Raises, before weights are taken, where they are not of the model that the session was opened with."""
+    def _arriving(self, position: common_pb2.ModelPosition) -> None:
+        """Looks at an answer before its weights are written; until the last of them is, they are of two versions.
+
+        Raises:
+            Error: They are not of the model that the session was opened with.
+        """
         before = self._position
         if position.incarnation != before.incarnation:
             self._session.keep()  # a server that was restarted knows the session if it still has the state
         elif position.version < before.version:
             raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
+        self._torn = True
+
+    def _take_note(self, result: rpc.PushResult | None) -> None:
+        """Takes note of what became of a push."""
+        self._result, self._last_result = result, None
 
     def _moved(self, position: common_pb2.ModelPosition) -> None:
         """Takes note of the version that the weights now have."""
         self._position = position
         self._version = position.version
         self._torn = False
-
-    def _write(self, pieces: Iterable[Piece], target: FlatVector) -> None:
-        """Writes weights; until the last of them is here they are of two versions."""
-        self._torn = True
-        for piece in pieces:
-            target.write(piece.offset, piece.data)
-            failpoint("worker.mid_answer")
 
     def _torn_text(self) -> str:
         return (

@@ -32,7 +32,7 @@ from deltaserve_server.config import (
     usable_memory_bytes,
     usable_threads,
 )
-from deltaserve_server.memory import Budget, Store
+from deltaserve_server.memory import Budget, Store, heap
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.service.model_service import ModelServicer
@@ -63,14 +63,20 @@ class Server:
         True
     """
 
+    _owns_process = True
+
     def __init__(self, config: ServerConfig | None = None) -> None:
         self.config = config or ServerConfig()
         self.incarnation = secrets.token_hex(16)
         self._health = health.HealthServicer()
-        place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(self.config)
+        threads = self.config.threads or usable_threads()
+        executor = ThreadPoolExecutor(threads, "update")
+        place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(executor, threads)
         self.device = place.device
         memory_bytes = self.config.memory_bytes or place.memory_bytes
-        self._registry = Registry(self.config, memory_bytes, self.incarnation, place.make_store, self._health)
+        self._registry = Registry(
+            self.config, memory_bytes, self.incarnation, place.make_store, self._health, executor, threads
+        )
         # Twice: a worker may retry while the server has not yet seen that its first call is gone.
         workers = 2 * self.config.sessions + self.config.watchers + _SPARE_THREADS
         self._grpc = grpc.server(ThreadPoolExecutor(workers, "rpc"), options=_options(self.config))
@@ -80,7 +86,7 @@ class Server:
 
     @property
     def target(self) -> str:
-        """HOST:PORT for clients on this machine."""
+        """HOST:PORT, or unix:PATH, for clients on this machine."""
         if self._target is None:
             raise RuntimeError("the server was not started")
         return self._target
@@ -91,19 +97,21 @@ class Server:
         Raises:
             OSError: The address cannot be bound.
         """
-        host, _, asked = self.config.bind.rpartition(":")
+        if self._owns_process:
+            heap.keep_freed()
+        bind = self.config.bind
         try:
-            port = self._grpc.add_insecure_port(self.config.bind)
+            port = self._grpc.add_insecure_port(bind)
         except RuntimeError:
             port = 0
         if not port:
-            raise OSError(
-                f"cannot listen on {host}:{asked}: is another server there, or is the address not this machine's?"
-            )
+            raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
         self._grpc.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        self._target = f"{'localhost' if host in ('0.0.0.0', '[::]') else host}:{port}"  # noqa: S104
-        _log.info("serving on %s:%d, incarnation %s", host, port, self.incarnation)
+        host = bind.rpartition(":")[0]
+        listens = bind if bind.startswith("unix:") else f"{host}:{port}"
+        self._target = f"localhost:{port}" if host in ("0.0.0.0", "[::]") else listens  # noqa: S104
+        _log.info("serving on %s, incarnation %s", listens, self.incarnation)
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
 
     def wait(self) -> None:
@@ -162,6 +170,8 @@ class LocalServer(Server):
         []
     """
 
+    _owns_process = False
+
     def __init__(self, config: ServerConfig | None = None) -> None:
         config = config or ServerConfig(device="cpu")
         super().__init__(replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config)
@@ -193,9 +203,7 @@ class _Place:
     make_store: Callable[[Vector, Budget], Store]
 
 
-def _on_cpu(config: ServerConfig) -> _Place:
-    threads = config.threads or usable_threads()
-    executor = ThreadPoolExecutor(threads, "update")
+def _on_cpu(executor: ThreadPoolExecutor, threads: int) -> _Place:
     device = Device(kind="cpu", name=_processor(), threads=threads)
     return _Place(
         device, usable_memory_bytes(), lambda weights, budget: HostStore(weights, 0, budget, executor, threads)

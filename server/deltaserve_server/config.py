@@ -9,6 +9,8 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 
 MIB = 1 << 20
 
+_LOOPBACK = "127.", "localhost:", "[::1]:"
+
 DEFAULT_BIND = "127.0.0.1:50051"
 
 
@@ -32,7 +34,7 @@ class ServerConfig:
     """A server's settings.
 
     Attributes:
-        bind: HOST:PORT to listen on; port 0 chooses a free one.
+        bind: HOST:PORT to listen on; port 0 chooses a free one. Or unix:PATH, a socket of this host.
         device: Where models live; "auto" takes a GPU where torch finds one.
         threads: Threads for updates on the CPU; None means one a core.
         memory_bytes: For all models, their versions and pushes that wait; None means 80 % of the machine's memory, or
@@ -46,6 +48,8 @@ class ServerConfig:
         lease_seconds_min: Shortest lease.
         lease_seconds_max: Longest lease.
         keepalive_seconds: How long a connection may be silent before it is pinged; the answer may take half as long.
+        shared_memory: Whether workers on this host that run as the same user may exchange vectors through memory that
+            the server shares with them; None means if `bind` is a loopback address or a Unix socket.
     """
 
     bind: str = DEFAULT_BIND
@@ -61,11 +65,12 @@ class ServerConfig:
     lease_seconds_min: float = 1.0
     lease_seconds_max: float = 3600.0
     keepalive_seconds: float = 20.0
+    shared_memory: bool | None = None
 
     def __post_init__(self) -> None:
         host, separator, port = self.bind.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65_535:
-            raise ValueError(f"bind: expected HOST:PORT, got {self.bind!r}")
+        if not self._unix and (not separator or not host or not port.isdecimal() or int(port) > 65_535):
+            raise ValueError(f"bind: expected HOST:PORT or unix:PATH, got {self.bind!r}")
         for name in ("threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -74,6 +79,17 @@ class ServerConfig:
             raise ValueError("lease_seconds: expected 0 < lease_seconds_min <= lease_seconds <= lease_seconds_max")
         if self.keepalive_seconds <= 0:
             raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
+
+    @property
+    def shares_memory(self) -> bool:
+        """What `shared_memory` comes to."""
+        if self.shared_memory is not None:
+            return self.shared_memory
+        return self._unix or self.bind.startswith(_LOOPBACK)
+
+    @property
+    def _unix(self) -> bool:
+        return self.bind.startswith("unix:") and len(self.bind) > len("unix:")
 
 
 def usable_memory_bytes() -> int:

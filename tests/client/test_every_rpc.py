@@ -53,6 +53,7 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "CloseSession": lambda scene: scene.worker.close(),
     "Step": lambda scene: scene.worker.step(SMALL),
     "StreamStep": lambda scene: scene.large.step(LARGE),
+    "OpenSharedMemory": lambda scene: scene.client.model("large").worker("b", transport="shared"),
     "Pull": lambda scene: scene.worker.pull(),
     "GetPush": lambda scene: scene.worker.get_push(),
     "GetServerInfo": lambda scene: scene.client.server_info(),

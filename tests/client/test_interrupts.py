@@ -22,7 +22,7 @@ import deltaserve
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let this process ignore it
 size = int(sys.argv[2])
 client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
-worker = client.model("m").worker("a")
+worker = client.model("m").worker("a", transport=sys.argv[3])
 worker.pull()
 print("ready", flush=True)
 try:
@@ -41,19 +41,25 @@ if value:
     print(result.version, result.duplicate, result.contributors, flush=True)
 """
 
-SIZES = [3, 700_000]
+WAYS = [(3, "auto"), (700_000, "stream"), (700_000, "shared")]
 
-every_size = pytest.mark.parametrize("size", SIZES, ids=["unary", "stream"])
+every_way = pytest.mark.parametrize(("size", "transport"), WAYS, ids=["unary", "stream", "shared"])
 
 
 class Interrupted:
     """A program whose worker "a" pushed ones, waited for its round and was interrupted; and worker "b" of the test."""
 
     def __init__(
-        self, size: int, server: LocalServer, client: Client, start: "StartProgram", eventually: "Eventually"
+        self,
+        size: int,
+        transport: str,
+        server: LocalServer,
+        client: Client,
+        start: "StartProgram",
+        eventually: "Eventually",
     ) -> None:
         self.model = client.create_model("m", {"w": np.zeros(size)}, policy=Sync(min_workers=2))
-        self.program = start(PROGRAM, server.target, str(size))
+        self.program = start(PROGRAM, server.target, str(size), transport)
         assert self.program.line() == "ready"
         eventually(lambda: self.model.info().sessions[0].waiting)
         self.b = self.model.worker("b")
@@ -69,11 +75,16 @@ class Interrupted:
             return worker.weights["w"]
 
 
-@every_size
+@every_way
 def test_with_the_same_gradient_it_is_applied_once(
-    size: int, server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
+    size: int,
+    transport: str,
+    server: LocalServer,
+    client: Client,
+    start_program: "StartProgram",
+    eventually: "Eventually",
 ) -> None:
-    scene = Interrupted(size, server, client, start_program, eventually)
+    scene = Interrupted(size, transport, server, client, start_program, eventually)
     scene.program.tell("1")
     scene.b.step({"w": np.full(size, 3.0)})
     assert scene.program.line() in ("1 False 2", "1 True 2")
@@ -82,11 +93,16 @@ def test_with_the_same_gradient_it_is_applied_once(
     np.testing.assert_array_equal(scene.b.weights["w"], scene.twin(client, size, 2.0))
 
 
-@every_size
+@every_way
 def test_with_another_gradient_both_are_applied(
-    size: int, server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
+    size: int,
+    transport: str,
+    server: LocalServer,
+    client: Client,
+    start_program: "StartProgram",
+    eventually: "Eventually",
 ) -> None:
-    scene = Interrupted(size, server, client, start_program, eventually)
+    scene = Interrupted(size, transport, server, client, start_program, eventually)
     scene.program.tell("5")
     scene.b.step({"w": np.full(size, 3.0)})
     assert scene.program.line() == "ROUND_CLOSED"  # it was computed on the weights before the first
@@ -101,7 +117,7 @@ def test_with_another_gradient_both_are_applied(
 def test_a_program_that_gives_up_leaves_at_once_and_its_push_counts(
     server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
-    scene = Interrupted(3, server, client, start_program, eventually)
+    scene = Interrupted(3, "auto", server, client, start_program, eventually)
     scene.program.tell("")
     assert scene.program.finish()[0] == 0
     assert [session.worker for session in scene.model.info().sessions] == ["b"]
@@ -119,7 +135,7 @@ import deltaserve
 signal.signal(signal.SIGINT, signal.default_int_handler)
 size = int(sys.argv[2])
 client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
-worker = client.model("m").worker("a")
+worker = client.model("m").worker("a", transport=sys.argv[3])
 mine = {"w": np.zeros(size, np.float32)}
 worker.pull(out=mine)
 print("ready", flush=True)
@@ -133,13 +149,18 @@ print((mine["w"] == 7).all(), flush=True)
 """
 
 
-@every_size
+@every_way
 def test_after_an_interrupt_nobody_writes_into_the_callers_memory(
-    size: int, server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
+    size: int,
+    transport: str,
+    server: LocalServer,
+    client: Client,
+    start_program: "StartProgram",
+    eventually: "Eventually",
 ) -> None:
     """The answer comes later, when the round closes; the memory is the caller's again."""
     model = client.create_model("m", {"w": np.zeros(size)}, policy=Sync(min_workers=2))
-    program = start_program(OUT, server.target, str(size))
+    program = start_program(OUT, server.target, str(size), transport)
     assert program.line() == "ready"
     eventually(lambda: model.info().sessions[0].waiting)
     program.process.send_signal(signal.SIGINT)
@@ -158,20 +179,24 @@ import numpy as np
 import deltaserve
 
 def interrupt(number, frame):
-    raise KeyboardInterrupt
+    if armed:  # a thread may get the signal late, when nobody waits for it any more
+        raise KeyboardInterrupt
 
+armed = False
 signal.signal(signal.SIGALRM, interrupt)
 size, interrupts, chance = int(sys.argv[2]), 0, random.Random(int(sys.argv[4]))
 client = deltaserve.connect(sys.argv[1], timeout_seconds=20)
-worker = client.model("m").worker("a")
+worker = client.model("m").worker("a", transport=sys.argv[5])
 worker.pull()
 while interrupts < int(sys.argv[3]):
     gradient = {"w": np.full(size, chance.random())}
     try:
         try:
+            armed = True
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.004 if size < 1000 else 0.03))
             worker.step(gradient)
         finally:
+            armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         interrupts += 1
@@ -185,13 +210,13 @@ sys.stdin.readline()
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(("size", "interrupts"), [(3, 150), (700_000, 30)], ids=["unary", "stream"])
+@every_way
 def test_interrupts_at_any_moment_leave_worker_and_connection_usable(
-    size: int, interrupts: int, seed: int, server: LocalServer, client: Client, start_program: "StartProgram"
+    size: int, transport: str, seed: int, server: LocalServer, client: Client, start_program: "StartProgram"
 ) -> None:
     """Also between any two instructions of gRPC's own Python code, whose locks and counts they would leave askew."""
     model = client.create_model("m", {"w": np.zeros(size)})
-    program = start_program(STORM, server.target, str(size), str(interrupts), str(seed))
+    program = start_program(STORM, server.target, str(size), "150" if size < 1000 else "30", str(seed), transport)
     line = program.line()
     assert line, f"the program died: {program.finish()[2]}"
     version, info = int(line), model.info()

@@ -9,15 +9,16 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, Model, SessionError, Sync, Worker
+from deltaserve._exchange import Transport
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, Proxy, StartProxy
 
-SIZES = [5, 700_000]
-"""Elements of a model that travels in one message, and of one that takes a stream."""
-
-every_size = pytest.mark.parametrize("size", SIZES, ids=["unary", "stream"])
+every_way = pytest.mark.parametrize(
+    ("size", "transport"), [(5, "auto"), (700_000, "stream"), (700_000, "shared")], ids=["unary", "stream", "shared"]
+)
+"""Elements of a model that travels in one message, and of one that takes a stream or shared memory."""
 
 
 def gradient(value: float, size: int = 3) -> dict[str, Any]:
@@ -81,14 +82,19 @@ def test_a_refused_push_was_not_accepted(client: Client) -> None:
         assert fate(worker, 1) == ("applied", True)
 
 
-@every_size
+@every_way
 def test_after_a_lost_answer_the_truth_is_to_be_had(
-    client: Client, proxy: "Proxy", size: int, eventually: "Eventually", threads: ThreadPoolExecutor
+    client: Client,
+    proxy: "Proxy",
+    size: int,
+    transport: Transport,
+    eventually: "Eventually",
+    threads: ThreadPoolExecutor,
 ) -> None:
     """The push is applied, its answer cut, and the client gives up before it has tried again."""
     model = client.create_model("m", gradient(0, size))
     with deltaserve.connect(proxy.target, timeout_seconds=20) as far:
-        worker = far.model("m").worker("a")
+        worker = far.model("m").worker("a", transport=transport)
         worker.step(gradient(1, size))
         far._connection.timeout_seconds = 1.0
         proxy.hold_answers()

@@ -71,7 +71,7 @@ def test_a_push_whose_answer_is_lost_is_applied_once(
 
 
 def test_an_upload_that_is_cut_is_sent_again(client: Client, far: Client, proxy: "Proxy") -> None:
-    with far.create_model("m", {"w": np.zeros(700_000)}).worker() as worker:
+    with far.create_model("m", {"w": np.zeros(700_000)}).worker(transport="stream") as worker:
         worker.pull()
         proxy.cut_after("up", 1_500_000)
         worker.step(gradient(700_000, 0))
@@ -82,7 +82,7 @@ def test_an_upload_that_is_cut_is_sent_again(client: Client, far: Client, proxy:
 
 
 def test_a_download_that_is_cut_is_asked_for_again(client: Client, far: Client, proxy: "Proxy") -> None:
-    with far.create_model("m", {"w": np.zeros(700_000)}).worker() as worker:
+    with far.create_model("m", {"w": np.zeros(700_000)}).worker(transport="stream") as worker:
         worker.pull()
         proxy.cut_after("down", 1_500_000)
         worker.step(gradient(700_000, 0))
@@ -97,7 +97,7 @@ def test_cuts_at_any_point_lose_nothing_and_double_nothing(
     client: Client, far: Client, proxy: "Proxy", size: int
 ) -> None:
     steps, chance = 40 if size < 1000 else 8, random.Random(7)
-    with far.create_model("m", {"w": np.zeros(size)}).worker() as worker:
+    with far.create_model("m", {"w": np.zeros(size)}).worker(transport="stream") as worker:
         for step in range(steps):
             if step % 2:
                 proxy.cut_after(chance.choice(["up", "down"]), chance.randrange(1, 300 + 4 * size))

@@ -6,6 +6,7 @@ import pytest
 import deltaserve
 from deltaserve import Client
 from deltaserve._flat import FlatVector
+from deltaserve._wire import Wire
 
 SIZE = 700_000  # three chunks
 ONES = {"w": np.ones(SIZE)}
@@ -14,17 +15,17 @@ ONES = {"w": np.ones(SIZE)}
 @pytest.fixture
 def workers(client: Client) -> tuple[deltaserve.Worker, deltaserve.Worker]:
     model = client.create_model("m", {"w": np.zeros(SIZE)})
-    return model.worker("a"), model.worker("b")
+    return model.worker("a", transport="stream"), model.worker("b", transport="stream")
 
 
 def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
     """Ctrl+C strikes while the second chunk is written."""
     write = FlatVector.write
 
-    def interrupted(self: FlatVector, offset: int, data: memoryview) -> None:
+    def interrupted(self: FlatVector, offset: int, data: memoryview, wire: Wire) -> None:
         if offset:
             raise KeyboardInterrupt
-        write(self, offset, data)
+        write(self, offset, data, wire)
 
     patch.setattr(FlatVector, "write", interrupted)
 

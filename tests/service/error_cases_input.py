@@ -111,6 +111,29 @@ def an_element_type_of_the_future(scene: Scene) -> Request:
     return _bad_tensor(pb.TensorSpec(name="t", shape=[1], data_type=7))(scene)  # type: ignore[arg-type]
 
 
+WIRE_TYPES = "DATA_TYPE_FLOAT32 or DATA_TYPE_BFLOAT16 or DATA_TYPE_FLOAT16"
+
+
+@case("DTYPE_UNSUPPORTED", tensor="t", got="2", allowed="DATA_TYPE_FLOAT32")
+def a_tensor_that_is_to_be_held_in_16_bits(scene: Scene) -> Request:
+    return _bad_tensor(pb.TensorSpec(name="t", shape=[1], data_type=pb.DATA_TYPE_BFLOAT16))(scene)
+
+
+@case("DTYPE_UNSUPPORTED", tensor="(all)", got="4", allowed=WIRE_TYPES)
+def a_gradient_of_a_type_of_the_future(scene: Scene) -> Request:
+    return stream(scene.a.header(3, gradient_type=4), (0, [1.0] * 5))
+
+
+@case("DTYPE_UNSUPPORTED", tensor="(all)", got="-1", allowed=WIRE_TYPES)
+def weights_of_no_type_for_a_push(scene: Scene) -> Request:
+    return _bad_push(weights_type=-1)(scene)
+
+
+@case("DTYPE_UNSUPPORTED", tensor="(all)", got="7", allowed=WIRE_TYPES)
+def pulling_weights_of_no_type(scene: Scene) -> Request:
+    return "Pull", [workers.PullRequest(model="m", weights_type=7)]  # type: ignore[arg-type]
+
+
 @case("HYPERPARAMETER_INVALID", field="tensors.group", allowed="an index of 1 groups")
 def a_group_that_is_not_there(scene: Scene) -> Request:
     return _bad_tensor(pb.TensorSpec(name="t", shape=[1], group=1))(scene)
@@ -237,6 +260,16 @@ def a_part_of_an_element(scene: Scene) -> Request:
     return stream(scene.a.header(3), (0, b"\0\0\0"))
 
 
+@case("CHUNK_SEQUENCE", expected="one or more whole elements", got="9 bytes")
+def a_part_of_an_element_of_16_bits(scene: Scene) -> Request:
+    return stream(scene.a.header(3, gradient_type=pb.DATA_TYPE_FLOAT16), (0, bytes(9)))
+
+
+@case("CHUNK_SEQUENCE", expected="5 elements", got="20 bytes")
+def a_float32_push_under_the_name_of_bfloat16(scene: Scene) -> Request:
+    return step(scene.a.header(3, gradient_type=pb.DATA_TYPE_BFLOAT16), *[1.0] * 5)
+
+
 @case("CHUNK_SEQUENCE", expected="one or more whole elements", got="0 bytes")
 def a_chunk_of_nothing(scene: Scene) -> Request:
     return stream(scene.a.header(3), (0, b""))
@@ -308,6 +341,16 @@ def an_infinity_in_the_last_chunk(scene: Scene) -> Request:
     return stream(scene.a.header(3), (0, [1.0] * 4), (4, [float("-inf")]))
 
 
+@case("VALUE_NOT_FINITE", tensor="w", index="1")
+def an_infinity_of_16_bits(scene: Scene) -> Request:
+    return stream(scene.a.header(3, gradient_type=pb.DATA_TYPE_FLOAT16), (0, b"\0\0\0\x7c" + bytes(6)))
+
+
+@case("VALUE_TOO_LARGE", tensor="b", index="0")
+def a_value_of_16_bits_whose_square_overflows(scene: Scene) -> Request:
+    return stream(scene.a.header(3, gradient_type=pb.DATA_TYPE_BFLOAT16), (0, bytes(8) + b"\x80\x5f"))
+
+
 @case("VALUE_NOT_FINITE", tensor="w", index="0")
 def a_nan_in_new_weights(scene: Scene) -> Request:
     return "CreateModel", list(creation("new", weights=[float("nan"), 0, 0, 0, 0]))
@@ -339,6 +382,16 @@ def a_base_of_the_future(scene: Scene) -> Request:
 @case("PUSH_INVALID", field="sequence", allowed=">= 1")
 def a_push_without_a_number(scene: Scene) -> Request:
     return step(scene.a.header(0), *[1.0] * 5)
+
+
+@case("PUSH_INVALID", field="gradient_type", allowed="DATA_TYPE_FLOAT32 in shared memory")
+def shared_memory_of_16_bits(scene: Scene) -> Request:
+    return stream(scene.a.header(3, shared_memory=True, gradient_type=pb.DATA_TYPE_BFLOAT16))
+
+
+@case("PUSH_INVALID", field="shared_memory", allowed="false: use StreamStep")
+def shared_memory_in_a_step(scene: Scene) -> Request:
+    return _bad_push(shared_memory=True)(scene)
 
 
 @case("PUSH_INVALID", field="absent_tensors", allowed="ascending indices of 2 tensors")

@@ -1,6 +1,8 @@
 """Requests that are refused for what is there, or is not: models, sessions, rounds, limits, a server that stops."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from error_scene import LARGE, Request, Scene, case, opened, step, stream
 from wire import Session, creation, eventually, sync
@@ -9,6 +11,7 @@ from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
 from deltaserve.v1 import worker_service_pb2 as workers
 from deltaserve_server.memory.host import HostStore
+from deltaserve_server.service import worker_service
 
 ID = b"0123456789abcdef"
 
@@ -204,6 +207,53 @@ def the_same_values_of_other_tensors(scene: Scene) -> Request:
     return stream(scene.a.header(2, absent_tensors=[1]), (0, [1.0] * 4))
 
 
+# --- shared memory
+
+
+@case("SHARED_MEMORY_UNAVAILABLE", why="the session has none: call OpenSharedMemory first")
+def a_push_in_memory_that_was_never_opened(scene: Scene) -> Request:
+    return "StreamStep", [workers.StreamStepRequest(header=scene.a.header(3, shared_memory=True))]
+
+
+@case("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
+def memory_of_a_server_that_shares_none(scene: Scene) -> Request:
+    closed = replace(scene.server.config, shared_memory=False)
+    scene.monkeypatch.setattr(scene.server._registry, "config", closed)
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(**scene.a.id)]
+
+
+@case("SHARED_MEMORY_UNAVAILABLE", why="the server is on another host")
+def memory_for_a_caller_from_elsewhere(scene: Scene) -> Request:
+    scene.monkeypatch.setattr(worker_service, "_LOCAL_PEERS", ("ipv4:192.0.2.",))
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(**scene.a.id)]
+
+
+@case("SHARED_MEMORY_UNAVAILABLE", why="Too many open files")
+def memory_where_the_system_has_no_files_left(scene: Scene) -> Request:
+    def full(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    scene.monkeypatch.setattr(os, "memfd_create", full)
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(**scene.a.id)]
+
+
+@case("SESSION_UNKNOWN")
+def memory_for_a_session_that_was_never_opened(scene: Scene) -> Request:
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(model="m", session_id=ID, epoch=1)]
+
+
+@case("PUSH_INVALID", field="epoch")
+def memory_for_an_epoch_that_is_not_the_session_s(scene: Scene) -> Request:
+    request = workers.OpenSharedMemoryRequest(**scene.a.id)
+    request.epoch = 7
+    return "OpenSharedMemory", [request]
+
+
+@case("MODEL_NOT_FOUND", model="nothing")
+def memory_for_what_is_not_there(scene: Scene) -> Request:
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(model="nothing")]
+
+
 # --- rounds
 
 
@@ -280,6 +330,15 @@ def an_extension_larger_than_the_server_may_hold(scene: Scene) -> Request:
     tensors = [pb.TensorSpec(name="new", shape=[1_000_000])]
     header = models.ExtendModelHeader(model="m", tensor_count=2, group_count=1, tensors=tensors)
     return "ExtendModel", [models.ExtendModelRequest(header=header)]
+
+
+@case("MEMORY_BUDGET", needed=str(6 * LARGE))
+def memory_for_gradients_where_there_is_none_left(scene: Scene) -> Request:
+    scene.other("large", (3 * LARGE // 2,))
+    scene.models.remove("large")  # to read its state takes more than is left
+    first, second = scene.wire.open("large", "a"), scene.wire.open("large", "b")
+    scene.wire.one("OpenSharedMemory", workers.OpenSharedMemoryRequest(**first.id))
+    return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(**second.id)]
 
 
 @case("SESSION_LIMIT", limit="6")

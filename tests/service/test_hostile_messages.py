@@ -68,6 +68,7 @@ class Target:
             "OpenSession": [workers.OpenSessionRequest(model="m", worker="a", lease_seconds=30.0)],
             "KeepSession": [workers.KeepSessionRequest(**session.id)],
             "CloseSession": [workers.CloseSessionRequest(**session.id)],
+            "OpenSharedMemory": [workers.OpenSharedMemoryRequest(**session.id)],
             "Step": [workers.StepRequest(header=header, gradient=floats(vector))],
             "StreamStep": [kind.FromString(message) for message in push(header, cut(vector, 7))],
             "Pull": [workers.PullRequest(model="m", newer_than=0, wait_for_version=0)],

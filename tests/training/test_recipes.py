@@ -124,7 +124,7 @@ def test_concise_with_n_workers_is_torch_with_n_times_the_batch(
         optimizer.step()
 
     train_together(jobs(recipe, seat(target, model, deltaserve.Sync(min_workers=workers)), workers))
-    version, (weight, bias) = final_weights(target, model)
+    version, (bias, weight) = final_weights(target, model)  # the order of gradients
     assert version == 4 * -(-1500 // (10 * workers))
     np.testing.assert_allclose(weight, net.weight.detach().numpy(), atol=WEIGHTS_TOLERANCE)
     np.testing.assert_allclose(bias, net.bias.detach().numpy(), atol=WEIGHTS_TOLERANCE)

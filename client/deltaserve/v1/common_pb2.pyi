@@ -31,14 +31,28 @@ class _DataTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Not set; means float32."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
     """IEEE 754 binary32, little-endian."""
+    DATA_TYPE_BFLOAT16: _DataType.ValueType  # 2
+    """The upper half of a binary32, little-endian: its range, 8 bits of precision."""
+    DATA_TYPE_FLOAT16: _DataType.ValueType  # 3
+    """IEEE 754 binary16, little-endian. What is above its largest number, 65504, becomes an infinity: a gradient with one
+    is refused.
+    """
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
-    """The element type of a vector on the wire. Weights and optimizer state are float32 on the server."""
+    """The element type of a vector on the wire. Weights and optimizer state are float32 on the server: gradients are
+    widened to it, which is exact; weights are rounded to nearest, ties to even, on their way out.
+    """
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 """Not set; means float32."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 binary32, little-endian."""
+DATA_TYPE_BFLOAT16: DataType.ValueType  # 2
+"""The upper half of a binary32, little-endian: its range, 8 bits of precision."""
+DATA_TYPE_FLOAT16: DataType.ValueType  # 3
+"""IEEE 754 binary16, little-endian. What is above its largest number, 65504, becomes an infinity: a gradient with one
+is refused.
+"""
 global___DataType = DataType
 
 class _Reduction:
@@ -96,7 +110,7 @@ class TensorSpec(google.protobuf.message.Message):
     group: builtins.int
     """Index into ModelConfig.groups: whose hyperparameters this tensor's updates use."""
     data_type: global___DataType.ValueType
-    """The tensor's type on the wire. Unset means float32."""
+    """The type that the server holds the tensor in: float32, also when unset."""
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """0 to 8 dimensions, each 0 or more, row-major. Empty means a scalar."""
@@ -401,8 +415,8 @@ class Chunk(google.protobuf.message.Message):
     offset: builtins.int
     """Index of the first element, in elements of the flat vector."""
     data: builtins.bytes
-    """Whole elements, raw little-endian. At least one element; 1 MiB is a good size, and the whole message must stay
-    within Limits.message_bytes.
+    """Whole elements, raw little-endian, float32 unless the header of their stream says otherwise. At least one element;
+    1 MiB is a good size, and the whole message must stay within Limits.message_bytes.
     """
     def __init__(
         self,

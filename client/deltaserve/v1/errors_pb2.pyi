@@ -114,6 +114,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION {ahead, slack}: under BoundedPolicy, the session's last push was applied, but its answer waits:
     the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
     """
+    ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION {why}: the server shares no memory with this caller."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Metadata keys are in braces, the gRPC code is in front."""
@@ -202,4 +204,6 @@ ERROR_REASON_SLACK_EXCEEDED: ErrorReason.ValueType  # 28
 """FAILED_PRECONDITION {ahead, slack}: under BoundedPolicy, the session's last push was applied, but its answer waits:
 the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
 """
+ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION {why}: the server shares no memory with this caller."""
 global___ErrorReason = ErrorReason

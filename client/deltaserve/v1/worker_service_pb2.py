@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from deltaserve.v1 import common_pb2 as deltaserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/worker_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\"\xb7\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x1a\n\rlease_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctensor_count\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bgroup_count\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\x10\n\x0e_lease_secondsB\x0f\n\r_tensor_countB\x0e\n\x0c_group_count\"\xba\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x15\n\rfirst_version\x18\x05 \x01(\x04\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12.\n\x08position\x18\x07 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"F\n\x12KeepSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x9b\x01\n\x13KeepSessionResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15last_applied_sequence\x18\x02 \x01(\x04\x12.\n\x08position\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1e\n\x16last_accepted_sequence\x18\x04 \x01(\x04\"G\n\x13\x43loseSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"F\n\x14\x43loseSessionResponse\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\xed\x01\n\nPushHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x06 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x16\n\x0e\x61\x62sent_tensors\x18\x07 \x03(\r\x12\x13\n\x06weight\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_base_versionB\t\n\x07_weight\"\x93\x02\n\nPushResult\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12\x16\n\tstaleness\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0c\x63ontributors\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x05 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bupdate_norm\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0c\n\n_stalenessB\x0f\n\r_contributorsB\x10\n\x0e_gradient_normB\x0e\n\x0c_update_norm\"J\n\x0bStepRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeader\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"z\n\x0cStepResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"u\n\x11StreamStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeaderH\x00\x12(\n\x08gradient\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"m\n\x10StreamStepHeader\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"{\n\x12StreamStepResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.deltaserve.v1.StreamStepHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"x\n\x0bPullRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\nnewer_than\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10wait_for_version\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\r\n\x0b_newer_thanB\x13\n\x11_wait_for_version\"i\n\nPullHeader\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12\x15\n\relement_count\x18\x03 \x01(\x04\"o\n\x0cPullResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PullHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"E\n\x0eGetPushRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"\xa4\x01\n\x0fGetPushResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.deltaserve.v1.PushState\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x04 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition*t\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUSH_STATE_NOT_ACCEPTED\x10\x01\x12\x16\n\x12PUSH_STATE_WAITING\x10\x02\x12\x16\n\x12PUSH_STATE_APPLIED\x10\x03\x32\xb9\x04\n\rWorkerService\x12T\n\x0bOpenSession\x12!.deltaserve.v1.OpenSessionRequest\x1a\".deltaserve.v1.OpenSessionResponse\x12T\n\x0bKeepSession\x12!.deltaserve.v1.KeepSessionRequest\x1a\".deltaserve.v1.KeepSessionResponse\x12W\n\x0c\x43loseSession\x12\".deltaserve.v1.CloseSessionRequest\x1a#.deltaserve.v1.CloseSessionResponse\x12?\n\x04Step\x12\x1a.deltaserve.v1.StepRequest\x1a\x1b.deltaserve.v1.StepResponse\x12U\n\nStreamStep\x12 .deltaserve.v1.StreamStepRequest\x1a!.deltaserve.v1.StreamStepResponse(\x01\x30\x01\x12\x41\n\x04Pull\x12\x1a.deltaserve.v1.PullRequest\x1a\x1b.deltaserve.v1.PullResponse0\x01\x12H\n\x07GetPush\x12\x1d.deltaserve.v1.GetPushRequest\x1a\x1e.deltaserve.v1.GetPushResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/worker_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\"\xb7\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x1a\n\rlease_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctensor_count\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bgroup_count\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\x10\n\x0e_lease_secondsB\x0f\n\r_tensor_countB\x0e\n\x0c_group_count\"\xba\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x15\n\rfirst_version\x18\x05 \x01(\x04\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12.\n\x08position\x18\x07 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"F\n\x12KeepSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x9b\x01\n\x13KeepSessionResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15last_applied_sequence\x18\x02 \x01(\x04\x12.\n\x08position\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1e\n\x16last_accepted_sequence\x18\x04 \x01(\x04\"G\n\x13\x43loseSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"F\n\x14\x43loseSessionResponse\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\xe3\x02\n\nPushHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x06 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x16\n\x0e\x61\x62sent_tensors\x18\x07 \x03(\r\x12\x13\n\x06weight\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12.\n\rgradient_type\x18\t \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12-\n\x0cweights_type\x18\n \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12\x15\n\rshared_memory\x18\x0b \x01(\x08\x42\x0f\n\r_base_versionB\t\n\x07_weight\"S\n\x0cSharedMemory\x12\x12\n\nprocess_id\x18\x01 \x01(\x04\x12\x12\n\ndescriptor\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"K\n\x17OpenSharedMemoryRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"y\n\x18OpenSharedMemoryResponse\x12-\n\x08gradient\x18\x01 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\x93\x02\n\nPushResult\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12\x16\n\tstaleness\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0c\x63ontributors\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x05 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bupdate_norm\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0c\n\n_stalenessB\x0f\n\r_contributorsB\x10\n\x0e_gradient_normB\x0e\n\x0c_update_norm\"J\n\x0bStepRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeader\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"z\n\x0cStepResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"u\n\x11StreamStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeaderH\x00\x12(\n\x08gradient\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\x9b\x01\n\x10StreamStepHeader\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12,\n\x07weights\x18\x03 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\"{\n\x12StreamStepResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.deltaserve.v1.StreamStepHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\xa7\x01\n\x0bPullRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\nnewer_than\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10wait_for_version\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12-\n\x0cweights_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataTypeB\r\n\x0b_newer_thanB\x13\n\x11_wait_for_version\"i\n\nPullHeader\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12\x15\n\relement_count\x18\x03 \x01(\x04\"o\n\x0cPullResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PullHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"E\n\x0eGetPushRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"\xa4\x01\n\x0fGetPushResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.deltaserve.v1.PushState\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x04 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition*t\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUSH_STATE_NOT_ACCEPTED\x10\x01\x12\x16\n\x12PUSH_STATE_WAITING\x10\x02\x12\x16\n\x12PUSH_STATE_APPLIED\x10\x03\x32\x9e\x05\n\rWorkerService\x12T\n\x0bOpenSession\x12!.deltaserve.v1.OpenSessionRequest\x1a\".deltaserve.v1.OpenSessionResponse\x12T\n\x0bKeepSession\x12!.deltaserve.v1.KeepSessionRequest\x1a\".deltaserve.v1.KeepSessionResponse\x12W\n\x0c\x43loseSession\x12\".deltaserve.v1.CloseSessionRequest\x1a#.deltaserve.v1.CloseSessionResponse\x12?\n\x04Step\x12\x1a.deltaserve.v1.StepRequest\x1a\x1b.deltaserve.v1.StepResponse\x12U\n\nStreamStep\x12 .deltaserve.v1.StreamStepRequest\x1a!.deltaserve.v1.StreamStepResponse(\x01\x30\x01\x12\x63\n\x10OpenSharedMemory\x12&.deltaserve.v1.OpenSharedMemoryRequest\x1a\'.deltaserve.v1.OpenSharedMemoryResponse\x12\x41\n\x04Pull\x12\x1a.deltaserve.v1.PullRequest\x1a\x1b.deltaserve.v1.PullResponse0\x01\x12H\n\x07GetPush\x12\x1d.deltaserve.v1.GetPushRequest\x1a\x1e.deltaserve.v1.GetPushResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUSHSTATE']._serialized_start=2484
-  _globals['_PUSHSTATE']._serialized_end=2600
+  _globals['_PUSHSTATE']._serialized_start=2982
+  _globals['_PUSHSTATE']._serialized_end=3098
   _globals['_OPENSESSIONREQUEST']._serialized_start=82
   _globals['_OPENSESSIONREQUEST']._serialized_end=265
   _globals['_OPENSESSIONRESPONSE']._serialized_start=268
@@ -47,29 +47,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSESESSIONRESPONSE']._serialized_start=759
   _globals['_CLOSESESSIONRESPONSE']._serialized_end=829
   _globals['_PUSHHEADER']._serialized_start=832
-  _globals['_PUSHHEADER']._serialized_end=1069
-  _globals['_PUSHRESULT']._serialized_start=1072
-  _globals['_PUSHRESULT']._serialized_end=1347
-  _globals['_STEPREQUEST']._serialized_start=1349
-  _globals['_STEPREQUEST']._serialized_end=1423
-  _globals['_STEPRESPONSE']._serialized_start=1425
-  _globals['_STEPRESPONSE']._serialized_end=1547
-  _globals['_STREAMSTEPREQUEST']._serialized_start=1549
-  _globals['_STREAMSTEPREQUEST']._serialized_end=1666
-  _globals['_STREAMSTEPHEADER']._serialized_start=1668
-  _globals['_STREAMSTEPHEADER']._serialized_end=1777
-  _globals['_STREAMSTEPRESPONSE']._serialized_start=1779
-  _globals['_STREAMSTEPRESPONSE']._serialized_end=1902
-  _globals['_PULLREQUEST']._serialized_start=1904
-  _globals['_PULLREQUEST']._serialized_end=2024
-  _globals['_PULLHEADER']._serialized_start=2026
-  _globals['_PULLHEADER']._serialized_end=2131
-  _globals['_PULLRESPONSE']._serialized_start=2133
-  _globals['_PULLRESPONSE']._serialized_end=2244
-  _globals['_GETPUSHREQUEST']._serialized_start=2246
-  _globals['_GETPUSHREQUEST']._serialized_end=2315
-  _globals['_GETPUSHRESPONSE']._serialized_start=2318
-  _globals['_GETPUSHRESPONSE']._serialized_end=2482
-  _globals['_WORKERSERVICE']._serialized_start=2603
-  _globals['_WORKERSERVICE']._serialized_end=3172
+  _globals['_PUSHHEADER']._serialized_end=1187
+  _globals['_SHAREDMEMORY']._serialized_start=1189
+  _globals['_SHAREDMEMORY']._serialized_end=1272
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=1274
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=1349
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=1351
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_end=1472
+  _globals['_PUSHRESULT']._serialized_start=1475
+  _globals['_PUSHRESULT']._serialized_end=1750
+  _globals['_STEPREQUEST']._serialized_start=1752
+  _globals['_STEPREQUEST']._serialized_end=1826
+  _globals['_STEPRESPONSE']._serialized_start=1828
+  _globals['_STEPRESPONSE']._serialized_end=1950
+  _globals['_STREAMSTEPREQUEST']._serialized_start=1952
+  _globals['_STREAMSTEPREQUEST']._serialized_end=2069
+  _globals['_STREAMSTEPHEADER']._serialized_start=2072
+  _globals['_STREAMSTEPHEADER']._serialized_end=2227
+  _globals['_STREAMSTEPRESPONSE']._serialized_start=2229
+  _globals['_STREAMSTEPRESPONSE']._serialized_end=2352
+  _globals['_PULLREQUEST']._serialized_start=2355
+  _globals['_PULLREQUEST']._serialized_end=2522
+  _globals['_PULLHEADER']._serialized_start=2524
+  _globals['_PULLHEADER']._serialized_end=2629
+  _globals['_PULLRESPONSE']._serialized_start=2631
+  _globals['_PULLRESPONSE']._serialized_end=2742
+  _globals['_GETPUSHREQUEST']._serialized_start=2744
+  _globals['_GETPUSHREQUEST']._serialized_end=2813
+  _globals['_GETPUSHRESPONSE']._serialized_start=2816
+  _globals['_GETPUSHRESPONSE']._serialized_end=2980
+  _globals['_WORKERSERVICE']._serialized_start=3101
+  _globals['_WORKERSERVICE']._serialized_end=3771
 # @@protoc_insertion_point(module_scope)

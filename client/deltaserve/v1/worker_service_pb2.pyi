@@ -265,6 +265,9 @@ class PushHeader(google.protobuf.message.Message):
     HYPERPARAMETERS_FIELD_NUMBER: builtins.int
     ABSENT_TENSORS_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
+    GRADIENT_TYPE_FIELD_NUMBER: builtins.int
+    WEIGHTS_TYPE_FIELD_NUMBER: builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     session_id: builtins.bytes
@@ -280,6 +283,16 @@ class PushHeader(google.protobuf.message.Message):
     weight: builtins.float
     """How much the push counts in the mean of its round, for instance the number of samples that it was computed on; 1e-9
     to 1e9. Unset means 1.
+    """
+    gradient_type: deltaserve.v1.common_pb2.DataType.ValueType
+    """The type of the gradient's elements in this push. Unset means float32."""
+    weights_type: deltaserve.v1.common_pb2.DataType.ValueType
+    """The type of the weights' elements in the answer. Unset means float32."""
+    shared_memory: builtins.bool
+    """For StreamStep: the gradient lies in the memory from OpenSharedMemory, as float32, element k of the flat vector at
+    byte 4 k, and no chunk follows. The weights are answered in shared memory too: StreamStepHeader.weights. Read them,
+    then half-close: until then the server keeps them as they are, and the answer does not end. The gradient must stay
+    as it is until the push is answered; after a lost answer, push the same gradient in chunks.
     """
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
@@ -306,15 +319,106 @@ class PushHeader(google.protobuf.message.Message):
         hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
         absent_tensors: collections.abc.Iterable[builtins.int] | None = ...,
         weight: builtins.float | None = ...,
+        gradient_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
+        weights_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
+        shared_memory: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "base_version", b"base_version", "weight", b"weight"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "hyperparameters", b"hyperparameters", "model", b"model", "sequence", b"sequence", "session_id", b"session_id", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "gradient_type", b"gradient_type", "hyperparameters", b"hyperparameters", "model", b"model", "sequence", b"sequence", "session_id", b"session_id", "shared_memory", b"shared_memory", "weight", b"weight", "weights_type", b"weights_type"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base_version", b"_base_version"]) -> typing.Literal["base_version"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
 
 global___PushHeader = PushHeader
+
+@typing.final
+class SharedMemory(google.protobuf.message.Message):
+    """Memory that the server shares: an anonymous file (Linux' memfd) that it holds open. To be opened as
+    /proc/{process_id}/fd/{descriptor}, which the kernel allows to processes of the same user on the same host; that it
+    is the right file shows in the link there, which reads "/memfd:{name} (deleted)".
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROCESS_ID_FIELD_NUMBER: builtins.int
+    DESCRIPTOR_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    process_id: builtins.int
+    """The server's process."""
+    descriptor: builtins.int
+    """Its file descriptor."""
+    name: builtins.str
+    """The file's name, which cannot be guessed. The same name is the same memory, so a mapping may be kept and used
+    again.
+    """
+    bytes: builtins.int
+    """The file's size."""
+    def __init__(
+        self,
+        *,
+        process_id: builtins.int = ...,
+        descriptor: builtins.int = ...,
+        name: builtins.str = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "descriptor", b"descriptor", "name", b"name", "process_id", b"process_id"]) -> None: ...
+
+global___SharedMemory = SharedMemory
+
+@typing.final
+class OpenSharedMemoryRequest(google.protobuf.message.Message):
+    """Names a session."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    session_id: builtins.bytes
+    """From OpenSessionResponse."""
+    epoch: builtins.int
+    """From OpenSessionResponse."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        session_id: builtins.bytes = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "model", b"model", "session_id", b"session_id"]) -> None: ...
+
+global___OpenSharedMemoryRequest = OpenSharedMemoryRequest
+
+@typing.final
+class OpenSharedMemoryResponse(google.protobuf.message.Message):
+    """The session's shared memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GRADIENT_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    @property
+    def gradient(self) -> global___SharedMemory:
+        """Where gradients are to be written: 4 bytes for each element that the session knows. Its size cannot change."""
+
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands."""
+
+    def __init__(
+        self,
+        *,
+        gradient: global___SharedMemory | None = ...,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["gradient", b"gradient", "position", b"position"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["gradient", b"gradient", "position", b"position"]) -> None: ...
+
+global___OpenSharedMemoryResponse = OpenSharedMemoryResponse
 
 @typing.final
 class PushResult(google.protobuf.message.Message):
@@ -383,7 +487,7 @@ class StepRequest(google.protobuf.message.Message):
     HEADER_FIELD_NUMBER: builtins.int
     GRADIENT_FIELD_NUMBER: builtins.int
     gradient: builtins.bytes
-    """The gradient: the flat vector's elements without absent tensors, float32, little-endian."""
+    """The gradient: the flat vector's elements without absent tensors, of header.gradient_type, little-endian."""
     @property
     def header(self) -> global___PushHeader:
         """Which push this is."""
@@ -409,7 +513,7 @@ class StepResponse(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     WEIGHTS_FIELD_NUMBER: builtins.int
     weights: builtins.bytes
-    """The flat vector, float32, little-endian: the tensors that the session knows."""
+    """The flat vector, of the asked type, little-endian: the tensors that the session knows."""
     @property
     def result(self) -> global___PushResult:
         """What became of the push."""
@@ -466,6 +570,7 @@ class StreamStepHeader(google.protobuf.message.Message):
 
     RESULT_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
     @property
     def result(self) -> global___PushResult:
         """What became of the push."""
@@ -474,14 +579,21 @@ class StreamStepHeader(google.protobuf.message.Message):
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
         """Where the model stands: position.version is the version of the weights that follow, at least result.version."""
 
+    @property
+    def weights(self) -> global___SharedMemory:
+        """May be set after a push in shared memory: then no chunk follows, and the weights lie here, as float32, only to be
+        read.
+        """
+
     def __init__(
         self,
         *,
         result: global___PushResult | None = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+        weights: global___SharedMemory | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result", "weights", b"weights"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["position", b"position", "result", b"result", "weights", b"weights"]) -> None: ...
 
 global___StreamStepHeader = StreamStepHeader
 
@@ -522,21 +634,25 @@ class PullRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     NEWER_THAN_FIELD_NUMBER: builtins.int
     WAIT_FOR_VERSION_FIELD_NUMBER: builtins.int
+    WEIGHTS_TYPE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     newer_than: builtins.int
     """Answer not_modified and no weights unless the version is newer than this. Unset means always send."""
     wait_for_version: builtins.int
     """Answer no earlier than when the model has reached this version. Unset means at once."""
+    weights_type: deltaserve.v1.common_pb2.DataType.ValueType
+    """The type of the weights' elements in the answer. Unset means float32."""
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         newer_than: builtins.int | None = ...,
         wait_for_version: builtins.int | None = ...,
+        weights_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_newer_than", b"_newer_than", "_wait_for_version", b"_wait_for_version", "newer_than", b"newer_than", "wait_for_version", b"wait_for_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_newer_than", b"_newer_than", "_wait_for_version", b"_wait_for_version", "model", b"model", "newer_than", b"newer_than", "wait_for_version", b"wait_for_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_newer_than", b"_newer_than", "_wait_for_version", b"_wait_for_version", "model", b"model", "newer_than", b"newer_than", "wait_for_version", b"wait_for_version", "weights_type", b"weights_type"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_newer_than", b"_newer_than"]) -> typing.Literal["newer_than"] | None: ...
     @typing.overload

@@ -98,6 +98,8 @@ def _show(finding: Finding) -> bool:
 
 
 def _reachable(target: str) -> Finding:
+    if target.startswith("unix:"):
+        return Finding("reachable", f"{target} is a socket of this host")
     host, _, port = target.rpartition(":")
     begin = time.perf_counter()
     try:

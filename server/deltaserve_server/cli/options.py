@@ -24,14 +24,16 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_address(text: str) -> str:
-    """Checks an address, HOST:PORT.
+    """Checks an address, HOST:PORT or unix:PATH.
 
     Raises:
         typer.BadParameter: it is no such thing.
     """
+    if text.startswith("unix:") and text != "unix:":
+        return text
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise typer.BadParameter(f"{text!r} is no address; write HOST:PORT, as in localhost:50051")
+        raise typer.BadParameter(f"{text!r} is no address; write HOST:PORT, as in localhost:50051, or unix:PATH")
     return text
 
 

@@ -46,7 +46,7 @@ Bind = Annotated[
         metavar="HOST:PORT",
         envvar="DELTASERVE_BIND",
         parser=parse_address,
-        help="Where to listen. 0.0.0.0 means every address of this machine; port 0 chooses a free port.",
+        help="Where to listen. 0.0.0.0 means every address of this machine; port 0 chooses a free port. Or unix:PATH.",
     ),
 ]
 DeviceOption = Annotated[
@@ -86,6 +86,15 @@ Models = Annotated[int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_MODE
 Sessions = Annotated[
     int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_SESSIONS", help="Live sessions at a time.")
 ]
+SharedMemory = Annotated[
+    bool | None,
+    typer.Option(
+        "--shared-memory/--no-shared-memory",
+        envvar="DELTASERVE_SHARED_MEMORY",
+        help="Whether workers of the same user on this host may exchange vectors through memory.",
+        show_default="if --bind is loopback or unix:PATH",
+    ),
+]
 Grace = Annotated[
     float,
     typer.Option(
@@ -107,6 +116,7 @@ def serve(
     message_bytes: Message = "4MiB",  # type: ignore[assignment]  # typer parses defaults too
     models: Models = 64,
     sessions: Sessions = 256,
+    shared_memory: SharedMemory = None,
     grace_seconds: Grace = 5.0,
     log_level: LogLevel = Level.INFO,
 ) -> None:
@@ -124,6 +134,7 @@ def serve(
         message_bytes=message_bytes,
         models=models,
         sessions=sessions,
+        shared_memory=shared_memory,
     )
     _check_bind(bind)
     server = _started(lambda: Server(config))
@@ -149,6 +160,8 @@ def _started(make: "Callable[[], Server]") -> "Server":
 def _check_bind(bind: str) -> None:
     """Says why an address cannot be listened on: gRPC does not tell, and writes to the error stream by itself."""
     host, _, port = bind.rpartition(":")
+    if host == "unix":
+        return
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as tried:
@@ -165,9 +178,10 @@ def _welcome(server: "Server") -> str:
     from deltaserve import __version__
 
     device, host, port = server.device, server.config.bind.rpartition(":")[0], server.target.rpartition(":")[2]
+    listens = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     lines = [
-        f"deltaserve {__version__} listens on {host}:{port}",
+        f"deltaserve {__version__} listens on {listens}",
         f"device   {device.kind}: {device.name}{threads}",
         f'connect  deltaserve.connect("{server.target}")',
         f"try      deltaserve train digits --workers 2 --target {server.target}",

@@ -1,15 +1,27 @@
 """The gate for vectors: their chunks' order, their size and their values, all looked at before anything changes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltaserve._codec import Piece
 from deltaserve._failpoints import failpoint
+from deltaserve._flat import CHUNK_ELEMENTS, chunk_elements
+from deltaserve._wire import FLOAT32, Wire
+from deltaserve_server.adadelta.formats import widened
 from deltaserve_server.memory import Staging, State
-from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
+from deltaserve_server.memory.sharing import share
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
+
+Values = NDArray[Any]
+"""Elements of a gradient: float32, float16, or as uint16 bfloat16."""
+
+_BLOCKS = 4
+"""Blocks that have sums of squares of their own, of all that a thread inspects in one call."""
 
 STATE_VECTORS = ("weights", "square_avg", "acc_delta")
 
@@ -19,22 +31,30 @@ class Gate:
 
     Args:
         runs: Ranges of elements that are to come, ascending; no chunk reaches across two.
+        wire: The type of the elements that come.
+
+    Attributes:
+        runs: As above.
+        size: How many elements that are.
+        size_bytes: What they come in.
     """
 
-    def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
-        self._runs = list(runs)
-        self.size = sum(stop - start for start, stop in self._runs)
+    def __init__(self, runs: Iterable[tuple[int, int]], wire: Wire = FLOAT32) -> None:
+        self.runs = list(runs)
+        self._dtype = wire.dtype
+        self.size = sum(stop - start for start, stop in self.runs)
+        self.size_bytes = self.size * wire.dtype.itemsize
         self._passed = 0
-        self._left = iter(self._runs)
+        self._left = iter(self.runs)
         self._next, self._stop = next(self._left, (0, 0))
 
-    def take(self, offset: int, data: memoryview) -> Vector:
+    def take(self, offset: int, data: memoryview) -> Values:
         """Returns the chunk's values.
 
         Raises:
             Refused: CHUNK_SEQUENCE.
         """
-        count, rest = divmod(len(data), ELEMENT_BYTES)
+        count, rest = divmod(len(data), self._dtype.itemsize)
         if rest or not count:
             raise Refused("CHUNK_SEQUENCE", expected="one or more whole elements", got=f"{len(data)} bytes")
         if self._passed == self.size:
@@ -48,24 +68,24 @@ class Gate:
         self._next += count
         if self._next == self._stop:
             self._next, self._stop = next(self._left, (self._next, self._stop))
-        return np.frombuffer(data, "<f4")
+        return np.frombuffer(data, self._dtype)
 
-    def cut(self, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    def cut(self, data: bytes) -> Iterator[tuple[int, Values]]:
         """Yields the runs' parts of a vector that came in one piece.
 
         Raises:
             Refused: PUSH_INCOMPLETE or CHUNK_SEQUENCE where its length is another.
         """
-        got, rest = divmod(len(data), ELEMENT_BYTES)
+        got, rest = divmod(len(data), self._dtype.itemsize)
         if got < self.size and not rest:
             raise Refused("PUSH_INCOMPLETE", expected=self.size, got=got)
         if rest or got > self.size:
             raise Refused("CHUNK_SEQUENCE", expected=f"{self.size} elements", got=f"{len(data)} bytes")
-        at = 0
-        for start, stop in self._runs:
-            size = (stop - start) * ELEMENT_BYTES
-            yield start, data[at : at + size]
-            at += size
+        values, at = np.frombuffer(data, self._dtype), 0
+        for start, stop in self.runs:
+            yield start, values[at : at + stop - start]
+            at += stop - start
+        self._passed = self.size
 
     def close(self) -> None:
         """Raises Refused PUSH_INCOMPLETE where something is missing."""
@@ -88,7 +108,7 @@ class Inspector:
 
         self._kernel = kernel
         self._layout = layout
-        self._squares = kernel.lanes()
+        self._squares = kernel.lanes(layout.size)
         self.fingerprint = 0
 
     @property
@@ -96,29 +116,106 @@ class Inspector:
         """L2 norm of all values so far."""
         return self._kernel.norm(self._squares)
 
-    def check(self, offset: int, values: Vector) -> None:
+    def check(self, offset: int, values: Values) -> None:
         """Raises Refused VALUE_NOT_FINITE or VALUE_TOO_LARGE."""
         bad, self.fingerprint = self._kernel.inspect(values, offset, self.fingerprint, self._squares)
-        if bad < 0:
-            return
-        reason = "VALUE_TOO_LARGE" if np.isfinite(values[bad]) else "VALUE_NOT_FINITE"
-        tensor, index = self._layout.locate(offset + bad)
+        if bad >= 0:
+            self._refuse(offset + bad, values[bad : bad + 1])
+
+    def check_whole(self, values: Values, runs: Iterable[tuple[int, int]], executor: Executor, threads: int) -> None:
+        """Looks at the runs of a vector that lies in one piece, on several threads; the same comes out as of `check`.
+
+        Args:
+            values: The flat vector; only its runs are looked at.
+            runs: Ranges of elements, ascending.
+            executor: Has threads beside the calling one.
+            threads: How many work at most, the calling one among them.
+
+        Raises:
+            Refused: VALUE_NOT_FINITE or VALUE_TOO_LARGE for the first such value.
+        """
+        seen: list[tuple[int, int | None]] = []
+
+        def inspect(parts: list[tuple[int, int]]) -> None:
+            fingerprint = 0
+            for start, stop in parts:
+                bad, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
+                if bad >= 0:
+                    seen.append((fingerprint, start + bad))
+                    return
+            seen.append((fingerprint, None))
+
+        share(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
+        self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in seen)) % (1 << 64)
+        bad = min((position for _, position in seen if position is not None), default=None)
+        if bad is not None:
+            self._refuse(bad, values[bad : bad + 1])
+
+    def _refuse(self, position: int, value: Values) -> None:
+        reason = "VALUE_TOO_LARGE" if np.isfinite(widened(value)[0]) else "VALUE_NOT_FINITE"
+        tensor, index = self._layout.locate(position)
         raise Refused(reason, tensor=tensor, index=index)
 
 
-def admit_push(pieces: Iterable[tuple[int, memoryview]], gate: Gate, layout: Layout, staging: Staging) -> Inspector:
-    """Takes a push's values into staging; returns what has looked at them.
+def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """Cuts ranges where they cross a multiple of `size`; returns those of each block together."""
+    blocks: dict[int, list[tuple[int, int]]] = {}
+    for first, stop in runs:
+        start = first
+        while start < stop:
+            block = start // size
+            end = min(stop, (block + 1) * size)
+            blocks.setdefault(block, []).append((start, end))
+            start = end
+    return list(blocks.values())
+
+
+def admit_push(pieces: Iterable[tuple[int, Values]], gate: Gate, layout: Layout, staging: Staging) -> Inspector:
+    """Takes a push's values, which have passed the gate, into staging; returns what has looked at them.
 
     Raises:
         Refused: For the first thing that is wrong with them.
     """
     inspector = Inspector(layout)
-    for offset, data in pieces:
+    for offset, values in pieces:
         failpoint("push.chunk")
-        values = gate.take(offset, data)
         inspector.check(offset, values)
         staging.add(offset, values)
     gate.close()
+    failpoint("push.admitted")
+    return inspector
+
+
+def admit_shared(
+    vector: Vector, gate: Gate, layout: Layout, staging: Staging, executor: Executor, threads: int, *, in_place: bool
+) -> Inspector:
+    """Takes a push that lies in memory which somebody else can write to; otherwise as `admit_push`.
+
+    Args:
+        vector: The flat vector; what lies outside the gate's runs is not looked at.
+        gate: Says what belongs to the push.
+        layout: The model's.
+        staging: Where it goes.
+        executor: Has threads beside the calling one.
+        threads: How many work at most.
+        in_place: It is used where it is; otherwise it is copied first.
+
+    Raises:
+        Refused: For the first value that is wrong.
+    """
+    failpoint("push.chunk")
+    if not in_place:
+        mine = np.empty_like(vector)
+
+        def copy(start: int) -> None:
+            mine[start : start + CHUNK_ELEMENTS] = vector[start : start + CHUNK_ELEMENTS]
+
+        share(copy, range(0, vector.size, CHUNK_ELEMENTS), executor, threads)
+        vector = mine
+    inspector = Inspector(layout)
+    inspector.check_whole(vector, gate.runs, executor, threads)
+    for start, stop in gate.runs:
+        staging.add(start, vector[start:stop])
     failpoint("push.admitted")
     return inspector
 
@@ -149,7 +246,7 @@ def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0
     """Reads one vector up to its last element, and no message beyond."""
     gate = Gate([(start, layout.size)] if start < layout.size else [])
     inspector = Inspector(layout)
-    vector = np.empty(gate.size, np.float32)
+    vector = allocate_host(gate.size)  # a model may keep it
     got = 0
     while got < gate.size:
         piece = _chunk(messages)
@@ -194,11 +291,9 @@ def require_end(messages: Iterator[Piece]) -> None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
 
 
-def chunks(vector: Vector, count: int, size: int) -> Sequence[tuple[int, memoryview]]:
-    """Cuts the first `count` elements of a vector into pieces of at most `size` elements."""
-    raw = vector.data.cast("B")
-    stops = [min(start + size, count) for start in range(0, count, size)]
-    return [
-        (start, raw[start * ELEMENT_BYTES : stop * ELEMENT_BYTES])
-        for start, stop in zip(range(0, count, size), stops, strict=True)
-    ]
+def chunks(vector: Vector, count: int, wire: Wire = FLOAT32) -> Iterator[tuple[int, list[memoryview]]]:
+    """Yields the first `count` elements of a vector in chunks, as offset and what travels."""
+    raw, size = vector.data.cast("B"), chunk_elements(wire)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield start, wire.encoded([raw[start * ELEMENT_BYTES : stop * ELEMENT_BYTES]])

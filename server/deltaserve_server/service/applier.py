@@ -12,11 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from time import monotonic, sleep
+from types import TracebackType
 from typing import Any
 
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
-from deltaserve_server.memory import BudgetExceeded, Range, Reservation, Staging, State, Store, Version
+from deltaserve_server.memory import (
+    Budget,
+    BudgetExceeded,
+    Range,
+    Reservation,
+    Staging,
+    State,
+    Store,
+    Version,
+    shared,
+)
+from deltaserve_server.memory.shared import Handle
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import (
     Answer,
@@ -85,6 +97,7 @@ class Applier:
         self._watchers: set[Watcher] = set()
         self._awaited: list[tuple[int, Future[None]]] = []
         self._present: Counter[bytes] = Counter()
+        self._shared: dict[bytes, Vector] = {}
         self._ended: Refused | None = None
 
     @property
@@ -127,6 +140,8 @@ class Applier:
                 return
             for session_id in self._present:
                 self.machine.renew(session_id, monotonic())
+            live = {session.id for session in self.machine.sessions.live()}
+            self._shared = {session_id: vector for session_id, vector in self._shared.items() if session_id in live}
             gone, decisions = self.machine.tick(monotonic())
             for session in gone:
                 _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
@@ -143,6 +158,29 @@ class Applier:
             with self.lock:
                 self._present -= Counter([session.id])
 
+    # --- shared memory
+
+    def share(self, session: Session, budget: Budget) -> Handle:
+        """Gives a session memory for its gradients, as long as it lives; the same again if it has some.
+
+        Raises:
+            Refused: SHARED_MEMORY_UNAVAILABLE where the system has none.
+            BudgetExceeded: There is no memory for it.
+        """
+        with self.event():
+            vector = self._shared.get(session.id)
+            if vector is None:
+                size = self.machine.layout.offsets[session.tensor_count]
+                vector = self._shared[session.id] = _shared_vector(size, budget)
+                self._store.share()
+            handle = shared.handle(vector)
+            assert handle is not None
+            return handle
+
+    def shared_memory(self, session_id: bytes) -> Vector | None:
+        """Returns where a session's gradients lie; None if it shares no memory."""
+        return self._shared.get(session_id)
+
     # --- pushes
 
     def check(self, push: Push) -> Session:
@@ -154,9 +192,9 @@ class Applier:
         """Returns a place for a push's values."""
         return self._store.stage()
 
-    def staging_bytes(self, elements: int) -> int:
-        """Returns how much memory `stage` takes for a push of so many elements."""
-        return self._store.staging_bytes(elements)
+    def staging_bytes(self, received_bytes: int) -> int:
+        """Returns how much memory `stage` takes for a push whose values come in so many bytes."""
+        return self._store.staging_bytes(received_bytes)
 
     def push(self, push: Push, staging: Staging, reservation: Reservation) -> "Future[PushResult]":
         """Takes a push whose values are staged; the future has its result when its update is published.
@@ -272,6 +310,7 @@ class Applier:
                 reservation.release()
             self._answers.clear()
             self._staged.clear()
+            self._shared.clear()
 
     def release(self) -> None:
         """Gives the model's own memory back."""
@@ -283,17 +322,24 @@ class Applier:
 
     # --- decisions
 
-    @contextmanager
-    def event(self) -> Iterator[None]:
-        """Owns the model for one event, or for a look at it.
+    def event(self) -> "Applier":
+        """Owns the model for one event, or for a look at it: to be entered, which may happen again meanwhile.
 
         Raises:
-            Refused: The model has ended.
+            Refused: From there: the model has ended.
         """
-        with self.lock:
-            if self._ended:
-                raise self._ended.with_traceback(None)  # else every raise would add to the one before
-            yield
+        return self
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        if self._ended:
+            self.lock.release()
+            raise self._ended.with_traceback(None)  # else every raise would add to the one before
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.release()
 
     def _acquire(self, still_wanted: Callable[[], bool]) -> tuple[Version, common_pb2.ModelPosition]:
         while True:
@@ -376,3 +422,18 @@ class Applier:
             if awaited <= version:
                 future.set_result(None)
         self._awaited = [(version, future) for version, future in self._awaited if not future.done()]
+
+
+def _shared_vector(size: int, budget: Budget) -> Vector:
+    """Returns memory that counts as held for as long as anything refers to it, be it a push that waits."""
+    try:
+        reservation = budget.reserve(size * ELEMENT_BYTES)
+    except BudgetExceeded as error:  # not to be tried again: it is held for as long as sessions live
+        raise Refused("MEMORY_BUDGET", needed=error.needed, available=max(error.available, 0)) from None
+    try:
+        vector = shared.allocate(size, others_write=True)
+    except OSError as error:
+        reservation.release()
+        raise Refused("SHARED_MEMORY_UNAVAILABLE", why=error.strerror or str(error)) from None
+    shared.when_gone(vector, reservation.release)
+    return vector

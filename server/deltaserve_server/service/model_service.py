@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 
 from deltaserve._codec import Piece, StreamCodec
-from deltaserve._flat import CHUNK_ELEMENTS
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as rpc
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
@@ -133,8 +132,8 @@ class ModelServicer:
                 vectors = self._state(applier, held, request.optimizer_state)
             yield _PULL_STATE.header(header)
             for name, vector in vectors.items():
-                for offset, data in admission.chunks(vector, vector.size, CHUNK_ELEMENTS):
-                    yield _PULL_STATE.chunk(name, offset, [data])
+                for offset, data in admission.chunks(vector, vector.size):
+                    yield _PULL_STATE.chunk(name, offset, data)
 
     def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
         """Replaces weights and optimizer state."""

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from time import monotonic
 
@@ -10,6 +11,7 @@ from grpc_health.v1 import health, health_pb2
 
 from deltaserve_server.config import ServerConfig
 from deltaserve_server.memory import Budget, Store
+from deltaserve_server.memory.shared import Handle
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import Machine, Refused, Session
 from deltaserve_server.service.applier import Applier, model_bytes
@@ -36,10 +38,14 @@ class Registry:
         incarnation: Of the server process.
         make_store: Makes the place for a new model's vectors.
         health_servicer: Is told of each model.
+        executor: Has threads for work that is shared.
+        threads: How many work at most, a handler's own among them.
 
     Attributes:
         memory: Bytes for everything.
         staged: Bytes for pushes that have not yet become an update; part of `memory`.
+        executor: As above, like the next.
+        threads: Likewise.
     """
 
     def __init__(
@@ -49,7 +55,11 @@ class Registry:
         incarnation: str,
         make_store: MakeStore,
         health_servicer: health.HealthServicer,
+        executor: Executor,
+        threads: int,
     ) -> None:
+        self.executor = executor
+        self.threads = threads
         self.config = config
         self.incarnation = incarnation
         self.memory = Budget(memory_bytes)
@@ -155,6 +165,26 @@ class Registry:
                 raise Refused("SESSION_LIMIT", limit=self.config.sessions)
             return applier.open_session(worker, lease_seconds, tensor_count, group_count)
 
+    def share(self, name: str, session_id: bytes, epoch: int, local: bool) -> Handle:
+        """Gives a session memory for its gradients that its worker can map.
+
+        Args:
+            name: The model.
+            session_id: Of the session.
+            epoch: Its epoch.
+            local: Whether the caller is on this host.
+
+        Raises:
+            Refused: SHARED_MEMORY_UNAVAILABLE, or for the session.
+        """
+        applier = self.get(name)
+        session = applier.keep_session(session_id, epoch)
+        if not self.config.shares_memory:
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
+        if not local:
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server is on another host")
+        return applier.share(session, self.memory)
+
     @contextmanager
     def watched(self, name: str) -> Iterator[Watcher]:
         """Gives what happens to a model meanwhile.
@@ -202,13 +232,16 @@ class Registry:
     def _tick(self) -> None:
         while not self._stopped.is_set():
             self._next_tick = monotonic() + _TICK_SECONDS
-            for applier in self.all():
-                try:
-                    applier.tick()
-                except Refused:
-                    pass  # a fault has ended this model, and is in the log; the others go on
-                except Exception:
-                    _log.exception("model %s: what is due was not done", applier.machine.name)
+            self._tick_all()
             while not self._stopped.is_set() and monotonic() < self._next_tick:
                 self._alarm.clear()
                 self._alarm.wait(max(self._next_tick - monotonic(), _SHORTEST_TICK_SECONDS))
+
+    def _tick_all(self) -> None:  # a method, so that afterwards nothing here refers to a model that is deleted
+        for applier in self.all():
+            try:
+                applier.tick()
+            except Refused:
+                pass  # a fault has ended this model, and is in the log; the others go on
+            except Exception:
+                _log.exception("model %s: what is due was not done", applier.machine.name)

@@ -1,25 +1,21 @@
 """WorkerService: sessions, steps and pulls."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator
 from math import isfinite
-from time import monotonic
 from typing import Any
 
 import grpc
 
-from deltaserve._codec import Piece, StreamCodec
-from deltaserve._failpoints import failpoint
-from deltaserve._flat import CHUNK_ELEMENTS
+from deltaserve._codec import StreamCodec
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server.memory.store import ELEMENT_BYTES
-from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused
+from deltaserve_server.memory import shared
+from deltaserve_server.memory.shared import Handle
+from deltaserve_server.model import PushResult, Refused
 from deltaserve_server.service import admission, convert
-from deltaserve_server.service.admission import Gate
+from deltaserve_server.service.reception import Reception
 from deltaserve_server.service.registry import Registry
 from deltaserve_server.service.rpc import wait
+from deltaserve_server.service.wires import wire_of
 
 _STEP = StreamCodec(rpc.StreamStepResponse)
 _PULL = StreamCodec(rpc.PullResponse)
@@ -27,7 +23,8 @@ _PULL = StreamCodec(rpc.PullResponse)
 _SPARE_BYTES = 1 << 16
 """Room in a Step's messages for all but the vector."""
 
-_WEIGHTS = 1e-9, 1e9
+_LOCAL_PEERS = "ipv4:127.", "ipv6:%5B::1%5D", "unix:"
+"""What gRPC's name of a caller on this host begins with."""
 
 _STATES = {
     "not accepted": rpc.PUSH_STATE_NOT_ACCEPTED,
@@ -79,18 +76,30 @@ class WorkerServicer:
         applier.close_session(request.session_id, request.epoch)
         return rpc.CloseSessionResponse(position=applier.position)
 
+    def OpenSharedMemory(
+        self, request: rpc.OpenSharedMemoryRequest, context: grpc.ServicerContext
+    ) -> rpc.OpenSharedMemoryResponse:
+        """Gives a session memory for its gradients."""
+        local = context.peer().startswith(_LOCAL_PEERS)
+        gradient = self._registry.share(request.model, request.session_id, request.epoch, local)
+        return rpc.OpenSharedMemoryResponse(
+            gradient=_memory(gradient), position=self._registry.get(request.model).position
+        )
+
     def Step(self, request: rpc.StepRequest, context: grpc.ServicerContext) -> rpc.StepResponse:
         """Push and weights in one message each way."""
         if not request.HasField("header"):
             raise Refused("MESSAGE_INVALID", message="StepRequest: it has a header")
-        reception = _Reception(self._registry, request.header)
-        size = reception.weights_size * ELEMENT_BYTES
+        reception = Reception(self._registry, request.header)
+        size = reception.weights_size * reception.wire.dtype.itemsize
         if size > self._registry.config.message_bytes - _SPARE_BYTES:
             allowed = f"a vector of at most {self._registry.config.message_bytes - _SPARE_BYTES} bytes: use StreamStep"
             raise Refused("PUSH_INVALID", field="gradient", allowed=allowed)
-        result = reception.push(reception.gate.cut(memoryview(request.gradient)), context)
+        if request.header.shared_memory:
+            raise Refused("PUSH_INVALID", field="shared_memory", allowed="false: use StreamStep")
+        result = reception.push(reception.gate.cut(request.gradient), context)
         with reception.applier.reading(context.is_active) as (position, weights):
-            raw = weights[: reception.weights_size].tobytes()
+            raw = b"".join(reception.wire.encoded([weights[: reception.weights_size].data]))
         return rpc.StepResponse(result=_result(result), position=position, weights=raw)
 
     def StreamStep(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -98,16 +107,27 @@ class WorkerServicer:
         header = next(messages, None)
         if not isinstance(header, rpc.PushHeader):
             raise Refused("MESSAGE_INVALID", message="StreamStepRequest: the stream begins with a PushHeader")
-        reception = _Reception(self._registry, header)
-        result = reception.push(reception.pieces(messages), context)
+        reception = Reception(self._registry, header)
+        if header.shared_memory:
+            result = reception.push_shared(context)
+        else:
+            result = reception.push(reception.pieces(messages), context)
         with reception.applier.reading(context.is_active) as (position, weights):
-            yield _STEP.header(rpc.StreamStepHeader(result=_result(result), position=position))
-            for offset, data in admission.chunks(weights, reception.weights_size, CHUNK_ELEMENTS):
-                yield _STEP.chunk("weights", offset, [data])
+            answer = rpc.StreamStepHeader(result=_result(result), position=position)
+            handle = shared.handle(weights) if header.shared_memory else None
+            if handle:
+                yield _STEP.header(
+                    rpc.StreamStepHeader(result=answer.result, position=position, weights=_memory(handle))
+                )
+                _await_end(messages)  # until then the worker reads them
+                return
+            yield _STEP.header(answer)
+            for offset, data in admission.chunks(weights, reception.weights_size, reception.wire):
+                yield _STEP.chunk("weights", offset, data)
 
     def Pull(self, request: rpc.PullRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """The weights of the current version."""
-        applier = self._registry.get(request.model)
+        applier, wire = self._registry.get(request.model), wire_of(request.weights_type)
         if request.HasField("wait_for_version"):
             reached = applier.reached(request.wait_for_version, self._registry.config.sessions)
             try:
@@ -118,8 +138,8 @@ class WorkerServicer:
             not_modified = request.HasField("newer_than") and position.version <= request.newer_than
             count = 0 if not_modified else weights.size
             yield _PULL.header(rpc.PullHeader(position=position, not_modified=not_modified, element_count=count))
-            for offset, data in admission.chunks(weights, count, CHUNK_ELEMENTS):
-                yield _PULL.chunk("weights", offset, [data])
+            for offset, data in admission.chunks(weights, count, wire):
+                yield _PULL.chunk("weights", offset, data)
 
     def GetPush(self, request: rpc.GetPushRequest, _: grpc.ServicerContext) -> rpc.GetPushResponse:
         """What became of a push."""
@@ -144,95 +164,16 @@ class WorkerServicer:
         return asked
 
 
-class _Reception:
-    """One push on its way in, for both doors: looked at by its header, then by its values, then taken.
-
-    Raises:
-        Refused: The header alone is enough to refuse it.
-
-    Attributes:
-        applier: Owns the model.
-        gate: Lets its chunks pass.
-        weights_size: Number of elements that the session knows.
-    """
-
-    def __init__(self, registry: Registry, header: rpc.PushHeader) -> None:
-        self._registry = registry
-        self.applier = registry.get(header.model)
-        if not self.applier.waiting:  # while draining, a round that is under way is still finished
-            registry.check_open()
-        with self.applier.event():
-            machine = self.applier.machine
-            self._push = _push(header, machine.groups, len(machine.layout.tensors))
-            self._session = self.applier.check(self._push)
-            self._layout = machine.layout
-        _check_absent(header.absent_tensors, self._session.tensor_count)
-        self.gate = Gate(self._layout.runs(self._session.tensor_count, self._push.absent))
-        self.weights_size = self._layout.offsets[self._session.tensor_count]
-        failpoint("push.headers")
-
-    def pieces(self, messages: Iterator[Any]) -> Iterator[tuple[int, memoryview]]:
-        """Yields a stream's chunks; each renews the lease, for a slow worker is not a dead one."""
-        for message in messages:
-            if not isinstance(message, Piece):
-                raise Refused("MESSAGE_INVALID", message="StreamStepRequest: chunks follow the PushHeader")
-            self._session.renew(monotonic())
-            yield message.offset, message.data
-
-    def push(self, pieces: Iterable[tuple[int, memoryview]], context: grpc.ServicerContext) -> PushResult:
-        """Takes the values in, hands the push over, and waits for its update; meanwhile the session stays alive."""
-        accepted = self._take(pieces)
-        with self.applier.present(self._session):
-            failpoint("push.waiting")
-            result = wait(context, accepted)
-        failpoint("push.acknowledged")
-        return result
-
-    def _take(self, pieces: Iterable[tuple[int, memoryview]]) -> "Future[PushResult]":
-        reservation = self._registry.staged.reserve(self.applier.staging_bytes(self.gate.size))
-        try:
-            staging = self.applier.stage()
-            seen = admission.admit_push(pieces, self.gate, self._layout, staging)
-            push = replace(self._push, fingerprint=seen.fingerprint, norm=seen.norm)
-            return self.applier.push(push, staging, reservation)
-        except BaseException:
-            reservation.release()
-            raise
+def _await_end(messages: Iterator[Any]) -> None:
+    """Returns when the caller has sent all; raises Refused MESSAGE_INVALID where another message comes."""
+    if next(messages, None) is not None:
+        raise Refused("MESSAGE_INVALID", message="StreamStepRequest: nothing follows the header of a shared push")
 
 
-def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_count: int) -> Push:
-    """Returns the push that a header announces; `groups` has what its hyperparameters leave unset."""
-    if len(header.hyperparameters) > len(groups):
-        raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{len(groups)} groups")
-    if len(header.absent_tensors) > tensor_count:
-        raise _absent_refused(tensor_count)
-    return Push(
-        session_id=header.session_id,
-        epoch=header.epoch,
-        sequence=header.sequence,
-        base_version=header.base_version if header.HasField("base_version") else None,
-        hyperparameters=convert.to_groups(header.hyperparameters, groups) or None,
-        absent=frozenset(header.absent_tensors),
-        weight=_weight(header),
+def _memory(handle: Handle) -> rpc.SharedMemory:
+    return rpc.SharedMemory(
+        process_id=handle.process_id, descriptor=handle.descriptor, name=handle.name, bytes=handle.size_bytes
     )
-
-
-def _weight(header: rpc.PushHeader) -> float:
-    weight = header.weight if header.HasField("weight") else 1.0
-    if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-        raise Refused("PUSH_INVALID", field="weight", allowed=f"{_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}")
-    return weight
-
-
-def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
-    """Raises Refused PUSH_INVALID for absent tensors that are not ascending indices of the session's tensors."""
-    ascending = all(left < right for left, right in pairwise(indices))
-    if not ascending or (indices and indices[-1] >= tensor_count):
-        raise _absent_refused(tensor_count)
-
-
-def _absent_refused(tensor_count: int) -> Refused:
-    return Refused("PUSH_INVALID", field="absent_tensors", allowed=f"ascending indices of {tensor_count} tensors")
 
 
 def _result(result: PushResult) -> rpc.PushResult:

@@ -30,7 +30,7 @@ class TorchLearner:
         self._loss = nn.MSELoss(reduction="sum")
         with ExitStack() as opened:
             self._optimizer = RemoteAdadelta(
-                self._net.parameters(),
+                self._net.named_parameters(),
                 seat.target,
                 model=seat.model,
                 rho=0.9,
@@ -52,7 +52,7 @@ class TorchLearner:
 
     @property
     def weights(self) -> Weights:
-        """Weight and bias, in the model's order."""
+        """Weight and bias."""
         return {name: _array(parameter) for name, parameter in self._net.named_parameters()}
 
     def step(self, share: Share) -> bool:

@@ -237,5 +237,4 @@ class AirfoilConcise(Recipe):
 
     def loss(self, weights: Weights) -> float:
         """Returns half the mean squared error: torch's loss has no 1/2, the book halves what it reports."""
-        weight, bias = weights.values()
-        return linear.loss(weight.reshape(-1, 1), bias, self.train.features, self.train.labels)
+        return linear.loss(weights["weight"].reshape(-1, 1), weights["bias"], self.train.features, self.train.labels)

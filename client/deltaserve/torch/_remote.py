@@ -1,7 +1,8 @@
-"""`RemoteAdadelta`: a `torch.optim.Optimizer` whose state and update live on a deltaserve server."""
+"""The drop-in."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, overload
 
@@ -11,14 +12,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from deltaserve._client import connect
-from deltaserve._errors import RequestError, StaleGradientError
+from deltaserve._errors import ConflictError, StaleGradientError
+from deltaserve._exchange import Transport
+from deltaserve._model import Model
 from deltaserve._types import Array, Hyperparameters, ModelState, Policy, StepResult
+from deltaserve._wire import WireType
 from deltaserve._worker import Worker
+from deltaserve.torch._local import LocalOptimizer, LocalSteps
+from deltaserve.torch._overlap import Overlap
+from deltaserve.torch._tensors import gradient_of, is_plain, own_memory, to_host
+from deltaserve.torch._wires import TORCH_WIRES
 
 _log = logging.getLogger("deltaserve")
-
-LocalOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""Makes an optimizer of parameter groups, each of its "params" alone; as `torch.optim.SGD` with its lr given does."""
 
 _HYPERPARAMETERS = ("lr", "rho", "eps", "weight_decay", "maximize")
 
@@ -58,10 +63,21 @@ class RemoteAdadelta(torch.optim.Optimizer):
         local_steps: How many steps of the local optimizer make one push.
         local_optimizer: Makes it, for instance `functools.partial(torch.optim.SGD, lr=0.1)`; None means that gradients
             are pushed as they are.
+        overlap: Send each gradient as soon as backward has made it, so that `step()` finds most of them sent. The
+            results are the same, bit for bit: what is no longer there in `step()` as it was sent is thrown away, and
+            the gradients are pushed anew. It is for gradients that reach `step()` as one backward pass made them: where
+            they are clipped, unscaled or accumulated, it stops with a warning after a few steps. It shortens training
+            where backward leaves a processor core idle, as on a GPU; takes memory for one more copy of the gradients,
+            and a thread of the server while backward lasts; and does nothing for a model that travels in one message,
+            or through shared memory.
+        transport: "auto" has vectors go through shared memory where the server is on this host, runs as the same user
+            and allows it; "stream" never; "shared" insists on it when the session is opened.
+        wire: The type in which elements travel in messages, "float32", "bfloat16" or "float16", in both directions.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or `local_steps` is without a local optimizer.
+        ValueError: A hyperparameter is out of range, `local_steps` is without a local optimizer, `overlap` is with one,
+            or there is no such transport or type.
         TypeError: A parameter is no real floating-point tensor.
         ConflictError: The model exists and differs; the message says in what.
         UnavailableError: The server was not reached.
@@ -91,12 +107,19 @@ class RemoteAdadelta(torch.optim.Optimizer):
         worker: str | None = None,
         local_steps: int = 1,
         local_optimizer: LocalOptimizer | None = None,
+        overlap: bool = False,
+        transport: Transport = "auto",
+        wire: WireType = "float32",
         timeout_seconds: float = 120.0,
     ) -> None:
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
+        if overlap and local_optimizer:
+            raise ValueError("overlap: a local_optimizer's steps make what is pushed, backward does not")
         self._make_local = local_optimizer
-        self._local: _LocalSteps | None = None
+        self._local: LocalSteps | None = None
+        self._overlaps = overlap
+        self._overlap: Overlap | None = None
         self._worker: Worker | None = None
         self._version: int | None = None
         self._staged: dict[Tensor, Array] = {}
@@ -105,16 +128,11 @@ class RemoteAdadelta(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **_UNUSED})
         self._client = connect(target, timeout_seconds=timeout_seconds)
         try:
-            self._model = self._client.create_model(
-                model,
-                {name: _to_host(param) for name, param in self._named()},
-                groups=self._hyperparameters(),
-                group_of=self._group_of(),
-                policy=policy,
-            )
+            self._model = self._create(model, policy)
+            self._open_worker = partial(self._model.worker, transport=transport, wire=TORCH_WIRES.get(wire, wire))
             self._name = worker
             if local_optimizer:
-                self._local = _LocalSteps(self, local_optimizer, local_steps)
+                self._local = LocalSteps(self, local_optimizer, local_steps)
             self._join()
         except BaseException:
             self._client.close()
@@ -157,15 +175,11 @@ class RemoteAdadelta(torch.optim.Optimizer):
             Error: As `deltaserve.Worker.step` raises it. Where the connection broke while weights came, the parameters
                 are of two versions; the next step leaves its gradient out and puts them right.
         """
-        if not self._is_current():
-            self._catch_up()
-            return None if closure is None else _evaluate(closure)
-        if self._local:
-            return self._local.step(closure, weight)
-        loss = None if closure is None else _evaluate(closure)
-        gradients = {name: None if param.grad is None else _gradient(param.grad) for name, param in self._named()}
-        self._exchange(gradients, weight)
-        return loss
+        try:
+            return self._step(closure, weight)
+        finally:
+            if self._overlap:
+                self._overlap.next()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -226,6 +240,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Ends this worker's session and the connection; otherwise that happens when the process exits."""
+        if self._overlap:
+            self._overlap.close()
         if self._worker:
             self._worker.close()
         self._client.close()
@@ -257,10 +273,37 @@ class RemoteAdadelta(torch.optim.Optimizer):
         assert self._worker is not None
         return self._worker
 
+    def _create(self, name: str, policy: Policy | None) -> Model:
+        """Creates the model or joins it.
+
+        Its tensors are in the reverse order of the parameters: about the order in which backward makes gradients, and
+        in which they can therefore be sent. Where others have made it in another order, theirs counts.
+        """
+        tensors = {name: to_host(param) for name, param in reversed(list(self._named()))}
+        create = partial(
+            self._client.create_model,
+            name,
+            groups=self._hyperparameters(),
+            group_of=self._group_of(),
+            policy=policy,
+        )
+        try:
+            return create(tensors)
+        except ConflictError:
+            theirs = [spec.name for spec in self._client.model(name).tensors if spec.name in tensors]
+            in_their_order = {key: tensors[key] for key in dict.fromkeys([*theirs, *tensors])}
+            if list(in_their_order) == list(tensors):
+                raise
+        return create(in_their_order)
+
     def _join(self) -> None:
-        self._worker = self._model.worker(self._name)
+        self._worker = self._open_worker(self._name)
         self._name = self._worker.name
         self._pull()
+        if self._overlap:
+            self._overlap.close()
+        if self._overlaps:
+            self._overlap = Overlap(self, dict(self._named()))
 
     @torch.no_grad()
     def _pull(self) -> None:
@@ -276,9 +319,21 @@ class RemoteAdadelta(torch.optim.Optimizer):
         _log.warning("worker %s: a gradient is left out: it is of weights that had arrived in part", self._joined.name)
         self._pull()
 
+    def _step(self, closure: Callable[[], float] | None, weight: float) -> float | None:
+        if not self._is_current():
+            self._catch_up()
+            return None if closure is None else _evaluate(closure)
+        if self._local:
+            return self._local.step(closure, weight)
+        loss = None if closure is None else _evaluate(closure)
+        self._exchange({name: gradient_of(param) for name, param in self._named()}, weight)
+        return loss
+
     def _exchange(self, gradients: dict[str, Array | None], weight: float) -> None:
         """Pushes gradients and takes the weights."""
         worker, out = self._joined, self._out()
+        if self._overlap:
+            worker._take_over(self._overlap.end(gradients, weight))
         try:
             worker.step(gradients, hyperparameters=self._hyperparameters(), weight=weight, out=out)
         except StaleGradientError as error:
@@ -321,7 +376,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def _extend(self, index: int) -> None:
         """Adds a group to the model on the server."""
-        tensors = {name: _to_host(param) for name, param in self._named_in(index)}
+        tensors = {name: to_host(param) for name, param in reversed(list(self._named_in(index)))}
         hyperparameters = self._hyperparameters()[index:]
         self._model.extend(tensors, groups=hyperparameters, group_of=dict.fromkeys(tensors, index))
 
@@ -336,7 +391,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def _out(self) -> dict[str, Array]:
         """Returns where the weights are to be written: a parameter's own memory if it is float32, contiguous, here."""
-        return {name: _own_memory(param) if _is_plain(param) else self._stage(param) for name, param in self._named()}
+        return {name: own_memory(param) if is_plain(param) else self._stage(param) for name, param in self._named()}
 
     def _stage(self, param: Tensor) -> Array:
         if param not in self._staged:
@@ -346,7 +401,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def _written(self, out: dict[str, Array]) -> None:
         """Copies what was staged into its parameter, and tells autograd of what was written past it."""
         for name, param in self._named():
-            if _is_plain(param):
+            if is_plain(param):
                 increment_version(param)
             else:
                 param.copy_(torch.from_numpy(out[name]))
@@ -378,78 +433,16 @@ class RemoteAdadelta(torch.optim.Optimizer):
         """Returns the parameters and what `self.state` holds; zero state where it holds nothing."""
         held = {name: (param, self.state.get(param, {})) for name, param in self._named()}
         vectors = {
-            key: {name: _to_host(state.get(key, torch.zeros_like(param))) for name, (param, state) in held.items()}
+            key: {name: to_host(state.get(key, torch.zeros_like(param))) for name, (param, state) in held.items()}
             for key in ("square_avg", "acc_delta")
         }
         return ModelState(
             version=0,
-            weights={name: _to_host(param) for name, (param, _) in held.items()},
+            weights={name: to_host(param) for name, (param, _) in held.items()},
             square_avg=vectors["square_avg"],
             acc_delta=vectors["acc_delta"],
             update_counts={name: int(state.get("step", 0)) for name, (_, state) in held.items()},
         )
-
-
-class _LocalSteps:
-    """Steps of a worker's own optimizer, and the difference that they make.
-
-    Args:
-        remote: What pushes it.
-        make: Makes the optimizer.
-        count: How many steps make one push.
-    """
-
-    def __init__(self, remote: RemoteAdadelta, make: LocalOptimizer, count: int) -> None:
-        self.optimizer = make([{"params": list(group["params"])} for group in remote.param_groups])
-        self._remote = remote
-        self._count = count
-        self._pushed: dict[str, Array | None] | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """Counts from the present weights on."""
-        self._base = {name: _to_host(param).copy() for name, param in self._remote._named()}
-        self._moved: set[str] = set()
-        self._done = 0
-        self._weight = 0.0
-        self._pushed = None
-
-    def step(self, closure: Callable[[], float] | None, weight: float) -> float | None:
-        """Makes a local step, and pushes after the last."""
-        if self._pushed:  # what became of it is not known: until it is, no further step is made
-            self.push()
-            if closure is None:
-                _log.warning("a gradient is left out: it is of weights from before a push that had to be settled first")
-                return None
-        loss = self.optimizer.step(closure) if closure else self.optimizer.step()
-        self._moved |= {name for name, param in self._remote._named() if param.grad is not None}
-        self._done += 1
-        self._weight += weight
-        if self._done >= self._count:
-            self.push()
-        return loss
-
-    def push(self) -> None:
-        """Pushes the difference; a call that raised is made good by the next, which pushes the same.
-
-        Raises:
-            RequestError: The server refuses it for good; the parameters are as they were before the local steps.
-            Error: As from `RemoteAdadelta.step`.
-        """
-        if not self._done:
-            return
-        if self._pushed is None:
-            self._pushed = {
-                name: self._base[name] - _to_host(param) if name in self._moved else None
-                for name, param in self._remote._named()
-            }
-        try:
-            self._remote._exchange(self._pushed, self._weight)
-        except RequestError:  # as where the local steps have led to infinity
-            for name, param in self._remote._named():
-                param.copy_(torch.from_numpy(self._base[name]))
-            self.begin()
-            raise
 
 
 def _evaluate(closure: Callable[[], float]) -> float:
@@ -476,24 +469,3 @@ def _check(group: dict[str, Any]) -> None:
     for param in group["params"]:
         if not param.dtype.is_floating_point:
             raise TypeError(f"RemoteAdadelta takes real floating-point parameters, not {param.dtype}")
-
-
-def _is_plain(param: Tensor) -> bool:
-    return param.device.type == "cpu" and param.dtype is torch.float32 and param.is_contiguous()
-
-
-def _own_memory(param: Tensor) -> Array:
-    array: Array = param.detach().numpy()
-    return array
-
-
-def _to_host(tensor: Tensor) -> Array:
-    """Returns a tensor as a contiguous float32 array, its own memory where it is one already."""
-    array: Array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-    return array
-
-
-def _gradient(gradient: Tensor) -> Array:
-    if gradient.is_sparse:
-        raise RuntimeError("Adadelta does not support sparse gradients")
-    return _to_host(gradient)

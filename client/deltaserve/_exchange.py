@@ -1,0 +1,206 @@
+"""How a worker's vectors travel: in one message each way, in chunks, or through memory shared with the server."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from threading import Event
+from typing import Any, Literal, get_args
+
+from deltaserve._codec import Piece, StreamCodec
+from deltaserve._connection import Connection
+from deltaserve._early import EarlyPush
+from deltaserve._errors import Error, RequestError
+from deltaserve._failpoints import failpoint
+from deltaserve._flat import ELEMENT_BYTES, FlatVector
+from deltaserve._shared import SharedMemory
+from deltaserve._wire import FLOAT32, Wire
+from deltaserve.v1 import common_pb2
+from deltaserve.v1 import worker_service_pb2 as rpc
+
+_log = logging.getLogger("deltaserve")
+
+Transport = Literal["auto", "stream", "shared"]
+"""Whether vectors go through shared memory: where that is possible, never, or always."""
+
+TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
+
+_UNARY_BYTES = 1 << 20
+"""Up to this size a vector travels in one message: quicker than a stream, and than shared memory."""
+
+Arriving = Callable[[common_pb2.ModelPosition], None]
+"""Is called when an answer has come, before its weights are written."""
+
+
+class Exchange:
+    """Carries the vectors of one worker.
+
+    Args:
+        connection: To the server.
+        wire: The type of elements in messages.
+
+    Attributes:
+        early: What the next step takes over if it is the push to be made.
+    """
+
+    def __init__(self, connection: Connection, wire: Wire) -> None:
+        self._connection = connection
+        self._asked = self._wire = wire
+        self.early: EarlyPush | None = None
+        self._shared: SharedMemory | None = None
+
+    def share(self, session: dict[str, Any], size: int, transport: Transport) -> None:
+        """Has the server share memory with a new session, as `transport` asks and where it is of use.
+
+        Raises:
+            Error: It was asked for, and the server refuses.
+            OSError: It was asked for, and cannot be opened.
+        """
+        self._shared, self._wire = None, self._asked
+        if transport == "stream" or (transport == "auto" and size * ELEMENT_BYTES <= _UNARY_BYTES):
+            return
+        try:
+            answer = self._connection.call("OpenSharedMemory", rpc.OpenSharedMemoryRequest(**session))
+            self._shared = SharedMemory(answer.gradient)
+            self._wire = FLOAT32  # a push that is sent again in messages must be the same gradient
+        except (Error, OSError) as problem:
+            if transport == "shared":
+                raise
+            _log.debug("vectors go through messages: %s", problem)
+
+    def step(
+        self,
+        header: rpc.PushHeader,
+        pushed: FlatVector,
+        absent: Collection[int],
+        target: FlatVector,
+        arriving: Arriving,
+        *,
+        unsure: bool,
+    ) -> tuple[rpc.PushResult, common_pb2.ModelPosition]:
+        """Pushes a gradient and writes the weights to `target`.
+
+        Args:
+            header: Which push it is.
+            pushed: The gradient.
+            absent: Indices of its tensors that are left out.
+            target: Where the weights go.
+            arriving: See there.
+            unsure: What became of the push before is not known: shared memory may still be read on its behalf.
+        """
+        if self._shared and not unsure:
+            self._connection.checked()  # in a forked child the memory is the parent's
+            try:
+                return self._step_shared(self._shared, header, pushed, target, arriving)
+            except RequestError as problem:
+                if problem.reason != "SHARED_MEMORY_UNAVAILABLE":
+                    raise
+                _log.info("vectors go through messages from now on: %s", problem)
+                self._shared = None
+        header.gradient_type = header.weights_type = self._wire.data_type
+        header.shared_memory = False
+        if pushed.size * ELEMENT_BYTES <= _UNARY_BYTES:
+            return self._step_unary(header, pushed, absent, target, arriving)
+        return self._step_stream(header, pushed, absent, target, arriving)
+
+    def begin(self, push: EarlyPush, header: rpc.PushHeader, size: int) -> bool:
+        """Begins to send a push of `size` elements before it is whole; returns False where that would be of no use."""
+        if self._shared or size * ELEMENT_BYTES <= _UNARY_BYTES:
+            return False
+        header.gradient_type = header.weights_type = self._wire.data_type
+        push.begin(self._connection, header, self._wire)
+        return True
+
+    def pull(self, request: rpc.PullRequest, target: FlatVector, arriving: Arriving) -> common_pb2.ModelPosition:
+        """Writes the weights to `target`."""
+
+        def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
+            arriving(header.position)
+            self._write(pieces, target)
+            return header.position
+
+        request.weights_type = self._wire.data_type
+        position: common_pb2.ModelPosition = self._connection.receive("Pull", request, take)
+        return position
+
+    def _step_unary(
+        self,
+        header: rpc.PushHeader,
+        pushed: FlatVector,
+        absent: Collection[int],
+        target: FlatVector,
+        arriving: Arriving,
+    ) -> tuple[Any, Any]:
+        parts = [part for _, parts in pushed.chunks(absent) for part in parts]
+        request = rpc.StepRequest(header=header, gradient=b"".join(self._wire.encoded(parts)))
+        answer = self._connection.call_soon("Step", request)
+        failpoint("worker.acknowledged")
+        arriving(answer.position)
+        self._write([Piece("weights", 0, memoryview(answer.weights))], target)
+        return answer.result, answer.position
+
+    def _step_stream(
+        self,
+        header: rpc.PushHeader,
+        pushed: FlatVector,
+        absent: Collection[int],
+        target: FlatVector,
+        arriving: Arriving,
+    ) -> tuple[Any, Any]:
+        codec = StreamCodec(rpc.StreamStepRequest)
+
+        def messages() -> Iterator[bytes]:
+            yield codec.header(header)
+            for offset, parts in pushed.chunks(absent, self._wire):
+                yield codec.chunk("gradient", offset, self._wire.encoded(parts))
+                failpoint("worker.mid_body")
+            failpoint("worker.sent")
+
+        def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
+            failpoint("worker.acknowledged")
+            arriving(answer.position)
+            self._write(pieces, target)
+            return answer.result, answer.position
+
+        early, self.early = self.early, None
+        begun = partial(early.take, header, pushed) if early else None
+        return self._connection.receive("StreamStep", messages, take, begun)
+
+    def _step_shared(
+        self, shared: SharedMemory, header: rpc.PushHeader, pushed: FlatVector, target: FlatVector, arriving: Arriving
+    ) -> tuple[Any, Any]:
+        codec = StreamCodec(rpc.StreamStepRequest)
+        header.ClearField("gradient_type")
+        header.weights_type = self._wire.data_type  # in case that they come in chunks
+        header.shared_memory = True
+        failpoint("worker.mid_body")
+        shared.write_gradient(pushed)
+        reads: list[Event] = []  # of each attempt, whether its weights were read
+
+        def messages() -> Iterator[bytes]:
+            read = Event()
+            reads.append(read)
+            yield codec.header(header)
+            failpoint("worker.sent")
+            read.wait()
+
+        def take(answer: rpc.StreamStepHeader, pieces: Iterable[Piece]) -> tuple[Any, Any]:
+            failpoint("worker.acknowledged")
+            arriving(answer.position)
+            if answer.HasField("weights"):
+                failpoint("worker.mid_answer")
+                shared.read_weights(answer.weights, target)
+            else:  # their memory is none that can be shared, as a GPU server's
+                reads[-1].set()
+                self._write(pieces, target)
+            return answer.result, answer.position
+
+        try:
+            return self._connection.receive("StreamStep", messages, take)
+        finally:
+            for read in reads:
+                read.set()
+
+    def _write(self, pieces: Iterable[Piece], target: FlatVector) -> None:
+        for piece in pieces:
+            target.write(piece.offset, piece.data, self._wire)
+            failpoint("worker.mid_answer")

@@ -1,0 +1,301 @@
+"""Shared memory where something dies, stops, forks, or is somewhere else than it seems."""
+
+import os
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client
+from deltaserve_server import LocalServer
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, Program, StartProgram, StartServer
+
+SIZE = 300_001
+BYTES = 4 * SIZE
+
+
+def ones(value: float = 1.0) -> dict[str, Any]:
+    return {"w": np.full(SIZE, value, np.float32)}
+
+
+def free(client: Client) -> int:
+    return client.server_info().limits.memory_available_bytes
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def twin(client: Client, *values: float) -> Any:
+    with client.create_model("twin", ones(0)).worker(transport="stream") as worker:
+        for value in values:
+            worker.step(ones(value))
+        return worker.weights["w"].copy()
+
+
+BEGIN = """
+import os, signal, sys, time
+import numpy as np
+import deltaserve
+
+SIZE = int(sys.argv[2])
+def ones(value=1.0):
+    return {"w": np.full(SIZE, value, np.float32)}
+def connect():
+    client = deltaserve.connect(sys.argv[1], timeout_seconds=20)
+    return client, client.model("m")
+"""
+
+SHARES = """
+client, model = connect()
+worker = model.worker("a", lease_seconds=1.0)
+assert worker._exchange._shared is not None
+"""
+
+
+@pytest.fixture
+def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
+    """Starts a program with a worker of model "m" of `server`."""
+    return lambda source, *more: start_program(BEGIN + source, server.target, str(SIZE), *more)
+
+
+# --- deaths
+
+AT_REST = "worker.step(ones())\nprint('ready', flush=True)\ntime.sleep(60)\n"
+
+READING = """
+copy = worker._exchange._shared.read_weights
+def slow(*arguments):
+    copy(*arguments)
+    print("ready", flush=True)
+    time.sleep(60)
+worker._exchange._shared.read_weights = slow
+worker.step(ones())
+"""
+
+COMPARING = """
+def slow(weights, target):
+    copy(weights, target)
+    (vector,) = worker._exchange._shared._weights.values()
+    before = vector.copy()
+    print("ready", flush=True)
+    time.sleep(0.2)
+    print((vector == before).all() and before.any(), flush=True)
+copy, worker._exchange._shared.read_weights = worker._exchange._shared.read_weights, slow
+worker.step(ones())
+"""
+
+WRITING = """
+copy = worker._exchange._shared.write_gradient
+worker.step(ones())
+def slow(*arguments):
+    copy(*arguments)
+    print("ready", flush=True)
+    time.sleep(60)
+worker._exchange._shared.write_gradient = slow
+worker.step(ones())
+"""
+
+
+@pytest.mark.parametrize("moment", [AT_REST, READING, WRITING], ids=["at rest", "reading", "writing"])
+def test_a_worker_that_is_killed_frees_its_memory_with_its_lease(
+    client: Client, start: "StartProgram", eventually: "Eventually", moment: str
+) -> None:
+    model = client.create_model("m", ones(0))
+    before = free(client)
+    program = start(SHARES + moment)
+    assert program.line() == "ready", program.finish()
+    assert free(client) == before - BYTES
+    held = descriptors()
+    program.process.kill()
+    killed = monotonic()
+    eventually(lambda: free(client) == before)
+    assert monotonic() - killed < 1.0 + 0.75  # a quarter of a second for a machine that is busy
+    eventually(lambda: descriptors() < held)
+    assert model.info().version == 1
+    with model.worker("b") as b:
+        b.step(ones())
+
+
+def test_a_worker_that_is_stopped_while_it_reads_disturbs_nobody(
+    client: Client, start: "StartProgram", eventually: "Eventually"
+) -> None:
+    """Its version stays as it is, and the others' updates go on; when it goes on, it has what it came for."""
+    model = client.create_model("m", ones(0))
+    program = start(SHARES + COMPARING)
+    assert program.line() == "ready", program.finish()
+    program.process.send_signal(signal.SIGSTOP)
+    with model.worker("b") as b:
+        for number in range(1, 8):
+            b.step(ones(number))
+        assert model.info().version == 8
+    program.process.send_signal(signal.SIGCONT)
+    assert program.line() == "True"
+    assert program.finish()[0] == 0
+
+
+def test_a_server_that_is_killed_leaves_nothing_behind(start_server: "StartServer", eventually: "Eventually") -> None:
+    def files() -> set[str]:
+        return {path.name for path in Path("/dev/shm").iterdir() if "deltaserve" in path.name}
+
+    before = files()
+    process = start_server()
+    with deltaserve.connect(process.target, timeout_seconds=20) as client:
+        worker = client.create_model("m", ones(0)).worker("a", transport="shared")
+        for number in range(3):
+            worker.step(ones(number))
+        weights = worker.weights["w"].copy()
+        process.kill()
+        assert files() == before
+        np.testing.assert_array_equal(worker.weights["w"], weights)
+        process.start()
+        with pytest.raises(deltaserve.StateLostError):
+            worker.step(ones())
+        client.create_model("m", {"w": weights})
+        with client.model("m").worker("a", transport="shared") as again:
+            again.step(ones())
+            assert again.version == 1
+
+
+# --- forks
+
+FORK = """
+from deltaserve._exchange import Exchange
+client, model = connect()
+worker = model.worker("a", transport="shared")
+worker.step(ones())
+gradient = worker._exchange._shared._gradient
+before = gradient.copy()
+if not (child := os.fork()):
+    try:
+        worker.step(ones(7))
+    except RuntimeError as error:
+        os._exit(0 if "does not survive a fork" in str(error) else 1)
+    os._exit(2)
+began = time.monotonic()
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), time.monotonic() - began < 5, (gradient == before).all(), flush=True)
+worker.step(ones(2))
+worker.close()
+print(worker.version, flush=True)
+"""
+
+
+def test_a_forked_child_leaves_the_parents_gradient_alone(client: Client, start: "StartProgram") -> None:
+    client.create_model("m", ones(0))
+    program = start(FORK)
+    assert program.line() == "0 True True", program.finish()
+    assert program.line() == "2"
+    assert program.finish()[0] == 0
+
+
+# --- elsewhere
+
+FALLS_BACK = """
+client, model = connect()
+worker = model.worker("a")
+print(worker._exchange._shared is None, flush=True)
+worker.step(ones())
+worker.step(ones(2))
+print(worker.version, flush=True)
+try:
+    model.worker("b", transport="shared")
+except OSError as error:
+    print("OSError", flush=True)
+worker.close()
+client.close()
+"""
+
+
+def _check_falls_back(client: Client, program: "Program") -> None:
+    assert [program.line() for _ in range(3)] == ["True", "2", "OSError"], program.finish()
+    assert program.finish()[0] == 0
+    model = client.model("m")
+    assert model.info().sessions == ()
+    with model.worker("c") as c:
+        np.testing.assert_array_equal(c.weights["w"], twin(client, 1, 2))
+
+
+@pytest.fixture
+def root() -> None:
+    if os.geteuid():
+        pytest.skip("needs to be root")
+
+
+@pytest.mark.usefixtures("root")
+def test_a_worker_of_another_user_uses_messages(client: Client, start: "StartProgram") -> None:
+    client.create_model("m", ones(0))
+    program = start(f"os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\n{FALLS_BACK}")
+    _check_falls_back(client, program)
+
+
+def _unshares() -> bool:
+    command = shutil.which("unshare")
+    if command is None:
+        return False
+    tried = subprocess.run([command, "--pid", "--fork", "--mount-proc", "true"], capture_output=True, check=False)
+    return not tried.returncode
+
+
+UNSHARED = """
+import subprocess, sys
+sys.exit(subprocess.call(["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(not _unshares(), reason="needs the right to make namespaces")
+def test_a_worker_with_other_process_ids_uses_messages(
+    client: Client, start_program: "StartProgram", server: LocalServer
+) -> None:
+    """As one in a container of its own: what there has the server's number is none of it, or nothing."""
+    client.create_model("m", ones(0))
+    program = start_program(UNSHARED, BEGIN + FALLS_BACK, server.target, str(SIZE))
+    _check_falls_back(client, program)
+
+
+# --- many
+
+
+def test_sessions_that_come_and_go_leave_no_descriptor_and_no_byte(client: Client, eventually: "Eventually") -> None:
+    """Of server and client: both are in this process."""
+    model = client.create_model("m", ones(0))
+    with model.worker("first", transport="shared") as first:
+        first.step(ones())
+    sleep(0.6)
+    before, held = descriptors(), free(client)
+    for number in range(40):
+        with model.worker(f"w{number % 3}", transport="shared") as worker:
+            worker.step(ones(number))
+            worker.step(ones(number))
+        del worker
+    eventually(lambda: free(client) == held)
+    eventually(lambda: descriptors() <= before + 4)
+
+
+def test_many_workers_at_once_lose_and_double_nothing(client: Client, eventually: "Eventually") -> None:
+    model = client.create_model("m", ones(0))
+    before = free(client)
+
+    def work(number: int) -> list[int]:
+        versions = []
+        with model.worker(f"w{number}", transport=("shared", "auto", "stream")[number % 3]) as worker:
+            for step in range(12):
+                weights = worker.step(ones(step + number))["w"]
+                assert np.ptp(weights) == 0, "of one version"
+                assert worker.last_result is not None
+                versions.append(worker.last_result.version)
+        return versions
+
+    with ThreadPoolExecutor(6) as pool:
+        made = [version for versions in pool.map(work, range(6)) for version in versions]
+    assert sorted(made) == list(range(1, 73))
+    eventually(lambda: free(client) == before)

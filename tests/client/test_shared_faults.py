@@ -1,0 +1,233 @@
+"""Steps in shared memory whose answer is lost, or that are interrupted: nothing is lost and nothing applied twice."""
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client, Sync
+from deltaserve_server import LocalServer
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, StartProgram, StartProxy
+
+SIZE = 300_001
+BYTES = 4 * SIZE
+
+
+def ones(value: float = 1.0) -> dict[str, Any]:
+    return {"w": np.full(SIZE, value, np.float32)}
+
+
+def free(client: Client) -> int:
+    return client.server_info().limits.memory_available_bytes
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def twin(client: Client, *values: float) -> Any:
+    with client.create_model("twin", ones(0)).worker(transport="stream") as worker:
+        for value in values:
+            worker.step(ones(value))
+        return worker.weights["w"].copy()
+
+
+BEGIN = """
+import os, signal, sys, time
+import numpy as np
+import deltaserve
+
+SIZE = int(sys.argv[2])
+def ones(value=1.0):
+    return {"w": np.full(SIZE, value, np.float32)}
+def connect():
+    client = deltaserve.connect(sys.argv[1], timeout_seconds=20)
+    return client, client.model("m")
+"""
+
+SHARES = """
+client, model = connect()
+worker = model.worker("a", lease_seconds=1.0)
+assert worker._exchange._shared is not None
+"""
+
+
+@pytest.fixture
+def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
+    """Starts a program with a worker of model "m" of `server`."""
+    return lambda source, *more: start_program(BEGIN + source, server.target, str(SIZE), *more)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_line_that_is_cut_during_a_step_loses_and_doubles_nothing(
+    client: Client, server: LocalServer, start_proxy: "StartProxy", direction: str
+) -> None:
+    proxy = start_proxy(server.target)
+    model = client.create_model("m", ones(0))
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far:
+        worker = far.model("m").worker("a", transport="shared")
+        worker.pull()
+        for number in range(1, 31):
+            proxy.cut_after(direction, 10 + 7 * number)
+            worker.step(ones(number))
+            proxy.cut_after(direction, 1 << 40)
+            assert model.info().version == number
+        assert proxy.cuts > 10
+        weights = worker.weights["w"].copy()
+    np.testing.assert_array_equal(weights, twin(client, *range(1, 31)))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same", "another"])
+def test_after_a_lost_answer_the_next_gradient_is_not_taken_for_the_first(
+    client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually", same: bool
+) -> None:
+    proxy = start_proxy(server.target)
+    model = client.create_model("m", ones(0))
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far, ThreadPoolExecutor(1) as pool:
+        worker = far.model("m").worker("a", transport="shared")
+        worker.pull()
+        far._connection.timeout_seconds = 1.0
+        proxy.hold_answers()
+        step = pool.submit(worker.step, ones())
+        eventually(lambda: model.info().version == 1)
+        proxy.refusing = True
+        proxy.cut()
+        with pytest.raises(deltaserve.UnavailableError):
+            step.result()
+        proxy.refusing = False
+        far._connection.timeout_seconds = 20.0
+        worker.step(ones(1.0 if same else 2.0))
+        worker.step(ones(3.0))
+        assert model.info().version == (2 if same else 3)
+        weights = worker.weights["w"].copy()
+    np.testing.assert_array_equal(weights, twin(client, *((1, 3) if same else (1, 2, 3))))
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_after_a_lost_answer_messages_hold_what_the_memory_held(
+    client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually", wire: Any
+) -> None:
+    """Rounded to 16 bits it would be another gradient: not found, and applied as well."""
+    third = float(np.float32(1 / 3))
+    proxy = start_proxy(server.target)
+    model = client.create_model("m", ones(0))
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far, ThreadPoolExecutor(1) as pool:
+        worker = far.model("m").worker("a", transport="shared", wire=wire)
+        worker.pull()
+        far._connection.timeout_seconds = 1.0
+        proxy.hold_answers()
+        step = pool.submit(worker.step, ones(third))
+        eventually(lambda: model.info().version == 1)
+        proxy.refusing = True
+        proxy.cut()
+        with pytest.raises(deltaserve.UnavailableError):
+            step.result()
+        proxy.refusing = False
+        far._connection.timeout_seconds = 20.0
+        worker.step(ones(third))
+        assert worker.last_result is not None
+        assert (worker.last_result.duplicate, model.info().version) == (True, 1)
+        weights = worker.weights["w"].copy()
+    np.testing.assert_array_equal(weights, twin(client, third))
+
+
+INTERRUPTED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+client, model = connect()
+worker = model.worker("a", transport="shared")
+worker.pull()
+print("ready", flush=True)
+try:
+    worker.step(ones())
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+value = float(sys.stdin.readline())
+try:
+    worker.step(ones(value))
+except deltaserve.ConflictError as error:
+    print(error.reason, flush=True)
+    worker.step(ones(value))
+print(worker.last_result.version, worker.last_result.contributors, flush=True)
+"""
+
+
+@pytest.mark.parametrize("value", [1, 5])
+def test_ctrl_c_during_a_step_that_waits_in_its_round(
+    client: Client, start: "StartProgram", eventually: "Eventually", value: int
+) -> None:
+    model = client.create_model("m", ones(0), policy=Sync(min_workers=2))
+    program = start(INTERRUPTED)
+    assert program.line() == "ready", program.finish()
+    eventually(lambda: model.info().sessions[0].waiting)
+    sent = monotonic()
+    program.process.send_signal(signal.SIGINT)
+    assert program.line() == "interrupted"
+    assert monotonic() - sent < 1.5
+    program.tell(str(value))
+    with model.worker("b", transport="shared") as b, ThreadPoolExecutor(1) as pool:
+        b.step(ones(3))
+        if value == 1:
+            assert program.line() == "1 2"
+            expected = [2.0]
+        else:
+            assert program.line() == "ROUND_CLOSED"
+            second = pool.submit(b.step, ones(3))
+            assert program.line() == "2 2"
+            second.result()
+            expected = [2.0, 4.0]
+        assert program.finish()[0] == 0
+        weights = b.weights["w"].copy()
+    np.testing.assert_array_equal(weights, twin(client, *expected))
+
+
+STORM = """
+import random
+armed = False
+def interrupt(number, frame):
+    if armed:  # a thread may get the signal late, when nobody waits for it any more
+        raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+chance, interrupts, values = random.Random(int(sys.argv[3])), 0, []
+client, model = connect()
+worker = model.worker("a", transport="shared")
+worker.pull()
+while interrupts < 60:
+    values.append(float(np.float32(chance.random())))
+    number = worker._sequence
+    while worker._sequence == number:
+        try:
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.012))
+                worker.step(ones(values[-1]))
+            finally:
+                armed = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupts += 1
+        except deltaserve.StaleGradientError:
+            pass
+print(worker.version, *values, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_interrupts_at_any_moment_lose_and_double_nothing(client: Client, start: "StartProgram", seed: str) -> None:
+    model = client.create_model("m", ones(0))
+    program = start(STORM, seed)
+    line = program.line()
+    assert line, program.finish()[2]
+    version, *values = line.split()
+    assert int(version) == len(values) == model.info().version
+    program.tell("enough")
+    assert program.finish()[0] == 0
+    with model.worker("b") as b:
+        np.testing.assert_array_equal(b.weights["w"], twin(client, *map(float, values)))

@@ -1,0 +1,218 @@
+"""Whether a worker's vectors go through shared memory: who decides, and what a worker does where they cannot."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Client, Model, Sync, Worker
+from deltaserve._exchange import TRANSPORTS, Exchange, Transport
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.service.applier import Applier
+
+if TYPE_CHECKING:
+    pass
+
+SIZE = 300_001
+"""More than a message holds, and no multiple of a chunk."""
+
+
+def shares(worker: Worker) -> bool:
+    return worker._exchange._shared is not None
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("size", "transport", "expected"),
+    [
+        (SIZE, "auto", True),
+        (1 << 18, "auto", False),
+        ((1 << 18) + 1, "auto", True),
+        (3, "auto", False),
+        (3, "shared", True),
+        (SIZE, "shared", True),
+        (SIZE, "stream", False),
+        (3, "stream", False),
+    ],
+)
+def test_who_shares_memory(client: Client, size: int, transport: Transport, expected: bool) -> None:
+    model = client.create_model("m", {"w": np.zeros(size)})
+    with model.worker(transport=transport) as worker:
+        assert shares(worker) == expected
+        worker.step({"w": np.ones(size)})
+        assert model.info().version == 1
+
+
+@pytest.fixture
+def reserved() -> Iterator[Client]:
+    """A client of a server that shares no memory."""
+    config = ServerConfig(bind="127.0.0.1:0", device="cpu", shared_memory=False)
+    with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
+        yield client
+
+
+def test_a_server_that_does_not_share_memory(reserved: Client) -> None:
+    model = reserved.create_model("m", {"w": np.zeros(SIZE)})
+    with model.worker(transport="auto") as worker:
+        assert not shares(worker)
+        worker.step({"w": np.ones(SIZE)})
+    with pytest.raises(deltaserve.RequestError, match="no shared memory: the server does not offer it") as caught:
+        model.worker(transport="shared")
+    assert caught.value.reason == "SHARED_MEMORY_UNAVAILABLE"
+    assert model.info().sessions == ()
+
+
+@pytest.mark.parametrize(
+    ("bind", "asked", "expected"),
+    [
+        ("127.0.0.1:0", None, True),
+        ("127.0.0.2:50051", None, True),
+        ("localhost:0", None, True),
+        ("[::1]:0", None, True),
+        ("unix:/tmp/a.sock", None, True),
+        ("0.0.0.0:0", None, False),
+        ("[::]:0", None, False),
+        ("10.0.0.1:0", None, False),
+        ("localhost.example:0", None, False),
+        ("0.0.0.0:0", True, True),
+        ("127.0.0.1:0", False, False),
+        ("unix:/tmp/a.sock", False, False),
+    ],
+)
+def test_the_default_depends_on_where_the_server_listens(bind: str, asked: bool | None, expected: bool) -> None:
+    assert ServerConfig(bind=bind, shared_memory=asked).shares_memory is expected
+
+
+def test_a_server_on_every_address_shares_memory_with_its_own_host_alone_if_it_is_to() -> None:
+    for asked in (None, True):
+        config = ServerConfig(bind="0.0.0.0:0", device="cpu", shared_memory=asked)
+        with LocalServer(config) as server:
+            port = server.target.rpartition(":")[2]
+            with deltaserve.connect(f"127.0.0.1:{port}", timeout_seconds=20) as client:
+                worker = client.create_model("m", {"w": np.zeros(SIZE)}).worker()
+                assert shares(worker) == bool(asked)
+
+
+@pytest.mark.parametrize("transport", ["", "AUTO", "tcp", None])
+def test_a_transport_that_there_is_not(client: Client, transport: Any) -> None:
+    model = client.create_model("m", {"w": np.zeros(3)})
+    with pytest.raises(ValueError, match="transport: expected one of auto, stream, shared, got"):
+        model.worker(transport=transport)
+    assert model.info().sessions == ()
+    assert set(TRANSPORTS) == {"auto", "stream", "shared"}
+
+
+@pytest.mark.parametrize("field", ["name", "process_id", "descriptor", "bytes"])
+def test_memory_that_is_not_the_servers_is_not_taken(
+    client: Client, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """As where process ids are another container's: a file of that number may be there, and be another."""
+    honest = Applier.share
+
+    def misleading(*arguments: Any) -> Any:
+        handle = honest(*arguments)
+        fields = {
+            "name": ("name", "deltaserve-" + "0" * 32),
+            "process_id": ("process_id", 1 << 40),
+            "descriptor": ("descriptor", 0),
+            "bytes": ("size_bytes", 4),
+        }
+        from dataclasses import replace
+
+        key, value = fields[field]
+        return replace(handle, **{key: value})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Applier, "share", misleading)
+    model = client.create_model("m", {"w": np.zeros(SIZE)})
+    with model.worker("a") as worker:
+        assert not shares(worker)
+        worker.step({"w": np.ones(SIZE)})
+    with pytest.raises(OSError):  # noqa: PT011  # which, is the system's business
+        model.worker("b", transport="shared")
+    assert model.info().sessions == ()
+    assert model.info().version == 1
+
+
+def test_where_there_is_no_room_for_it_messages_are_used() -> None:
+    """Memory for gradients is held as long as a session lives, that of messages no longer than a push."""
+    config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=(6 + 2) * 4 * SIZE)
+    with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
+        model = client.create_model("m", {"w": np.zeros(SIZE)})
+        with model.worker("a") as a, model.worker("b") as b, model.worker("c") as c:
+            assert [shares(worker) for worker in (a, b, c)] == [True, True, False]
+            with pytest.raises(deltaserve.UnavailableError) as caught:
+                model.worker("d", transport="shared")
+            assert caught.value.reason == "MEMORY_BUDGET"
+            assert len(model.info().sessions) == 3
+
+
+def test_memory_that_the_server_has_no_more_is_done_without(client: Client, server: LocalServer) -> None:
+    """As after a restart that brought the session back."""
+    model = client.create_model("m", {"w": np.zeros(SIZE)})
+    with model.worker("a") as worker:
+        worker.step({"w": np.ones(SIZE)})
+        server._registry.get("m")._shared.clear()
+        worker.step({"w": np.ones(SIZE)})
+        worker.step({"w": np.ones(SIZE)})
+        assert model.info().version == 3
+
+
+def test_a_bad_value_changes_nothing_and_the_next_push_has_its_number(client: Client) -> None:
+    model = client.create_model("m", {"w": np.zeros(SIZE)})
+    with model.worker("a") as worker:
+        assert shares(worker)
+        worker.step({"w": np.ones(SIZE)})
+        before = model.pull_state()
+        bad = np.ones(SIZE)
+        bad[SIZE - 2] = np.nan
+        with pytest.raises(deltaserve.RequestError, match=f"NaN or infinity in tensor w at element {SIZE - 2}"):
+            worker.step({"w": bad})
+        after = model.pull_state()
+        assert after.version == before.version
+        np.testing.assert_array_equal(before.weights["w"], after.weights["w"])
+        worker.step({"w": np.ones(SIZE)})
+        assert worker.last_result is not None
+        assert (worker.last_result.version, worker.last_result.duplicate) == (2, False)
+
+
+def test_the_push_after_one_of_which_nothing_is_known_goes_through_messages(
+    client: Client, server: LocalServer, monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor
+) -> None:
+    ways: list[str] = []
+    for way in ("_step_shared", "_step_stream"):
+        honest = getattr(Exchange, way)
+
+        def traced(*arguments: Any, way: str = way, honest: Any = honest, **fields: Any) -> Any:
+            ways.append(way)
+            return honest(*arguments, **fields)
+
+        monkeypatch.setattr(Exchange, way, traced)
+    model: Model = client.create_model("m", {"w": np.zeros(SIZE)}, policy=Sync(min_workers=2))
+    with deltaserve.connect(server.target, timeout_seconds=0.4) as short, model.worker("b", transport="stream") as b:
+        a = short.model("m").worker("a", transport="shared")
+        a.pull()
+        with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
+            a.step({"w": np.ones(SIZE)})
+        short._connection.timeout_seconds = 20.0
+        assert ways == ["_step_shared"]
+        step = threads.submit(a.step, {"w": np.ones(SIZE)})
+        b.step({"w": np.full(SIZE, 3.0)})
+        step.result()
+        assert ways == ["_step_shared", "_step_stream", "_step_stream"]
+        assert a.last_result is not None
+        assert (a.last_result.version, a.last_result.contributors) == (1, 2)
+        step = threads.submit(a.step, {"w": np.ones(SIZE)})
+        b.step({"w": np.full(SIZE, 3.0)})
+        step.result()
+        assert sorted(ways[3:]) == ["_step_shared", "_step_stream"]
+        assert model.info().version == 2
+        states = {session.worker: session.last_sequence for session in model.info().sessions}
+        assert states == {"a": 2, "b": 2}
