@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._flat import FlatVector
-from deltaserve.torch import RemoteAdadelta, _LocalSteps
+from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch._local import LocalSteps
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Remote
@@ -26,7 +27,7 @@ KINDS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def interrupted(self: FlatVector, offset: int, data: memoryview) -> None:
+def interrupted(self: FlatVector, *arguments: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -39,7 +40,7 @@ def test_the_next_step_leaves_its_gradient_out_and_mends(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     param = nn.Parameter(make())
-    optimizer = remote([param], model="broken")
+    optimizer = remote([param], model="broken", transport="stream")
     param.grad = torch.ones_like(param)
     with monkeypatch.context() as patch:
         patch.setattr(FlatVector, "write", interrupted)
@@ -81,11 +82,11 @@ def test_a_step_that_breaks_off_with_the_answer_here_counts_once(
 
     def interrupted(self: RemoteAdadelta, out: Any) -> None:
         if written_first:
-            monkeypatch.setattr(_LocalSteps, "begin", stop)
+            monkeypatch.setattr(LocalSteps, "begin", stop)
             written(self, out)
         raise KeyboardInterrupt
 
-    def stop(self: _LocalSteps) -> None:
+    def stop(self: LocalSteps) -> None:
         raise KeyboardInterrupt
 
     param.grad = torch.ones_like(param)

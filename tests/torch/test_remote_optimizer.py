@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import deltaserve.torch
 from deltaserve.torch import RemoteAdadelta
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def test_no_signature_has_a_type_of_protobuf_or_grpc() -> None:
     functions = [
         f
         for name, f in inspect.getmembers(RemoteAdadelta, inspect.isfunction)
-        if f.__module__ == deltaserve.torch.__name__
+        if f.__module__ == RemoteAdadelta.__module__
     ]
     assert {"__init__", "step", "state_dict"} <= {function.__name__ for function in functions}
     for function in functions:

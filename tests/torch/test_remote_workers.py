@@ -114,6 +114,27 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(value: flo
     assert optimizer.last_result.version == 1
 
 
+def test_the_layout_has_the_order_in_which_backward_makes_gradients(remote: "Remote", target: str) -> None:
+    remote(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).named_parameters(), model="order")
+    with deltaserve.connect(target) as client:
+        names = [spec.name for spec in client.model("order").tensors]
+    assert names == ["1.bias", "1.weight", "0.bias", "0.weight"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_a_model_that_others_made_in_another_order_is_joined(order: list[int], remote: "Remote", target: str) -> None:
+    params = [nn.Parameter(torch.zeros(size)) for size in (2, 3, 4)]
+    with deltaserve.connect(target) as client:
+        made = client.create_model("theirs", {f"0.{index}": torch.full((index + 2,), index) for index in order})
+        optimizer = remote(params, model="theirs")
+        assert [param.tolist() for param in params] == [[0.0] * 2, [1.0] * 3, [2.0] * 4]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        weights = made.pull_state().weights
+        assert all(weights[f"0.{index}"].tolist() == param.tolist() for index, param in enumerate(params))
+
+
 WORKER = """
 import sys
 import torch
