@@ -20,7 +20,7 @@ SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-floor simulate chaos check stubs buf proto bench clean
+.PHONY: help setup demo test test-floor simulate chaos check stubs buf proto bench bench-peers clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -66,11 +66,15 @@ buf:
 proto: $(PROTO) ## make the stubs from proto/
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py
 
-bench: $(SETUP) ## run the benchmarks; BENCH_ARGS goes to them
+bench: $(SETUP) ## run the benchmarks; BENCH_ARGS="--quick --json FILE" goes to them
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+bench-peers: $(SETUP) ## set up the peers in .venv-peers, then run them and deltaserve by turns
+	@$(MAKE) --no-print-directory --keep-going $(PEERS:%=.venv-peers/%/.setup) || echo "Peers that are not installed are left out."
+	@$(BIN)/python -m benchmarks --only peers $(BENCH_ARGS)
+
 clean: ## remove the environments and everything else that was made
-	rm -rf .venv .venv-proto .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-proto .venv-floor .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find client server proto tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- the environments ---------------------------------------------------------------------------
@@ -112,4 +116,21 @@ $(FLOOR): pyproject.toml constraints-floor.txt
 	@echo "Setting up .venv-floor"
 	$(call environment,.venv-floor)
 	$(call install,.venv-floor,--constraint constraints-floor.txt --editable .)
+	@touch $@
+
+# What deltaserve is measured beside, each in an environment of its own, which benchmarks/peers/ names too.
+PEERS := torch_rpc tensorflow_ps ray_actor grpc_naive
+PINNED = $(shell grep -E '^($(1))==' constraints.txt)
+torch_rpc := $(call PINNED,torch|numpy)
+tensorflow_ps := tensorflow-cpu==2.21.0 tf-keras==2.21.0
+ray_actor := ray==2.60.0 $(call PINNED,torch|numpy)
+grpc_naive := grpcio==1.85.1 grpcio-tools==1.85.1 $(call PINNED,torch|numpy)
+
+.venv-peers/%/.setup: constraints.txt
+	@echo "Setting up .venv-peers/$*"
+	$(call environment,.venv-peers/$*)
+ifdef TORCH_INDEX_URL
+	$(call install,.venv-peers/$*,--no-deps --index-url '$(TORCH_INDEX_URL)' "$$(grep '^torch==' constraints.txt)")
+endif
+	$(call install,.venv-peers/$*,$($*))
 	@touch $@

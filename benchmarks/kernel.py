@@ -1,61 +1,53 @@
-"""One update without a network: the store's kernel beside torch's own optimizer, on the CPU and on a GPU."""
+"""One update without a network: the store's kernel beside memory's speed and torch's own optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
 
+import numba
 import numpy as np
 import torch
 
-from benchmarks.models import SIZE_A, model_a
-from benchmarks.timing import Timing, by_turns
+from benchmarks.baselines import Run, copy
+from benchmarks.local import COMPILED, FOREACH, local_optimizers, notes_on_local
+from benchmarks.models import SHAPES_A, Array, Shape, elements, gradients_of, weights_of
+from benchmarks.results import Timings
+from benchmarks.timing import REST_SECONDS, by_turns
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.config import usable_threads
 from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
 
+LIMIT = "limit: the same 28 bytes a parameter"
+"""On the CPU read and written in place with next to no arithmetic; on a GPU copied."""
 
-def cpu(rounds: int) -> dict[str, Timing]:
-    """Times one update of 25,000,000 elements on the CPU."""
-    threads = usable_threads()
-    gradient = np.concatenate([array.ravel() for array in model_a().values()])
-    source, target = np.ones(SIZE_A, np.float32), np.ones(SIZE_A, np.float32)
+KERNEL = "deltaserve's update"
+GPU_SIZES = (25_000_000, 1_000_000_000)
+
+
+def cpu(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
+    """Times one update on the CPU."""
+    threads, size = usable_threads(), elements(shapes)
+    gradients = gradients_of(shapes)
     with ThreadPoolExecutor(threads) as executor:
-        contenders: dict[str, Callable[[], object]] = {
-            "copy of 100 MB, one thread": lambda: np.copyto(target, source),
-            "deltaserve, one thread": _host_update(gradient, executor, 1),
-            f"deltaserve, {threads} threads": _host_update(gradient, executor, threads),
-            "torch.optim.Adadelta, default": _torch_update(None),
-            "torch.optim.Adadelta, foreach": _torch_update(True),
+        contenders = {
+            LIMIT: _same_bytes(size, executor, threads),
+            KERNEL: host_update(gradients, executor, threads),
+            f"{KERNEL}, one thread": host_update(gradients, executor, 1),
+            f"copy of {size * 4 / 1e6:.3g} MB": copy(size * 4, executor, threads),
+            f"copy of {size * 4 / 1e6:.3g} MB, one thread": copy(size * 4, executor, 1),
+            **local_optimizers(weights_of(shapes), gradients),
         }
-        return by_turns(contenders, rounds)
+        title = f"kernel: one update of {size / 1e6:.3g} M parameters, CPU, {threads} threads"
+        return Timings(title, LIMIT, by_turns(contenders, rounds, rest_seconds=REST_SECONDS), notes=notes_on_local())
 
 
-def gpu(size: int, rounds: int) -> dict[str, Timing]:
-    """Times one update of `size` elements on the GPU, queue to completion."""
-    from deltaserve_server.adadelta import cuda
-
-    weights, new_weights, gradient = (torch.randn(size, device="cuda") for _ in range(3))
-    square_avg, acc_delta = (torch.zeros(size, device="cuda") for _ in range(2))
-    param = torch.nn.Parameter(weights)
-    param.grad = gradient
-    squares = torch.empty(cuda.blocks(size), dtype=torch.float64, device="cuda")
-    hyperparameters = Hyperparameters()
-    contenders: dict[str, Callable[[], object]] = {
-        "copy of the same bytes": _synchronized(lambda: _copy(weights, new_weights)),
-        "deltaserve": _synchronized(
-            lambda: cuda.update(gradient, 1.0, square_avg, acc_delta, weights, new_weights, squares, hyperparameters)
-        ),
-        "torch.optim.Adadelta, foreach": _synchronized(torch.optim.Adadelta([param], foreach=True).step),
-        "torch.optim.Adadelta, compiled": _synchronized(
-            torch.compile(torch.optim.Adadelta([param], capturable=True).step)
-        ),
-    }
-    return by_turns(contenders, rounds, warmups=5)
-
-
-def _host_update(gradient: np.ndarray, executor: ThreadPoolExecutor, threads: int) -> Callable[[], object]:
-    store = HostStore(np.zeros(SIZE_A, np.float32), 0, Budget(1 << 40), executor, threads)
-    ranges = [Range(0, SIZE_A, Hyperparameters())]
+def host_update(gradients: Sequence[Array], executor: ThreadPoolExecutor, threads: int) -> Run:
+    """Returns an update as the server makes it, of a gradient in one piece."""
+    gradient = np.concatenate([array.ravel() for array in gradients])
+    store = HostStore(np.zeros(gradient.size, np.float32), 0, Budget(1 << 40), executor, threads)
+    ranges = [Range(0, gradient.size, Hyperparameters())]
 
     def update() -> None:
         staging = store.stage()
@@ -66,15 +58,60 @@ def _host_update(gradient: np.ndarray, executor: ThreadPoolExecutor, threads: in
     return update
 
 
-def _torch_update(foreach: bool | None) -> Callable[[], object]:
-    params = [torch.nn.Parameter(torch.from_numpy(array)) for array in model_a().values()]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return torch.optim.Adadelta(params, foreach=foreach).step
+def _same_bytes(size: int, executor: ThreadPoolExecutor, threads: int) -> Run:
+    """Returns a pass that reads four vectors and writes three, as an update must: what memory alone allows."""
+    vectors = [np.zeros(size, np.float32) for _ in range(4)]
+    compiled: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(_read_four_write_three)
+    edges = [size * part // threads for part in range(threads + 1)]
+    parts = [[vector[low:high] for vector in vectors] for low, high in pairwise(edges)]
+
+    def run() -> None:
+        for done in [executor.submit(compiled, *part) for part in parts]:
+            done.result()
+
+    return run
+
+
+def _read_four_write_three(gradient: Array, square_avg: Array, acc_delta: Array, weights: Array) -> None:
+    for i in range(gradient.size):
+        g = gradient[i]
+        square_avg[i] += g
+        acc_delta[i] += g
+        weights[i] += g
+
+
+@contextmanager
+def kernel_alone(gradients: Sequence[Array]) -> Iterator[Run]:
+    """Gives an update on as many threads as there are cores."""
+    threads = usable_threads()
+    with ThreadPoolExecutor(threads) as executor:
+        yield host_update(gradients, executor, threads)
+
+
+def gpu(size: int, rounds: int) -> Timings:
+    """Times one update of `size` elements on the GPU, queue to completion."""
+    from deltaserve_server.adadelta import cuda
+
+    weights, new_weights, gradient = (torch.randn(size, device="cuda") for _ in range(3))
+    square_avg, acc_delta = (torch.zeros(size, device="cuda") for _ in range(2))
+    param = torch.nn.Parameter(weights)
+    param.grad = gradient
+    squares = torch.empty(cuda.blocks(size), dtype=torch.float64, device="cuda")
+    hyperparameters = Hyperparameters()
+    contenders: dict[str, Callable[[], object]] = {
+        LIMIT: _synchronized(lambda: _copy(weights, new_weights)),
+        KERNEL: _synchronized(
+            lambda: cuda.update(gradient, 1.0, square_avg, acc_delta, weights, new_weights, squares, hyperparameters)
+        ),
+        FOREACH: _synchronized(torch.optim.Adadelta([param], foreach=True).step),
+        COMPILED: _synchronized(torch.compile(torch.optim.Adadelta([param], capturable=True).step)),
+    }
+    title = f"kernel: one update of {size / 1e6:,.0f} M parameters, {torch.cuda.get_device_name()}"
+    return Timings(title, LIMIT, by_turns(contenders, rounds, warmups=5))
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Reads and writes 28 bytes an element: 8 by each of three copies, 4 by half of one."""
+    """Moves 28 bytes an element, as an update does: 8 by each of three copies, 4 by half of one."""
     for _ in range(3):
         target.copy_(source)
     half = source.numel() // 2

@@ -1,129 +1,134 @@
-"""A worker's step over loopback TCP, beside what the bytes alone cost and what a local step costs."""
+"""A worker's step, over every transport and for models of every size, beside what the bytes alone cost."""
 
-import multiprocessing
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
-
-import grpc
-import torch
+from time import process_time
+from typing import Any
 
 import deltaserve
-from benchmarks.models import SIZE_A, Tensors, model_a, model_b
-from benchmarks.timing import Timing, by_turns
-from deltaserve_server import Server, ServerConfig
+from benchmarks import baselines, machine
+from benchmarks.baselines import BOTH_AT_ONCE, ECHO, EMPTY_CALL, THERE_AND_BACK, Run
+from benchmarks.kernel import KERNEL, kernel_alone
+from benchmarks.local import DEFAULT, local_optimizer, local_optimizers, notes_on_local
+from benchmarks.models import SHAPES_A, SHAPES_B, Shape, Tensors, elements, gradients_of, named, shapes_of, weights_of
+from benchmarks.processes import BFLOAT16, TCP, TRANSPORTS, Transport, server
+from benchmarks.results import Figures, Result, Timings
+from benchmarks.timing import REST_SECONDS, by_turns
+from deltaserve.torch._wires import TORCH_WIRES
 from deltaserve_server.config import DeviceKind
 
-_BYTES_A = SIZE_A * 4
+SIZES = (1, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+FULL_SIZES = (*SIZES, 1_000_000_000)
+QUICK_SIZES = SIZES[:-1:2]
+
+_SERVER_VECTORS, _WORKER_VECTORS = 6, 2
+"""Vectors of the model's size: a server's weights twice, its state, a push and what gRPC holds; a worker's weights, and
+what gRPC holds of a push."""
+
+_ONE_THREAD = 1 << 15
+"""Up to so many elements torch uses no threads of its own."""
+
+_BYTES_A_RUN = 2 << 30
+"""A size is measured as often as this many bytes of parameters allow, within reason."""
 
 
-def large(rounds: int, device: DeviceKind) -> dict[str, Timing]:
-    """Times a step of 25,000,000 elements in 60 tensors."""
-    gradients = model_a(1)
+def large(rounds: int, device: DeviceKind = "cpu", shapes: Sequence[Shape] = SHAPES_A) -> Timings:
+    """Times a step of workload A, the model on `device`."""
+    gradients = gradients_of(shapes)
+    size = elements(shapes) * 4
     with ExitStack() as stack:
-        step = stack.enter_context(worker_step(model_a(), gradients, device))
-        there_and_back = stack.enter_context(_raw_tcp(_BYTES_A))
+        there_and_back, both_at_once = stack.enter_context(baselines.raw_tcp(size))
         contenders: dict[str, Callable[[], object]] = {
-            "100 MB there and back, raw TCP": there_and_back,
-            f"deltaserve step ({device})": step,
-            "local torch.optim.Adadelta.step()": _local(gradients),
+            THERE_AND_BACK: there_and_back,
+            BOTH_AT_ONCE: both_at_once,
+            ECHO: baselines.echo(stack.enter_context(baselines.grpc_server()), size),
+            **_workers(stack, (*TRANSPORTS, BFLOAT16), shapes, named(gradients), device),
+            KERNEL: stack.enter_context(kernel_alone(gradients)),
+            **local_optimizers(weights_of(shapes), gradients),
         }
-        return by_turns(contenders, rounds)
+        title = f"step: {size / 4e6:.3g} M parameters in {len(shapes)} tensors, model on {device}"
+        return Timings(
+            title, THERE_AND_BACK, by_turns(contenders, rounds, rest_seconds=REST_SECONDS), notes=notes_on_local()
+        )
 
 
-def small(rounds: int) -> dict[str, Timing]:
-    """Times a step of 6 elements."""
-    gradients = model_b(1)
+def small(rounds: int) -> Timings:
+    """Times a step of workload B."""
+    gradients = gradients_of(SHAPES_B)
     with ExitStack() as stack:
-        target = stack.enter_context(_server("cpu"))
         contenders: dict[str, Callable[[], object]] = {
-            "unary gRPC call without work": stack.enter_context(_empty_call(target)),
-            "deltaserve step": stack.enter_context(worker_step(model_b(), gradients, "cpu", target)),
+            EMPTY_CALL: baselines.empty_call(stack.enter_context(baselines.grpc_server())),
+            **_workers(stack, TRANSPORTS, SHAPES_B, named(gradients), "cpu"),
+            "raw TCP, 24 bytes there and back": stack.enter_context(baselines.raw_tcp(24))[0],
+            DEFAULT: local_optimizer(weights_of(SHAPES_B), gradients, None).step,
         }
-        return by_turns(contenders, rounds, warmups=100)
+        title = f"step: {elements(SHAPES_B)} parameters"
+        return Timings(title, EMPTY_CALL, by_turns(contenders, rounds, warmups=100), "us")
+
+
+def of_size(count: int, share: float = 1.0) -> Result:
+    """Times a step of a model of one tensor with `count` elements; `share` of the usual rounds.
+
+    A size for which there is not enough memory gives an empty table that says so.
+    """
+    title = f"step: one tensor of {count:,} parameters"
+    needed = 4 * count * (len(TRANSPORTS) * (_SERVER_VECTORS + _WORKER_VECTORS) + 4 + 5)
+    if needed > machine.available_bytes():
+        note = f"Left out: {needed / 1e9:.0f} GB of memory are needed, {machine.available_bytes() / 1e9:.0f} are there."
+        return Figures(title, (), notes=(note,))
+    rounds = max(round(min(_BYTES_A_RUN // (4 * count), 500) * share), 5)
+    shapes = shapes_of(str(count))
+    gradients = gradients_of(shapes)
+    rest = REST_SECONDS if count > _ONE_THREAD else 0.0
+    with ExitStack() as stack:
+        contenders: dict[str, Callable[[], object]] = {
+            THERE_AND_BACK: stack.enter_context(baselines.raw_tcp(4 * count))[0],
+            **_workers(stack, TRANSPORTS, shapes, named(gradients), "cpu"),
+            KERNEL: stack.enter_context(kernel_alone(gradients)),
+            DEFAULT: local_optimizer(weights_of(shapes), gradients, None).step,
+        }
+        return Timings(title, THERE_AND_BACK, by_turns(contenders, rounds, warmups=3, rest_seconds=rest))
+
+
+def processor_time(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Figures:
+    """Measures the processor time that a step takes in the worker's process and in the server's, over TCP."""
+    rows: dict[str, tuple[float | None, ...]] = {}
+    for name, model in ((f"{elements(shapes) / 1e6:.3g} M parameters", shapes), ("6 parameters", SHAPES_B)):
+        count = rounds if model is shapes else rounds * 200
+        gradients = named(gradients_of(model))
+        with server() as (target, pid), worker_step(target, TCP, model, gradients) as step:
+            step()
+            ours, theirs = process_time(), machine.cpu_seconds(pid)
+            for _ in range(count):
+                step()
+            rows[name] = ((process_time() - ours) / count * 1e3, (machine.cpu_seconds(pid) - theirs) / count * 1e3)
+    return Figures("step: processor time, TCP", ("worker ms", "server ms"), rows)
+
+
+def _workers(
+    stack: ExitStack, transports: Sequence[Transport], shapes: Sequence[Shape], gradients: Tensors, device: DeviceKind
+) -> dict[str, Run]:
+    """Returns the step of a worker over each transport, each with a server of its own."""
+    found = {}
+    for transport in transports:
+        target, _ = stack.enter_context(server(transport, device))
+        found[transport.row] = stack.enter_context(worker_step(target, transport, shapes, gradients))
+    return found
 
 
 @contextmanager
-def worker_step(
-    weights: Tensors, gradients: Tensors, device: DeviceKind, target: str | None = None
-) -> Iterator[Callable[[], object]]:
-    """Gives a step of a worker against a server in a process of its own."""
+def worker_step(target: str, transport: Transport, shapes: Sequence[Shape], gradients: Tensors) -> Iterator[Run]:
+    """Gives a step of a worker; the weights are in its own memory when it returns."""
     with ExitStack() as stack:
-        where = target or stack.enter_context(_server(device))
-        client = stack.enter_context(deltaserve.connect(where))
-        worker = stack.enter_context(client.create_model("bench", weights).worker())
+        client = stack.enter_context(deltaserve.connect(target))
+        model = client.create_model("bench", named(weights_of(shapes)))
+        worker = stack.enter_context(model.worker(**_settings(transport)))
         yield lambda: worker.step(gradients)
 
 
-@contextmanager
-def _server(device: DeviceKind) -> Iterator[str]:
-    with _process(_serve, device) as connection:
-        yield connection.recv()
-
-
-def _serve(connection: Connection, device: DeviceKind) -> None:
-    with Server(ServerConfig(bind="127.0.0.1:0", device=device)) as server:
-        connection.send(server.target)
-        connection.recv()
-
-
-@contextmanager
-def _raw_tcp(size: int) -> Iterator[Callable[[], object]]:
-    """Gives `size` bytes sent to another process, and then as many received from it."""
-    with _process(_echo, size) as connection, socket.create_connection(("127.0.0.1", connection.recv())) as peer:
-        outgoing, incoming = bytes(size), bytearray(size)
-
-        def exchange() -> None:
-            peer.sendall(outgoing)
-            _receive(peer, incoming)
-
-        yield exchange
-
-
-def _echo(connection: Connection, size: int) -> None:
-    buffer = bytearray(size)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        connection.send(listener.getsockname()[1])
-        peer, _ = listener.accept()
-        while _receive(peer, buffer):
-            peer.sendall(buffer)
-
-
-def _receive(peer: socket.socket, buffer: bytearray) -> bool:
-    view = memoryview(buffer)
-    while view:
-        count = peer.recv_into(view)
-        if not count:
-            return False
-        view = view[count:]
-    return True
-
-
-@contextmanager
-def _empty_call(target: str) -> Iterator[Callable[[], object]]:
-    with grpc.insecure_channel(target) as channel:
-        call: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
-        yield lambda: call(b"", timeout=10)
-
-
-def _local(gradients: Tensors) -> Callable[[], object]:
-    params = [torch.nn.Parameter(torch.from_numpy(array)) for array in model_a().values()]
-    for param, gradient in zip(params, gradients.values(), strict=True):
-        param.grad = torch.from_numpy(gradient)
-    return torch.optim.Adadelta(params).step
-
-
-@contextmanager
-def _process(target: Callable[..., None], *arguments: object) -> Iterator[Connection]:
-    """Runs `target` with a connection in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
-    try:
-        yield ours
-    finally:
-        ours.close()
-        process.terminate()
-        process.join()
+def _settings(transport: Transport) -> dict[str, Any]:
+    """Returns what a worker is told; torch makes the conversions, as it does for RemoteAdadelta."""
+    settings = dict(transport.worker)
+    if "wire" in settings:
+        settings["wire"] = TORCH_WIRES[settings["wire"]]
+    return settings

@@ -3,7 +3,10 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
+from time import perf_counter, sleep
+
+from benchmarks.machine import percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,31 +25,43 @@ class Timing:
         """The fastest and the slowest round, in seconds."""
         return min(self.seconds), max(self.seconds)
 
+    @property
+    def p99(self) -> float:
+        """What 99 % of the rounds do not exceed, in seconds."""
+        return percentile(list(self.seconds), 99)
 
-def by_turns(contenders: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2) -> dict[str, Timing]:
+
+REST_SECONDS = 0.003
+"""After a contender with threads of its own, torch's for instance: they go on spinning for about a millisecond."""
+
+
+def by_turns(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2, rest_seconds: float = 0.0
+) -> dict[str, Timing]:
     """Runs every contender once a round and returns its timings.
 
     Args:
         contenders: What to time, by name; each returns when its work is done.
         rounds: How often.
         warmups: Rounds before that are not counted.
+        rest_seconds: Before each contender.
     """
+
+    def timed(run: Callable[[], object]) -> float:
+        sleep(rest_seconds)
+        started = perf_counter()
+        run()
+        return perf_counter() - started
+
+    return collect({name: partial(timed, run) for name, run in contenders.items()}, rounds, warmups)
+
+
+def collect(contenders: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 2) -> dict[str, Timing]:
+    """Does the same with contenders that return the seconds that count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(warmups + rounds):
         for name, run in contenders.items():
-            started = perf_counter()
-            run()
+            taken = run()
             if index >= warmups:
-                seconds[name].append(perf_counter() - started)
+                seconds[name].append(taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def table(timings: Mapping[str, Timing], baseline: str, unit: str = "ms") -> str:
-    """Returns a Markdown table: median, spread, and the ratio to the baseline."""
-    factor = {"ms": 1e3, "us": 1e6}[unit]
-    lines = [f"| what | median {unit} | fastest to slowest | of `{baseline}` |", "| --- | ---: | ---: | ---: |"]
-    for name, timing in timings.items():
-        low, high = (value * factor for value in timing.spread)
-        ratio = timing.median / timings[baseline].median
-        lines.append(f"| {name} | {timing.median * factor:.3g} | {low:.3g} to {high:.3g} | {ratio:.2f} |")
-    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""How long it takes until there is something to work with: a server that serves, a package that is imported."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter, sleep
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import deltaserve
+from benchmarks.results import Timings
+from benchmarks.timing import collect
+
+SERVING, STEPPED, IMPORT = "server process to SERVING", "server process to a first step", "import deltaserve"
+_PYTHON = "python -c pass"
+
+_PATIENCE_SECONDS = 60.0
+_IMPORT = "from time import perf_counter as now; start = now(); import {}; print(now() - start)"
+
+
+def startup(rounds: int) -> Timings:
+    """Times starts; what the files' pages cost a first time is not in it, the warm-ups have read them."""
+    contenders: dict[str, Callable[[], float]] = {
+        SERVING: partial(_start, _serving),
+        STEPPED: partial(_start, _stepped),
+        IMPORT: partial(_import, "deltaserve"),
+        "import grpc, numpy": partial(_import, "grpc, numpy"),
+        _PYTHON: _python,
+    }
+    return Timings("startup: of the server, and import", _PYTHON, collect(contenders, rounds))
+
+
+def _start(until: Callable[[str], None]) -> float:
+    """Returns the seconds from a server's start until `until` has returned."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        target = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        sys.executable,
+        "-m",
+        "deltaserve",
+        "serve",
+        "--bind",
+        target,
+        "--device",
+        "cpu",
+        "--log-level",
+        "warning",
+    ]
+    started = perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        try:
+            _listening(target, child)
+            until(target)
+            return perf_counter() - started
+        finally:
+            child.terminate()
+
+
+def _listening(target: str, child: "subprocess.Popen[bytes]") -> None:
+    """Returns when somebody listens; gRPC would wait a second between two tries."""
+    host, _, port = target.rpartition(":")
+    while child.poll() is None:
+        try:
+            with socket.create_connection((host, int(port))):
+                return
+        except ConnectionRefusedError:
+            sleep(0.001)
+    raise RuntimeError(f"the server ended with status {child.returncode}")
+
+
+def _serving(target: str) -> None:
+    with grpc.insecure_channel(target) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        while check(health_pb2.HealthCheckRequest(), timeout=_PATIENCE_SECONDS).status != _is_serving:
+            sleep(0.001)
+
+
+_is_serving = health_pb2.HealthCheckResponse.ServingStatus.SERVING
+
+
+def _stepped(target: str) -> None:
+    tensors = {"w": np.zeros(6, np.float32)}
+    with deltaserve.connect(target) as client, client.create_model("bench", tensors).worker() as worker:
+        worker.step(tensors)
+
+
+def _import(names: str) -> float:
+    """Returns what the import takes, the interpreter's own start not counted."""
+    answer = subprocess.run([sys.executable, "-c", _IMPORT.format(names)], check=True, capture_output=True, text=True)
+    return float(answer.stdout)
+
+
+def _python() -> float:
+    started = perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return perf_counter() - started
