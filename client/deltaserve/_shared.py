@@ -15,8 +15,6 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 _THREADS_MOST = 4
 """So many copy as fast as a machine's memory can take it."""
 
-_PIECE_BYTES = 1 << 20
-
 _KEPT = 4
 """Mappings that are kept, to be used again: a server writes versions to a few places in turn."""
 

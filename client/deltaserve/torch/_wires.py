@@ -9,14 +9,21 @@ from numpy.typing import NDArray
 from deltaserve._types import Array
 from deltaserve._wire import FLOAT32, WIRES, Wire, WireType
 
+_BLOCK = (1 << 15) - 64
+"""Elements in a call: from 2**15 on torch uses threads, which then spin for a while and keep gRPC's waiting."""
+
 
 def _by_torch(name: WireType, kind: torch.dtype) -> Wire:
     def narrow(source: Array, target: NDArray[Any]) -> None:
-        torch.from_numpy(target.view(np.int16)).view(kind).copy_(torch.from_numpy(source))
+        values, narrowed = torch.from_numpy(source), torch.from_numpy(target.view(np.int16)).view(kind)
+        for to, of in zip(narrowed.split(_BLOCK), values.split(_BLOCK), strict=True):
+            to.copy_(of)
 
     def widen(source: NDArray[Any], target: Array) -> None:
         # A copy, still in a near cache: torch warns of memory that cannot be written to.
-        torch.from_numpy(target).copy_(torch.from_numpy(source.view(np.int16).copy()).view(kind))
+        values, widened = torch.from_numpy(source.view(np.int16).copy()).view(kind), torch.from_numpy(target)
+        for to, of in zip(widened.split(_BLOCK), values.split(_BLOCK), strict=True):
+            to.copy_(of)
 
     return WIRES[name]._replace(narrow=narrow, widen=widen)
 
