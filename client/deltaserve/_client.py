@@ -28,7 +28,7 @@ def connect(target: str, *, timeout_seconds: float = 120.0) -> "Client":
     """Returns a client of the server at `target`; the connection is made with the first call.
 
     Args:
-        target: HOST:PORT.
+        target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
 
     Example:
@@ -44,7 +44,7 @@ class Client:
     Every method that asks the server raises `UnavailableError` where it is not reached within the timeout.
 
     Args:
-        target: HOST:PORT.
+        target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
     """
 
@@ -53,7 +53,7 @@ class Client:
 
     @property
     def target(self) -> str:
-        """HOST:PORT of the server."""
+        """HOST:PORT of the server, or unix:PATH."""
         return self._connection.target
 
     def server_info(self) -> ServerInfo:

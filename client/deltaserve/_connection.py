@@ -108,7 +108,7 @@ class Connection:
     """A channel to one server.
 
     Args:
-        target: HOST:PORT.
+        target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long a call may take in all, retries included.
 
     Attributes:

@@ -67,6 +67,10 @@ class Exchange:
                 raise
             _log.debug("vectors go through messages: %s", problem)
 
+    def close(self) -> None:
+        """Lets go of shared memory: what is mapped here is not free, whatever the server does with it."""
+        self._shared = None
+
     def step(
         self,
         header: rpc.PushHeader,
@@ -91,8 +95,8 @@ class Exchange:
             self._connection.checked()  # in a forked child the memory is the parent's
             try:
                 return self._step_shared(self._shared, header, pushed, target, arriving)
-            except RequestError as problem:
-                if problem.reason != "SHARED_MEMORY_UNAVAILABLE":
+            except (RequestError, OSError) as problem:  # the latter: the weights cannot be mapped
+                if isinstance(problem, RequestError) and problem.reason != "SHARED_MEMORY_UNAVAILABLE":
                     raise
                 _log.info("vectors go through messages from now on: %s", problem)
                 self._shared = None
@@ -172,13 +176,17 @@ class Exchange:
         header.ClearField("gradient_type")
         header.weights_type = self._wire.data_type  # in case that they come in chunks
         header.shared_memory = True
-        failpoint("worker.mid_body")
-        shared.write_gradient(pushed)
         reads: list[Event] = []  # of each attempt, whether its weights were read
 
         def messages() -> Iterator[bytes]:
-            read = Event()
-            reads.append(read)
+            # In the attempt's thread: an interrupt waits for its end, and gRPC's may come to it when the step is over.
+            if not reads:
+                failpoint("worker.mid_body")
+                shared.write_gradient(pushed)
+            reads.append(Event())
+            return sent(reads[-1])
+
+        def sent(read: Event) -> Iterator[bytes]:
             yield codec.header(header)
             failpoint("worker.sent")
             read.wait()
@@ -189,6 +197,9 @@ class Exchange:
             if answer.HasField("weights"):
                 failpoint("worker.mid_answer")
                 shared.read_weights(answer.weights, target)
+                reads[-1].set()
+                for _ in pieces:  # its end: a call that had failed by now did not keep the weights as they were
+                    pass
             else:  # their memory is none that can be shared, as a GPU server's
                 reads[-1].set()
                 self._write(pieces, target)

@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,10 @@ class SharedMemory:
                 copy(part, theirs)
 
         others = [self._threads.submit(run, share) for share in range(1, count)] if self._threads else []
-        run(0)
+        try:
+            run(0)
+        finally:
+            wait(others)  # they use the caller's memory
         for other in others:
             other.result()
 

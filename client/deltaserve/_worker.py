@@ -210,6 +210,7 @@ class Worker:
     def close(self) -> None:
         """Ends the session. A push that waits for its round still counts."""
         self._session.close()  # not the finalizer's: interrupted, that would not be there for a second try
+        self._exchange.close()
         self._finalize.detach()
 
     def __enter__(self) -> Self:

@@ -51,7 +51,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     Args:
         params: Parameters, parameter groups, or named parameters, whose names then name the tensors on the server.
-        target: HOST:PORT of the server.
+        target: HOST:PORT of the server, or unix:PATH.
         model: The model's name on the server.
         lr: As in torch.optim.Adadelta, like the next four; each group may have its own.
         rho: Likewise.

@@ -20,7 +20,7 @@ def connected(target: str, timeout_seconds: float = 30.0) -> "Iterator[deltaserv
     at once that nothing is there.
 
     Args:
-        target: HOST:PORT.
+        target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long each call may take.
 
     Raises:

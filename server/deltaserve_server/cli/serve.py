@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -159,9 +160,12 @@ def _started(make: "Callable[[], Server]") -> "Server":
 
 def _check_bind(bind: str) -> None:
     """Says why an address cannot be listened on: gRPC does not tell, and writes to the error stream by itself."""
-    host, _, port = bind.rpartition(":")
-    if host == "unix":
+    if bind.startswith("unix:"):
+        with socket.socket(socket.AF_UNIX) as tried, suppress(OSError):
+            if tried.connect_ex(bind.removeprefix("unix:")) == 0:  # gRPC would put its socket in the place of that one
+                raise CommandError(f"cannot listen on {bind}: another server is there; choose another with --bind")
         return
+    host, _, port = bind.rpartition(":")
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as tried:

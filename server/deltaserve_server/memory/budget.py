@@ -1,6 +1,7 @@
 """How many bytes the server may hold, and who holds them."""
 
 import threading
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -32,12 +33,14 @@ class Budget:
         self.total = total
         self._parent = parent
         self._held = 0
+        self._given_back: deque[int] = deque()
         self._lock = threading.Lock()
 
     @property
     def available(self) -> int:
         """Bytes that are left."""
-        return self.total - self._held
+        with self._lock:
+            return self._left()
 
     def reserve(self, size: int) -> "Reservation":
         """Takes `size` bytes until the reservation is released.
@@ -47,7 +50,7 @@ class Budget:
         """
         upper = self._parent.reserve(size) if self._parent else None
         with self._lock:
-            available = self.available
+            available = self._left()
             if size <= available:
                 self._held += size
                 return Reservation(self, size, upper)
@@ -57,8 +60,14 @@ class Budget:
 
     def give_back(self, size: int) -> None:
         """Ends a reservation; called by it alone."""
-        with self._lock:
-            self._held -= size
+        # Without the lock: garbage may be collected in the thread that has it, and a reservation end with that.
+        self._given_back.append(size)
+
+    def _left(self) -> int:
+        """Returns `available`; to be called under the lock."""
+        while self._given_back:
+            self._held -= self._given_back.popleft()
+        return self.total - self._held
 
 
 class Allowance:

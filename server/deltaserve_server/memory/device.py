@@ -33,7 +33,6 @@ _PIECE = 1 << 22
 _SCRATCH = 1 << 22
 """Elements of all pushes together that are combined at a time: 16 MiB, and some five times that to sort them."""
 
-
 _TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16, np.dtype(np.uint16): torch.bfloat16}
 """What the formats of values are to torch."""
 

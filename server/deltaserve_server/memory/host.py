@@ -181,6 +181,8 @@ class HostStore(Store):
         if self._allocate is allocate_host:
             self._allocate = _allocate_shared
             self._pool = Pool(self.current.weights.size, self._allocate)
+            # The pool takes the sum when it is used, and would give it for a version's weights.
+            self._sum = None if self._sum is None else self._placed(self._sum)
             self._publish(self._placed(self.current.weights), self.current.number)
 
     def state(self) -> State:

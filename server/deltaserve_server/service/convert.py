@@ -32,7 +32,6 @@ _WORKERS = 65_536
 _GROUPS = 4096
 _SECONDS = 86_400
 
-
 _REDUCTIONS: dict[int, Reduction] = {
     pb.REDUCTION_UNSPECIFIED: "mean",
     pb.REDUCTION_MEAN: "mean",
