@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import process_time
-from typing import Any
 
 import deltaserve
 from benchmarks import baselines, machine
@@ -122,13 +121,12 @@ def worker_step(target: str, transport: Transport, shapes: Sequence[Shape], grad
     with ExitStack() as stack:
         client = stack.enter_context(deltaserve.connect(target))
         model = client.create_model("bench", named(weights_of(shapes)))
-        worker = stack.enter_context(model.worker(**_settings(transport)))
+        worker = stack.enter_context(_worker(model, transport))
         yield lambda: worker.step(gradients)
 
 
-def _settings(transport: Transport) -> dict[str, Any]:
-    """Returns what a worker is told; torch makes the conversions, as it does for RemoteAdadelta."""
+def _worker(model: deltaserve.Model, transport: Transport) -> deltaserve.Worker:
+    """Returns a worker; torch converts what is narrower on the wire, as it does for RemoteAdadelta."""
     settings = dict(transport.worker)
-    if "wire" in settings:
-        settings["wire"] = TORCH_WIRES[settings["wire"]]
-    return settings
+    wire = TORCH_WIRES[settings.pop("wire", "float32")]
+    return model._worker(None, None, settings.pop("transport"), wire)

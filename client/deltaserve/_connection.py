@@ -161,7 +161,10 @@ class Connection:
                 )
                 return _ANSWERS[method].FromString(answer)
             except grpc.RpcError as failed:
-                failed.with_traceback(None)  # see `retry`
+                # Without its traceback: see `retry`.
+                error, wait_seconds = from_call(failed.with_traceback(None), self.target, self.timeout_seconds)
+                if wait_seconds is None:
+                    raise error from None
         answer = self.retry(lambda seconds: self._call(method)(data, timeout=seconds), begun=begun)
         self._soon = monotonic() - begun < _SOON_SECONDS
         return _ANSWERS[method].FromString(answer)

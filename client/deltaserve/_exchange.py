@@ -24,6 +24,13 @@ Transport = Literal["auto", "stream", "shared"]
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 
+
+def check_transport(transport: Transport) -> None:
+    """Raises ValueError where there is no such transport."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+
+
 _UNARY_BYTES = 1 << 20
 """Up to this size a vector travels in one message: quicker than a stream, and than shared memory."""
 
@@ -62,7 +69,12 @@ class Exchange:
             answer = self._connection.call("OpenSharedMemory", rpc.OpenSharedMemoryRequest(**session))
             self._shared = SharedMemory(answer.gradient)
             self._wire = FLOAT32  # a push that is sent again in messages must be the same gradient
-        except (Error, OSError) as problem:
+        except OSError as problem:
+            text = f"the server's memory cannot be opened here, as from another host, user or container ({problem})"
+            if transport == "shared":
+                raise OSError(text) from None
+            _log.info("vectors go through messages: %s", text)
+        except Error as problem:
             if transport == "shared":
                 raise
             _log.debug("vectors go through messages: %s", problem)
@@ -102,9 +114,11 @@ class Exchange:
                 self._shared = None
         header.gradient_type = header.weights_type = self._wire.data_type
         header.shared_memory = False
-        if pushed.size * ELEMENT_BYTES <= _UNARY_BYTES:
-            return self._step_unary(header, pushed, absent, target, arriving)
-        return self._step_stream(header, pushed, absent, target, arriving)
+        unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
+        answer = (self._step_unary if unary else self._step_stream)(header, pushed, absent, target, arriving)
+        if not self._shared:
+            self._wire = self._asked  # the push that may have gone through shared memory before is settled
+        return answer
 
     def begin(self, push: EarlyPush, header: rpc.PushHeader, size: int) -> bool:
         """Begins to send a push of `size` elements before it is whole; returns False where that would be of no use."""

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve._connection import Connection
-from deltaserve._exchange import TRANSPORTS, Transport
+from deltaserve._exchange import Transport, check_transport
 from deltaserve._flat import FlatVector, contiguous
 from deltaserve._types import (
     Array,
@@ -33,7 +33,7 @@ from deltaserve._types import (
     to_policy,
     to_tensors,
 )
-from deltaserve._wire import WIRES, Wire, WireType
+from deltaserve._wire import WIRES, Wire, WireType, named
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
 
@@ -77,7 +77,7 @@ class Model:
         *,
         lease_seconds: float | None = None,
         transport: Transport = "auto",
-        wire: WireType | Wire = "float32",
+        wire: WireType = "float32",
     ) -> Worker:
         """Opens a session and returns the worker; an older session of the same name ends.
 
@@ -97,20 +97,13 @@ class Model:
             OSError: Its memory is to be shared, and cannot be opened.
             UnavailableError: The server has its number of sessions.
         """
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
-        if not isinstance(wire, Wire) and wire not in WIRES:
-            raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
-        return Worker(
-            self._connection,
-            self.name,
-            name or worker_name(),
-            lease_seconds,
-            self.tensors,
-            len(self.groups),
-            transport,
-            WIRES[wire] if isinstance(wire, str) else wire,
-        )
+        check_transport(transport)
+        return self._worker(name, lease_seconds, transport, named(wire, WIRES))
+
+    def _worker(self, name: str | None, lease_seconds: float | None, transport: Transport, wire: Wire) -> Worker:
+        name = name or worker_name()
+        groups = len(self.groups)
+        return Worker(self._connection, self.name, name, lease_seconds, self.tensors, groups, transport, wire)
 
     def pull_state(self, optimizer_state: bool = True) -> ModelState:
         """Returns the model's numbers, all of one version.

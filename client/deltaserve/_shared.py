@@ -91,11 +91,14 @@ def _mapped(memory: rpc.SharedMemory, *, writable: bool) -> Array:
     Raises:
         OSError: There is no such file, it may not be opened, or it is another one: process ids are a container's own.
     """
+    path, link = f"/proc/{memory.process_id}/fd/{memory.descriptor}", f"/memfd:{memory.name} (deleted)"
+    if str(Path(path).readlink()) != link:  # whatever else it is, it is not even opened
+        raise OSError(f"the server's file {memory.name} is not here")
     flags, protection = (os.O_RDWR, mmap.PROT_READ | mmap.PROT_WRITE) if writable else (os.O_RDONLY, mmap.PROT_READ)
-    descriptor = os.open(f"/proc/{memory.process_id}/fd/{memory.descriptor}", flags | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         found = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if found != f"/memfd:{memory.name} (deleted)" or os.fstat(descriptor).st_size != memory.bytes:
+        if found != link or os.fstat(descriptor).st_size != memory.bytes:
             raise OSError(f"the server's file {memory.name} is not here")
         populate = getattr(mmap, "MAP_POPULATE", 0)
         mapped = mmap.mmap(descriptor, memory.bytes, mmap.MAP_SHARED | populate, protection)

@@ -3,7 +3,7 @@
 A conversion works block by block, so that what it keeps in between stays in a near cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -88,3 +88,14 @@ WIRES: dict[WireType, Wire] = {
     "float16": Wire(common_pb2.DATA_TYPE_FLOAT16, np.dtype("<f2"), _to_float16, _copy),
 }
 """By the name that users give."""
+
+
+def named(name: WireType, wires: Mapping[WireType, Wire]) -> Wire:
+    """Returns a type by its name.
+
+    Raises:
+        ValueError: There is no such type.
+    """
+    if name not in wires:
+        raise ValueError(f"wire: expected one of {', '.join(wires)}, got {name!r}")
+    return wires[name]

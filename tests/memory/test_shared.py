@@ -271,3 +271,39 @@ def test_readers_and_updates_at_once(stores: tuple[HostStore, HostStore], stage:
     thread.join()
     assert torn
     assert not any(torn)
+
+
+def test_a_round_under_way_is_moved_too(stage: Stage) -> None:
+    """What its sum lay in is used again for weights."""
+    size = 20_000
+    with ThreadPoolExecutor(2) as executor:
+        store = HostStore(np.zeros(size, np.float32), 0, Budget(1 << 30), executor, 2)
+        for number in range(1, 9):
+            for push in range(3):
+                store.fold(stage(store, np.ones(size, np.float32)), 1.0)
+                if (number, push) == (1, 1):
+                    store.share()
+            store.update([Range(0, size, Hyperparameters())], 3.0, number)
+            assert shared.handle(store.current.weights)
+
+
+def test_memory_that_garbage_held_may_come_back_while_a_budget_is_counting() -> None:
+    """Python collects garbage whenever it allocates, also inside the budget's own lock."""
+    budget = Budget(1000)
+    vector = shared.allocate(10, others_write=True)
+    shared.when_gone(vector, budget.reserve(400).release)
+    garbage: list[object] = [vector]
+    garbage.append(garbage)
+
+    def collect() -> None:
+        with budget._lock:
+            garbage_of.clear()
+            gc.collect()
+
+    garbage_of = [garbage]
+    del vector, garbage
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert budget.available == 1000

@@ -13,10 +13,10 @@ from torch.autograd.graph import increment_version
 
 from deltaserve._client import connect
 from deltaserve._errors import ConflictError, StaleGradientError
-from deltaserve._exchange import Transport
+from deltaserve._exchange import Transport, check_transport
 from deltaserve._model import Model
 from deltaserve._types import Array, Hyperparameters, ModelState, Policy, StepResult
-from deltaserve._wire import WireType
+from deltaserve._wire import WireType, named
 from deltaserve._worker import Worker
 from deltaserve.torch._local import LocalOptimizer, LocalSteps
 from deltaserve.torch._overlap import Overlap
@@ -116,6 +116,8 @@ class RemoteAdadelta(torch.optim.Optimizer):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
         if overlap and local_optimizer:
             raise ValueError("overlap: a local_optimizer's steps make what is pushed, backward does not")
+        check_transport(transport)
+        elements = named(wire, TORCH_WIRES)
         self._make_local = local_optimizer
         self._local: LocalSteps | None = None
         self._overlaps = overlap
@@ -129,7 +131,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._client = connect(target, timeout_seconds=timeout_seconds)
         try:
             self._model = self._create(model, policy)
-            self._open_worker = partial(self._model.worker, transport=transport, wire=TORCH_WIRES.get(wire, wire))
+            self._open_worker = partial(self._model._worker, lease_seconds=None, transport=transport, wire=elements)
             self._name = worker
             if local_optimizer:
                 self._local = LocalSteps(self, local_optimizer, local_steps)

@@ -115,7 +115,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
     """
     ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: _ErrorReason.ValueType  # 29
-    """FAILED_PRECONDITION {why}: the server shares no memory with this caller."""
+    """FAILED_PRECONDITION {why}: the server shares no memory with this caller, or not for this push. May come with
+    RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Metadata keys are in braces, the gRPC code is in front."""
@@ -205,5 +207,7 @@ ERROR_REASON_SLACK_EXCEEDED: ErrorReason.ValueType  # 28
 the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
 """
 ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: ErrorReason.ValueType  # 29
-"""FAILED_PRECONDITION {why}: the server shares no memory with this caller."""
+"""FAILED_PRECONDITION {why}: the server shares no memory with this caller, or not for this push. May come with
+RetryInfo.
+"""
 global___ErrorReason = ErrorReason

@@ -291,8 +291,10 @@ class PushHeader(google.protobuf.message.Message):
     shared_memory: builtins.bool
     """For StreamStep: the gradient lies in the memory from OpenSharedMemory, as float32, element k of the flat vector at
     byte 4 k, and no chunk follows. The weights are answered in shared memory too: StreamStepHeader.weights. Read them,
-    then half-close: until then the server keeps them as they are, and the answer does not end. The gradient must stay
-    as it is until the push is answered; after a lost answer, push the same gradient in chunks.
+    then half-close: until then the server keeps them as they are, and the answer does not end. What was read counts if
+    the answer then ends with OK; a call whose deadline passed meanwhile has let go of them. The gradient must stay as
+    it is until it is known what became of the push: after a lost answer, send the same push again, and another
+    gradient only in chunks.
     """
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:

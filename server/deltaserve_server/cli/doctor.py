@@ -99,7 +99,7 @@ def _show(finding: Finding) -> bool:
 
 def _reachable(target: str) -> Finding:
     if target.startswith("unix:"):
-        return Finding("reachable", f"{target} is a socket of this host")
+        return _reachable_here(target.removeprefix("unix:"))
     host, _, port = target.rpartition(":")
     begin = time.perf_counter()
     try:
@@ -107,6 +107,16 @@ def _reachable(target: str) -> Finding:
     except OSError as error:
         raise Hopeless(_unreachable(host, port, error)) from error
     return Finding("reachable", f"{target} accepts connections ({_ms(time.perf_counter() - begin)})")
+
+
+def _reachable_here(path: str) -> Finding:
+    try:
+        with socket.socket(socket.AF_UNIX) as tried:
+            tried.connect(path)
+    except OSError as error:
+        advice = f"start one there: deltaserve serve --bind unix:{path}"
+        raise Hopeless(Finding("reachable", f"nobody listens on {path}: {error.strerror}", advice)) from error
+    return Finding("reachable", f"the socket {path} accepts connections")
 
 
 def _unreachable(host: str, port: str, error: OSError) -> Finding:

@@ -1,0 +1,62 @@
+"""Weights in shared memory that are read too late, or cannot be read at all."""
+
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import _shared
+from deltaserve._flat import FlatVector
+from deltaserve._shared import SharedMemory
+from deltaserve.v1 import worker_service_pb2 as rpc
+from deltaserve_server import LocalServer
+
+SIZE = 300_001
+ONES = {"w": np.ones(SIZE, np.float32)}
+
+
+def test_weights_that_were_let_go_of_while_they_were_read_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes during the copy, and the version's memory has been written to again meanwhile."""
+    read = SharedMemory.read_weights
+    with (
+        LocalServer() as server,
+        deltaserve.connect(server.target, timeout_seconds=30) as patient,
+        deltaserve.connect(server.target, timeout_seconds=1.0) as hasty,
+    ):
+        model = patient.create_model("m", {"w": np.zeros(SIZE)})
+        other, late = model.worker("other", transport="shared"), hasty.model("m").worker("late", transport="shared")
+        other.step(ONES)
+        late.step(ONES)
+        updates = iter([4])
+
+        def slow(self: SharedMemory, weights: rpc.SharedMemory, target: FlatVector) -> None:
+            count = next(updates, 0)
+            sleep(1.5 * bool(count))
+            for _ in range(count):
+                other.step(ONES)
+            read(self, weights, target)
+
+        monkeypatch.setattr(SharedMemory, "read_weights", slow)
+        with pytest.raises(deltaserve.UnavailableError):
+            late.step(ONES)
+        late.step(ONES)
+        assert late.last_result is not None
+        assert (late.last_result.duplicate, late.last_result.version) == (True, 3)
+        assert np.array_equal(late.weights["w"], model.pull_state(optimizer_state=False).weights["w"])
+        assert late.version == model.info().version == 7
+
+
+def test_where_weights_cannot_be_mapped_the_worker_goes_on_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_descriptors(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with LocalServer() as server, deltaserve.connect(server.target) as client:
+        model = client.create_model("m", {"w": np.zeros(SIZE)})
+        with model.worker("a", transport="shared") as worker:
+            worker.pull()
+            monkeypatch.setattr(_shared, "_mapped", out_of_descriptors)
+            for version in (1, 2):
+                worker.step(ONES)
+                assert worker.version == model.info().version == version
