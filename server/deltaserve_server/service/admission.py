@@ -5,20 +5,16 @@ from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltaserve._codec import Piece
 from deltaserve._failpoints import failpoint
 from deltaserve._flat import CHUNK_ELEMENTS, chunk_elements
 from deltaserve._wire import FLOAT32, Wire
-from deltaserve_server.adadelta.formats import widened
+from deltaserve_server.adadelta.formats import Values, widened
 from deltaserve_server.memory import Staging, State
 from deltaserve_server.memory.sharing import share
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
-
-Values = NDArray[Any]
-"""Elements of a gradient: float32, float16, or as uint16 bfloat16."""
 
 _BLOCKS = 4
 """Blocks that have sums of squares of their own, of all that a thread inspects in one call."""
@@ -257,8 +253,8 @@ def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0
                 "CHUNK_SEQUENCE", expected=f"{name} from offset {start + got}", got=f"a chunk of {piece.vector}"
             )
         values = gate.take(piece.offset, piece.data)
-        _check_state(inspector, name, piece.offset, values, layout)
         vector[got : got + values.size] = values
+        _check_state(inspector, name, piece.offset, vector[got : got + values.size], layout)
         got += values.size
     gate.close()
     return vector

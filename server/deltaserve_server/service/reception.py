@@ -12,11 +12,12 @@ import grpc
 from deltaserve._codec import Piece
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
+from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.memory import Staging
 from deltaserve_server.memory.store import ELEMENT_BYTES
 from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused, Sync
 from deltaserve_server.service import admission, convert
-from deltaserve_server.service.admission import Gate, Inspector, Values
+from deltaserve_server.service.admission import Gate, Inspector
 from deltaserve_server.service.registry import Registry
 from deltaserve_server.service.rpc import wait
 from deltaserve_server.service.wires import wire_of
