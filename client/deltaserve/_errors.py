@@ -40,6 +40,25 @@ class StaleGradientError(ConflictError):
     """The gradient is of weights that are too old. Newer ones are here now: compute it again, or leave it out."""
 
 
+class RolledBackError(StaleGradientError):
+    """The server was restarted from an older state: the gradient is of weights that are lost, and so are some pushes.
+
+    The weights of now are in place, and the worker goes on from them: compute the gradient again, or leave it out.
+
+    Attributes:
+        version: The version that the worker's weights had.
+        restored_version: The last version before that which is not lost.
+        lost_pushes: Numbers of this worker's pushes that were applied, and are lost; counted in the session that it
+            had.
+    """
+
+    def __init__(self, message: str, *, version: int, restored_version: int, lost_pushes: range) -> None:
+        super().__init__(message)
+        self.version = version
+        self.restored_version = restored_version
+        self.lost_pushes = lost_pushes
+
+
 class SessionError(Error):
     """The worker's session is over: fenced by a newer one of the same name, closed, or its lease ran out."""
 
@@ -49,7 +68,7 @@ class UnavailableError(Error):
 
 
 class StateLostError(Error):
-    """The server was restarted and does not have the model any more; the message says what was lost."""
+    """The server was restarted and does not have the model any more, or lacks a part of it; the message says what."""
 
 
 class ServerError(Error):
@@ -121,6 +140,18 @@ TABLE: Mapping[str, Row] = {
     ),
     "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} sessions"),
     "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} models"),
+    "RECOVERING": Row(
+        grpc.StatusCode.UNAVAILABLE,
+        UnavailableError,
+        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s to go",
+    ),
+    "STORAGE_UNAVAILABLE": Row(
+        grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot write to its data directory: {why}"
+    ),
+    "NOT_DURABLE": Row(
+        _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"
+    ),
+    "LINEAGE_UNKNOWN": Row(_PRECONDITION, StateLostError, "model {model} is another one than before, of the same name"),
     "DRAINING": Row(grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server is about to stop"),
     "STALE_BASE": Row(
         grpc.StatusCode.ABORTED,

@@ -42,6 +42,26 @@ NAMES: Mapping[str, str] = {
     "push.updated": "the new version is computed, not current",
     "push.published": "the new version is current, nobody has been told",
     "push.acknowledged": "the update is made, its answer is about to be sent",
+    # Where there is a journal.
+    "journal.recorded": "an update is made, its record waits to be written",
+    "journal.written": "records are written, and not on the disk",
+    "journal.synced": "records are as safe as they are to be, nobody has been told",
+    # Whenever a small file or a snapshot is written.
+    "file.created": "a file is made under another name, and is empty",
+    "file.mid_write": "a part of it is written",
+    "file.written": "all of it is written, and not on the disk",
+    "file.synced": "it is on the disk, under another name",
+    "file.renamed": "it has its name, which is not on the disk",
+    "file.safe": "it is there for good",
+    "snapshot.cut": "a snapshot is taken, nothing of it is written",
+    "snapshot.tensors": "its tensors are there for good, its manifest is not begun",
+    "snapshot.manifest": "it is there for good, nothing old is removed",
+    "snapshot.removing": "one more old file is about to be removed",
+    # When a server comes back.
+    "recovery.manifest": "a model's newest manifest is read",
+    "recovery.tensors": "its tensors are read",
+    "recovery.replay": "one more record has happened again",
+    "recovery.done": "a model is back, and not yet served",
 }
 """Every place, and what holds there."""
 

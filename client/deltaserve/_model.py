@@ -24,6 +24,7 @@ from deltaserve._types import (
     ModelInfo,
     ModelState,
     Policy,
+    SnapshotInfo,
     TensorSpec,
     from_policy,
     from_tensors,
@@ -31,6 +32,7 @@ from deltaserve._types import (
     to_model_event,
     to_model_info,
     to_policy,
+    to_snapshot,
     to_tensors,
 )
 from deltaserve._wire import WIRES, Wire, WireType, named
@@ -213,6 +215,25 @@ class Model:
         self.tensors += specs
         self.groups += tuple(groups)
         return bool(answer.extended)
+
+    def save_snapshot(self) -> SnapshotInfo:
+        """Takes a snapshot of the model as it is now; returns when it is safe on the server's disk.
+
+        Raises:
+            RequestError: The server has no data directory.
+            UnavailableError: The snapshot cannot be written.
+        """
+        request = model_service_pb2.SaveSnapshotRequest(model=self.name)
+        return to_snapshot(self._connection.call("SaveSnapshot", request).snapshot)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """Returns the snapshots that the server keeps, oldest first.
+
+        Raises:
+            RequestError: The server has no data directory.
+        """
+        request = model_service_pb2.ListSnapshotsRequest(model=self.name)
+        return [to_snapshot(one) for one in self._connection.call("ListSnapshots", request).snapshots]
 
     def delete(self) -> None:
         """Forgets the model; its workers' next calls fail."""

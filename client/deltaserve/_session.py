@@ -29,6 +29,7 @@ class Session:
         lease_seconds: None means the server's default.
         tensor_count: How many of the model's tensors the worker knows.
         group_count: How many of its groups.
+        lineage: What the worker knows the model by; None where it knows nothing of it.
 
     Attributes:
         opened: What the server answered.
@@ -43,6 +44,7 @@ class Session:
         lease_seconds: float | None,
         tensor_count: int,
         group_count: int,
+        lineage: bytes | None = None,
     ) -> None:
         self._connection = connection
         self._worker = worker
@@ -52,6 +54,7 @@ class Session:
             lease_seconds=lease_seconds,
             tensor_count=tensor_count,
             group_count=group_count,
+            lineage=lineage,
         )
         self.opened: rpc.OpenSessionResponse = connection.call("OpenSession", request)
         failpoint("worker.opened")

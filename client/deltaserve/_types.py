@@ -165,6 +165,23 @@ class ModelState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotInfo:
+    """A model's image on the server's disk.
+
+    Attributes:
+        number: Counts the model's snapshots.
+        version: The version that it holds.
+        bytes: Its size.
+        taken_at: When, in seconds since 1970-01-01 00:00 UTC.
+    """
+
+    number: int
+    version: int
+    bytes: int
+    taken_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What became of a push.
 
@@ -261,6 +278,7 @@ class ServerInfo:
         device_name: The device's own name.
         threads: Threads that an update runs on; 0 on a GPU.
         limits: What it accepts.
+        durability: What survives its death: "none", "snapshot", "journal" or "fsync".
         uptime_seconds: Since it began to serve.
     """
 
@@ -270,6 +288,7 @@ class ServerInfo:
     device_name: str
     threads: int
     limits: Limits
+    durability: str
     uptime_seconds: float
 
 
@@ -370,6 +389,11 @@ def to_model_summary(message: model_service_pb2.ModelSummary) -> ModelSummary:
     )
 
 
+def to_snapshot(message: model_service_pb2.Snapshot) -> SnapshotInfo:
+    """Returns a snapshot's line."""
+    return SnapshotInfo(number=message.number, version=message.version, bytes=message.bytes, taken_at=message.taken_at)
+
+
 def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
     """Returns what became of a push."""
     return StepResult(
@@ -425,6 +449,7 @@ def to_server_info(message: system_service_pb2.GetServerInfoResponse) -> ServerI
         device_name=message.device.name,
         threads=message.device.threads,
         limits=Limits(**{field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields}),
+        durability=common_pb2.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
         uptime_seconds=message.uptime_seconds,
     )
 

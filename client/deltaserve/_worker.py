@@ -14,7 +14,16 @@ from numpy.typing import ArrayLike
 
 from deltaserve._connection import Connection, incarnation
 from deltaserve._early import EarlyPush
-from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, StateLostError, UnavailableError
+from deltaserve._errors import (
+    ConflictError,
+    Error,
+    RequestError,
+    RolledBackError,
+    SessionError,
+    StaleGradientError,
+    StateLostError,
+    UnavailableError,
+)
 from deltaserve._exchange import Exchange, Transport
 from deltaserve._failpoints import failpoint
 from deltaserve._flat import FlatVector, contiguous
@@ -35,6 +44,10 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 _log = logging.getLogger("deltaserve")
 
 _POLL_SECONDS = 0.1
+
+
+class _RestartedError(Exception):
+    """An answer came from a server that was started anew; nothing of it was taken."""
 
 
 class Worker:
@@ -69,6 +82,8 @@ class Worker:
         self._own: dict[str, Array] | None = None
         self._version: int | None = None
         self._torn = False
+        self._lineage: bytes | None = None
+        self._share_again = False
         self._transport = transport
         self._exchange = Exchange(connection, wire)
         self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
@@ -76,7 +91,7 @@ class Worker:
 
     def _join(self) -> None:
         """Opens a session and numbers pushes from 1."""
-        session = self._open_session()
+        session = self._open_session(self._lineage)
         finalize = weakref.finalize(self, session.close)
         opened = session.opened
         # From here on without a call that could be interrupted: the numbers are those of this session.
@@ -85,13 +100,18 @@ class Worker:
         self.rank: int = opened.rank
         self._position = opened.position
         self._first_version: int = opened.first_version
+        self._lineage = opened.lineage
         self._sequence = 1
         self._sent = False
         try:
-            self._exchange.share(session.id, sum(prod(spec.shape) for spec in self.tensors), self._transport)
+            self._share()
         except (Error, OSError):
             session.close()
             raise
+
+    def _share(self) -> None:
+        self._share_again = False
+        self._exchange.share(self._session.id, sum(prod(spec.shape) for spec in self.tensors), self._transport)
 
     @property
     def version(self) -> int:
@@ -124,7 +144,14 @@ class Worker:
         """
         arrays = self._memory(out)
         own = dict(arrays) if out is None else None
-        self._pull(FlatVector(list(arrays.values())), self._first_version if self._version is None else None)
+        target = FlatVector(list(arrays.values()))
+        try:
+            self._pull(target, self._first_version if self._version is None else None)
+        except _RestartedError:
+            lost = self._go_on()
+            if lost:
+                _log.warning("%s", lost)
+            self._pull(target, self._first_version if lost else None)
         self._own = own
         return arrays
 
@@ -155,6 +182,8 @@ class Worker:
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
             StaleGradientError: The gradient is of weights that are too old for the round or for `max_staleness`, or
                 that had arrived in part only. Newer weights are in place now.
+            RolledBackError: The gradient is of weights that a restart of the server has lost; the error says which
+                pushes were lost too. The weights of now are in place.
             ConflictError: Workers of one round pushed different hyperparameters.
             SessionError: The session is over, because a newer one of this name was opened, or it was closed; a note
                 says what became of the last push.
@@ -173,20 +202,40 @@ class Worker:
             self._pull(target, None)
             raise mended
         header = self._header(absent, hyperparameters, weight)
+        if self._share_again and not self._sent:
+            self._share()
+        while not self._is_through(header, pushed, absent, target, mended):
+            self._address(header)
+        self._own = own
+        return arrays
+
+    def _is_through(
+        self,
+        header: rpc.PushHeader,
+        pushed: FlatVector,
+        absent: list[int],
+        target: FlatVector,
+        mended: StaleGradientError | None,
+    ) -> bool:
+        """Pushes; returns False where that is to be done again, the session, or the server, being another now."""
+        session = self._session
         try:
             self._push_after_any(header, pushed, absent, target, mended)
+        except _RestartedError:
+            stale = self._go_on()
         except SessionError as error:
             if error.reason != "SESSION_UNKNOWN" or not self._finalize.alive:
                 error.add_note(self._fate())
                 raise
-            stale = self._rejoin() or mended
-            if stale:
-                self._pull(target, self._first_version)
-                raise stale from None
-            self._address(header)
-            self._push(header, pushed, absent, target)
-        self._own = own
-        return arrays
+            stale = self._rejoin()
+        else:
+            return True
+        if self._session is not session:
+            stale = stale or mended
+        if stale:
+            self._pull(target, self._first_version)
+            raise stale from None
+        return False
 
     def get_push(self, sequence: int | None = None) -> PushStatus:
         """Returns what became of a push, also when the session is over.
@@ -345,26 +394,74 @@ class Worker:
         # Last: whoever is interrupted later must not take the gradient for one of these weights.
         self._pull(target, int(error.metadata["current"]))
 
-    def _rejoin(self) -> StaleGradientError | None:
-        """Opens a new session where the lease of the old one ran out, as after a pause or a long silence.
+    def _go_on(self) -> StaleGradientError | None:
+        """Goes on with a server that was started anew: in the same session, where it has lost nothing.
 
-        A push that the old one had accepted is still answered; that this was not the answer means that nothing of it
+        Returns:
+            As `_rejoin`.
+        """
+        try:
+            self._position = self._session.keep().position
+        except SessionError as error:
+            if error.reason != "SESSION_UNKNOWN":
+                raise
+            return self._rejoin()
+        except Error as error:
+            raise self._explained(error) from None
+        _log.info("worker %s: the server was restarted, and nothing is lost", self.name)
+        self._share_again = True  # not now: what became of the last push is not known
+        return None
+
+    def _rejoin(self) -> StaleGradientError | None:
+        """Opens a new session where the old one is not known any more.
+
+        Its lease ran out, as after a pause or a long silence; or the server was started anew from an older state. A
+        push that the old session had accepted is still answered; that this was not the answer means that nothing of it
         was applied, so it may be pushed anew.
 
         Returns:
-            What to raise where the server does not know any more which pushes the old session made.
+            What to raise where the weights that the worker has are lost, or where the server does not know any more
+            which pushes the old session made.
         """
         known = self._ask(self._sequence)
-        finalize = self._finalize
-        self._join()
+        finalize, lineage, next_number = self._finalize, self._lineage, self._sequence
+        try:
+            self._join()
+        except Error as error:
+            raise self._explained(error) from None
         failpoint("worker.rejoined")
         finalize.detach()
+        if self._lineage != lineage:
+            return self._rolled_back(lineage, range(known.last_applied_sequence + 1 if known else 1, next_number))
         _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
         if known:
             return None
         return StaleGradientError(
             f"worker {self.name}: the lease had run out too long ago to know whether the last push was applied; the "
             "gradient is left out, a new session is open and newer weights are in place"
+        )
+
+    def _rolled_back(self, lineage: bytes | None, lost: range) -> RolledBackError | None:
+        """Compares what this worker has with what is left of the lineage that it knew.
+
+        Args:
+            lineage: That one; an ancestor of the present one.
+            lost: Numbers of the pushes that are lost.
+        """
+        opened = self._session.opened
+        restored = next(one.version for one in opened.ancestors if one.lineage == lineage)
+        version = self.version
+        if version <= restored and not lost:
+            _log.warning("worker %s: the server was restarted; it goes on in a new session", self.name)
+            return None
+        pushes = f"pushes {lost[0]} to {lost[-1]} of this worker" if lost else "no push of this worker"
+        return RolledBackError(
+            f"worker {self.name}: the server was restarted and has gone back to version {restored} of model "
+            f"{self._model}: what came after is lost, {pushes} among it. The gradient is of version {version} and is "
+            "left out; a new session is open, and the weights of now are in place",
+            version=version,
+            restored_version=restored,
+            lost_pushes=lost,
         )
 
     def _ask(self, number: int) -> rpc.GetPushResponse | None:
@@ -403,12 +500,13 @@ class Worker:
         """Looks at an answer before its weights are written; until the last of them is, they are of two versions.
 
         Raises:
+            _RestartedError: They are of another incarnation than what came before.
             Error: They are not of the model that the session was opened with.
         """
         before = self._position
         if position.incarnation != before.incarnation:
-            self._session.keep()  # a server that was restarted knows the session if it still has the state
-        elif position.version < before.version:
+            raise _RestartedError
+        if position.version < before.version:
             raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
         self._torn = True
 
@@ -430,7 +528,14 @@ class Worker:
 
     def _explained(self, error: Error) -> Error:
         """Returns the error, or what it means where the server is another than the session was opened with."""
-        if error.reason not in ("MODEL_NOT_FOUND", "SESSION_UNKNOWN"):
+        if isinstance(error, RequestError) and error.metadata.get("field") in ("tensor_count", "group_count"):
+            return StateLostError(
+                f"the server at {self._connection.target} was restarted from a state of model {self._model} that is "
+                "older than a part of its layout: extend the model again",
+                reason=error.reason,
+                metadata=error.metadata,
+            )
+        if error.reason not in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN"):
             return error
         if incarnation(self._connection) in (None, self._position.incarnation):
             return error

@@ -32,6 +32,9 @@ from deltaserve_server.config import (
     usable_memory_bytes,
     usable_threads,
 )
+from deltaserve_server.durability.copies import Copies
+from deltaserve_server.durability.directory import DataDirectory
+from deltaserve_server.durability.keeper import Durability, Schedule
 from deltaserve_server.memory import Budget, Store, heap
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
@@ -56,6 +59,8 @@ class Server:
     Raises:
         OSError: From `start`, where the address cannot be bound.
         RuntimeError: The device that is asked for is not there.
+        ValueError: The place for copies cannot be used.
+        DataDirectoryError: The data directory cannot be used; from `start`, where a model in it does not come back.
 
     Example:
         >>> with Server(ServerConfig(bind="127.0.0.1:0")) as server:
@@ -75,7 +80,14 @@ class Server:
         self.device = place.device
         memory_bytes = self.config.memory_bytes or place.memory_bytes
         self._registry = Registry(
-            self.config, memory_bytes, self.incarnation, place.make_store, self._health, executor, threads
+            self.config,
+            memory_bytes,
+            self.incarnation,
+            place.make_store,
+            self._health,
+            executor,
+            threads,
+            *_safe_place(self.config),
         )
         # Twice: a worker may retry while the server has not yet seen that its first call is gone.
         workers = 2 * self.config.sessions + self.config.watchers + _SPARE_THREADS
@@ -92,10 +104,13 @@ class Server:
         return self._target
 
     def start(self) -> None:
-        """Binds and serves.
+        """Binds, brings back what is in the data directory, and serves.
+
+        Meanwhile whoever asks for a model that is still to come is told so.
 
         Raises:
             OSError: The address cannot be bound.
+            DataDirectoryError: A model does not come back.
         """
         if self._owns_process:
             heap.keep_freed()
@@ -106,7 +121,13 @@ class Server:
             port = 0
         if not port:
             raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._grpc.start()
+        try:
+            self._registry.restore(accept_data_loss=self.config.accept_data_loss)
+        except BaseException:
+            self._grpc.stop(0).wait()
+            raise
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         host = bind.rpartition(":")[0]
         listens = bind if bind.startswith("unix:") else f"{host}:{port}"
@@ -175,6 +196,17 @@ class LocalServer(Server):
     def __init__(self, config: ServerConfig | None = None) -> None:
         config = config or ServerConfig(device="cpu")
         super().__init__(replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config)
+
+
+def _safe_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | None]:
+    """Returns where models are kept safe, and where their snapshots are copied to."""
+    if config.data_dir is None or config.keeps == "none":
+        return None, None
+    schedule = Schedule(
+        durability=Durability(config.keeps), updates=config.snapshot_updates, seconds=config.snapshot_seconds
+    )
+    copies = Copies(config.copy_to) if config.copy_to else None
+    return DataDirectory(config.data_dir, schedule), copies
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

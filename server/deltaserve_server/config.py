@@ -7,6 +7,8 @@ from typing import Literal
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
+DurabilityKind = Literal["none", "snapshot", "journal", "fsync"]
+
 MIB = 1 << 20
 
 _LOOPBACK = "127.", "localhost:", "[::1]:"
@@ -50,6 +52,14 @@ class ServerConfig:
         keepalive_seconds: How long a connection may be silent before it is pinged; the answer may take half as long.
         shared_memory: Whether workers on this host that run as the same user may exchange vectors through memory that
             the server shares with them; None means if `bind` is a loopback address or a Unix socket.
+        data_dir: Where models are kept safe; None means nowhere.
+        durability: What survives the death of the server: "none"; "snapshot", each model as of its last snapshot;
+            "journal", every acknowledged push; "fsync", those also where the machine loses its power. None means
+            "snapshot" where there is a `data_dir`.
+        snapshot_updates: A snapshot is taken after so many updates of a model; None means not for that reason.
+        snapshot_seconds: And after so many seconds in which something happened to it; None likewise.
+        copy_to: An fsspec URL of a folder that each snapshot is copied to, as s3://bucket/path; None means none.
+        accept_data_loss: Start also where a file in `data_dir` is corrupt, with what is good.
     """
 
     bind: str = DEFAULT_BIND
@@ -66,12 +76,19 @@ class ServerConfig:
     lease_seconds_max: float = 3600.0
     keepalive_seconds: float = 20.0
     shared_memory: bool | None = None
+    data_dir: Path | None = None
+    durability: DurabilityKind | None = None
+    snapshot_updates: int | None = None
+    snapshot_seconds: float | None = 60.0
+    copy_to: str | None = None
+    accept_data_loss: bool = False
 
     def __post_init__(self) -> None:
         host, separator, port = self.bind.rpartition(":")
         if not self._unix and (not separator or not host or not port.isdecimal() or int(port) > 65_535):
             raise ValueError(f"bind: expected HOST:PORT or unix:PATH, got {self.bind!r}")
-        for name in ("threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"):
+        counts = "threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"
+        for name in (*counts, "snapshot_updates"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -79,6 +96,19 @@ class ServerConfig:
             raise ValueError("lease_seconds: expected 0 < lease_seconds_min <= lease_seconds <= lease_seconds_max")
         if self.keepalive_seconds <= 0:
             raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
+        if self.snapshot_seconds is not None and self.snapshot_seconds <= 0:
+            raise ValueError(f"snapshot_seconds: expected more than 0, got {self.snapshot_seconds}")
+        if self.data_dir is None and self.keeps != "none":
+            raise ValueError(f"durability {self.durability} takes a data directory")
+        if self.copy_to is not None and self.keeps == "none":
+            raise ValueError("copies take a data directory, and a durability other than none")
+
+    @property
+    def keeps(self) -> DurabilityKind:
+        """What `durability` comes to."""
+        if self.durability is not None:
+            return self.durability
+        return "none" if self.data_dir is None else "snapshot"
 
     @property
     def shares_memory(self) -> bool:

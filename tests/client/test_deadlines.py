@@ -50,6 +50,8 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "Model.put_state": lambda scene: scene.model.put_state(scene.state),
     "Model.put_state of many chunks": lambda scene: scene.large.put_state(scene.large_state),
     "Model.update": lambda scene: scene.model.update(policy=deltaserve.Bounded(slack=1)),
+    "Model.save_snapshot": lambda scene: scene.model.save_snapshot(),
+    "Model.snapshots": lambda scene: scene.model.snapshots(),
     "Model.extend": lambda scene: scene.model.extend({"x": np.zeros(3)}),
     "Model.delete": lambda scene: scene.model.delete(),
     "Worker.pull": lambda scene: scene.worker.pull(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import deltaserve
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
-from deltaserve_server import LocalServer
+from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.service.model_service import ModelServicer
 from deltaserve_server.service.system_service import SystemServicer
 from deltaserve_server.service.worker_service import WorkerServicer
@@ -56,6 +57,8 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "OpenSharedMemory": lambda scene: scene.client.model("large").worker("b", transport="shared"),
     "Pull": lambda scene: scene.worker.pull(),
     "GetPush": lambda scene: scene.worker.get_push(),
+    "SaveSnapshot": lambda scene: scene.model.save_snapshot(),
+    "ListSnapshots": lambda scene: scene.model.snapshots(),
     "GetServerInfo": lambda scene: scene.client.server_info(),
 }
 """By RPC: what calls it. KeepSession is called by a thread of the worker's own; test_leases.py sees it at work."""
@@ -84,8 +87,9 @@ def test_the_table_has_every_rpc() -> None:
 
 
 @pytest.mark.parametrize("name", [name for _, name in METHODS])
-def test_a_method_of_the_client_calls_it(name: str, reached: list[str]) -> None:
-    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
+def test_a_method_of_the_client_calls_it(name: str, reached: list[str], tmp_path: Path) -> None:
+    config = ServerConfig(device="cpu", data_dir=tmp_path)
+    with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
         scene = Scene(client)
         reached.clear()
         CALLS[name](scene)

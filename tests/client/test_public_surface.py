@@ -94,7 +94,7 @@ def test_no_public_attribute_holds_a_message(client: deltaserve.Client) -> None:
 
 def test_every_error_is_an_error_of_deltaserve() -> None:
     errors = [kind for kind in CLASSES if issubclass(kind, Exception)]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert issubclass(deltaserve.StaleGradientError, deltaserve.ConflictError), "who handled the latter still does"
     assert all(issubclass(kind, deltaserve.Error) for kind in errors)
     error = deltaserve.RequestError("text", reason="NAME_INVALID", metadata={"field": "name"})

@@ -10,8 +10,10 @@ from wire import Session, creation, eventually, sync
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
 from deltaserve.v1 import worker_service_pb2 as workers
+from deltaserve_server.durability.commits import StorageError
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.service import worker_service
+from deltaserve_server.service.recovering import Recovering
 
 ID = b"0123456789abcdef"
 
@@ -386,6 +388,66 @@ def a_session(scene: Scene) -> Request:
 @_draining
 def a_model(scene: Scene) -> Request:
     return "CreateModel", list(creation("new"))
+
+
+# --- what survives
+
+
+@case("NOT_DURABLE")
+def a_snapshot_where_there_is_no_place_for_it(scene: Scene) -> Request:
+    return "SaveSnapshot", [models.SaveSnapshotRequest(model="m")]
+
+
+@case("NOT_DURABLE")
+def the_snapshots_where_there_is_no_place_for_them(scene: Scene) -> Request:
+    return "ListSnapshots", [models.ListSnapshotsRequest(model="m")]
+
+
+@case("MODEL_NOT_FOUND", model="nothing")
+def a_snapshot_of_what_is_not_there(scene: Scene) -> Request:
+    return "SaveSnapshot", [models.SaveSnapshotRequest(model="nothing")]
+
+
+def _coming(scene: Scene) -> None:
+    scene.monkeypatch.setattr(scene.server._registry, "_recovering", Recovering({"coming": 400, "further": 600}))
+    scene.server._registry._recovering.progress(250)
+
+
+@case("RECOVERING", retry=True, model="coming", percent="25")
+def a_model_that_is_still_read(scene: Scene) -> Request:
+    _coming(scene)
+    return "GetModel", [models.GetModelRequest(model="coming")]
+
+
+@case("RECOVERING", retry=True, model="further", percent="25")
+def creating_a_model_that_is_still_read(scene: Scene) -> Request:
+    _coming(scene)
+    return "CreateModel", list(creation("further"))
+
+
+def _full(*_: object) -> None:
+    raise StorageError("No space left on device")
+
+
+def _on_a_full_disk(scene: Scene) -> None:
+    scene.monkeypatch.setattr(scene.server._registry.get("m")._commits, "ready", _full)
+
+
+@case("STORAGE_UNAVAILABLE", retry=True, why="No space left on device")
+def a_push_that_cannot_be_written_down(scene: Scene) -> Request:
+    _on_a_full_disk(scene)
+    return step(scene.a.header(3), *[1.0] * 5)
+
+
+@case("STORAGE_UNAVAILABLE", retry=True, why="No space left on device")
+def a_session_that_cannot_be_written_down(scene: Scene) -> Request:
+    _on_a_full_disk(scene)
+    return opened(scene)
+
+
+@case("LINEAGE_UNKNOWN", model="m")
+def a_worker_of_another_model_of_the_same_name(scene: Scene) -> Request:
+    return opened(scene, lineage=ID)
 
 
 @case("INTERNAL")

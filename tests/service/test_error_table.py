@@ -68,7 +68,7 @@ def test_codes_and_metadata_are_those_of_the_proto() -> None:
 
 
 def test_every_exception_is_public() -> None:
-    kinds = {row.exception for row in TABLE.values()} | {deltaserve.StateLostError}
+    kinds = {row.exception for row in TABLE.values()} | {deltaserve.RolledBackError}
     assert all(getattr(deltaserve, kind.__name__) is kind and kind.__name__ in deltaserve.__all__ for kind in kinds)
     assert kinds == set(_below(Error))
 

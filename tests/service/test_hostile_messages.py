@@ -4,6 +4,7 @@ Each run is the same: the random source is seeded. Requests that are still good 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -24,7 +25,17 @@ SHAPES = {"w": (4, 5), "none": (0,), "b": (4,)}
 GROUPS = [Hyperparameters(lr=0.5), Hyperparameters(rho=0.8)]
 CONFIG = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, models=8, sessions=16)
 CODES = {row.code for row in TABLE.values()} - {grpc.StatusCode.INTERNAL}
-READS = ("GetModel", "ListModels", "PullState", "Pull", "GetServerInfo", "GetPush", "WatchModel")
+READS = (
+    "GetModel",
+    "ListModels",
+    "PullState",
+    "Pull",
+    "GetServerInfo",
+    "GetPush",
+    "WatchModel",
+    "SaveSnapshot",
+    "ListSnapshots",
+)
 WAITS = 0.1
 """Seconds after which a pull that waits for a version far away is given up."""
 
@@ -58,6 +69,8 @@ class Target:
             "UpdateModel": [models.UpdateModelRequest(model="m", groups=GROUPS, policy=policy)],
             "WatchModel": [models.WatchModelRequest(model="m")],
             "DeleteModel": [models.DeleteModelRequest(model="m")],
+            "SaveSnapshot": [models.SaveSnapshotRequest(model="m")],
+            "ListSnapshots": [models.ListSnapshotsRequest(model="m")],
             "PullState": [models.PullStateRequest(model="m", optimizer_state=True)],
             "PutState": [
                 state(header=models.PutStateHeader(model="m", update_counts=[1, 2, 3])),
@@ -117,8 +130,9 @@ class Target:
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[Target]:
-    with LocalServer(CONFIG) as server, Wire(server.target) as wire:
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    config = replace(CONFIG, data_dir=tmp_path_factory.mktemp("data"), durability="journal")
+    with LocalServer(config) as server, Wire(server.target) as wire:
         yield Target(wire)
 
 

@@ -93,6 +93,42 @@ than half.
 """
 global___Reduction = Reduction
 
+class _Durability:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DurabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """Not set."""
+    DURABILITY_NONE: _Durability.ValueType  # 1
+    """Nothing: the server has no data directory."""
+    DURABILITY_SNAPSHOT: _Durability.ValueType  # 2
+    """Each model as of its last snapshot. Those come from time to time, and when the server stops in good order."""
+    DURABILITY_JOURNAL: _Durability.ValueType  # 3
+    """Every acknowledged push, unless the machine itself fails: an update is in the model's journal before anybody is
+    told of it.
+    """
+    DURABILITY_FSYNC: _Durability.ValueType  # 4
+    """Every acknowledged push, also where the machine loses its power: the journal is on the disk before anybody is told."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """What survives the death of the server process."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""Not set."""
+DURABILITY_NONE: Durability.ValueType  # 1
+"""Nothing: the server has no data directory."""
+DURABILITY_SNAPSHOT: Durability.ValueType  # 2
+"""Each model as of its last snapshot. Those come from time to time, and when the server stops in good order."""
+DURABILITY_JOURNAL: Durability.ValueType  # 3
+"""Every acknowledged push, unless the machine itself fails: an update is in the model's journal before anybody is
+told of it.
+"""
+DURABILITY_FSYNC: Durability.ValueType  # 4
+"""Every acknowledged push, also where the machine loses its power: the journal is on the disk before anybody is told."""
+global___Durability = Durability
+
 @typing.final
 class TensorSpec(google.protobuf.message.Message):
     """One tensor of a model. The order of tensors in ModelConfig is the layout: tensor k is
@@ -379,8 +415,10 @@ class ModelPosition(google.protobuf.message.Message):
     DURABLE_VERSION_FIELD_NUMBER: builtins.int
     incarnation: builtins.str
     """32 hexadecimal digits, chosen anew by each start of the server process. Within one incarnation a model's version
-    never goes back. A new incarnation has lost all sessions, and of each model what lay beyond durable_version: where
-    a model is not found any more, create it again with weights that a worker holds.
+    never goes back. What a new incarnation does not have was lost: updates beyond durable_version, and then all
+    sessions with them (SESSION_UNKNOWN: OpenSessionResponse.lineage tells from which version on). If no update was
+    lost, sessions go on as if nothing had happened. Where a model is not found any more, create it again with weights
+    that a worker holds.
     """
     version: builtins.int
     """The current version: one more with every update and with every PutState, and, the weights staying as they are,

@@ -95,8 +95,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_MODEL_LIMIT: _ErrorReason.ValueType  # 22
     """RESOURCE_EXHAUSTED {limit}: too many models."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 23
-    """UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows may have lost the
-    session.
+    """UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows knows the session if it
+    has a data directory.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
@@ -117,6 +117,20 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: _ErrorReason.ValueType  # 29
     """FAILED_PRECONDITION {why}: the server shares no memory with this caller, or not for this push. May come with
     RetryInfo.
+    """
+    ERROR_REASON_RECOVERING: _ErrorReason.ValueType  # 30
+    """UNAVAILABLE {model, percent, seconds}: the server was started not long ago and still reads the model from its data
+    directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
+    """
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 31
+    """UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full. What was asked for
+    is not done, or is done and not yet safe: send the same request again. Comes with RetryInfo.
+    """
+    ERROR_REASON_NOT_DURABLE: _ErrorReason.ValueType  # 32
+    """FAILED_PRECONDITION {}: the server has no data directory, so there are no snapshots."""
+    ERROR_REASON_LINEAGE_UNKNOWN: _ErrorReason.ValueType  # 33
+    """FAILED_PRECONDITION {model}: the model is another one than that of the lineage that the worker knows: the server
+    was restarted without it, and somebody has created one of the same name.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -187,8 +201,8 @@ ERROR_REASON_SESSION_LIMIT: ErrorReason.ValueType  # 21
 ERROR_REASON_MODEL_LIMIT: ErrorReason.ValueType  # 22
 """RESOURCE_EXHAUSTED {limit}: too many models."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 23
-"""UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows may have lost the
-session.
+"""UNAVAILABLE {}: the server is about to stop. Comes with RetryInfo; the server that follows knows the session if it
+has a data directory.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL {incident}: a fault of the server. The incident is an id in its log."""
@@ -209,5 +223,19 @@ the worker is `ahead` steps ahead of the slowest. Comes with RetryInfo.
 ERROR_REASON_SHARED_MEMORY_UNAVAILABLE: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION {why}: the server shares no memory with this caller, or not for this push. May come with
 RetryInfo.
+"""
+ERROR_REASON_RECOVERING: ErrorReason.ValueType  # 30
+"""UNAVAILABLE {model, percent, seconds}: the server was started not long ago and still reads the model from its data
+directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
+"""
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 31
+"""UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full. What was asked for
+is not done, or is done and not yet safe: send the same request again. Comes with RetryInfo.
+"""
+ERROR_REASON_NOT_DURABLE: ErrorReason.ValueType  # 32
+"""FAILED_PRECONDITION {}: the server has no data directory, so there are no snapshots."""
+ERROR_REASON_LINEAGE_UNKNOWN: ErrorReason.ValueType  # 33
+"""FAILED_PRECONDITION {model}: the model is another one than that of the lineage that the worker knows: the server
+was restarted without it, and somebody has created one of the same name.
 """
 global___ErrorReason = ErrorReason

@@ -726,3 +726,123 @@ class WatchModelResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["missed", b"missed", "position", b"position", "update", b"update"]) -> None: ...
 
 global___WatchModelResponse = WatchModelResponse
+
+@typing.final
+class Snapshot(google.protobuf.message.Message):
+    """A model's image on the server's disk."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    TAKEN_AT_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Counts the model's snapshots; a later one has a larger number."""
+    version: builtins.int
+    """The version that it holds."""
+    bytes: builtins.int
+    """Its size."""
+    taken_at: builtins.float
+    """When it was taken, in seconds since 1970-01-01 00:00 UTC."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        version: builtins.int = ...,
+        bytes: builtins.int = ...,
+        taken_at: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "number", b"number", "taken_at", b"taken_at", "version", b"version"]) -> None: ...
+
+global___Snapshot = Snapshot
+
+@typing.final
+class SaveSnapshotRequest(google.protobuf.message.Message):
+    """Asks for a snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___SaveSnapshotRequest = SaveSnapshotRequest
+
+@typing.final
+class SaveSnapshotResponse(google.protobuf.message.Message):
+    """The snapshot is safe."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    @property
+    def snapshot(self) -> global___Snapshot:
+        """The new snapshot."""
+
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: global___Snapshot | None = ...,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["position", b"position", "snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["position", b"position", "snapshot", b"snapshot"]) -> None: ...
+
+global___SaveSnapshotResponse = SaveSnapshotResponse
+
+@typing.final
+class ListSnapshotsRequest(google.protobuf.message.Message):
+    """Asks for a model's snapshots."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model's name."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___ListSnapshotsRequest = ListSnapshotsRequest
+
+@typing.final
+class ListSnapshotsResponse(google.protobuf.message.Message):
+    """What is kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOTS_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    @property
+    def snapshots(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Snapshot]:
+        """Oldest first."""
+
+    @property
+    def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
+        """Where the model stands."""
+
+    def __init__(
+        self,
+        *,
+        snapshots: collections.abc.Iterable[global___Snapshot] | None = ...,
+        position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["position", b"position"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["position", b"position", "snapshots", b"snapshots"]) -> None: ...
+
+global___ListSnapshotsResponse = ListSnapshotsResponse

@@ -59,6 +59,7 @@ class OpenSessionRequest(google.protobuf.message.Message):
     LEASE_SECONDS_FIELD_NUMBER: builtins.int
     TENSOR_COUNT_FIELD_NUMBER: builtins.int
     GROUP_COUNT_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     worker: builtins.str
@@ -75,6 +76,11 @@ class OpenSessionRequest(google.protobuf.message.Message):
     """How many of the model's groups the worker knows: as many its pushes carry hyperparameters for. 1 or more, unset
     means all.
     """
+    lineage: builtins.bytes
+    """For a worker that had a session with the model before: the lineage that it knows. Where that is neither the model's
+    nor an ancestor's, the call is refused with LINEAGE_UNKNOWN, before it fences anybody. Unset means that it knows
+    none.
+    """
     def __init__(
         self,
         *,
@@ -83,13 +89,16 @@ class OpenSessionRequest(google.protobuf.message.Message):
         lease_seconds: builtins.float | None = ...,
         tensor_count: builtins.int | None = ...,
         group_count: builtins.int | None = ...,
+        lineage: builtins.bytes | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "tensor_count", b"tensor_count"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "model", b"model", "tensor_count", b"tensor_count", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_lineage", b"_lineage", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "lineage", b"lineage", "tensor_count", b"tensor_count"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_group_count", b"_group_count", "_lease_seconds", b"_lease_seconds", "_lineage", b"_lineage", "_tensor_count", b"_tensor_count", "group_count", b"group_count", "lease_seconds", b"lease_seconds", "lineage", b"lineage", "model", b"model", "tensor_count", b"tensor_count", "worker", b"worker"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_group_count", b"_group_count"]) -> typing.Literal["group_count"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lease_seconds", b"_lease_seconds"]) -> typing.Literal["lease_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lineage", b"_lineage"]) -> typing.Literal["lineage"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_tensor_count", b"_tensor_count"]) -> typing.Literal["tensor_count"] | None: ...
 
@@ -108,6 +117,8 @@ class OpenSessionResponse(google.protobuf.message.Message):
     FIRST_VERSION_FIELD_NUMBER: builtins.int
     TENSOR_COUNT_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
+    ANCESTORS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """16 bytes, for every further call."""
     epoch: builtins.int
@@ -123,9 +134,20 @@ class OpenSessionResponse(google.protobuf.message.Message):
     """
     tensor_count: builtins.int
     """Number of tensors in the layout as this session knows it; its pushes hold those."""
+    lineage: builtins.bytes
+    """16 bytes that name the course that the model's versions have taken. Where a server that was restarted has lost
+    versions, it goes on from an older one under a new lineage, and numbers are given again to other weights. The same
+    lineage: whatever you know of the model still holds.
+    """
     @property
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
         """Where the model stands."""
+
+    @property
+    def ancestors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Ancestor]:
+        """The lineages before this one, the newest last; at most 64. A lineage that is not among them is that of another
+        model, which once had the same name.
+        """
 
     def __init__(
         self,
@@ -137,11 +159,35 @@ class OpenSessionResponse(google.protobuf.message.Message):
         first_version: builtins.int = ...,
         tensor_count: builtins.int = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+        lineage: builtins.bytes = ...,
+        ancestors: collections.abc.Iterable[global___Ancestor] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "first_version", b"first_version", "lease_seconds", b"lease_seconds", "position", b"position", "rank", b"rank", "session_id", b"session_id", "tensor_count", b"tensor_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ancestors", b"ancestors", "epoch", b"epoch", "first_version", b"first_version", "lease_seconds", b"lease_seconds", "lineage", b"lineage", "position", b"position", "rank", b"rank", "session_id", b"session_id", "tensor_count", b"tensor_count"]) -> None: ...
 
 global___OpenSessionResponse = OpenSessionResponse
+
+@typing.final
+class Ancestor(google.protobuf.message.Message):
+    """A lineage that was left."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LINEAGE_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    lineage: builtins.bytes
+    """Its name, 16 bytes."""
+    version: builtins.int
+    """The last version that it has in common with the present one: later ones of it are lost, and every push in them."""
+    def __init__(
+        self,
+        *,
+        lineage: builtins.bytes = ...,
+        version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lineage", b"lineage", "version", b"version"]) -> None: ...
+
+global___Ancestor = Ancestor
 
 @typing.final
 class KeepSessionRequest(google.protobuf.message.Message):
@@ -755,10 +801,13 @@ class GetPushResponse(google.protobuf.message.Message):
     FINAL_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    LAST_APPLIED_SEQUENCE_FIELD_NUMBER: builtins.int
     state: global___PushState.ValueType
     """Where it stands."""
     final: builtins.bool
     """Whether that will not change any more: it was applied, or it never came and its session has ended."""
+    last_applied_sequence: builtins.int
+    """Sequence number of the session's last push that is part of an update; 0 before the first."""
     @property
     def result(self) -> global___PushResult:
         """Set when it was applied; for a push before the session's last 8 with the current version and no more."""
@@ -774,8 +823,9 @@ class GetPushResponse(google.protobuf.message.Message):
         final: builtins.bool = ...,
         result: global___PushResult | None = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+        last_applied_sequence: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["final", b"final", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["final", b"final", "last_applied_sequence", b"last_applied_sequence", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
 
 global___GetPushResponse = GetPushResponse

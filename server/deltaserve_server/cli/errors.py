@@ -11,6 +11,9 @@ EXTRAS = {
     "numba": "server",
     "grpc_reflection": "server",
     "safetensors": "server",
+    "crc32c": "server",
+    "fsspec": "server",
+    "msgspec": "server",
 }
 
 

@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaserve_server.cli.errors import INTERRUPTED, CommandError
+from deltaserve_server.cli.errors import INTERRUPTED, CommandError, UsageError
 from deltaserve_server.cli.options import parse_address, parse_bytes
 
 if TYPE_CHECKING:
-    from deltaserve_server import Server
+    from deltaserve_server import Server, ServerConfig
 
 log = logging.getLogger("deltaserve")
 
@@ -31,6 +32,15 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class Durability(StrEnum):
+    """What survives the death of the server."""
+
+    NONE = "none"
+    SNAPSHOT = "snapshot"
+    JOURNAL = "journal"
+    FSYNC = "fsync"
 
 
 class Level(StrEnum):
@@ -105,6 +115,57 @@ Grace = Annotated[
         help="How long rounds under way may go on after SIGTERM or Ctrl+C.",
     ),
 ]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        envvar="DELTASERVE_DATA_DIR",
+        help="Where models are kept safe; one server, one directory.",
+        show_default="nowhere",
+    ),
+]
+DurabilityOption = Annotated[
+    Durability | None,
+    typer.Option(
+        "--durability",
+        envvar="DELTASERVE_DURABILITY",
+        help="What survives the server's death: the last snapshot; with journal every acknowledged push; with fsync "
+        "those also where the machine loses its power.",
+        show_default="snapshot with --data-dir, else none",
+    ),
+]
+SnapshotUpdates = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DELTASERVE_SNAPSHOT_UPDATES",
+        help="Take a snapshot of a model after so many updates.",
+        show_default="never for that reason",
+    ),
+]
+SnapshotSeconds = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        envvar="DELTASERVE_SNAPSHOT_SECONDS",
+        help="And after so many seconds in which something happened; 0 means never for that reason.",
+    ),
+]
+CopyTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="DELTASERVE_COPY_TO",
+        help="Copy each snapshot to this folder too, any that fsspec knows: s3://bucket/path, file:///mnt/backup.",
+        show_default="nowhere",
+    ),
+]
+AcceptDataLoss = Annotated[
+    bool,
+    typer.Option("--accept-data-loss", help="Start also where a file in --data-dir is corrupt, with what is good."),
+]
 LogLevel = Annotated[Level, typer.Option("--log-level", envvar="DELTASERVE_LOG_LEVEL", help="What is logged.")]
 
 
@@ -118,6 +179,12 @@ def serve(
     models: Models = 64,
     sessions: Sessions = 256,
     shared_memory: SharedMemory = None,
+    data_dir: DataDir = None,
+    durability: DurabilityOption = None,
+    snapshot_updates: SnapshotUpdates = None,
+    snapshot_seconds: SnapshotSeconds = 60.0,
+    copy_to: CopyTo = None,
+    accept_data_loss: AcceptDataLoss = False,
     grace_seconds: Grace = 5.0,
     log_level: LogLevel = Level.INFO,
 ) -> None:
@@ -127,7 +194,8 @@ def serve(
     _start_log(log_level)
     _log_settings(context)
     stopping = _stop_on_signals()
-    config = ServerConfig(
+    config = _configured(
+        ServerConfig,
         bind=bind,
         device=device.value,
         threads=threads,
@@ -136,6 +204,12 @@ def serve(
         models=models,
         sessions=sessions,
         shared_memory=shared_memory,
+        data_dir=data_dir,
+        durability=durability.value if durability else None,
+        snapshot_updates=snapshot_updates,
+        snapshot_seconds=snapshot_seconds or None,
+        copy_to=copy_to,
+        accept_data_loss=accept_data_loss,
     )
     _check_bind(bind)
     server = _started(lambda: Server(config))
@@ -148,12 +222,21 @@ def serve(
         raise typer.Exit(INTERRUPTED)
 
 
+def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
+    try:
+        return kind(**settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _started(make: "Callable[[], Server]") -> "Server":
     """Makes and starts a server; what stops it from starting is told in one line."""
+    from deltaserve_server.durability.errors import DataDirectoryError
+
     try:
         server = make()
         server.start()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, DataDirectoryError) as error:
         raise CommandError(str(error)) from error
     return server
 
@@ -184,9 +267,12 @@ def _welcome(server: "Server") -> str:
     device, host, port = server.device, server.config.bind.rpartition(":")[0], server.target.rpartition(":")[2]
     listens = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
+    config = server.config
+    safe = [f"keeps    {config.keeps} in {config.data_dir}"] if config.keeps != "none" else []
     lines = [
         f"deltaserve {__version__} listens on {listens}",
         f"device   {device.kind}: {device.name}{threads}",
+        *safe,
         f'connect  deltaserve.connect("{server.target}")',
         f"try      deltaserve train digits --workers 2 --target {server.target}",
     ]

@@ -16,6 +16,8 @@ from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.memory.budget import Allowance, Budget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,
+    Frozen,
+    Gradient,
     Pool,
     Range,
     Staging,
@@ -72,6 +74,10 @@ class DeviceStaging(Staging):
         self._host: Values = (self._pinned.view(torch.uint16) if kind is torch.bfloat16 else self._pinned).numpy()
         with torch.cuda.stream(self._upload):
             self.values = torch.empty(size, dtype=kind, device="cuda")
+
+    def pieces(self) -> list[tuple[int, Values]]:
+        """Returns the values as they came, in host memory."""
+        return [(start, self._host[start:stop]) for start, stop in self.covered]
 
     def used_by(self, stream: torch.cuda.Stream) -> None:
         """Lets `stream` read the values: it waits for the copy, and the memory is not used again before it is done."""
@@ -195,6 +201,23 @@ class DeviceStore(Store):
         self._publish(host, number)
         return root_of_sum(change)
 
+    def gradient(self, weight: float) -> Gradient:
+        """Returns what came, from pinned memory, or the sum, brought down."""
+        values, divisor = self._gradient(weight)
+        if self._staged is not None:
+            return Gradient(self._staged[0].pieces(), divisor, lambda: None)
+        with torch.cuda.stream(self._compute):
+            total: Vector = values.cpu().numpy()
+        return Gradient([(0, total)], divisor, lambda: None)
+
+    def freeze(self) -> Frozen:
+        """Returns the version's own weights, and copies of the averages on the device."""
+        self.current.acquire()
+        with torch.cuda.stream(self._compute):
+            averages = self._square_avg.clone(), self._acc_delta.clone()
+        self._compute.synchronize()
+        return _DeviceFrozen(self.current, *averages)
+
     def share(self) -> None:
         """Nothing: versions lie in pinned memory, which other processes cannot map."""
 
@@ -269,6 +292,29 @@ class DeviceStore(Store):
     def _publish(self, host: Vector, number: int) -> None:
         before, self.current = self.current, Version(number, host, self._readers, self._pool)
         before.retire()
+
+
+class _DeviceFrozen(Frozen):
+    """Weights on the host, and averages on the device that nobody writes to.
+
+    Args:
+        version: Has the weights, acquired.
+        square_avg: As in `State`, on the device.
+        acc_delta: Likewise.
+    """
+
+    def __init__(self, version: Version, square_avg: torch.Tensor, acc_delta: torch.Tensor) -> None:
+        self._version = version
+        self._averages = square_avg, acc_delta
+
+    def state(self) -> State:
+        """Brings the averages down."""
+        square_avg, acc_delta = (average.cpu().numpy() for average in self._averages)
+        return State(self._version.weights, square_avg, acc_delta)
+
+    def release(self) -> None:
+        """Lets go of them."""
+        self._version.release()
 
 
 def device_name() -> str:

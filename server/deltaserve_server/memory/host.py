@@ -19,6 +19,8 @@ from deltaserve_server.memory import shared
 from deltaserve_server.memory.budget import Allowance, Budget
 from deltaserve_server.memory.sharing import share
 from deltaserve_server.memory.store import (
+    Frozen,
+    Gradient,
     Pool,
     Range,
     Staging,
@@ -109,6 +111,9 @@ class HostStore(Store):
         self._first: tuple[HostStaging, float] | None = None
         self._sum: Vector | None = None
         self._combined = False
+        self._kept = False
+        self._averages = Pool(weights.size)
+        self._frozen: _HostFrozen | None = None
         self.current = Version(number, weights, self._readers, self._pool)
 
     def stage(self) -> HostStaging:
@@ -161,20 +166,42 @@ class HostStore(Store):
         """Applies the gradient in one pass and publishes the new version."""
         pieces, divisor = self._gradient(weight)
         weights = self._pool.take()
-        self._keep_outside(ranges, weights)
+        _copy_outside(ranges, self.current.weights, weights)
+        averages = self._averages_to_write(ranges)
         work = list(_work(pieces, ranges))
         squares = [0.0] * len(work)
 
         def update(index: int) -> None:
-            squares[index] = self._update(work[index], divisor, weights)
+            squares[index] = self._update(work[index], divisor, weights, averages)
 
         self._share(update, range(len(work)))
-        if self._sum is not None:
+        (self._square_avg, self._acc_delta), self._frozen = averages, None
+        if self._sum is not None and not self._kept:
             self._pool.give(self._sum)
-        self._first, self._sum, self._combined = None, None, False
+        self._first, self._sum, self._combined, self._kept = None, None, False, False
         failpoint("push.updated")
         self._publish(weights, number)
         return root_of_sum(squares)
+
+    def gradient(self, weight: float) -> Gradient:
+        """Returns the messages themselves, or the sum, which is not used again before it is given back."""
+        pieces, divisor = self._gradient(weight)
+        total, self._kept = self._sum, True
+        return Gradient(pieces, divisor, lambda: None if total is None else self._pool.give(total))
+
+    def freeze(self) -> Frozen:
+        """Returns the vectors themselves: the next update writes elsewhere, if they are still needed then."""
+        self.current.acquire()
+        self._frozen = _HostFrozen(self, self.current, self._square_avg, self._acc_delta)
+        return self._frozen
+
+    def thaw(self, frozen: "_HostFrozen") -> None:
+        """Takes back what `freeze` gave: its averages may be written to, or are used again if others are in place."""
+        if self._frozen is frozen:  # an update that runs meanwhile has found others already, and takes them
+            self._frozen = None
+        elif frozen.square_avg is not self._square_avg:
+            self._averages.give(frozen.square_avg)
+            self._averages.give(frozen.acc_delta)
 
     def share(self) -> None:
         """Has versions lie in shared memory, the current one too."""
@@ -191,7 +218,7 @@ class HostStore(Store):
 
     def put(self, state: State, number: int) -> None:
         """Replaces the three vectors."""
-        self._square_avg, self._acc_delta = state.square_avg, state.acc_delta
+        self._square_avg, self._acc_delta, self._frozen = state.square_avg, state.acc_delta, None
         self._publish(self._placed(state.weights), number)
 
     def extend(self, weights: Vector) -> None:
@@ -202,8 +229,8 @@ class HostStore(Store):
         square_avg = np.concatenate([self._square_avg, zeros])
         acc_delta = np.concatenate([self._acc_delta, zeros])
         self._sum = None if self._sum is None else np.concatenate([self._sum, zeros])
-        self._square_avg, self._acc_delta = square_avg, acc_delta
-        self._pool = Pool(extended.size, self._allocate)
+        self._square_avg, self._acc_delta, self._frozen = square_avg, acc_delta, None
+        self._pool, self._averages = Pool(extended.size, self._allocate), Pool(extended.size)
         self._readers = Allowance(extended.nbytes, self._budget)
         self._publish(self._placed(extended), self.current.number)
 
@@ -238,26 +265,33 @@ class HostStore(Store):
             return staging.pieces, weight / factor
         return [] if self._sum is None else [(0, self._sum)], 1.0 if self._combined else weight
 
-    def _keep_outside(self, ranges: Sequence[Range], weights: Vector) -> None:
-        """Copies the weights that no range covers."""
-        edges = [0, *(edge for part in ranges for edge in (part.start, part.stop)), weights.size]
-        for start, stop in list(pairwise(edges))[::2]:
-            weights[start:stop] = self.current.weights[start:stop]
+    def _averages_to_write(self, ranges: Sequence[Range]) -> tuple[Vector, Vector]:
+        """Returns where an update writes square_avg and acc_delta: others than those that are to stay as they are."""
+        held = self._square_avg, self._acc_delta
+        if self._frozen is None:
+            return held
+        others = self._averages.take(), self._averages.take()
+        for vector, other in zip(held, others, strict=True):
+            _copy_outside(ranges, vector, other)
+        return others
 
     def _share(self, run: Callable[[_Item], None], items: Sequence[_Item]) -> None:
         """Does all items, on several threads where there are several."""
         share(run, items, self._executor, self._threads)
 
-    def _update(self, work: _Work, divisor: float, weights: Vector) -> float:
+    def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
         """Updates one range on the calling thread; returns the sum of the squares of its change."""
         from deltaserve_server.adadelta import cpu  # numba: not before the first update
 
         start, stop, gradient, hyperparameters = work
+        for vector, held in zip(averages, (self._square_avg, self._acc_delta), strict=True):
+            if vector is not held:
+                vector[start:stop] = held[start:stop]  # here, where the kernel finds it in the cache
         squares = cpu.update(
             gradient,
             divisor,
-            self._square_avg[start:stop],
-            self._acc_delta[start:stop],
+            averages[0][start:stop],
+            averages[1][start:stop],
             self.current.weights[start:stop],
             weights[start:stop],
             hyperparameters,
@@ -265,6 +299,39 @@ class HostStore(Store):
         )
         failpoint("push.mid_update")
         return squares
+
+
+class _HostFrozen(Frozen):
+    """Vectors that their store does not write to.
+
+    Args:
+        store: Theirs.
+        version: Has the weights, acquired.
+        square_avg: As in `State`.
+        acc_delta: Likewise.
+    """
+
+    def __init__(self, store: HostStore, version: Version, square_avg: Vector, acc_delta: Vector) -> None:
+        self._store = store
+        self._version = version
+        self.square_avg = square_avg
+        self.acc_delta = acc_delta
+
+    def state(self) -> State:
+        """Returns the vectors."""
+        return State(self._version.weights, self.square_avg, self.acc_delta)
+
+    def release(self) -> None:
+        """Lets go of them."""
+        self._version.release()
+        self._store.thaw(self)
+
+
+def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:
+    """Copies the elements that no range covers."""
+    edges = [0, *(edge for part in ranges for edge in (part.start, part.stop)), out.size]
+    for start, stop in list(pairwise(edges))[::2]:
+        out[start:stop] = vector[start:stop]
 
 
 def _allocate_shared(size: int) -> Vector:

@@ -43,6 +43,33 @@ class State:
     acc_delta: Vector
 
 
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What an update takes, in host memory.
+
+    Attributes:
+        pieces: Values from an offset on, in ascending order.
+        divisor: What they are divided by.
+        done: To be called when they are not needed any more; until then they stay as they are.
+    """
+
+    pieces: Sequence[tuple[int, Values]]
+    divisor: float
+    done: Callable[[], None]
+
+
+class Frozen(ABC):
+    """A model's vectors as they were at one moment, however it goes on."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Returns them, in host memory; they stay as they are until `release`."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of them; to be called once."""
+
+
 def root_of_sum(squares: Iterable[float]) -> float:
     """Returns the root of a sum, in float64 and in this order, which Python's own `sum` does not promise."""
     total = 0.0
@@ -75,6 +102,11 @@ def allocate_host(size: int) -> Vector:
     vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
     first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
     return vector[first : first + size]
+
+
+def zeros_like(vector: Vector) -> Vector:
+    """Returns a vector of zeros, of the same size."""
+    return np.zeros(vector.size, np.float32)
 
 
 def _address(vector: Vector) -> int:
@@ -214,6 +246,22 @@ class Store(ABC):
 
         Returns:
             The L2 norm of the change of all weights, float64.
+        """
+
+    @abstractmethod
+    def gradient(self, weight: float) -> Gradient:
+        """Returns what the next `update` of this `weight` is going to take.
+
+        A store that is in the same state makes the same update, bit for bit, of a push that holds the pieces, folded
+        with a factor of 1, when the divisor is its weight.
+        """
+
+    @abstractmethod
+    def freeze(self) -> Frozen:
+        """Returns the three vectors as they now are, at no cost until they are looked at, or changed.
+
+        Raises:
+            BudgetExceeded: There is no memory to keep them.
         """
 
     @abstractmethod

@@ -35,11 +35,13 @@ class Update:
         made: The update; its norm is to be entered.
         weight: What a sum is divided by: the weights of its pushes together.
         absent: Tensors that keep their weights and optimizer state.
+        sources: Session id and fingerprint of each push, in the order of `made.shares`.
     """
 
     made: Made
     weight: float
     absent: frozenset[int]
+    sources: tuple[tuple[bytes, int | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.decision import Answer, Combine, Decision, Fold, Refuse, Renumber, Update
 from deltaserve_server.model.layout import Layout, Tensor
-from deltaserve_server.model.policy import Async, Bounded, Policy, Sync
+from deltaserve_server.model.policy import Async, Bounded, Policy, Sync, reduces_alike
 from deltaserve_server.model.push import Key, Made, Push, PushResult, PushStatus
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.round import Contribution, Round, factor, trim
@@ -30,6 +30,8 @@ class Machine:
         update_counts: By tensor: how many updates its optimizer state has had.
         sessions: Its workers.
         shorter: How many tensors and groups it had before each extension.
+        round: The open round, under `Sync`.
+        next: Groups and policy that take effect when it closes, if others are to.
     """
 
     def __init__(self, name: str, layout: Layout, groups: Sequence[Hyperparameters], policy: Policy) -> None:
@@ -42,9 +44,9 @@ class Machine:
         self.update_counts = [0] * len(layout.tensors)
         self.sessions = Sessions()
         self.shorter: set[tuple[int, int]] = set()
-        self._round = Round(opened=0)
+        self.round = Round(opened=0)
         self._held: dict[Key, tuple[Session, PushResult]] = {}
-        self._next: tuple[tuple[Hyperparameters, ...], Policy] | None = None
+        self.next: tuple[tuple[Hyperparameters, ...], Policy] | None = None
 
     # --- sessions
 
@@ -128,7 +130,7 @@ class Machine:
 
     def due(self) -> float | None:
         """Returns the time at which `tick` is wanted for the open round; None while there is none."""
-        return self._round.due(self.policy) if isinstance(self.policy, Sync) else None
+        return self.round.due(self.policy) if isinstance(self.policy, Sync) else None
 
     # --- pushes
 
@@ -157,9 +159,9 @@ class Machine:
             result = None if push.key in self._held else session.result(push.sequence, self.version)
             return [Answer(push.key, result)] if result else []
         contribution = Contribution(session, push, self._base_version(push))
-        session.accept(push)
+        session.accept(push.sequence, push.fingerprint)
         if isinstance(self.policy, Sync):
-            self._round.add(contribution, now)
+            self.round.add(contribution, now)
             return self._advance(now)
         return [*self._update_alone(contribution, now), *self._advance(now)]
 
@@ -186,13 +188,13 @@ class Machine:
         self.layout = self.layout.extended(tensors)
         self.groups = (*self.groups, *groups)
         self.created_as = (*self.created_as[0], *groups), self.created_as[1]
-        if self._next:
-            self._next = (*self._next[0], *groups), self._next[1]
+        if self.next:
+            self.next = (*self.next[0], *groups), self.next[1]
         self.update_counts += [0] * len(tensors)
 
     def configuration(self) -> tuple[tuple[Hyperparameters, ...], Policy]:
         """Returns groups and policy as they are, or will be when the open round has closed."""
-        return self._next or (self.groups, self.policy)
+        return self.next or (self.groups, self.policy)
 
     def change(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
         """Changes hyperparameters and policy, from the next update on.
@@ -208,12 +210,68 @@ class Machine:
         Returns:
             The first version that is made with the change in place, and what follows.
         """
-        if self._round.folded and not _reduces_alike(self.policy, policy, len(self._round.contributions)):
-            self._next = groups, policy
+        if self.round.folded and not reduces_alike(self.policy, policy, len(self.round.contributions)):
+            self.next = groups, policy
             return self.version + 2, []
-        self._next = None
+        self.next = None
         first_version = self.version + 1
         return first_version, list(self._reconfigure(groups, policy, now))
+
+    # --- going on after a restart
+
+    def redo(self, made: Made, absent: frozenset[int], sources: Sequence[tuple[bytes, int | None]], now: float) -> None:
+        """Takes note of an update that was made before a restart.
+
+        Args:
+            made: The update.
+            absent: Tensors that it left as they were.
+            sources: Session id and fingerprint of each of its pushes, in the order of `made.shares`.
+            now: The time.
+        """
+        self._count(made.version, absent)
+        for share, (session_id, fingerprint) in zip(made.shares, sources, strict=True):
+            session = self.sessions.find_any(session_id)
+            if session:
+                session.accept(share.sequence, fingerprint)
+                session.apply(share.sequence, PushResult(version=made.version, share=share, made=made), now)
+                session.clock += not isinstance(self.policy, Sync)
+        if isinstance(self.policy, Sync):
+            self._open_round(made.version)
+            if self.next:
+                (groups, policy), self.next = self.next, None
+                self._configure(groups, policy)
+
+    def redo_change(self, groups: tuple[Hyperparameters, ...], policy: Policy, waits: bool) -> None:
+        """Takes note of settings that were changed before a restart, or that `waits` for the round to close."""
+        self.next = (groups, policy) if waits else None
+        if not waits:
+            self._configure(groups, policy)
+
+    def redo_version(self, version: int) -> None:
+        """Takes note of a version that came about without an update before a restart."""
+        self.version = version
+        self._open_round(self.round.opened)
+
+    def resume(self, now: float) -> bool:
+        """Goes on after a restart: leases begin anew, and whoever waited sends its push again.
+
+        Returns:
+            Whether that made a version, for those who wait for one.
+        """
+        for session in self.sessions.live():
+            session.expires = now + session.lease_seconds
+            record = session.window.get(session.last_applied)
+            if isinstance(self.policy, Bounded) and record and record.result and self._too_far(session, self.policy):
+                self._held[session.id, session.last_applied] = session, record.result
+        late = any(not session.member for session in self.sessions.live())
+        self._open_round(self.round.opened)
+        self.version += late
+        return late
+
+    def lose_sessions(self) -> None:
+        """Ends all sessions: what they know of the model may be of versions that are lost."""
+        for session in self.sessions.live():
+            self.sessions.remove(session)
 
     # --- whether a push fits
 
@@ -230,7 +288,7 @@ class Machine:
             case Sync():
                 if not session.member or session.waiting:
                     raise Refused("ROUND_CLOSED", base=base, current=self.version + 1)
-                self._round.check(push, base)
+                self.round.check(push, base)
             case Async(max_staleness=bound):
                 if bound is not None and self.version - base > bound:
                     raise Refused("STALE_BASE", base=base, current=self.version, bound=bound)
@@ -242,7 +300,7 @@ class Machine:
 
     def _joinable(self, worker: str) -> bool:
         """Whether a session that is opened now belongs to the open round."""
-        held = self._round.contributions
+        held = self.round.contributions
         older = self.sessions.named(worker)
         if not held or (older and older.member and worker not in held):  # the latter takes its own place
             return True
@@ -254,12 +312,12 @@ class Machine:
         """Does what the sessions, the pushes and the time now allow."""
         if not isinstance(self.policy, Sync):
             return self._release()
-        if not self._round.contributions:
+        if not self.round.contributions:
             return []
         awaited = {s.worker for s in self.sessions.live() if s.member and not s.waiting}
-        due = self._round.due(self.policy)
+        due = self.round.due(self.policy)
         time_is_up = due is not None and now >= due
-        if self._round.enough(self.policy):
+        if self.round.enough(self.policy):
             return self._close_round(now) if time_is_up or not awaited else self._fold(self.policy, awaited)
         if time_is_up:
             return self._fail_round(self.policy, now)
@@ -273,8 +331,8 @@ class Machine:
         """
         if policy.reduction != "mean":
             return []
-        ready = self._round.foldable(awaited)
-        self._round.folded += len(ready)
+        ready = self.round.foldable(awaited)
+        self.round.folded += len(ready)
         return [Fold(held.push.key, factor(held.push, policy)) for held in ready]
 
     def _take_in(self) -> list[Decision]:
@@ -283,7 +341,7 @@ class Machine:
         They were told to start from the next version, so there is one, of the same weights.
         """
         late = [session for session in self.sessions.live() if not session.member]
-        late = [session for session in late if session.worker not in self._round.contributions]
+        late = [session for session in late if session.worker not in self.round.contributions]
         if not late:
             return []
         for session in late:
@@ -301,21 +359,21 @@ class Machine:
         if self.policy.reduction == "mean":
             decisions = self._fold(self.policy, set())
         else:
-            pushes = tuple((c.push.key, factor(c.push, self.policy)) for c in self._round.in_order())
+            pushes = tuple((c.push.key, factor(c.push, self.policy)) for c in self.round.in_order())
             decisions = [Combine(pushes, trim(self.policy, len(pushes)))]
-        decisions += self._update(self._round, self.groups, now)
+        decisions += self._update(self.round, self.groups, now)
         self._open_round(self.version)
-        if self._next:
-            (groups, policy), self._next = self._next, None
+        if self.next:
+            (groups, policy), self.next = self.next, None
             decisions += self._reconfigure(groups, policy, now)
         return decisions
 
     def _fail_round(self, policy: Sync, now: float) -> list[Decision]:
         """Gives up a round whose time is up; nothing of it was reduced yet. The next one is on the same weights."""
-        refusal = Refused("ROUND_FAILED", got=len(self._round.contributions), need=policy.min_workers)
+        refusal = Refused("ROUND_FAILED", got=len(self.round.contributions), need=policy.min_workers)
         late = any(not session.member for session in self.sessions.live())
-        decisions: list[Decision] = [self._give_up(held, refusal, now) for held in self._round.in_order()]
-        self._open_round(self._round.opened)
+        decisions: list[Decision] = [self._give_up(held, refusal, now) for held in self.round.in_order()]
+        self._open_round(self.round.opened)
         return [self._renumber(), *decisions] if late else decisions  # who waits for the next version has it then
 
     def _give_up(self, contribution: Contribution, refusal: Refused, now: float) -> Refuse:
@@ -323,7 +381,7 @@ class Machine:
         return Refuse(contribution.push.key, refusal)
 
     def _open_round(self, opened: int) -> None:
-        self._round = Round(opened=opened)
+        self.round = Round(opened=opened)
         for session in self.sessions.live():
             session.member = True
 
@@ -334,19 +392,23 @@ class Machine:
         absent = made_of.absent(len(self.layout.tensors))
         carried = made_of.hyperparameters or ()
         shares = tuple(held.share(self.version) for held in made_of.in_order())
-        self.version += 1
-        for index in range(len(self.update_counts)):
-            self.update_counts[index] += index not in absent
+        self._count(self.version + 1, absent)
         made = Made(
             version=self.version,
             shares=shares,
             hyperparameters=(*carried, *groups[len(carried) :]),  # for groups that the pushes do not know, the model's
         )
-        yield Update(made, sum(share.weight for share in shares), absent)
+        sources = tuple((held.session.id, held.push.fingerprint) for held in made_of.in_order())
+        yield Update(made, sum(share.weight for share in shares), absent, sources)
         for held, share in zip(made_of.in_order(), shares, strict=True):
             result = PushResult(version=self.version, share=share, made=made)
             held.session.apply(held.push.sequence, result, now)
             yield from self._answer(held, result)
+
+    def _count(self, version: int, absent: frozenset[int]) -> None:
+        self.version = version
+        for index in range(len(self.update_counts)):
+            self.update_counts[index] += index not in absent
 
     def _update_alone(self, contribution: Contribution, now: float) -> list[Decision]:
         """Makes an update of one push."""
@@ -363,7 +425,7 @@ class Machine:
     def _answer(self, contribution: Contribution, result: PushResult) -> Iterator[Answer]:
         """Answers a push, or holds the answer while its worker is too far ahead."""
         session = contribution.session
-        if isinstance(self.policy, Bounded) and self._ahead(session) > self.policy.slack:
+        if isinstance(self.policy, Bounded) and self._too_far(session, self.policy):
             self._held[contribution.push.key] = session, result
         else:
             yield Answer(contribution.push.key, result)
@@ -376,6 +438,9 @@ class Machine:
     def _ahead(self, session: Session) -> int:
         """Returns how many steps a session is ahead of the slowest; one that has ended is not any more."""
         return session.clock - self._slowest() if self.sessions.find(session.id) else 0
+
+    def _too_far(self, session: Session, policy: Bounded) -> bool:
+        return self._ahead(session) > policy.slack
 
     def _release(self) -> list[Decision]:
         """Gives the answers that are held no longer."""
@@ -391,23 +456,30 @@ class Machine:
 
     def _reconfigure(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> Iterator[Decision]:
         """Puts a configuration in place; pushes that wait are judged by it."""
-        before, waiting = self.policy, self._round
+        before, waiting = self.policy, self.round
+        late = any(not session.member for session in self.sessions.live())
+        self._configure(groups, policy)
+        if isinstance(before, Sync) and not isinstance(policy, Sync):
+            yield from self._disband(waiting, late, now)
+        yield from self._release()
+        yield from self._advance(now)
+
+    def _configure(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> None:
+        """Puts a configuration in place, with no push that waits."""
+        before = self.policy
         self.groups, self.policy = groups, policy
         if type(before) is not type(policy):
             for session in self.sessions.live():
                 session.clock = 0
-        if isinstance(before, Sync) and not isinstance(policy, Sync):
-            yield from self._disband(waiting, now)
-        if isinstance(policy, Sync) and not isinstance(before, Sync):
+        if isinstance(before, Sync) != isinstance(policy, Sync):
             self._open_round(self.version)
-        yield from self._release()
-        yield from self._advance(now)
 
-    def _disband(self, waiting: Round, now: float) -> Iterator[Decision]:
-        """Makes every push of a round an update of its own, or gives it up where the new policy would refuse it."""
+    def _disband(self, waiting: Round, late: bool, now: float) -> Iterator[Decision]:
+        """Makes every push of a round an update of its own, or gives it up where the new policy would refuse it.
+
+        Where somebody came too `late` for the round, a version is made in any case.
+        """
         before = self.version
-        late = any(not session.member for session in self.sessions.live())
-        self._open_round(self.version)
         for held in waiting.in_order():
             stale = self.version - held.base_version
             bound = self.policy.max_staleness if isinstance(self.policy, Async) else None
@@ -422,16 +494,6 @@ class Machine:
 
 def _damped(groups: tuple[Hyperparameters, ...], divisor: int) -> tuple[Hyperparameters, ...]:
     return tuple(replace(group, lr=group.lr / divisor) for group in groups)
-
-
-def _reduces_alike(before: Policy, after: Policy, pushes: int) -> bool:
-    """Whether a round of so many pushes, reduced in part under one policy, can be closed under another."""
-    return (
-        isinstance(before, Sync)
-        and isinstance(after, Sync)
-        and (before.reduction, before.trim, before.clip_norm) == (after.reduction, after.trim, after.clip_norm)
-        and after.min_workers <= pushes
-    )
 
 
 def _known(field: str, count: int | None, total: int) -> int:

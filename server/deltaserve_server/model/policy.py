@@ -54,3 +54,13 @@ class Bounded:
 
 
 Policy = Sync | Async | Bounded
+
+
+def reduces_alike(before: Policy, after: Policy, pushes: int) -> bool:
+    """Returns whether a round of so many pushes, reduced in part under one policy, can be closed under another."""
+    return (
+        isinstance(before, Sync)
+        and isinstance(after, Sync)
+        and (before.reduction, before.trim, before.clip_norm) == (after.reduction, after.trim, after.clip_norm)
+        and after.min_workers <= pushes
+    )

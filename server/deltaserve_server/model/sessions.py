@@ -1,6 +1,7 @@
 """Workers' standing with one model: ids, epochs, ranks, leases, sequence windows."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeVar
@@ -22,7 +23,7 @@ _ENDED = 1024
 
 
 @dataclass(slots=True)
-class _Record:
+class Record:
     """A push of the window: what it contained, and its result once its update is made."""
 
     fingerprint: int | None
@@ -47,6 +48,7 @@ class Session:
         last_accepted: Sequence number of its last accepted push.
         last_applied: Sequence number of its last push that is part of an update.
         clock: How many steps it has made, counted from where the slowest stood when it came; of use to `Bounded` alone.
+        window: By sequence number: the pushes that are remembered.
     """
 
     worker: str
@@ -62,7 +64,7 @@ class Session:
     last_accepted: int = 0
     last_applied: int = 0
     clock: int = 0
-    _window: dict[int, _Record] = field(default_factory=dict)
+    window: dict[int, Record] = field(default_factory=dict)
 
     @property
     def waiting(self) -> bool:
@@ -94,22 +96,22 @@ class Session:
             raise Refused("SEQUENCE_REUSED", sequence=push.sequence)
         return True
 
-    def accept(self, push: Push) -> None:
+    def accept(self, sequence: int, fingerprint: int | None) -> None:
         """Takes note of a push that is to become part of an update."""
-        self.last_accepted = push.sequence
-        self._window[push.sequence] = _Record(push.fingerprint)
+        self.last_accepted = sequence
+        self.window[sequence] = Record(fingerprint)
 
     def apply(self, sequence: int, result: PushResult, now: float) -> None:
         """Takes note of an update that a push became part of."""
         self.last_applied = sequence
-        self._window[sequence].result = result
-        self._window.pop(sequence - WINDOW, None)  # not before: the push might have been given up
+        self.window[sequence].result = result
+        self.window.pop(sequence - WINDOW, None)  # not before: the push might have been given up
         self.renew(now)
 
     def give_up(self, sequence: int, now: float) -> None:
         """Takes back that the last push was accepted: it will not become part of an update, and its number is free."""
         self.last_accepted = sequence - 1
-        del self._window[sequence]
+        del self.window[sequence]
         self.renew(now)
 
     def status(self, sequence: int, version: int, live: bool) -> PushStatus:
@@ -128,9 +130,24 @@ class Session:
         record = self._recent(sequence)
         return record.result if record and record.result else PushResult(version=version)
 
-    def _recent(self, sequence: int) -> _Record | None:
+    def _recent(self, sequence: int) -> Record | None:
         """Returns the record of a push that is among the last accepted."""
-        return self._window.get(sequence) if sequence > self.last_accepted - WINDOW else None
+        return self.window.get(sequence) if sequence > self.last_accepted - WINDOW else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remembered:
+    """What a model remembers of sessions that live no longer.
+
+    Attributes:
+        epochs: By worker name: the last epoch.
+        fenced: By session id: the worker whose newer session has fenced it.
+        ended: Sessions that have ended, the newest last.
+    """
+
+    epochs: tuple[tuple[str, int], ...]
+    fenced: tuple[tuple[bytes, str], ...]
+    ended: tuple[Session, ...]
 
 
 class Sessions:
@@ -145,6 +162,18 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def image(self) -> "Remembered":
+        """Returns what is to be written down beside the live sessions."""
+        return Remembered(
+            epochs=tuple(self._epochs.items()), fenced=tuple(self._fenced.items()), ended=tuple(self._ended.values())
+        )
+
+    def remember(self, remembered: "Remembered") -> None:
+        """Takes over what was written down, before any session is added."""
+        self._epochs = OrderedDict(remembered.epochs)
+        self._fenced = OrderedDict(remembered.fenced)
+        self._ended = OrderedDict((session.id, session) for session in remembered.ended)
 
     def live(self) -> list[Session]:
         """Returns the live sessions in order of worker names."""
@@ -172,6 +201,19 @@ class Sessions:
             self.remove(older)
             _remember(self._fenced, older.id, older.worker)
         self._by_id[session.id] = self._by_name[session.worker] = session
+
+    def restore(self, session: Session) -> None:
+        """Adds a session that was opened before a restart."""
+        self.add(session)
+        _remember(self._epochs, session.worker, session.epoch)
+        self._epochs.move_to_end(session.worker)
+
+    def end(self, ids: Iterable[bytes]) -> None:
+        """Ends sessions, those of them that live."""
+        for session_id in ids:
+            session = self._by_id.get(session_id)
+            if session:
+                self.remove(session)
 
     def remove(self, session: Session) -> None:
         """Ends a session."""
@@ -205,6 +247,10 @@ class Sessions:
         """Returns a live session, whatever its epoch."""
         return self._by_id.get(session_id)
 
+    def find_any(self, session_id: bytes) -> Session | None:
+        """Returns a session that lives, or ended not too long ago."""
+        return self._by_id.get(session_id) or self._ended.get(session_id)
+
     def ended_with(self, push: Push) -> Session | None:
         """Returns the session that had accepted a push before it ended, unless it was fenced; None without one."""
         session = self._ended.get(push.session_id)
@@ -218,11 +264,10 @@ class Sessions:
         Raises:
             Refused: SESSION_UNKNOWN.
         """
-        live = self._by_id.get(session_id)
-        session = live or self._ended.get(session_id)
+        session = self.find_any(session_id)
         if session is None:
             raise Refused("SESSION_UNKNOWN")
-        return session.status(sequence, version, live=live is not None)
+        return session.status(sequence, version, live=session_id in self._by_id)
 
 
 def _remember(table: OrderedDict[_K, _V], key: _K, value: _V, most: int = _REMEMBERED) -> None:

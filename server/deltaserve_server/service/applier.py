@@ -8,15 +8,22 @@ import logging
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic, sleep
 from types import TracebackType
 from typing import Any
 
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
+from deltaserve.v1 import model_service_pb2 as rpc
+from deltaserve_server.durability.commits import Commits, StorageError
+from deltaserve_server.durability.folder import Head
+from deltaserve_server.durability.keeper import Cut, Keeper
+from deltaserve_server.durability.records import Changed, Ended, Extended, Opened, Renumbered, StatePut, Updated
+from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.memory import (
     Budget,
     BudgetExceeded,
@@ -49,17 +56,22 @@ from deltaserve_server.model import (
     Tensor,
     Update,
 )
+from deltaserve_server.model.image import MachineImage, SessionImage, Settings
 from deltaserve_server.service import watch
 from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.05
+_STORAGE_RETRY_SECONDS = 0.5
 
 
-def model_bytes(elements: int) -> int:
-    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum."""
-    return 6 * ELEMENT_BYTES * elements
+def model_bytes(elements: int, *, durable: bool) -> int:
+    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum.
+
+    While a snapshot of a `durable` one is written, both averages are there twice.
+    """
+    return (8 if durable else 6) * ELEMENT_BYTES * elements
 
 
 class Applier:
@@ -71,10 +83,13 @@ class Applier:
         reservation: The memory that it holds.
         incarnation: Of the server process.
         alarm: Is told when `tick` is wanted.
+        keeper: Keeps it safe; None where nothing does.
 
     Attributes:
         machine: To be read under `lock` alone.
         lock: Held while an event is handled; `event` also tells whether the model is still there.
+        keeper: As above.
+        head: Its lineage.
     """
 
     def __init__(
@@ -84,9 +99,15 @@ class Applier:
         reservation: Reservation,
         incarnation: str,
         alarm: Callable[[float], None],
+        keeper: Keeper | None = None,
     ) -> None:
         self.machine = machine
         self.lock = threading.RLock()
+        self.keeper = keeper
+        self._commits = keeper.commits if keeper else Commits()
+        self._depth = 0
+        self._lost = False
+        self.head = keeper.head if keeper else Head.new()
         self._store = store
         self._reservations = [reservation]
         self._incarnation = incarnation
@@ -102,8 +123,13 @@ class Applier:
 
     @property
     def position(self) -> common_pb2.ModelPosition:
-        """Where the model stands."""
+        """Where the model stands; to be looked at within `event`."""
         return self._at(self.machine.version)
+
+    @property
+    def journals(self) -> bool:
+        """Whether what happens to it is written down."""
+        return self._commits.journals
 
     @property
     def waiting(self) -> bool:
@@ -117,10 +143,12 @@ class Applier:
     ) -> Session:
         """Gives a worker a standing."""
         with self.event():
+            self._ready()
             session, decisions = self.machine.open_session(
                 worker, secrets.token_bytes(16), lease_seconds, monotonic(), tensor_count, group_count
             )
             self._carry_out(decisions)
+            self._commits.add(Opened(SessionImage.of(session)))
             return session
 
     def keep_session(self, session_id: bytes, epoch: int) -> Session:
@@ -131,20 +159,26 @@ class Applier:
     def close_session(self, session_id: bytes, epoch: int) -> None:
         """Lets a worker leave."""
         with self.event():
-            self._carry_out(self.machine.close_session(session_id, epoch, monotonic()))
+            self._ready()
+            decisions = self.machine.close_session(session_id, epoch, monotonic())
+            self._commits.add(Ended((session_id,)))
+            self._carry_out(decisions)
 
     def tick(self) -> None:
         """Does what is due: ends the sessions whose lease has run out, and rounds whose time is up."""
-        with self.lock:
-            if self._ended:
-                return
+        if self._ended:
+            return
+        with self.event():
             for session_id in self._present:
                 self.machine.renew(session_id, monotonic())
+            self._ready()
             live = {session.id for session in self.machine.sessions.live()}
             self._shared = {session_id: vector for session_id, vector in self._shared.items() if session_id in live}
             gone, decisions = self.machine.tick(monotonic())
             for session in gone:
                 _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
+            if gone:
+                self._commits.add(Ended(tuple(session.id for session in gone)))
             self._carry_out(decisions)
 
     @contextmanager
@@ -167,7 +201,7 @@ class Applier:
             Refused: SHARED_MEMORY_UNAVAILABLE where the system has none.
             BudgetExceeded: There is no memory for it.
         """
-        with self.event():
+        with _Glance(self):
             vector = self._shared.get(session.id)
             if vector is None:
                 size = self.machine.layout.offsets[session.tensor_count]
@@ -185,7 +219,7 @@ class Applier:
 
     def check(self, push: Push) -> Session:
         """Looks at a push before its values have come."""
-        with self.event():
+        with _Glance(self):
             return self.machine.check(push, monotonic())
 
     def stage(self) -> Staging:
@@ -203,6 +237,7 @@ class Applier:
         """
         with self.event():
             failpoint("push.staged")
+            self._ready(1)
             decisions = self.machine.push(push, monotonic())
             failpoint("push.accepted")
             if not decisions and push.key in self._answers:  # it waits for its round since an earlier call
@@ -218,8 +253,11 @@ class Applier:
     def change(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> int:
         """Changes hyperparameters and policy; returns the first version that is made with them."""
         with self.event():
+            self._ready()
             first_version, decisions = self.machine.change(groups, policy, monotonic())
+            self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next is not None))
             self._carry_out(decisions)
+            self._hurry()
             return first_version
 
     @contextmanager
@@ -263,7 +301,7 @@ class Applier:
         future: Future[None] = Future()
         with self.event():
             if self.machine.version >= version:
-                future.set_result(None)
+                self._commits.then(partial(future.set_result, None))
             elif len(self._awaited) >= limit:
                 raise Refused("SESSION_LIMIT", _RETRY_SECONDS, limit=limit)
             else:
@@ -282,22 +320,29 @@ class Applier:
     def put_state(self, state: State, update_counts: Sequence[int]) -> None:
         """Replaces weights and optimizer state."""
         with self.event():
-            self._store.put(state, self.machine.version + 1)
+            self._ready(3)
+            kept = State(*(vector.copy() for vector in _vectors(state))) if self.journals else state
+            self._store.put(kept, self.machine.version + 1)
             self.machine.put_state(update_counts)
+            self._commits.add(StatePut(tuple(update_counts)), [(0, vector) for vector in _vectors(state)])
             self._published(self.machine.version)
+            self._hurry()
 
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
     ) -> None:
         """Adds tensors and groups at the end of the layout."""
         with self.event():
+            self._ready(1)
             self._store.extend(weights)
             self.machine.extend(tensors, groups)
+            self._commits.add(Extended(tuple(tensors), tuple(groups)), [(0, weights)])
             self._reservations.append(reservation)
+            self._hurry()
 
     def end(self, refusal: Refused) -> None:
         """Ends the model: whoever waits, and whoever comes, gets `refusal`. Its own memory stays until `release`."""
-        with self.lock:
+        with self.lock, self._commits.quiet():
             self._ended = self._ended or refusal
             waiting: list[Future[Any]] = [*self._answers.values(), *(future for _, future in self._awaited)]
             for future in waiting:
@@ -312,21 +357,84 @@ class Applier:
             self._staged.clear()
             self._shared.clear()
 
+    def lose(self, refusal: Refused) -> None:
+        """Ends the model, of which no snapshot is taken any more."""
+        self._lost = True
+        self.end(refusal)
+        if self.keeper:
+            self.keeper.commits.close()
+
     def release(self) -> None:
         """Gives the model's own memory back."""
         for reservation in self._reservations:
             reservation.release()
 
     def _at(self, version: int) -> common_pb2.ModelPosition:
-        return common_pb2.ModelPosition(incarnation=self._incarnation, version=version)
+        durable = self.keeper.durable_version(version) if self.keeper else None
+        return common_pb2.ModelPosition(incarnation=self._incarnation, version=version, durable_version=durable)
+
+    # --- what survives
+
+    def renumbered(self) -> None:
+        """Takes note of a version that the machine has made for those who wait for one, when it came back."""
+        with self.event():
+            self._commits.add(Renumbered(self.machine.version))
+
+    def save(self) -> Entry:
+        """Takes a snapshot; returns when it is safe.
+
+        Raises:
+            Refused: NOT_DURABLE, or the model has ended.
+            BudgetExceeded: There is no memory for it.
+            OSError: It cannot be written.
+        """
+        if self.keeper is None:
+            raise Refused("NOT_DURABLE")
+        return self.keeper.save(self._cut)
+
+    def is_due(self) -> bool:
+        """Whether it is time for a snapshot."""
+        return self.keeper is not None and not self._ended and self.keeper.due(self.machine.version)
+
+    def finish(self) -> None:
+        """Ends in good order, once `end` was called: whatever has happened is safe.
+
+        Raises:
+            BudgetExceeded: There is no memory for a last snapshot.
+            OSError: It cannot be written.
+        """
+        if self.keeper and not self._lost:
+            self.keeper.close(self._cut)
+
+    def _cut(self, switch: Callable[[], None]) -> Cut:
+        with self.lock:
+            if self._lost:
+                assert self._ended
+                raise self._ended.with_traceback(None)
+            frozen = self._store.freeze()
+            switch()
+            return Cut(MachineImage.of(self.machine), frozen, self._commits.index)
+
+    def _hurry(self) -> None:
+        if self.keeper:
+            self.keeper.hurry()
+
+    def _ready(self, pushes: int = 0) -> None:
+        """Raises Refused STORAGE_UNAVAILABLE where the updates that may follow could not be written down."""
+        try:
+            self._commits.ready(pushes + len(self._staged), self.machine.layout.size)
+        except StorageError as error:
+            raise _storage_refused(error) from None
 
     # --- decisions
 
     def event(self) -> "Applier":
         """Owns the model for one event, or for a look at it: to be entered, which may happen again meanwhile.
 
+        When it is left, everything that was to be seen there is as safe as it is to be.
+
         Raises:
-            Refused: From there: the model has ended.
+            Refused: From entering: the model has ended. From leaving: STORAGE_UNAVAILABLE.
         """
         return self
 
@@ -335,23 +443,52 @@ class Applier:
         if self._ended:
             self.lock.release()
             raise self._ended.with_traceback(None)  # else every raise would add to the one before
+        self._depth += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.leave():
+            self._settle()
+
+    def leave(self) -> bool:
+        """Ends what `event` began, unsettled; returns whether nobody owns the model any more."""
+        self._depth -= 1
+        outermost = not self._depth
         self.lock.release()
+        return outermost
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """As `event`, for a look at the model that is to be had also when it has ended, or cannot be written down."""
+        with self.lock:
+            yield
+        with suppress(StorageError):
+            self._commits.settle()
+
+    def _settle(self) -> None:
+        try:
+            self._commits.settle()
+        except StorageError as error:
+            raise _storage_refused(error) from None
 
     def _acquire(self, still_wanted: Callable[[], bool]) -> tuple[Version, common_pb2.ModelPosition]:
         while True:
-            with self.event():
-                version = self._store.current
+            with _Glance(self):
+                version, position = self._store.current, self.position
                 try:
                     version.acquire()
-                    return version, self.position
+                    break
                 except BudgetExceeded:
                     if not still_wanted():
                         raise
             sleep(_RETRY_SECONDS)
+        try:
+            self._settle()
+        except Refused:
+            version.release()
+            raise
+        return version, position
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         try:
@@ -365,14 +502,16 @@ class Applier:
                         self._update(decision)
                     case Renumber(version):
                         self._store.current.number = version
+                        self._commits.add(Renumbered(version))
                         self._published(version)
                     case Answer(key, result):
-                        self._close(key).set_result(result)
+                        self._commits.then(partial(self._answer, key, result))
                     case Refuse(key, refusal):
-                        self._close(key).set_exception(refusal)
+                        self._commits.then(partial(self._refuse, key, refusal))
         except Exception:
             incident = secrets.token_hex(8)
             _log.exception("incident %s: model %s is lost", incident, self.machine.name)
+            self._lost = True
             self.end(Refused("INTERNAL", incident=incident))
             raise Refused("INTERNAL", incident=incident) from None
         due = self.machine.due()
@@ -395,10 +534,23 @@ class Applier:
     def _update(self, update: Update) -> None:
         layout, made = self.machine.layout, update.made
         ranges = [Range(start, stop, made.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
+        gradient = self._store.gradient(update.weight) if self.journals else None
         made.norm = self._store.update(ranges, update.weight, made.version)
         failpoint("push.published")
-        self._release_folded()
+        held, self._folded = self._folded, []
+        if gradient:
+            event = Updated(made=made, absent=update.absent, sources=update.sources, divisor=gradient.divisor)
+            self._commits.add(event, gradient.pieces, partial(_release, held, gradient.done))
+        else:
+            self._commits.index += 1
+            _release(held)
         self._published(made.version, made)
+
+    def _answer(self, key: Key, result: PushResult) -> None:
+        self._close(key).set_result(result)
+
+    def _refuse(self, key: Key, refusal: Refused) -> None:
+        self._close(key).set_exception(refusal)
 
     def _close(self, key: Key) -> "Future[PushResult]":
         """Returns what whoever waits for a push waits for."""
@@ -407,21 +559,53 @@ class Applier:
             staged[1].release()
         return self._answers.pop(key, None) or Future()
 
-    def _release_folded(self) -> None:
-        for reservation in self._folded:
-            reservation.release()
-        self._folded.clear()
-
     def _published(self, version: int, made: Made | None = None) -> None:
-        """Tells who watches, and wakes who waits for the version."""
+        """Has those told who watch, and those woken who wait for the version."""
         if self._watchers:
             message = watch.message(self._at(version), made)
-            for watcher in self._watchers:
-                watcher.put(message)
-        for awaited, future in self._awaited:
-            if awaited <= version:
-                future.set_result(None)
-        self._awaited = [(version, future) for version, future in self._awaited if not future.done()]
+            self._commits.then(partial(_tell, tuple(self._watchers), message))
+        reached = [future for awaited, future in self._awaited if awaited <= version]
+        if reached:
+            self._awaited = [(awaited, future) for awaited, future in self._awaited if awaited > version]
+            self._commits.then(partial(_wake, reached))
+
+
+class _Glance:
+    """Owns the model for a look of which nobody is told."""
+
+    def __init__(self, applier: Applier) -> None:
+        self._applier = applier
+
+    def __enter__(self) -> None:
+        self._applier.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._applier.leave()
+
+
+def _tell(watchers: Collection[Watcher], message: rpc.WatchModelResponse) -> None:
+    for watcher in watchers:
+        watcher.put(message)
+
+
+def _wake(reached: Sequence["Future[None]"]) -> None:
+    for future in reached:
+        future.set_result(None)
+
+
+def _release(held: Sequence[Reservation], done: Callable[[], None] | None = None) -> None:
+    for reservation in held:
+        reservation.release()
+    if done:
+        done()
+
+
+def _vectors(state: State) -> tuple[Vector, Vector, Vector]:
+    return state.weights, state.square_avg, state.acc_delta
+
+
+def _storage_refused(error: StorageError) -> Refused:
+    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error)
 
 
 def _shared_vector(size: int, budget: Budget) -> Vector:

@@ -10,10 +10,11 @@ import grpc
 from deltaserve._codec import Piece, StreamCodec
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as rpc
+from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Machine, Policy, Refused, Session, Sync
 from deltaserve_server.service import admission, convert
-from deltaserve_server.service.applier import Applier, model_bytes
+from deltaserve_server.service.applier import Applier
 from deltaserve_server.service.registry import Registry
 
 _UPDATES = (1 << 63) - 1
@@ -65,10 +66,11 @@ class ModelServicer:
         applier = self._registry.get(header.model)
         extension = _Extension(applier, header)
         if extension.present():
-            return rpc.ExtendModelResponse(extended=False, position=applier.position)
+            with applier.event():
+                return rpc.ExtendModelResponse(extended=False, position=applier.position)
         layout = extension.machine.layout.extended(extension.tensors)
         start = extension.machine.layout.size
-        reservation = self._registry.memory.reserve(model_bytes(layout.size - start))
+        reservation = self._registry.reserve_model(layout.size - start)
         try:
             weights = admission.admit_weights(messages, layout, start)
             admission.require_end(messages)
@@ -141,7 +143,7 @@ class ModelServicer:
         applier = self._registry.get(header.model)
         layout = applier.machine.layout
         counts = list(header.update_counts) or [0] * len(layout.tensors)
-        with self._registry.staged.reserve(layout.size * ELEMENT_BYTES * 3):
+        with self._registry.staged.reserve(layout.size * ELEMENT_BYTES * (6 if applier.journals else 3)):
             if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
                 allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
                 raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
@@ -157,6 +159,22 @@ class ModelServicer:
         with self._registry.watched(request.model) as watcher:
             if context.add_callback(watcher.close):
                 yield from watcher
+
+    def SaveSnapshot(self, request: rpc.SaveSnapshotRequest, _: grpc.ServicerContext) -> rpc.SaveSnapshotResponse:
+        """A snapshot of the model as it is now."""
+        applier = self._registry.get(request.model)
+        entry = self._registry.save(applier)
+        with applier.event():
+            return rpc.SaveSnapshotResponse(snapshot=_snapshot(entry), position=applier.position)
+
+    def ListSnapshots(self, request: rpc.ListSnapshotsRequest, _: grpc.ServicerContext) -> rpc.ListSnapshotsResponse:
+        """The snapshots that are kept."""
+        applier = self._registry.get(request.model)
+        if applier.keeper is None:
+            raise Refused("NOT_DURABLE")
+        snapshots = map(_snapshot, applier.keeper.entries)
+        with applier.event():
+            return rpc.ListSnapshotsResponse(snapshots=snapshots, position=applier.position)
 
     def _state(self, applier: Applier, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
         """Returns vectors that stay as they are until `held` is closed: the version's own, or copies."""
@@ -238,8 +256,12 @@ def _session(session: Session, now: float) -> rpc.SessionInfo:
     )
 
 
+def _snapshot(entry: Entry) -> rpc.Snapshot:
+    return rpc.Snapshot(number=entry.number, version=entry.version, bytes=entry.bytes, taken_at=entry.taken_at)
+
+
 def _summary(applier: Applier) -> rpc.ModelSummary:
-    with applier.lock:  # also of a model that a fault has ended
+    with applier.seen():
         machine = applier.machine
         return rpc.ModelSummary(
             name=machine.name,

@@ -50,9 +50,10 @@ class Reception:
             self._push = _push(header, machine.groups, len(machine.layout.tensors))
             self._session = self.applier.check(self._push)
             self._layout = machine.layout
-            # Where it is to wait for its round, a shared push is copied. Otherwise it is used where it is: should the
-            # worker alter it meanwhile, contrary to the protocol, then its own gradient is another.
-            self._in_place = header.shared_memory and not isinstance(machine.policy, Sync)
+            # Where it is to wait for its round, or to be written down, a shared push is copied. Otherwise it is used
+            # where it is: should the worker alter it meanwhile, contrary to the protocol, its own gradient is another.
+            waits = isinstance(machine.policy, Sync) or self.applier.journals
+            self._in_place = header.shared_memory and not waits
         _check_absent(header.absent_tensors, self._session.tensor_count)
         runs = self._layout.runs(self._session.tensor_count, self._push.absent)
         self.gate = Gate(runs, wire_of(header.gradient_type))

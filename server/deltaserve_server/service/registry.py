@@ -4,17 +4,25 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import monotonic
 
 from grpc_health.v1 import health, health_pb2
 
 from deltaserve_server.config import ServerConfig
-from deltaserve_server.memory import Budget, Store
+from deltaserve_server.durability import recovery
+from deltaserve_server.durability.copies import Copies
+from deltaserve_server.durability.directory import DataDirectory, Prepared
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
+from deltaserve_server.durability.keeper import Keeper
+from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
 from deltaserve_server.memory.shared import Handle
-from deltaserve_server.memory.store import Vector
+from deltaserve_server.memory.store import Vector, zeros_like
 from deltaserve_server.model import Machine, Refused, Session
 from deltaserve_server.service.applier import Applier, model_bytes
+from deltaserve_server.service.recovering import Recovering
+from deltaserve_server.service.saver import Saver
 from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
@@ -25,6 +33,8 @@ _SERVICES = "deltaserve.v1."
 _TICK_SECONDS = 0.25
 _SHORTEST_TICK_SECONDS = 0.001
 _DRAIN_RETRY_SECONDS = 1.0
+_STORAGE_RETRY_SECONDS = 1.0
+_COPIES_SECONDS = 5.0
 
 MakeStore = Callable[[Vector, Budget], Store]
 
@@ -40,6 +50,8 @@ class Registry:
         health_servicer: Is told of each model.
         executor: Has threads for work that is shared.
         threads: How many work at most, a handler's own among them.
+        directory: Where models are kept safe; None means nowhere.
+        copies: Where their snapshots are copied to; None likewise.
 
     Attributes:
         memory: Bytes for everything.
@@ -57,6 +69,8 @@ class Registry:
         health_servicer: health.HealthServicer,
         executor: Executor,
         threads: int,
+        directory: DataDirectory | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.executor = executor
         self.threads = threads
@@ -67,6 +81,9 @@ class Registry:
         self._make_store = make_store
         self._health = health_servicer
         self._models: dict[str, Applier] = {}
+        self._directory = directory
+        self._copies = copies
+        self._recovering = Recovering(self._sizes())
         self._lock = threading.Lock()
         self._draining = False
         self._watchers = threading.BoundedSemaphore(config.watchers)
@@ -76,21 +93,33 @@ class Registry:
         self._next_tick = 0.0
         self._ticker = threading.Thread(target=self._tick, name="leases", daemon=True)
         self._ticker.start()
+        self._saver = Saver(self.all, self._saved) if directory else None
 
     def get(self, name: str) -> Applier:
         """Returns a model.
 
         Raises:
-            Refused: MODEL_NOT_FOUND.
+            Refused: MODEL_NOT_FOUND or RECOVERING.
         """
-        applier = self._models.get(name)
+        applier = self.find(name)
         if applier is None:
             raise Refused("MODEL_NOT_FOUND", model=name[:128])
         return applier
 
     def find(self, name: str) -> Applier | None:
-        """Returns a model, or None."""
-        return self._models.get(name)
+        """Returns a model, or None.
+
+        Raises:
+            Refused: RECOVERING.
+        """
+        applier = self._models.get(name)
+        if applier is None and name in self._recovering:
+            raise self._recovering.refusal(name)
+        return applier
+
+    def reserve_model(self, elements: int) -> Reservation:
+        """Takes the memory that a model, or an extension, of so many elements needs; raises BudgetExceeded."""
+        return self.memory.reserve(model_bytes(elements, durable=self._directory is not None))
 
     def all(self) -> list[Applier]:
         """Returns all models by name."""
@@ -114,24 +143,67 @@ class Registry:
         Another caller may have created one of this name meanwhile: then that is returned.
         """
         self.check_room()
-        reservation = self.memory.reserve(model_bytes(machine.layout.size))
-        try:
+        with ExitStack() as undo:
+            reservation = self.reserve_model(machine.layout.size)
+            undo.callback(reservation.release)
             weights = receive()
+            prepared = self._prepare(machine, weights)
+            if prepared:
+                undo.callback(prepared.discard)
             with self._lock:
                 held = self._models.get(machine.name)
-                if held is None:
-                    self.check_room()
-                    store = self._make_store(weights, self.memory)
-                    applier = Applier(machine, store, reservation, self.incarnation, self._wanted)
-                    self._models[machine.name] = applier
-                    self._tell_health(machine.name, health_pb2.HealthCheckResponse.SERVING)
-                    _log.info("model %s created: %d elements", machine.name, machine.layout.size)
-                    return applier, True
-        except BaseException:
-            reservation.release()
-            raise
-        reservation.release()
-        return held, False
+                if held is not None:
+                    return held, False
+                self.check_room()
+                store = self._make_store(weights, self.memory)
+                keeper = self._keep(prepared, machine.name) if prepared else None
+                applier = Applier(machine, store, reservation, self.incarnation, self._wanted, keeper)
+                self._add(applier)
+                undo.pop_all()
+        _log.info("model %s created: %d elements", machine.name, machine.layout.size)
+        return applier, True
+
+    def restore(self, *, accept_data_loss: bool) -> None:
+        """Brings back all models of the data directory, one after the other; each is there as soon as it is.
+
+        Args:
+            accept_data_loss: Whether to go on where a file is corrupt.
+
+        Raises:
+            DataDirectoryError: A model does not come back; the text says why, and what to do.
+        """
+        directory = self._directory
+        if directory is None:
+            return
+        for name in directory.names():
+            began = monotonic()
+            try:
+                applier = self._restored(directory, name, accept_data_loss)
+            except CorruptError as error:
+                if not accept_data_loss:
+                    why = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
+                    raise DataDirectoryError(f"corrupt: {error}; {why}") from error
+                _log.error("model %s is set aside: %s", name, error)
+                directory.set_aside(name)
+            else:
+                with self._lock:
+                    self._add(applier)
+                version, seconds = applier.machine.version, monotonic() - began
+                _log.info("model %s came back at version %d, after %.1f s", name, version, seconds)
+            self._recovering.came(name)
+
+    def save(self, applier: Applier) -> Entry:
+        """Takes a snapshot of a model.
+
+        Raises:
+            Refused: NOT_DURABLE or STORAGE_UNAVAILABLE, or the model has ended.
+        """
+        try:
+            entry = applier.save()
+        except OSError as error:
+            raise _storage_refused(error) from error
+        self._saved(applier)
+        return entry
 
     def delete(self, name: str) -> Applier:
         """Forgets a model.
@@ -141,9 +213,14 @@ class Registry:
         """
         with self._lock:
             applier = self.get(name)
+            if self._directory:
+                try:
+                    self._directory.remove(name)
+                except OSError as error:
+                    raise _storage_refused(error) from error
             del self._models[name]
             self._tell_health(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        applier.end(Refused("MODEL_NOT_FOUND", model=name))
+        applier.lose(Refused("MODEL_NOT_FOUND", model=name))
         applier.release()
         _log.info("model %s deleted", name)
         return applier
@@ -217,6 +294,76 @@ class Registry:
         self._ticker.join()
         for applier in self.all():
             applier.end(Refused("DRAINING", _DRAIN_RETRY_SECONDS))
+        if self._saver:
+            self._saver.stop()
+        for applier in self.all():
+            self._finish(applier)
+        if self._copies:
+            self._copies.close(_COPIES_SECONDS)
+        if self._directory:
+            self._directory.close()
+
+    def _finish(self, applier: Applier) -> None:
+        try:
+            applier.finish()
+        except (OSError, BudgetExceeded, Refused) as error:
+            _log.error("model %s: there is no last snapshot: %s", applier.machine.name, error)
+        else:
+            self._saved(applier)
+
+    # --- the data directory
+
+    def _sizes(self) -> dict[str, int]:
+        directory = self._directory
+        if directory is None:
+            return {}
+        return {name: recovery.total_bytes(directory.folder(name)) for name in directory.names()}
+
+    def _prepare(self, machine: Machine, weights: Vector) -> Prepared | None:
+        """Writes a new model down, not yet under its name; raises Refused STORAGE_UNAVAILABLE."""
+        if self._directory is None:
+            return None
+        try:
+            return self._directory.prepare(machine, State(weights, zeros_like(weights), zeros_like(weights)))
+        except OSError as error:
+            raise _storage_refused(error) from error
+
+    def _keep(self, prepared: Prepared, name: str) -> Keeper:
+        """Gives what is written down its name; raises Refused STORAGE_UNAVAILABLE."""
+        assert self._directory
+        try:
+            return self._directory.add(prepared, name)
+        except OSError as error:
+            raise _storage_refused(error) from error
+
+    def _restored(self, directory: DataDirectory, name: str, accept_data_loss: bool) -> Applier:
+        folder = directory.folder(name)
+        try:
+            came = recovery.recover(
+                folder,
+                lambda weights: self._make_store(weights, self.memory),
+                self._recovering.progress,
+                accept_data_loss=accept_data_loss,
+            )
+            reservation = self.reserve_model(came.machine.layout.size)
+            keeper = directory.keeper(name, came.head, came.index, came.last, came.saved_index)
+        except BudgetExceeded as error:
+            text = f"model {name} takes {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
+            raise DataDirectoryError(text) from error
+        except OSError as error:
+            raise DataDirectoryError(f"model {name}: {error.filename or ''}: {error.strerror}") from error
+        applier = Applier(came.machine, came.store, reservation, self.incarnation, self._wanted, keeper)
+        if came.waited:
+            applier.renumbered()
+        return applier
+
+    def _add(self, applier: Applier) -> None:
+        self._models[applier.machine.name] = applier
+        self._tell_health(applier.machine.name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _saved(self, applier: Applier) -> None:
+        if self._copies and applier.keeper:
+            self._copies.offer(applier.machine.name, applier.keeper.folder, applier.keeper.last.number)
 
     def _tell_health(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
@@ -245,3 +392,7 @@ class Registry:
                 pass  # a fault has ended this model, and is in the log; the others go on
             except Exception:
                 _log.exception("model %s: what is due was not done", applier.machine.name)
+
+
+def _storage_refused(error: OSError) -> Refused:
+    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error.strerror or "the disk")

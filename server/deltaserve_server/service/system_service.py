@@ -5,6 +5,7 @@ from time import monotonic
 import grpc
 
 import deltaserve
+from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import system_service_pb2 as rpc
 from deltaserve_server.config import Device
 from deltaserve_server.service.registry import Registry
@@ -42,5 +43,6 @@ class SystemServicer:
                 lease_seconds_max=config.lease_seconds_max,
                 lease_seconds_default=config.lease_seconds,
             ),
+            durability=pb.Durability.Value(f"DURABILITY_{config.keeps.upper()}"),
             uptime_seconds=monotonic() - self._started,
         )

@@ -48,33 +48,42 @@ class WorkerServicer:
         worker = convert.checked_name("worker", request.worker)
         tensor_count = request.tensor_count if request.HasField("tensor_count") else None
         group_count = request.group_count if request.HasField("group_count") else None
+        applier = self._registry.get(request.model)
+        head = applier.head
+        if request.HasField("lineage") and not head.knows(request.lineage):
+            raise Refused("LINEAGE_UNKNOWN", model=request.model)
         session = self._registry.open_session(request.model, worker, self._lease(request), tensor_count, group_count)
-        return rpc.OpenSessionResponse(
-            session_id=session.id,
-            epoch=session.epoch,
-            rank=session.rank,
-            lease_seconds=session.lease_seconds,
-            first_version=session.first_version,
-            tensor_count=session.tensor_count,
-            position=self._registry.get(request.model).position,
-        )
+        with applier.event():
+            return rpc.OpenSessionResponse(
+                session_id=session.id,
+                epoch=session.epoch,
+                rank=session.rank,
+                lease_seconds=session.lease_seconds,
+                first_version=session.first_version,
+                tensor_count=session.tensor_count,
+                position=applier.position,
+                lineage=head.lineage,
+                ancestors=[rpc.Ancestor(lineage=one.lineage, version=one.version) for one in head.ancestors],
+            )
 
     def KeepSession(self, request: rpc.KeepSessionRequest, _: grpc.ServicerContext) -> rpc.KeepSessionResponse:
         """Renews a lease, and tells what was applied."""
         applier = self._registry.get(request.model)
-        session = applier.keep_session(request.session_id, request.epoch)
-        return rpc.KeepSessionResponse(
-            lease_seconds=session.lease_seconds,
-            last_applied_sequence=session.last_applied,
-            last_accepted_sequence=session.last_accepted,
-            position=applier.position,
-        )
+        with applier.event():
+            session = applier.keep_session(request.session_id, request.epoch)
+            return rpc.KeepSessionResponse(
+                lease_seconds=session.lease_seconds,
+                last_applied_sequence=session.last_applied,
+                last_accepted_sequence=session.last_accepted,
+                position=applier.position,
+            )
 
     def CloseSession(self, request: rpc.CloseSessionRequest, _: grpc.ServicerContext) -> rpc.CloseSessionResponse:
         """Lets a worker leave."""
         applier = self._registry.get(request.model)
-        applier.close_session(request.session_id, request.epoch)
-        return rpc.CloseSessionResponse(position=applier.position)
+        with applier.event():
+            applier.close_session(request.session_id, request.epoch)
+            return rpc.CloseSessionResponse(position=applier.position)
 
     def OpenSharedMemory(
         self, request: rpc.OpenSharedMemoryRequest, context: grpc.ServicerContext
@@ -82,9 +91,9 @@ class WorkerServicer:
         """Gives a session memory for its gradients."""
         local = context.peer().startswith(_LOCAL_PEERS)
         gradient = self._registry.share(request.model, request.session_id, request.epoch, local)
-        return rpc.OpenSharedMemoryResponse(
-            gradient=_memory(gradient), position=self._registry.get(request.model).position
-        )
+        applier = self._registry.get(request.model)
+        with applier.event():
+            return rpc.OpenSharedMemoryResponse(gradient=_memory(gradient), position=applier.position)
 
     def Step(self, request: rpc.StepRequest, context: grpc.ServicerContext) -> rpc.StepResponse:
         """Push and weights in one message each way."""
@@ -146,7 +155,9 @@ class WorkerServicer:
         applier = self._registry.get(request.model)
         with applier.event():
             status = applier.machine.push_status(request.session_id, request.sequence)
+            session = applier.machine.sessions.find_any(request.session_id)
             return rpc.GetPushResponse(
+                last_applied_sequence=session.last_applied if session else 0,
                 state=_STATES[status.state],
                 final=status.final,
                 result=_result(status.result) if status.result else None,

@@ -1,0 +1,217 @@
+"""What a model has done and not yet told: records that wait to be safe, and what is to be told when they are.
+
+There is no thread for it. Whoever brings an event writes, after it, all that waits, in one go and with one fsync; who
+comes meanwhile waits for that, and mostly finds its own record written (group commit).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from deltaserve._failpoints import failpoint
+from deltaserve_server.durability.journal import Journal, record_bytes
+from deltaserve_server.durability.records import Event, Piece, Record
+
+Effect = Callable[[], None]
+
+
+class StorageError(Exception):
+    """A journal cannot be written to; the text says why."""
+
+
+class _Switch(NamedTuple):
+    """From here on another journal is written to."""
+
+    journal: Journal
+
+
+class Commits:
+    """What a model's owner tells. Here nothing waits: without a journal everything is told at once.
+
+    `add`, `then` and `ready` are called by whoever owns the model, `settle` by whoever does not.
+
+    Args:
+        index: Of the last record before.
+
+    Attributes:
+        index: Of the last record.
+        journals: Whether there is a journal.
+    """
+
+    journals = False
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+
+    def ready(self, records: int, elements: int) -> None:
+        """Sees to it that so many records, of vectors of so many elements, can be written.
+
+        Raises:
+            StorageError: They cannot.
+        """
+
+    def add(self, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
+        """Takes note of what happened; `done` is called when the pieces are not needed any more."""
+        self.index += 1
+        if done:
+            done()
+
+    def then(self, effect: Effect) -> None:
+        """Has `effect` called when all that happened so far is safe."""
+        effect()
+
+    def settle(self) -> None:
+        """Returns when all that happened so far is safe, and told.
+
+        Raises:
+            StorageError: That cannot be said.
+        """
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keeps effects from being called meanwhile; here it is the model's owner who calls them."""
+        yield
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class Journaled(Commits):
+    """`Commits` with a journal.
+
+    Args:
+        journal: To write to.
+        index: Of the last record before.
+        sync: Whether a record is safe when it is on the disk; otherwise when the system has it.
+
+    Attributes:
+        records: How many were added since the journal that is written to was begun.
+        error: Why nothing can be written; None where it can.
+    """
+
+    journals = True
+
+    def __init__(self, journal: Journal, index: int, *, sync: bool) -> None:
+        super().__init__(index)
+        self.records = 0
+        self.error: OSError | None = None
+        self._journal = journal
+        self._sync = sync
+        self._safe = index
+        self._waiting: deque[Record | Effect | _Switch] = deque()
+        self._added = self._settled = 0
+        # Each is counted under one lock alone: that of the model, and the one of whoever writes.
+        self._added_bytes = self._written_bytes = 0
+        self._writing = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Length of the journal, with what waits."""
+        return self._journal.size + max(self._added_bytes - self._written_bytes, 0)
+
+    def ready(self, records: int, elements: int) -> None:
+        """Sets space aside."""
+        if self.error:
+            raise StorageError(self.error.strerror or str(self.error))
+        try:
+            self._journal.reserve(self.bytes + records * record_bytes(elements))
+        except OSError as error:
+            raise StorageError(error.strerror or str(error)) from None
+
+    def add(self, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
+        """Has it written with the next `settle`."""
+        self.index += 1
+        self.records += 1
+        record = Record(self.index, event, pieces)
+        self._added_bytes += _bytes(record)
+        self._put(record)
+        if done:
+            self._put(done)
+
+    def then(self, effect: Effect) -> None:
+        """Has it called with the next `settle`."""
+        self._put(effect)
+
+    def switch(self, journal: Journal) -> None:
+        """Has what happens from now on written to another journal."""
+        self.records = 0
+        self._put(_Switch(journal))
+
+    def settle(self) -> None:
+        """Writes what waits, unless somebody does, and calls the effects."""
+        wanted = self._added
+        if self._settled >= wanted:
+            return
+        with self._writing:
+            if self._settled < wanted:
+                self._settle(wanted)
+
+    def adopt(self, journal: Journal) -> None:
+        """Goes on with a journal that was switched to, all that happened before being safe in a snapshot."""
+        with self._writing:
+            if not any(isinstance(item, _Switch) and item.journal is journal for item in list(self._waiting)):
+                return  # it is written to already
+            self.error = None
+            while self._journal is not journal:
+                self._next()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keeps whoever writes from calling effects meanwhile."""
+        with self._writing:
+            yield
+
+    def close(self) -> None:
+        """Ends the journal."""
+        with self._writing:
+            self._journal.close()
+
+    def _put(self, item: "Record | Effect | _Switch") -> None:
+        self._waiting.append(item)
+        self._added += 1
+
+    def _settle(self, wanted: int) -> None:
+        failpoint("journal.recorded")
+        while self._settled < wanted:
+            batch = list(self._batch())
+            records = [item for item in batch if isinstance(item, Record)]
+            if records:
+                self._write(records)
+            for _ in batch:
+                self._next()
+
+    def _next(self) -> None:
+        """Does what the next item stands for, what was recorded before it being safe."""
+        item = self._waiting.popleft()
+        self._settled += 1
+        if isinstance(item, Record):
+            self._safe = item.index
+            self._written_bytes += _bytes(item)
+        elif isinstance(item, _Switch):
+            before, self._journal = self._journal, item.journal
+            before.close()
+        else:
+            item()
+
+    def _batch(self) -> "Iterator[Record | Effect | _Switch]":
+        """Yields what can be written in one go: up to where another journal begins."""
+        for item in list(self._waiting):
+            yield item
+            if isinstance(item, _Switch):
+                return
+
+    def _write(self, records: Sequence[Record]) -> None:
+        if self.error:
+            raise StorageError(self.error.strerror or str(self.error))
+        try:
+            self._journal.write(records, self._safe, sync=self._sync)
+        except OSError as error:
+            self.error = error
+            raise StorageError(error.strerror or str(error)) from error
+        failpoint("journal.synced")
+
+
+def _bytes(record: Record) -> int:
+    return record_bytes(sum(values.size for _, values in record.pieces))

@@ -1,0 +1,97 @@
+"""Copies of snapshots at another place, an object store for instance: anything that fsspec knows by its URL.
+
+They have the names that they have here, so a data directory is made of them by copying them back.
+"""
+
+import logging
+import queue
+import threading
+from typing import Any
+
+from deltaserve_server.durability import snapshot
+from deltaserve_server.durability.folder import HEAD, Folder
+
+_log = logging.getLogger(__name__)
+
+_KEPT = 2
+_RETRY_SECONDS = (1.0, 5.0, 25.0)
+
+
+class Copies:
+    """Copies the newest snapshot of every model, in a thread of its own, one after the other.
+
+    Args:
+        url: A folder, as s3://bucket/path or file:///path; what a file system of fsspec needs beside it, it takes from
+            the environment or from fsspec's configuration.
+
+    Raises:
+        ValueError: fsspec does not know the URL, or lacks a package for it.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self._system, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"copies: {url}: {error}") from None
+        self._url = url
+        self._waiting: dict[str, tuple[Folder, int]] = {}
+        self._lock = threading.Lock()
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="copies", daemon=True)
+        self._thread.start()
+
+    def offer(self, model: str, folder: Folder, number: int) -> None:
+        """Has a snapshot copied, in place of an older one of the model that still waits."""
+        with self._lock:
+            self._waiting[model] = folder, number
+        self._wake.put(True)
+
+    def close(self, timeout_seconds: float) -> None:
+        """Copies what waits, then ends; whatever is not done in time is left."""
+        self._closed.set()
+        self._wake.put(False)
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            _log.warning("copies: not everything was copied to %s", self._url)
+
+    def _run(self) -> None:
+        going_on = True
+        while going_on:
+            going_on = self._wake.get()
+            with self._lock:
+                waiting, self._waiting = self._waiting, {}
+            for model, (folder, number) in waiting.items():
+                self._copy_for_sure(model, folder, number)
+
+    def _copy_for_sure(self, model: str, folder: Folder, number: int) -> None:
+        """Copies a snapshot; tries again where that fails, unless the next one does."""
+        for seconds in (*_RETRY_SECONDS, None):
+            try:
+                self._copy(model, folder, number)
+            except FileNotFoundError:
+                return  # a newer one has taken its place, and waits to be copied
+            except Exception as error:
+                _log.warning("copies: snapshot %d of model %s was not copied: %s", number, model, error)
+                if seconds is None or self._closed.wait(seconds):
+                    return
+            else:
+                _log.info("copies: snapshot %d of model %s is at %s", number, model, self._url)
+                return
+
+    def _copy(self, model: str, folder: Folder, number: int) -> None:
+        target = f"{self._root.rstrip('/')}/models/{model}"
+        self._system.makedirs(target, exist_ok=True)
+        # The manifest last: without it a snapshot is none.
+        for name in (HEAD, snapshot.tensors_name(number), snapshot.manifest_name(number)):
+            self._system.put_file(str(folder.files.folder / name), f"{target}/{name}")
+        kept = sorted(name for name in self._names(target) if name.endswith(".json") and name != HEAD)[-_KEPT:]
+        for name in self._names(target):
+            if name != HEAD and f"{name.rsplit('.', 1)[0]}.json" not in kept:
+                self._system.rm_file(f"{target}/{name}")
+
+    def _names(self, target: str) -> list[str]:
+        found: list[Any] = self._system.ls(target, detail=False)
+        return [str(path).rsplit("/", 1)[-1] for path in found]

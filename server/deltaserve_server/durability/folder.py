@@ -1,0 +1,182 @@
+"""A model's folder: which snapshots and journals there are, and the head, which says how to take them.
+
+    head.json                 the lineage, and how the model was last served
+    snapshot-N.safetensors    see `snapshot`
+    snapshot-N.json
+    journal-N                 see `journal`
+
+Numbers only grow. The last two snapshots stay, and the journals since the older of them.
+"""
+
+import logging
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from deltaserve._failpoints import failpoint
+from deltaserve_server.durability import snapshot
+from deltaserve_server.durability.checked import packed, unpacked
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.files import UNFINISHED, Files
+from deltaserve_server.durability.journal import journal_name
+
+_log = logging.getLogger(__name__)
+
+HEAD = "head.json"
+_SNAPSHOTS_KEPT = 2
+_ANCESTORS = 64
+_SNAPSHOT = re.compile(r"snapshot-(\d{8,})\.(safetensors|json)", re.ASCII)
+_JOURNAL = re.compile(r"journal-(\d{8,})", re.ASCII)
+
+LINEAGE_BYTES = 16
+
+
+class Ancestor(msgspec.Struct, frozen=True):
+    """A lineage that was left, and the last version that it has in common with the present one."""
+
+    lineage: bytes
+    version: int
+
+
+class Served(msgspec.Struct, frozen=True):
+    """How a model is served, or was until its server died.
+
+    Attributes:
+        durability: What survives.
+        boot: Of the machine: another one says that it was started anew meanwhile.
+    """
+
+    durability: str
+    boot: str
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What is known of a model apart from its state.
+
+    Attributes:
+        lineage: Names the course that its versions have taken.
+        ancestors: The lineages before, the newest last.
+        served: None where its server ended in good order, its state safe.
+    """
+
+    lineage: bytes
+    ancestors: tuple[Ancestor, ...] = ()
+    served: Served | None = None
+
+    @classmethod
+    def new(cls) -> "Head":
+        """Returns the head of a new model."""
+        return cls(secrets.token_bytes(LINEAGE_BYTES))
+
+    def knows(self, lineage: bytes) -> bool:
+        """Whether it is that of the model, now or before."""
+        return lineage == self.lineage or any(lineage == one.lineage for one in self.ancestors)
+
+    def forked(self, version: int) -> "Head":
+        """Returns the head of a model that goes on from `version`, later ones being lost."""
+        shared = (*self.ancestors, Ancestor(self.lineage, version))
+        cut = tuple(Ancestor(one.lineage, min(one.version, version)) for one in shared)
+        return Head(secrets.token_bytes(LINEAGE_BYTES), cut[-_ANCESTORS:], self.served)
+
+
+def boot() -> str:
+    """Returns what names this start of the machine; nothing where the system does not say."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+class Folder:
+    """A model's folder.
+
+    Args:
+        files: What it holds.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def snapshots(self) -> list[int]:
+        """Returns the numbers of the snapshots that have a manifest, in ascending order."""
+        return sorted(number for number, kind in self._snapshot_files() if kind == "json")
+
+    def journals(self) -> list[int]:
+        """Returns the numbers of the journals, in ascending order."""
+        return sorted(int(found[1]) for name in self.files.names() if (found := _JOURNAL.fullmatch(name)))
+
+    def next_number(self) -> int:
+        """Returns a number that no file has had, whether it was finished or not."""
+        digits = (re.search(r"-(\d{8,})", name) for name in self.files.names())
+        return max((int(found[1]) for found in digits if found), default=0) + 1
+
+    def read_head(self) -> Head:
+        """Returns the head.
+
+        Raises:
+            CorruptError: It is not what was written.
+        """
+        where = str(self.files.folder / HEAD)
+        try:
+            return unpacked(self.files.read(HEAD), Head, where)
+        except FileNotFoundError:
+            raise CorruptError(where, "it is missing") from None
+
+    def write_head(self, head: Head) -> None:
+        """Puts a head in place, for good."""
+        self.files.put(HEAD, [packed(head)])
+
+    def tidy(self) -> None:
+        """Removes what is not needed: all but the last two snapshots, and the journals since the older of them."""
+        kept = self.snapshots()[-_SNAPSHOTS_KEPT:]
+        old = [snapshot.manifest_name(number) for number in self.snapshots() if number not in kept]
+        old += [snapshot.tensors_name(n) for n, kind in self._snapshot_files() if kind != "json" and n not in kept]
+        old += [journal_name(number) for number in self.journals() if number < self._first_journal(kept)]
+        for name in old:
+            failpoint("snapshot.removing")
+            self.files.remove(name)
+        if old:
+            self.files.sync()
+
+    def set_aside(self, name: str, keep: int) -> None:
+        """Keeps a file that is corrupt under another name; its first bytes, if any are good, stay as they are."""
+        content = self.files.read(name)
+        self.files.put(f"{name}.corrupt", [content])
+        if keep:
+            self.files.shorten(name, keep)
+        else:
+            self.files.remove(name)
+            self.files.sync()
+
+    def clear(self) -> None:
+        """Removes what was not finished."""
+        for name in self.files.names():
+            if name.endswith(UNFINISHED):
+                self.files.remove(name)
+
+    def entries(self) -> list[snapshot.Entry]:
+        """Returns the snapshots that are good as far as their manifests tell, oldest first."""
+        found = []
+        for number in self.snapshots():
+            with suppress(CorruptError, FileNotFoundError):  # one that was removed meanwhile
+                manifest = snapshot.read_manifest(self.files, number)
+                size = manifest.bytes + self.files.size(snapshot.manifest_name(number))
+                found.append(snapshot.Entry(number, manifest.model.version, size, manifest.taken_at))
+        return found
+
+    def _first_journal(self, kept: Sequence[int]) -> int:
+        """Returns the number of the first journal that one of these snapshots needs; of a bad one all are kept."""
+        try:
+            numbers = [snapshot.read_manifest(self.files, number).journal for number in kept]
+        except (CorruptError, OSError) as error:
+            _log.warning("%s", error)
+            return 0
+        return min((number for number in numbers if number is not None), default=sys.maxsize)
+
+    def _snapshot_files(self) -> list[tuple[int, str]]:
+        found = (_SNAPSHOT.fullmatch(name) for name in self.files.names())
+        return [(int(match[1]), match[2]) for match in found if match]

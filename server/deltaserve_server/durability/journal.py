@@ -1,0 +1,304 @@
+"""A journal: a model's records one after the other in a file.
+
+The file begins with a title of 64 bytes. Every record begins at a multiple of 64 bytes: a head of 48, JSON, the vector
+at the next such multiple, and a tail of 16 that ends at one. What follows the last record is zeros, or nothing. Head
+and tail hold the file's own number of chance, so that no vector can pass for a record.
+
+A crash may tear what was being written and nobody was told of: a part of it is zeros, as the file was before. So it
+ends there. Anything else that is not as it was written was changed later, and is an error; as is a record that is not
+there where a later one says that it was safe.
+"""
+
+import secrets
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from mmap import ACCESS_READ, mmap
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from crc32c import crc32c
+
+from deltaserve._failpoints import failpoint
+from deltaserve_server.durability.checked import decoded
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.files import Files
+from deltaserve_server.durability.records import DTYPES, Header, Piece, Record
+
+_LINE = 64
+_SECTOR = 512
+"""What a disk writes whole or not at all."""
+
+_MAGIC = b"deltaserve journal 1\n"
+_TITLE = struct.Struct("<21s3x8sI")
+_HEAD = struct.Struct("<8sQQIIQI")
+_CHECK = struct.Struct("<I")
+_HEAD_BYTES = _HEAD.size + _CHECK.size
+_TAIL = struct.Struct("<8sQ")
+
+_ALLOCATED = 16 << 20
+"""Space is set aside in portions of so many bytes."""
+
+_JSON_BYTES = 4096
+"""What the JSON of a record may take, about."""
+
+
+def journal_name(number: int) -> str:
+    """Returns the name of a journal's file."""
+    return f"journal-{number:08}"
+
+
+class _Head(NamedTuple):
+    """A record's head.
+
+    Attributes:
+        nonce: The file's.
+        number: The record's index.
+        safe: The last record that was safe when this one was written.
+        json_bytes: Length of the JSON.
+        check: CRC-32C of everything that follows the head.
+        vector_bytes: Length of the vector.
+        spare: 0.
+    """
+
+    nonce: bytes
+    number: int
+    safe: int
+    json_bytes: int
+    check: int
+    vector_bytes: int
+    spare: int = 0
+
+    @property
+    def vector_at(self) -> int:
+        """Where the vector begins, from the record's start."""
+        return _up(_HEAD_BYTES + self.json_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Length of the record."""
+        return _up(self.vector_at + self.vector_bytes + _TAIL.size)
+
+    def packed(self) -> bytes:
+        """Returns its bytes."""
+        raw = _HEAD.pack(*self)
+        return raw + _CHECK.pack(crc32c(raw))
+
+
+class Journal:
+    """A journal that is written to.
+
+    Args:
+        files: The model's folder.
+        number: The journal's; a new one.
+
+    Raises:
+        OSError: It cannot be made.
+
+    Attributes:
+        number: As above.
+        size: How many bytes of it are written.
+    """
+
+    def __init__(self, files: Files, number: int) -> None:
+        self.number = number
+        self.size = _LINE
+        self._nonce = secrets.token_bytes(8)
+        self._file = files.create(journal_name(number))
+        self._allocated = 0
+        try:
+            self.reserve(_LINE)
+            self._file.write(0, [_title(self._nonce)])
+            self._file.sync()
+            files.sync()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def reserve(self, stop: int) -> None:
+        """Has space set aside up to byte `stop`; raises OSError where there is none."""
+        if stop > self._allocated:
+            end = -(-stop // _ALLOCATED) * _ALLOCATED
+            self._file.allocate(end)
+            self._allocated = end
+
+    def write(self, records: Sequence[Record], safe: int, *, sync: bool) -> None:
+        """Adds records.
+
+        Args:
+            records: What happened.
+            safe: Index of the last record that is safe.
+            sync: Whether they are to be on the disk when this returns.
+
+        Raises:
+            OSError: They are not all written, and the file is not to be written to again.
+        """
+        buffers = [buffer for record in records for buffer in _encoded(record, self._nonce, safe)]
+        self._file.write(self.size, buffers)
+        failpoint("journal.written")
+        if sync:
+            self._file.sync()
+        self.size += sum(map(len, buffers))
+
+    def close(self) -> None:
+        """Ends the journal."""
+        self._file.close()
+
+
+def record_bytes(elements: int) -> int:
+    """Returns how long a record is at the most, about, of a vector of so many elements."""
+    return elements * 4 + _JSON_BYTES
+
+
+class Reading:
+    """What a journal holds, read one record after the other.
+
+    Args:
+        files: The model's folder.
+        number: The journal's.
+        after: Index of the record that comes before its first.
+        lost_power: Whether the machine was started anew since it was written: then a part of the last records may be
+            missing, while what was written after that part is there.
+
+    Attributes:
+        size: Bytes up to which it was read and is good.
+        total: Bytes of the file.
+        index: Of the last record that was read.
+    """
+
+    def __init__(self, files: Files, number: int, after: int, *, lost_power: bool) -> None:
+        name = journal_name(number)
+        self.total = files.size(name)
+        self.size = 0
+        self.index = after
+        self._where = str(files.folder / name)
+        self._lost_power = lost_power
+        self._data = _mapped(files, name, self.total)
+        self._nonce = b""
+
+    def records(self) -> Iterator[Record]:
+        """Yields the records up to where the journal was torn, or ends; their vectors lie in the file.
+
+        Raises:
+            CorruptError: The journal is not what was written.
+        """
+        if len(self._data) < _LINE or not any(self._data[:_LINE]):
+            return  # made, and nobody was told of anything in it
+        self._nonce = bytes(self._data[24:32])
+        if self._data[:_LINE] != _title(self._nonce):
+            raise self._corrupt("its title is not that of a journal")
+        self.size = _LINE
+        while head := self._head():
+            record = self._record(head)
+            if record is None:
+                break
+            yield record
+        self._check_rest()
+
+    def _head(self) -> _Head | None:
+        """Returns the next record's head; None where there is none."""
+        raw = self._data[self.size : self.size + _HEAD_BYTES]
+        if len(raw) < _HEAD_BYTES or not any(raw):
+            return None
+        head = _parsed(raw, self._nonce)
+        if head is None:
+            raise self._corrupt(f"the record at byte {self.size} is bad")
+        if head.number != self.index + 1:
+            raise self._corrupt(f"record {self.index + 1} is missing, {head.number} is in its place")
+        return head
+
+    def _record(self, head: _Head) -> Record | None:
+        """Returns the record; None where it is torn."""
+        data = self._data[self.size : self.size + head.total_bytes]
+        if len(data) < head.total_bytes:
+            return None
+        if crc32c(data[_HEAD_BYTES:]) != head.check:
+            if _torn(data, self.size, anywhere=self._lost_power):
+                return None
+            raise self._corrupt(f"the checksum of record {head.number} is wrong")
+        where = f"{self._where}: record {head.number}"
+        header = decoded(data[_HEAD_BYTES : _HEAD_BYTES + head.json_bytes], Header, where)
+        vector = data[head.vector_at : head.vector_at + head.vector_bytes]
+        self.size += head.total_bytes
+        self.index = head.number
+        return Record(head.number, header.event, _pieces(header, vector, where))
+
+    def _check_rest(self) -> None:
+        """Raises CorruptError where a record beyond says that one which is not here was safe."""
+        at = self.size
+        while (at := self._data.obj.find(self._nonce, at + 1)) >= 0:  # type: ignore[attr-defined]
+            head = _parsed(self._data[at : at + _HEAD_BYTES], self._nonce) if at % _LINE == 0 else None
+            if head and head.safe > self.index:
+                raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
+
+    def _corrupt(self, what: str) -> CorruptError:
+        return CorruptError(self._where, what)
+
+
+def _title(nonce: bytes) -> bytes:
+    check = crc32c(_TITLE.pack(_MAGIC, nonce, 0))
+    return _TITLE.pack(_MAGIC, nonce, check).ljust(_LINE, b"\0")
+
+
+def _encoded(record: Record, nonce: bytes, safe: int) -> list[bytes | memoryview]:
+    """Returns a record's parts."""
+    pieces = tuple((offset, values.size, values.dtype.str) for offset, values in record.pieces)
+    body = msgspec.json.encode(Header(record.event, pieces))
+    vectors = [memoryview(values.data).cast("B") for _, values in record.pieces]
+    head = _Head(nonce, record.index, safe, len(body), 0, sum(map(len, vectors)))
+    front = body + bytes(head.vector_at - _HEAD_BYTES - len(body))
+    back = bytes(head.total_bytes - head.vector_at - head.vector_bytes - _TAIL.size) + _TAIL.pack(nonce, record.index)
+    check = crc32c(front)
+    for vector in vectors:
+        check = crc32c(vector, check)
+    check = crc32c(back, check)
+    return [head._replace(check=check).packed() + front, *vectors, back]
+
+
+def _parsed(raw: memoryview, nonce: bytes) -> _Head | None:
+    """Returns a head; None where the bytes are none of this file."""
+    if len(raw) < _HEAD_BYTES or _CHECK.unpack_from(raw, _HEAD.size)[0] != crc32c(raw[: _HEAD.size]):
+        return None
+    head = _Head(*_HEAD.unpack_from(raw))
+    return head if head.nonce == nonce else None
+
+
+def _torn(data: memoryview, start: int, *, anywhere: bool) -> bool:
+    """Whether a part of a record, as a disk writes it, is zeros: the last part; or any, where parts came out of order.
+
+    Args:
+        data: The record.
+        start: Where it begins in the file.
+        anywhere: Whether it may be any part.
+    """
+    first = -start % _SECTOR
+    edges = [0, *range(first, len(data), _SECTOR), len(data)]
+    parts = [(low, high) for low, high in pairwise(edges) if low < high]
+    return any(not any(data[low:high]) for low, high in (parts if anywhere else parts[-1:]))
+
+
+def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:
+    """Cuts a record's vector into its pieces."""
+    pieces: list[Piece] = []
+    at = 0
+    for offset, size, name in header.pieces:
+        dtype = DTYPES.get(name)
+        if dtype is None or size < 0 or at + size * dtype.itemsize > len(vector):
+            raise CorruptError(where, "its vector is not what its header says")
+        pieces.append((offset, np.frombuffer(vector, dtype, size, at)))
+        at += size * dtype.itemsize
+    return pieces
+
+
+def _mapped(files: Files, name: str, size: int) -> memoryview:
+    """Returns a file's bytes, read when they are looked at."""
+    if not size:
+        return memoryview(b"")
+    with (files.folder / name).open("rb") as file:
+        return memoryview(mmap(file.fileno(), size, access=ACCESS_READ))
+
+
+def _up(size: int) -> int:
+    """Returns the next multiple of a line's length."""
+    return -(-size // _LINE) * _LINE

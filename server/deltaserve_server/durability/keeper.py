@@ -1,0 +1,217 @@
+"""Keeps one model safe: when a snapshot is due, how it is taken, what the journal is."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+
+from deltaserve_server.durability import snapshot
+from deltaserve_server.durability.commits import Commits, Journaled
+from deltaserve_server.durability.folder import Folder, Head, Served, boot
+from deltaserve_server.durability.journal import Journal
+from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.memory import Frozen
+from deltaserve_server.model.image import MachineImage
+
+_log = logging.getLogger(__name__)
+
+_JOURNAL_STATES = 2.0
+"""A journal is cut by a snapshot when it is so many times as long as one."""
+
+_JOURNAL_BYTES = 64 << 20
+"""But not before it has so many bytes."""
+
+_JOURNAL_RECORDS = 10_000
+"""Or so many records: they take time when a server comes back."""
+
+_RETRY_SECONDS = 5.0
+_REPAIR_SECONDS = 0.5
+
+
+class Durability(StrEnum):
+    """What survives the death of the server: nothing, the last snapshot, what a journal holds, also without power."""
+
+    NONE = "none"
+    SNAPSHOT = "snapshot"
+    JOURNAL = "journal"
+    FSYNC = "fsync"
+
+    @property
+    def journals(self) -> bool:
+        """Whether there is a journal."""
+        return self in (Durability.JOURNAL, Durability.FSYNC)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """When snapshots are taken.
+
+    Attributes:
+        durability: What is to survive.
+        updates: After so many updates; None means not for that reason.
+        seconds: After so many seconds in which something happened; None likewise.
+    """
+
+    durability: Durability
+    updates: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A model at one moment.
+
+    Attributes:
+        model: All but its vectors.
+        frozen: Its vectors.
+        index: Of its last record.
+    """
+
+    model: MachineImage
+    frozen: Frozen
+    index: int
+
+
+class Keeper:
+    """Keeps a model safe.
+
+    Args:
+        folder: Where.
+        schedule: How, and when.
+        head: What is known of it apart from its state; its `served` is not read.
+        index: Of its last record.
+        last: Its newest snapshot.
+        saved_index: Of the last record that is part of that.
+
+    Raises:
+        OSError: The folder cannot be written to.
+
+    Attributes:
+        folder: As above.
+        commits: What is to be told when it is safe.
+        head: As above, with how it is served.
+        last: The newest snapshot.
+    """
+
+    def __init__(
+        self, folder: Folder, schedule: Schedule, head: Head, index: int, last: Entry, saved_index: int
+    ) -> None:
+        self.last = last
+        self.folder = folder
+        self._schedule = schedule
+        self._number = folder.next_number() - 1
+        self._saving = threading.Lock()
+        self._saved_index = saved_index
+        self._saved_at = time.monotonic()
+        self._retry_at = 0.0
+        self._soon = index != saved_index
+        journal = self._new_journal()
+        self.commits: Commits = (
+            Journaled(journal, index, sync=schedule.durability is Durability.FSYNC) if journal else Commits(index)
+        )
+        self.head = msgspec.structs.replace(head, served=Served(schedule.durability.value, boot()))
+        folder.write_head(self.head)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The snapshots that are kept, oldest first."""
+        return self.folder.entries()
+
+    def durable_version(self, told: int) -> int:
+        """Returns the newest version that would survive; `told` is the newest that anybody was told of."""
+        return told if self.commits.journals and not self._is_broken() else self.last.version
+
+    def hurry(self) -> None:
+        """Has a snapshot be due at once: something has changed that does not come again by itself."""
+        self._soon = True
+
+    def due(self, version: int) -> bool:
+        """Returns whether it is time for a snapshot of a model that is at `version`."""
+        now, commits, schedule = time.monotonic(), self.commits, self._schedule
+        if now < self._retry_at:
+            return False
+        if isinstance(commits, Journaled) and commits.error:
+            return True
+        if commits.index == self._saved_index:
+            return False
+        return (
+            self._soon
+            or (schedule.updates is not None and version - self.last.version >= schedule.updates)
+            or (schedule.seconds is not None and now - self._saved_at >= schedule.seconds)
+            or (isinstance(commits, Journaled) and self._is_long(commits))
+        )
+
+    def save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
+        """Takes a snapshot; it is safe when this returns.
+
+        Args:
+            cut: Takes the model's image; calls what it is given at that moment, under the model's lock.
+
+        Raises:
+            OSError: It could not be written; there are those that were there before.
+            Exception: Whatever `cut` raises.
+        """
+        with self._saving:
+            try:
+                entry = self._save(cut)
+            except BaseException:
+                self._retry_at = time.monotonic() + (_REPAIR_SECONDS if self._is_broken() else _RETRY_SECONDS)
+                raise
+            try:
+                self.folder.tidy()
+            except OSError as error:
+                _log.warning("%s: old snapshots were not removed: %s", self._where, error)
+            return entry
+
+    def close(self, cut: Callable[[Callable[[], None]], Cut]) -> None:
+        """Ends in good order: takes a last snapshot, and says that nothing comes after it.
+
+        Raises:
+            OSError: It could not be written. What was told of is safe as before.
+        """
+        if self.commits.index != self._saved_index or self._is_broken():
+            self.save(cut)
+        self.commits.close()
+        self.folder.write_head(msgspec.structs.replace(self.head, served=None))
+
+    def _save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
+        began = time.monotonic()
+        self._soon = False
+        journal, commits = self._new_journal(), self.commits
+        taken = cut(lambda: commits.switch(journal) if journal and isinstance(commits, Journaled) else None)
+        self._number += 1
+        try:
+            number, state = self._number, taken.frozen.state()
+            follows = journal.number if journal else None
+            entry = snapshot.write(self.folder.files, number, time.time(), taken.index, follows, taken.model, state)
+        finally:
+            taken.frozen.release()
+        if journal and isinstance(commits, Journaled):
+            commits.adopt(journal)
+        self.last, self._saved_index, self._saved_at = entry, taken.index, began
+        seconds = time.monotonic() - began
+        _log.info("%s: snapshot %d of version %d, %.1f s", self._where, number, entry.version, seconds)
+        return entry
+
+    @property
+    def _where(self) -> str:
+        return f"model {self.folder.files.folder.name}"
+
+    def _is_broken(self) -> bool:
+        return isinstance(self.commits, Journaled) and self.commits.error is not None
+
+    def _is_long(self, commits: Journaled) -> bool:
+        """Whether the journal takes so much space, or its records so much time, that a snapshot is to cut it."""
+        return commits.records >= _JOURNAL_RECORDS or commits.bytes >= max(
+            _JOURNAL_STATES * self.last.bytes, _JOURNAL_BYTES
+        )
+
+    def _new_journal(self) -> Journal | None:
+        if not self._schedule.durability.journals:
+            return None
+        self._number += 1
+        return Journal(self.folder.files, self._number)

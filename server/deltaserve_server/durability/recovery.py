@@ -1,0 +1,250 @@
+"""How a model comes back: its newest good snapshot, and then its journals, record by record."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deltaserve._failpoints import failpoint
+from deltaserve_server.durability import snapshot
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.folder import Folder, Head, boot
+from deltaserve_server.durability.journal import Reading, journal_name
+from deltaserve_server.durability.records import (
+    Changed,
+    Ended,
+    Extended,
+    Opened,
+    Record,
+    Renumbered,
+    StatePut,
+    Updated,
+)
+from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
+from deltaserve_server.memory import Range, State, Store
+from deltaserve_server.memory.store import Vector
+from deltaserve_server.model import Machine
+
+_log = logging.getLogger(__name__)
+
+MakeStore = Callable[[Vector], Store]
+
+
+@dataclass(kw_only=True)
+class Recovered:
+    """A model that came back.
+
+    Attributes:
+        machine: Its state machine, resumed.
+        store: Its vectors.
+        head: Its lineage; another one than before where something was lost, or may have been.
+        index: Of its last record.
+        last: Its newest good snapshot.
+        saved_index: Of the last record that is part of that.
+        waited: Whether the last thing that happened is a version for those who wait for one.
+    """
+
+    machine: Machine
+    store: Store
+    head: Head
+    index: int
+    last: Entry
+    saved_index: int
+    waited: bool
+
+
+@dataclass
+class _Found:
+    """What is found while a model is read; `lost` where acknowledged updates may be missing."""
+
+    head: Head
+    lost: bool = False
+    bad: list[CorruptError] = field(default_factory=list)
+
+
+def total_bytes(folder: Folder) -> int:
+    """Returns how much `recover` is going to read, about."""
+    files = folder.files
+    newest = folder.snapshots()[-1:]
+    return sum(files.size(name) for name in files.names() if name in map(snapshot.tensors_name, newest)) + sum(
+        files.size(journal_name(number)) for number in folder.journals()
+    )
+
+
+def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept_data_loss: bool) -> Recovered:
+    """Brings a model back.
+
+    Args:
+        folder: Where it is.
+        make_store: Makes the place for its vectors, of the weights.
+        progress: Is told how many further bytes were read.
+        accept_data_loss: Whether to go on where a file is corrupt, with what comes before.
+
+    Raises:
+        CorruptError: A file is, and that is not accepted; or no snapshot is good.
+        OSError: A file cannot be read.
+    """
+    folder.clear()
+    found = _Found(_head(folder, accept_data_loss))
+    manifest, state = _newest(folder, found, progress)
+    failpoint("recovery.tensors")
+    now = time.monotonic()
+    machine = manifest.model.machine(now)
+    # A vector of its own: the first one of a store is used again when another takes its place.
+    store = make_store(state.weights.copy())
+    store.put(state, machine.version)
+    replay = _Replay(machine, store, manifest.index, now)
+    _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss)
+    if _may_lack(found, manifest):
+        found.lost = True
+    head = found.head
+    if found.lost:
+        _log.warning(
+            "model %s: goes on from version %d; what came after, if anything, is lost", machine.name, machine.version
+        )
+        head = head.forked(machine.version)
+        machine.lose_sessions()
+    waited = machine.resume(time.monotonic())
+    store.current.number = machine.version
+    entry = Entry(manifest.number, manifest.model.version, manifest.bytes, manifest.taken_at)
+    failpoint("recovery.done")
+    return Recovered(
+        machine=machine,
+        store=store,
+        head=head,
+        index=replay.index,
+        last=entry,
+        saved_index=manifest.index,
+        waited=waited,
+    )
+
+
+def _head(folder: Folder, accept_data_loss: bool) -> Head:
+    try:
+        return folder.read_head()
+    except CorruptError as error:
+        if not accept_data_loss:
+            raise
+        _log.error("%s; workers take the model for another one", error)
+        return Head.new()
+
+
+def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
+    """Returns the newest snapshot that is good."""
+    for number in reversed(folder.snapshots()):
+        try:
+            manifest = snapshot.read_manifest(folder.files, number)
+            failpoint("recovery.manifest")
+            return manifest, snapshot.read_state(folder.files, manifest, progress)
+        except CorruptError as error:
+            _log.error("corrupt snapshot, an older one is tried: %s", error)
+            found.bad.append(error)
+    if found.bad:
+        raise found.bad[0]
+    raise CorruptError(str(folder.files.folder), "there is no snapshot in it")
+
+
+def _may_lack(found: _Found, manifest: Manifest) -> bool:
+    """Whether updates that somebody was told of may be missing, though all files that are there are good."""
+    served = found.head.served
+    if found.bad and manifest.journal is None:
+        return True  # an older snapshot, and no journal that leads on from it
+    if served is None or served.durability == "fsync":
+        return False
+    return served.durability != "journal" or served.boot != boot()
+
+
+def _replay(
+    folder: Folder,
+    manifest: Manifest,
+    replay: "_Replay",
+    found: _Found,
+    progress: Progress,
+    *,
+    accept_data_loss: bool,
+) -> None:
+    """Makes everything happen again that the journals hold; ends each where it was torn."""
+    numbers = [number for number in folder.journals() if manifest.journal is not None and number >= manifest.journal]
+    served = found.head.served
+    lost_power = served is not None and served.boot != boot()
+    for place, number in enumerate(numbers):
+        reading = Reading(folder.files, number, replay.index, lost_power=lost_power)
+        before = 0
+        try:
+            for record in reading.records():
+                replay.redo(record)
+                failpoint("recovery.replay")
+                progress(reading.size - before)
+                before = reading.size
+        except CorruptError as error:
+            if not accept_data_loss:
+                raise
+            _log.error("%s; it ends at version %d", error, replay.machine.version)
+            found.lost = True
+            for bad in numbers[place:]:
+                folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
+            return
+        if reading.size < reading.total:
+            folder.files.shorten(journal_name(number), reading.size)
+        progress(reading.total - before)
+
+
+class _Replay:
+    """Makes a model's records happen again.
+
+    Args:
+        machine: The model as its snapshot has it.
+        store: Its vectors, likewise.
+        index: Of the last record that is part of the snapshot.
+        now: The time.
+
+    Attributes:
+        machine: As above.
+        index: Of the last record that happened again.
+    """
+
+    def __init__(self, machine: Machine, store: Store, index: int, now: float) -> None:
+        self.machine = machine
+        self.index = index
+        self._store = store
+        self._now = now
+
+    def redo(self, record: Record) -> None:
+        """Makes a record happen again."""
+        machine, event = self.machine, record.event
+        match event:
+            case Updated():
+                self._update(event, record)
+            case Opened(image):
+                machine.sessions.restore(image.session({}, self._now))
+            case Ended(ids):
+                machine.sessions.end(ids)
+            case Changed(settings, waits):
+                machine.redo_change(settings.groups, settings.policy, waits)
+            case Renumbered(version):
+                machine.redo_version(version)
+                self._store.current.number = version
+            case StatePut(counts):
+                weights, square_avg, acc_delta = (values.astype(np.float32) for _, values in record.pieces)
+                machine.put_state(counts)
+                self._store.put(State(weights, square_avg, acc_delta), machine.version)
+            case Extended(tensors, groups):
+                self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
+                machine.extend(tensors, groups)
+        self.index = record.index
+
+    def _update(self, event: Updated, record: Record) -> None:
+        staging = self._store.stage()
+        for offset, values in record.pieces:
+            staging.add(offset, values)
+        self._store.fold(staging, 1.0)
+        ranges = list(_ranges(self.machine, event))
+        self._store.update(ranges, event.divisor, event.made.version)
+        self.machine.redo(event.made, event.absent, event.sources, self._now)
+
+
+def _ranges(machine: Machine, event: Updated) -> Iterator[Range]:
+    for start, stop, group in machine.layout.groups(event.absent):
+        yield Range(start, stop, event.made.hyperparameters[group])
