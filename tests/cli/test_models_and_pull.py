@@ -73,6 +73,7 @@ def test_a_model_that_is_not_there(command: Command, target: str) -> None:
         ["status", "nope"],
         ["delete", "nope"],
         ["pull", "nope", "-o", "nope.safetensors"],
+        ["export", "nope", "-o", "nope.safetensors"],
         ["update", "nope", "--lr", "1"],
         ["watch", "nope"],
     ):
@@ -111,21 +112,6 @@ def test_pull_writes_the_weights_of_the_version(command: Command, target: str, t
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_pull_with_state_has_all_three_vectors(command: Command, target: str, trained: str, tmp_path: Path) -> None:
-    file = tmp_path / "state.safetensors"
-    assert command("pull", trained, "--state", "-o", str(file), "--target", target).returncode == 0
-    with deltaserve.connect(target, timeout_seconds=10.0) as client:
-        expected = client.model(trained).pull_state()
-    assert expected.square_avg is not None
-    assert expected.acc_delta is not None
-    loaded = load_file(file)
-    assert len(loaded) == 6
-    assert np.array_equal(loaded["square_avg/w"], expected.square_avg["w"])
-    assert np.array_equal(loaded["acc_delta/b"], expected.acc_delta["b"])
-    with safe_open(file, "np") as opened:
-        assert opened.metadata()["update_count/w"] == "2"
-
-
 def test_pull_refuses_to_overwrite_without_force(command: Command, target: str, trained: str, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_text("mine")
@@ -143,25 +129,30 @@ def test_pulled_files_are_as_readable_as_any_other(command: Command, target: str
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
-def test_pull_says_before_the_transfer_what_is_wrong_with_the_file(command: Command, tmp_path: Path) -> None:
+def test_pull_and_export_say_before_the_transfer_what_is_wrong_with_the_file(command: Command, tmp_path: Path) -> None:
     # No server there: the file is looked at first.
     for file, text in ((tmp_path, "is a folder"), (tmp_path / "no" / "file", "there is no folder")):
-        ended = command("pull", "m", "-o", str(file), "--target", "127.0.0.1:9")
-        assert ended.returncode == 1
-        assert text in ended.stderr
+        for name in ("pull", "export"):
+            ended = command(name, "m", "-o", str(file), "--target", "127.0.0.1:9")
+            assert ended.returncode == 1
+            assert text in ended.stderr
 
 
-def test_pull_tells_tensors_that_are_named_like_state(
+def test_pull_writes_tensors_whatever_their_names_but_one(
     command: Command, target: str, model: str, tmp_path: Path
 ) -> None:
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         client.create_model(model, {"w": np.ones(1), "square_avg/w": np.ones(1)})
+        client.create_model(f"{model}-2", {"__metadata__": np.ones(1)})
     file = tmp_path / "file"
-    ended = command("pull", model, "--state", "-o", str(file), "--target", target)
-    assert ended.returncode == 1
-    assert "without --state" in ended.stderr
-    assert not file.exists()
     assert command("pull", model, "-o", str(file), "--target", target).returncode == 0
+    assert load_file(file).keys() == {"w", "square_avg/w"}
+    ended = command("pull", f"{model}-2", "-o", str(tmp_path / "other"), "--target", target)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "deltaserve: a tensor is named __metadata__, which no safetensors file can hold\n",
+    )
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_tables_are_as_wide_as_their_cells_and_never_cut() -> None:

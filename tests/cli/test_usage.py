@@ -13,7 +13,9 @@ from deltaserve_server.cli.options import parse_bytes
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
-COMMANDS = ["serve", "train", "models", "status", "watch", "update", "pull", "delete", "health", "doctor"]
+COMMANDS = [
+    "serve", "train", "models", "status", "watch", "update", "pull", "export", "import", "delete", "health", "doctor",
+]  # fmt: skip
 
 
 def test_help_names_every_command(command: Command) -> None:
@@ -63,6 +65,10 @@ def test_version(command: Command) -> None:
         (["serve", "--memory-bytes", "lots"], "'lots' is no number of bytes; write 1073741824 or 8GiB"),
         (["pull"], "MODEL"),
         (["pull", "m"], "--output"),
+        (["pull", "m", "-o", "file", "--state"], "No such option: --state"),
+        (["export"], "MODEL"),
+        (["export", "m"], "--output"),
+        (["import"], "FILE"),
         (["delete"], "MODEL"),
     ],
 )
@@ -84,6 +90,7 @@ def test_wrong_usage_is_one_line_and_status_2(command: Command, arguments: list[
         ["delete", "m", "--target", "127.0.0.1:9"],
         ["update", "m", "--lr", "1", "--target", "127.0.0.1:9"],
         ["watch", "m", "--target", "127.0.0.1:9"],
+        ["export", "m", "-o", "file", "--target", "127.0.0.1:9"],
         ["health", "127.0.0.1:9"],
         ["train", "digits", "--target", "127.0.0.1:9"],
     ],

@@ -15,11 +15,12 @@ from deltaserve._client import connect
 from deltaserve._errors import ConflictError, StaleGradientError
 from deltaserve._exchange import Transport, check_transport
 from deltaserve._model import Model
-from deltaserve._types import Array, Hyperparameters, ModelState, Policy, StepResult
+from deltaserve._types import Array, Hyperparameters, Policy, StepResult
 from deltaserve._wire import WireType, named
 from deltaserve._worker import Worker
 from deltaserve.torch._local import LocalOptimizer, LocalSteps
 from deltaserve.torch._overlap import Overlap
+from deltaserve.torch._states import from_torch, give_names, to_torch
 from deltaserve.torch._tensors import gradient_of, is_plain, own_memory, to_host
 from deltaserve.torch._wires import TORCH_WIRES
 
@@ -205,7 +206,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
             _check(self.param_groups[index])
             if self._make_local and self.param_groups[index]["maximize"]:
                 raise ValueError("maximize belongs to the local optimizer, which takes the steps")
-            self._give_names(index)
+            give_names(self._names, index, self.param_groups[index])  # for good: load_state_dict replaces "param_names"
             if self._worker:
                 self._extend(index)
         except BaseException:
@@ -221,7 +222,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what `torch.optim.Adadelta.state_dict()` would, with the state that the server has."""
-        self._fill_state(self._model.pull_state())
+        self.state.update(to_torch(self._model.pull_state(), self._named()))
         try:
             return super().state_dict()
         finally:
@@ -235,7 +236,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         """
         super().load_state_dict(state_dict)
         try:
-            self._model.put_state(self._present_state())
+            self._model.put_state(from_torch(self.state, self._named()))
         finally:
             self._drop_state()
         self._pull()
@@ -358,24 +359,6 @@ class RemoteAdadelta(torch.optim.Optimizer):
         for param in self.param_groups[index]["params"]:
             yield self._names[param], param
 
-    def _give_names(self, index: int) -> None:
-        """Names a group's tensors on the server, for good: `load_state_dict` replaces "param_names" in the group.
-
-        Those without a name are named by group and place.
-
-        Raises:
-            ValueError: Two tensors have the same name.
-        """
-        group = self.param_groups[index]
-        names = group.get("param_names") or [f"{index}.{place}" for place in range(len(group["params"]))]
-        named = dict(zip(group["params"], names, strict=True))
-        taken = {name for param, name in self._names.items() if param not in named}
-        for name in named.values():
-            if name in taken:
-                raise ValueError(f"two parameters are named {name}")
-            taken.add(name)
-        self._names.update(named)
-
     def _extend(self, index: int) -> None:
         """Adds a group to the model on the server."""
         tensors = {name: to_host(param) for name, param in reversed(list(self._named_in(index)))}
@@ -411,40 +394,10 @@ class RemoteAdadelta(torch.optim.Optimizer):
             self._local.begin()
         self._version = self._joined.version  # last: until then the parameters may be of two versions
 
-    # --- state dicts
-
-    def _fill_state(self, pulled: ModelState) -> None:
-        """Gives every parameter that has had an update the state that torch.optim.Adadelta would hold."""
-        assert pulled.square_avg is not None
-        assert pulled.acc_delta is not None
-        for name, param in self._named():
-            count = pulled.update_counts[name]
-            if count:
-                self.state[param] = {
-                    "step": torch.tensor(float(count)),
-                    "square_avg": torch.from_numpy(pulled.square_avg[name]).to(param),
-                    "acc_delta": torch.from_numpy(pulled.acc_delta[name]).to(param),
-                }
-
     def _drop_state(self) -> None:
         """Forgets the parameters' state, which the server has; what hooks put beside it stays."""
         for _, param in self._named():
             self.state.pop(param, None)
-
-    def _present_state(self) -> ModelState:
-        """Returns the parameters and what `self.state` holds; zero state where it holds nothing."""
-        held = {name: (param, self.state.get(param, {})) for name, param in self._named()}
-        vectors = {
-            key: {name: to_host(state.get(key, torch.zeros_like(param))) for name, (param, state) in held.items()}
-            for key in ("square_avg", "acc_delta")
-        }
-        return ModelState(
-            version=0,
-            weights={name: to_host(param) for name, (param, _) in held.items()},
-            square_avg=vectors["square_avg"],
-            acc_delta=vectors["acc_delta"],
-            update_counts={name: int(state.get("step", 0)) for name, (_, state) in held.items()},
-        )
 
 
 def _evaluate(closure: Callable[[], float]) -> float:

@@ -1,0 +1,284 @@
+"""A run moves onto the service and off it, at any step: the state arrives bit for bit, and training goes on with it."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deltaserve
+from deltaserve.torch import RemoteAdadelta, model_state_of, state_dict_of
+from deltaserve_server import LocalServer
+from deltaserve_server.cli import run
+
+if TYPE_CHECKING:
+    from tests.torch.conftest import Pair, Remote, Side
+
+    Params = Callable[[nn.Module], Any]
+
+
+def two_groups(net: nn.Module) -> list[dict[str, Any]]:
+    first, second, third, fourth = net.parameters()
+    return [{"params": [first]}, {"params": [second, third, fourth]}]
+
+
+NAMED: "dict[str, Params]" = {
+    "by place": lambda net: net.parameters(),
+    "by name": lambda net: net.named_parameters(),
+    "by group": two_groups,
+}
+ways = pytest.mark.parametrize("params", NAMED.values(), ids=NAMED)
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[deltaserve.Client]:
+    with deltaserve.connect(target, timeout_seconds=30) as connected:
+        yield connected
+
+
+@pytest.fixture
+def model() -> str:
+    return f"model-{secrets.token_hex(8)}"
+
+
+def bits(state: deltaserve.ModelState) -> dict[tuple[str, str], object]:
+    """Returns what two states must have in common to be the same: names, shapes, counts and every bit."""
+    vectors: dict[tuple[str, str], object] = {
+        (key, name): (array.shape, array.tobytes())
+        for key in ("weights", "square_avg", "acc_delta")
+        for name, array in getattr(state, key).items()
+    }
+    return vectors | {("update_counts", name): count for name, count in state.update_counts.items()}
+
+
+def adadelta(side: "Side") -> torch.optim.Adadelta:
+    """Returns the optimizer of a side that trains by itself."""
+    assert isinstance(side.optimizer, torch.optim.Adadelta)
+    return side.optimizer
+
+
+def blank(net: nn.Module) -> nn.Module:
+    """Returns a network of the same form without its numbers, which are to come from somewhere else."""
+    copy = deepcopy(net)
+    for param in copy.parameters():
+        nn.init.zeros_(param)
+    return copy
+
+
+def moved_on(
+    side: "Side", client: deltaserve.Client, remote: "Remote", params: "Params", model: str
+) -> tuple[nn.Module, RemoteAdadelta]:
+    """Makes a model of a side's optimizer; returns a network and an optimizer that go on with it."""
+    state, groups = model_state_of(adadelta(side)), len(side.optimizer.param_groups)
+    client.create_model(
+        model,
+        state.weights,
+        groups=[deltaserve.Hyperparameters()] * groups,
+        group_of={name: int(name.startswith("1.")) for name in state.weights},
+    ).put_state(state)
+    net = blank(side.net)
+    return net, remote(params(net), model=model, line=client.target)
+
+
+def moved_off(side: "Side", state: deltaserve.ModelState, params: "Params") -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Returns a network as that of a side and an optimizer that go on by themselves from a model's state."""
+    net = blank(side.net)
+    optimizer = torch.optim.Adadelta(params(net))
+    optimizer.load_state_dict(state_dict_of(state, optimizer))
+    names = reversed(list(model_state_of(optimizer).weights))
+    with torch.no_grad():
+        for name, param in zip(names, net.parameters(), strict=True):
+            param.copy_(torch.from_numpy(state.weights[name]))
+    return net, optimizer
+
+
+@ways
+@pytest.mark.parametrize("steps", [0, 1, 23])
+def test_a_run_moves_onto_the_service_and_goes_on(
+    steps: int,
+    params: "Params",
+    make_pair: "Callable[..., Pair]",
+    remote: "Remote",
+    client: deltaserve.Client,
+    model: str,
+) -> None:
+    pair = make_pair(params=params)
+    pair.local.train(steps)
+    before = bits(model_state_of(adadelta(pair.local)))
+    pair.remote.net, pair.remote.optimizer = moved_on(pair.local, client, remote, params, model)
+    assert bits(client.model(model).pull_state()) == before
+    pair.compare(rtol=0, atol=0)
+    pair.train(50)
+    assert client.model(model).info().version == 1 + 50
+
+
+@ways
+@pytest.mark.parametrize("steps", [0, 1, 23])
+def test_a_run_moves_off_the_service_and_goes_on(
+    steps: int,
+    params: "Params",
+    make_pair: "Callable[..., Pair]",
+    remote: "Remote",
+    client: deltaserve.Client,
+    model: str,
+) -> None:
+    pair = make_pair(params=params)
+    pair.remote.optimizer = remote(params(pair.remote.net), model=model)
+    pair.remote.train(steps)
+    state = client.model(model).pull_state()
+    pair.local.net, pair.local.optimizer = moved_off(pair.remote, state, params)
+    assert bits(model_state_of(adadelta(pair.local))) == bits(state)
+    pair.compare(rtol=0, atol=0)
+    pair.train(50)
+    assert set(model_state_of(adadelta(pair.local)).update_counts.values()) == {steps + 50}
+
+
+def test_on_and_off_again_and_again(
+    make_pair: "Callable[..., Pair]", plain_remote: "Remote", client: deltaserve.Client, model: str
+) -> None:
+    """One side stays here throughout; the other moves after each of these numbers of steps."""
+    params = NAMED["by name"]
+    pair = make_pair(params=params)
+    stays, moves = pair.local, deepcopy(pair.local)
+    for number, steps in enumerate((3, 1, 11, 0, 6)):
+        name = f"{model}-{number}"
+        pair.remote.net, pair.remote.optimizer = moved_on(moves, client, plain_remote, params, name)
+        pair.train(steps)
+        moves.net, moves.optimizer = moved_off(pair.remote, client.model(name).pull_state(), params)
+        for side in (moves, stays):
+            side.train(steps)
+    assert set(model_state_of(adadelta(moves)).update_counts.values()) == {42}
+    pair.remote.net, pair.remote.optimizer = moved_on(moves, client, plain_remote, params, f"{model}-last")
+    pair.compare()
+
+
+@ways
+@pytest.mark.parametrize("steps", [1, 23])
+def test_a_run_moves_to_another_server_with_the_same_bits_throughout(
+    steps: int,
+    params: "Params",
+    make_pair: "Callable[..., Pair]",
+    remote: "Remote",
+    client: deltaserve.Client,
+    model: str,
+    tmp_path: Path,
+) -> None:
+    """Here, the service, a file, another server, and here again."""
+    pair = make_pair(params=params)
+    one, two = pair.local, pair.remote
+    one.train(5)
+    one.net, one.optimizer = moved_on(one, client, remote, params, model)
+    one.train(steps)
+    file = str(tmp_path / "state.safetensors")
+    assert run(["export", model, "-o", file, "--target", client.target]) == 0
+    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=30) as there:
+        assert run(["import", file, "--target", server.target]) == 0
+        two.net = blank(one.net)
+        with remote(params(two.net), model=model, line=server.target) as two.optimizer:
+            for _ in range(10):
+                ours, theirs = there.model(model).pull_state(), client.model(model).pull_state()
+                assert bits(ours) == bits(theirs)
+                pair.compare(rtol=0, atol=0)
+                for side in (one, two):
+                    side.train(2)
+            assert set(ours.update_counts.values()) == {5 + steps + 18}
+            state = there.model(model).pull_state()
+            one.net, one.optimizer = moved_off(two, state, params)
+            assert bits(model_state_of(adadelta(one))) == bits(state)
+            pair.train(20)
+
+
+def test_a_parameter_without_state_among_others_with(make_pair: "Callable[..., Pair]") -> None:
+    def drop(side: "Side", step: int) -> None:
+        next(iter(side.net.parameters())).grad = None
+
+    local = make_pair().local
+    local.train(3, drop)
+    state = model_state_of(adadelta(local))
+    assert state.update_counts == {"0.0": 0, "0.1": 3, "0.2": 3, "0.3": 3}
+    assert state.square_avg is not None
+    assert not state.square_avg["0.0"].any()
+    assert sorted(state_dict_of(state, adadelta(local))["state"]) == [1, 2, 3]
+
+
+def test_the_hyperparameters_stay_the_optimizers() -> None:
+    net = nn.Linear(2, 1)
+    one, two = torch.optim.Adadelta(net.parameters()), torch.optim.Adadelta(net.parameters(), lr=0.3, rho=0.5)
+    two.load_state_dict(state_dict_of(model_state_of(one), two))
+    assert (two.param_groups[0]["lr"], two.param_groups[0]["rho"]) == (0.3, 0.5)
+
+
+def test_names_and_order_are_those_of_the_drop_in(
+    make_pair: "Callable[..., Pair]", plain_remote: "Remote", client: deltaserve.Client, model: str
+) -> None:
+    for number, params in enumerate(NAMED.values()):
+        net = deepcopy(make_pair().local.net)
+        plain_remote(params(net), model=f"{model}-{number}")
+        expected = [spec.name for spec in client.model(f"{model}-{number}").tensors]
+        assert list(model_state_of(torch.optim.Adadelta(params(net))).weights) == expected
+
+
+def test_both_are_copies(make_pair: "Callable[..., Pair]") -> None:
+    local = make_pair().local
+    local.train(3)
+    state = model_state_of(adadelta(local))
+    before = bits(state)
+    local.train(3)
+    assert bits(state) == before
+    local.optimizer.load_state_dict(state_dict_of(state, adadelta(local)))
+    local.train(3)
+    assert bits(state) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_travel_as_float32_and_come_back_as_their_own(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype))
+    optimizer = torch.optim.Adadelta([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = model_state_of(optimizer)
+    assert all(array.dtype == np.float32 for array in (state.weights["0.0"], state.square_avg["0.0"]))  # type: ignore[index]
+    held = state_dict_of(state, optimizer)["state"][0]
+    assert held["square_avg"].dtype is held["acc_delta"].dtype is dtype
+    assert held["step"].dtype is torch.float32
+
+
+def test_an_optimizer_that_is_no_adadelta_of_torch(plain_remote: "Remote") -> None:
+    """Of the drop-in the server has the state; what it holds itself would be none."""
+    net = nn.Linear(2, 1)
+    state = model_state_of(torch.optim.Adadelta(net.parameters()))
+    for optimizer in (plain_remote(net.parameters()), torch.optim.SGD(net.parameters(), lr=0.1)):
+        kind = type(optimizer).__name__
+        with pytest.raises(TypeError, match=f"expected a torch.optim.Adadelta, got {kind}"):
+            model_state_of(optimizer)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"expected a torch.optim.Adadelta, got {kind}"):
+            state_dict_of(state, optimizer)  # type: ignore[arg-type]
+
+
+def test_a_state_that_does_not_fit_the_parameters() -> None:
+    optimizer = torch.optim.Adadelta([torch.ones(3)])
+    ones = {"0.0": np.ones(3, np.float32)}
+    state = deltaserve.ModelState(version=1, weights=ones, square_avg=ones, acc_delta=ones, update_counts={"0.0": 1})
+    assert state_dict_of(state, optimizer)["state"][0]["step"].item() == 1
+    for wrong, text in (
+        (replace(state, square_avg=None), "square_avg: the state is without it"),
+        (replace(state, acc_delta={}), "acc_delta: tensor 0.0 is missing"),
+        (replace(state, update_counts={}), "update_counts: tensor 0.0 is missing"),
+        (replace(state, acc_delta={"0.0": np.ones(2, np.float32)}), r"tensor 0.0 has shape \(2,\), not \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            state_dict_of(wrong, optimizer)
+
+
+def test_two_parameters_of_one_name() -> None:
+    optimizer = torch.optim.Adadelta([torch.ones(1)])
+    optimizer.add_param_group({"params": [torch.ones(1)]})
+    optimizer.param_groups[1]["param_names"] = ["0.0"]
+    with pytest.raises(ValueError, match="two parameters are named"):
+        model_state_of(optimizer)
