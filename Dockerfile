@@ -1,7 +1,9 @@
 # One image for the server and for workers that need no torch. `--target cuda` adds torch and triton, for a server on a GPU.
 
 FROM python:3.11-slim AS base
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin deltaserve
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin deltaserve \
+ # A new volume that is mounted here belongs to whom this folder does.
+ && install --directory --owner deltaserve --group deltaserve --mode 0700 /var/lib/deltaserve
 # The root file system is meant to be read-only: what is written goes to /tmp, which may be a tmpfs.
 ENV PATH=/opt/deltaserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     convergence,
     document,
+    durability,
     kernel,
     machine,
     memory,
@@ -55,6 +56,10 @@ def benchmarks(quick: bool, sizes: Sequence[int]) -> Iterator[Benchmark]:
     yield Benchmark("training", 21, training.training)
     yield Benchmark("workers-c", 3, partial(workers.by_transport, seconds=seconds))
     yield Benchmark("workers-count", 3, partial(workers.by_count, seconds=seconds / 2))
+    yield Benchmark("durability-snapshot", 10, durability.snapshots)
+    yield Benchmark("durability-journal", 5, durability.journals)
+    yield Benchmark("durability-workers", 3, partial(durability.group_commit, seconds=seconds / 2))
+    yield Benchmark("durability-recovery", 200, durability.recovery)
     yield Benchmark("startup", 11, startup.startup)
     yield Benchmark("memory", 20, memory.memory)
     yield Benchmark("wire", 3, wire.wire)

@@ -53,14 +53,14 @@ def _start(until: Callable[[str], None]) -> float:
     started = perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
         try:
-            _listening(target, child)
+            listening(target, child)
             until(target)
             return perf_counter() - started
         finally:
             child.terminate()
 
 
-def _listening(target: str, child: "subprocess.Popen[bytes]") -> None:
+def listening(target: str, child: "subprocess.Popen[bytes]") -> None:
     """Returns when somebody listens; gRPC would wait a second between two tries."""
     host, _, port = target.rpartition(":")
     while child.poll() is None:

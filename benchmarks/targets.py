@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import memory, startup, wire, workers
+from benchmarks import durability, memory, startup, wire, workers
 from benchmarks.baselines import EMPTY_CALL, THERE_AND_BACK
 from benchmarks.kernel import GPU_SIZES, KERNEL, LIMIT
 from benchmarks.local import COMPILED, DEFAULT, FOREACH
@@ -66,6 +66,14 @@ def _seconds(key: str, row: str) -> Measure:
     def measure(results: Results) -> float | None:
         found = timings(results, key)
         return found.rows[row].median if found and row in found.rows else None
+
+    return measure
+
+
+def _p99(key: str, row: str) -> Measure:
+    def measure(results: Results) -> float | None:
+        found = timings(results, key)
+        return found.rows[row].p99 if found and row in found.rows else None
 
     return measure
 
@@ -137,6 +145,16 @@ TARGETS = (
     Target("GPU, 1 G parameters: torch foreach, of the kernel", _ratio(_GPU, FOREACH, KERNEL), at_least=3.5),
     Target("GPU, 1 G parameters: the kernel, of torch compiled", _ratio(_GPU, KERNEL, COMPILED), at_most=1),
     Target("server's memory, of what is allowed", _worst("memory", memory.RATIO, max), at_most=1),
+    Target(
+        "A with a snapshot every 50 updates, of none",
+        _ratio("durability-snapshot", durability.SNAPSHOT, durability.NONE),
+        at_most=1.02,
+    ),
+    Target(
+        "25 M parameters, from SIGKILL to the first push, p99, s",
+        _p99("durability-recovery", durability.FIRST_PUSH),
+        at_most=3,
+    ),
     Target("start to SERVING, s", _seconds("startup", startup.SERVING), at_most=1),
     Target("import deltaserve, s", _seconds("startup", startup.IMPORT), at_most=0.3),
     Target("bytes on the wire, more than the tensors', %", _worst("wire", wire.OVERHEAD, max), at_most=0.2),

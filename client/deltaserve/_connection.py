@@ -280,16 +280,20 @@ class Connection:
                 # Without its traceback, a cycle: gRPC's __del__ would run in the thread that collects garbage.
                 return _Failed(*from_call(failed.with_traceback(None), self.target, budget))
 
-        for tries in count():
+        tries = 0
+        reason: str | None = ""  # which no error has
+        for total in count():
             outcome = self._uninterrupted(partial(tried, max(deadline - monotonic(), _SHORTEST_SECONDS)), cancel)
             if not isinstance(outcome, _Failed):
                 return outcome
             error, wait_seconds = outcome
+            # Where something else is wrong now, it is as if for the first time: a server that is back soon answers.
+            tries, reason = tries + 1 if error.reason == reason else 0, error.reason
             most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
             delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
             if wait_seconds is None or monotonic() + delay >= deadline:
                 raise error
-            level = logging.WARNING if tries == _PATIENCE else logging.INFO
+            level = logging.WARNING if total == _PATIENCE else logging.INFO
             _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())
             sleep(delay)
         raise AssertionError("unreachable")

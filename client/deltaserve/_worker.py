@@ -83,6 +83,8 @@ class Worker:
         self._version: int | None = None
         self._torn = False
         self._lineage: bytes | None = None
+        self._adopted: str | None = None
+        self._owed: StaleGradientError | None = None
         self._share_again = False
         self._transport = transport
         self._exchange = Exchange(connection, wire)
@@ -145,13 +147,9 @@ class Worker:
         arrays = self._memory(out)
         own = dict(arrays) if out is None else None
         target = FlatVector(list(arrays.values()))
-        try:
-            self._pull(target, self._first_version if self._version is None else None)
-        except _RestartedError:
-            lost = self._go_on()
-            if lost:
-                _log.warning("%s", lost)
-            self._pull(target, self._first_version if lost else None)
+        lost = self._refresh(target, self._first_version if self._version is None else None)
+        if lost:
+            _log.warning("%s", lost)
         self._own = own
         return arrays
 
@@ -197,10 +195,9 @@ class Worker:
         arrays = self._memory(out)
         own = dict(arrays) if out is None else None
         target = FlatVector(list(arrays.values()))
-        mended = StaleGradientError(self._torn_text()) if self._torn else None
+        mended = self._owed or (StaleGradientError(self._torn_text()) if self._torn else None)
         if mended and not (self._sent and self._is_accepted()):
-            self._pull(target, None)
-            raise mended
+            raise self._refresh(target, self._first_version if self._owed else None) or mended
         header = self._header(absent, hyperparameters, weight)
         if self._share_again and not self._sent:
             self._share()
@@ -233,8 +230,7 @@ class Worker:
         if self._session is not session:
             stale = stale or mended
         if stale:
-            self._pull(target, self._first_version)
-            raise stale from None
+            raise self._refresh(target, self._first_version) or stale from None
         return False
 
     def get_push(self, sequence: int | None = None) -> PushStatus:
@@ -387,6 +383,18 @@ class Worker:
         except Error as error:
             raise self._explained(error) from None
 
+    def _refresh(self, target: FlatVector, wait_for_version: int | None) -> StaleGradientError | None:
+        """Pulls, however often the server is started anew meanwhile; returns what is owed to the caller by then."""
+        while True:
+            try:
+                self._pull(target, wait_for_version)
+            except _RestartedError:
+                if self._go_on():
+                    wait_for_version = self._first_version
+            else:
+                owed, self._owed = self._owed, None
+                return owed
+
     def _catch_up(self, error: StaleGradientError, target: FlatVector) -> None:
         """Takes the weights that a gradient should have been of. Its number is free: no attempt at it is accepted."""
         error.add_note("Newer weights are in place now.")
@@ -416,23 +424,39 @@ class Worker:
         """Opens a new session where the old one is not known any more.
 
         Its lease ran out, as after a pause or a long silence; or the server was started anew from an older state. A
-        push that the old session had accepted is still answered; that this was not the answer means that nothing of it
-        was applied, so it may be pushed anew.
+        push that the old session had accepted is still answered there. A server that was started anew has that answer
+        too: then the worker stays, and takes it.
 
         Returns:
             What to raise where the weights that the worker has are lost, or where the server does not know any more
-            which pushes the old session made.
+            which pushes the old session made. It is owed until `_refresh` returns it.
         """
         known = self._ask(self._sequence)
+        if known and known.state == rpc.PUSH_STATE_APPLIED:
+            self._position = known.position
+            self._adopted = known.position.incarnation  # nothing that this worker knows is lost there
+            return None
         finalize, lineage, next_number = self._finalize, self._lineage, self._sequence
         try:
             self._join()
         except Error as error:
             raise self._explained(error) from None
+        lost = range(known.last_applied_sequence + 1 if known else 1, next_number)
+        self._owed = self._owed or self._found_out(lineage, lost, known is not None)
         failpoint("worker.rejoined")
         finalize.detach()
-        if self._lineage != lineage:
-            return self._rolled_back(lineage, range(known.last_applied_sequence + 1 if known else 1, next_number))
+        return self._owed
+
+    def _found_out(self, lineage: bytes | None, lost: range, known: bool) -> StaleGradientError | None:
+        """Returns what a new session tells of the one before.
+
+        Args:
+            lineage: What the worker knew the model by.
+            lost: Numbers of the pushes that are lost, if the model went back.
+            known: Whether the server knows the session before.
+        """
+        if self._lineage != lineage and self._position.incarnation != self._adopted:
+            return self._rolled_back(lineage, lost)
         _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
         if known:
             return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import document, machine, memory, plots, scaling, step, targets, wire, workers
+from benchmarks import document, durability, machine, memory, plots, scaling, step, targets, wire, workers
 from benchmarks.baselines import EMPTY_CALL, THERE_AND_BACK
 from benchmarks.kernel import KERNEL
 from benchmarks.models import SHAPES_A, SHAPES_B, SHAPES_C, SIZE_A, elements, gradients_of, shapes_of, weights_of
@@ -55,6 +55,25 @@ def test_workers_lose_nothing_and_share_processes(monkeypatch: pytest.MonkeyPatc
     assert found.column(workers.LOST) == {"1 worker": 0, "3 workers": 0}
     assert all(rate > 0 for rate in found.column(workers.STEPS).values())
     assert all(0 <= share <= 1 for share in found.column(workers.SHARE).values())
+
+
+def test_every_durability_is_timed_beside_the_disk() -> None:
+    found = durability.journals(1, shapes=_TINY)
+    assert [*found.rows] == ["none", "journal", "fsync", durability.WRITE, durability.WRITE_AND_SYNC]
+    written = re.search(r"none (\d+) MB, journal (\d+) MB, fsync (\d+) MB", found.notes[1])
+    assert written
+    assert int(written[1]) < 1 <= int(written[2])
+    assert [*durability.snapshots(1, shapes=_TINY).rows] == ["none", "snapshot"]
+
+
+def test_workers_share_a_journal() -> None:
+    found = durability.group_commit(1, 0.2, counts=(1, 2))
+    assert all(rate > 0 for name in ("none", "journal", "fsync") for rate in found.rows[name] if rate is not None)
+
+
+def test_a_server_comes_back() -> None:
+    found = durability.recovery(1, shapes=_TINY)
+    assert 0 < found.rows[durability.FIRST_PUSH].median < 60
 
 
 def test_memory_has_a_row_for_every_scenario() -> None:

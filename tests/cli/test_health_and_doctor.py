@@ -64,7 +64,7 @@ def test_health_of_something_else(command: Command, where: str, request: pytest.
 
 def test_doctor_finds_nothing_wrong_and_leaves_nothing_behind(command: Command, target: str) -> None:
     ended = command("doctor", target)
-    names = ["reachable", "health", "version", "device", "limits", "memory", "round trip", "throughput"]
+    names = ["reachable", "health", "version", "device", "keeps", "limits", "memory", "round trip", "throughput"]
     lines = ended.stdout.splitlines()
     # A busy machine may be called slow; that has its own advice and no other consequence here.
     assert [line[6:].split("  ")[0].strip() for line in lines if "->" not in line] == names
@@ -79,7 +79,7 @@ def test_quick_doctor_measures_nothing(command: Command, target: str) -> None:
     ended = command("doctor", "--quick", target)
     assert ended.returncode == 0
     assert "MB/s" not in ended.stdout
-    assert len(ended.stdout.splitlines()) == 6
+    assert len(ended.stdout.splitlines()) == 7
 
 
 def test_doctor_without_a_server(command: Command) -> None:

@@ -1,5 +1,6 @@
 """Servers to kill and stop, a line to cut, programs to interrupt."""
 
+import json
 import os
 import signal
 import socket
@@ -14,24 +15,39 @@ from typing import Any
 import pytest
 
 _SERVE = """
-import sys, deltaserve_server
-server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind=sys.argv[1], device="cpu"))
+import json, signal, sys, threading
+from pathlib import Path
+import deltaserve_server
+settings = json.loads(sys.argv[2])
+if "data_dir" in settings:
+    settings["data_dir"] = Path(settings["data_dir"])
+server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind=sys.argv[1], device="cpu", **settings))
 server.start()
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
 print(server.target, flush=True)
-server.wait()
+told.wait()
+server.stop()
 """
 
 
 class ServerProcess:
-    """A server in a process of its own; it starts again on the port that it had."""
+    """A server in a process of its own; it starts again on the port that it had.
 
-    def __init__(self) -> None:
+    Args:
+        settings: Of its `ServerConfig`, as JSON can hold them.
+    """
+
+    def __init__(self, **settings: Any) -> None:
         self.target = "127.0.0.1:0"
+        self._settings = json.dumps(settings)
         self.start()
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _SERVE, self.target], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-W", "error", "-c", _SERVE, self.target, self._settings],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._process.stdout
         self.target = self._process.stdout.readline().strip()
@@ -44,6 +60,11 @@ class ServerProcess:
         """Ends the process at once, and frees its port."""
         self._process.kill()
         self._process.communicate()
+
+    def end(self) -> None:
+        """Has it stop in good order."""
+        self._process.terminate()
+        self._process.communicate(timeout=20)
 
 
 class Proxy:
@@ -157,7 +178,7 @@ class Program:
         return self.process.returncode, out, err
 
 
-StartServer = Callable[[], ServerProcess]
+StartServer = Callable[..., ServerProcess]
 StartProxy = Callable[[str], Proxy]
 StartProgram = Callable[..., Program]
 
@@ -166,8 +187,8 @@ StartProgram = Callable[..., Program]
 def start_server() -> Iterator[StartServer]:
     with ExitStack() as stack:
 
-        def start() -> ServerProcess:
-            process = ServerProcess()
+        def start(**settings: Any) -> ServerProcess:
+            process = ServerProcess(**settings)
             stack.callback(process.kill)
             return process
 

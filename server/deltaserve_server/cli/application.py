@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaserve_server.cli import doctor, health, models, pull, serve, train, transfer, update, watch
+from deltaserve_server.cli import doctor, health, models, pull, serve, snapshots, train, transfer, update, watch
 
 HELP = """Adadelta as a service: a server holds a model's weights and optimizer state, workers push gradients and get
 the new weights back.
@@ -29,12 +29,13 @@ def typer_application() -> typer.Typer:
     application.callback(invoke_without_command=True)(start)
     application.command()(serve.serve)
     application.add_typer(train.application, name="train")
-    for function in (models.models, models.status, watch.watch, update.update, pull.pull, transfer.export):
+    for function in (models.models, models.status, watch.watch, update.update, snapshots.snapshots, pull.pull):
         application.command()(function)
+    application.command()(transfer.export)
     application.command("import")(transfer.import_)
     application.command()(models.delete)
-    for function in (health.health, doctor.doctor):
-        application.command()(function)
+    for looking in (health.health, doctor.doctor):
+        application.command()(looking)
     return application
 
 

@@ -13,7 +13,7 @@ import typer
 from deltaserve_server.cli.display import format_bytes
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.health import check
-from deltaserve_server.cli.models import device
+from deltaserve_server.cli.models import KEEPS, device
 from deltaserve_server.cli.options import DEFAULT_TARGET, TargetArgument
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def examine(target: str, quick: bool) -> Iterator[Finding]:
             raise Hopeless(Finding("protocol", str(error), advice)) from error
         yield _version(info)
         yield Finding("device", device(info))
+        yield Finding("keeps", KEEPS.get(info.durability, info.durability))
         yield _limits(info.limits)
         yield _memory(info.limits)
         if not quick:
@@ -174,8 +175,8 @@ def _round_trip(client: "deltaserve.Client") -> Finding:
 def _throughput(target: str, limits: "deltaserve.Limits") -> Finding:
     import deltaserve
 
-    # Weights and state, a version being written, one being read, a push: with some room to spare.
-    if limits.memory_available_bytes < 8 * 4 * VECTOR_ELEMENTS:
+    # Weights and state, a version being written, one being read, a snapshot's, a push: with some room to spare.
+    if limits.memory_available_bytes < 10 * 4 * VECTOR_ELEMENTS:
         text = "not measured: too little memory is free"
         return Finding("throughput", text, "free memory on the server to have this measured")
     with deltaserve.connect(target, timeout_seconds=MEASURE_SECONDS) as client:

@@ -56,11 +56,21 @@ def _server_status(client: "deltaserve.Client", target: str) -> str:
             ("server", f"{target}, deltaserve {info.version}, up {format_seconds(info.uptime_seconds)}"),
             ("device", device(info)),
             ("memory", f"{free} of {whole} free"),
+            ("keeps", KEEPS.get(info.durability, info.durability)),
             ("models", f"{len(summaries)} of {limits.models}"),
             ("sessions", f"{sessions} of {limits.sessions}"),
         ]
     )
     return f"{lines}\n\n{_model_table(summaries)}" if summaries else lines
+
+
+KEEPS = {
+    "none": "nothing: models are gone when the server's process ends",
+    "snapshot": "each model as of its last snapshot",
+    "journal": "every acknowledged push",
+    "fsync": "every acknowledged push, also where the power goes",
+}
+"""What survives, by a server's durability."""
 
 
 def device(info: "deltaserve.ServerInfo") -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deltaserve")
 
+_LOOK_SECONDS = 0.5
+
 
 class Device(StrEnum):
     """Where models live."""
@@ -294,7 +296,8 @@ def _stop_on_signals() -> Callable[[], int]:
         signal.signal(number, stop)
 
     def wait() -> int:
-        event.wait()
+        while not event.wait(_LOOK_SECONDS):
+            pass  # a signal that came while the process was stopped wakes any thread: this one has to look
         return arrived[0]
 
     return wait

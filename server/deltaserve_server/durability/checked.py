@@ -39,5 +39,5 @@ def decoded(body: bytes | memoryview, kind: type[T], where: str) -> T:
     """Returns the value of some JSON; raises CorruptError where it is no `kind`."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptError(where, str(error)) from None

@@ -4,10 +4,11 @@ There is no thread for it. Whoever brings an event writes, after it, all that wa
 comes meanwhile waits for that, and mostly finds its own record written (group commit).
 """
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from deltaserve._failpoints import failpoint
@@ -85,17 +86,18 @@ class Journaled(Commits):
         journal: To write to.
         index: Of the last record before.
         sync: Whether a record is safe when it is on the disk; otherwise when the system has it.
+        before: Records, and bytes, of the journals since the last snapshot that are written to no more.
 
     Attributes:
-        records: How many were added since the journal that is written to was begun.
+        records: How many were added since the last snapshot.
         error: Why nothing can be written; None where it can.
     """
 
     journals = True
 
-    def __init__(self, journal: Journal, index: int, *, sync: bool) -> None:
+    def __init__(self, journal: Journal, index: int, *, sync: bool, before: tuple[int, int] = (0, 0)) -> None:
         super().__init__(index)
-        self.records = 0
+        self.records, self._bytes_before = before
         self.error: OSError | None = None
         self._journal = journal
         self._sync = sync
@@ -108,15 +110,15 @@ class Journaled(Commits):
 
     @property
     def bytes(self) -> int:
-        """Length of the journal, with what waits."""
-        return self._journal.size + max(self._added_bytes - self._written_bytes, 0)
+        """Length of the journals since the last snapshot, with what waits."""
+        return self._bytes_before + self._end
 
     def ready(self, records: int, elements: int) -> None:
         """Sets space aside."""
         if self.error:
             raise StorageError(self.error.strerror or str(self.error))
         try:
-            self._journal.reserve(self.bytes + records * record_bytes(elements))
+            self._journal.reserve(self._end + records * record_bytes(elements))
         except OSError as error:
             raise StorageError(error.strerror or str(error)) from None
 
@@ -136,7 +138,7 @@ class Journaled(Commits):
 
     def switch(self, journal: Journal) -> None:
         """Has what happens from now on written to another journal."""
-        self.records = 0
+        self.records = self._bytes_before = 0
         self._put(_Switch(journal))
 
     def settle(self) -> None:
@@ -151,6 +153,9 @@ class Journaled(Commits):
     def adopt(self, journal: Journal) -> None:
         """Goes on with a journal that was switched to, all that happened before being safe in a snapshot."""
         with self._writing:
+            # What can be written is: should this snapshot turn out bad, the one before it and the journals lead here.
+            with suppress(StorageError):
+                self._settle(self._added)
             if not any(isinstance(item, _Switch) and item.journal is journal for item in list(self._waiting)):
                 return  # it is written to already
             self.error = None
@@ -164,9 +169,18 @@ class Journaled(Commits):
             yield
 
     def close(self) -> None:
-        """Ends the journal."""
+        """Ends the journal: whatever still waits is not written, and nobody is told of it."""
         with self._writing:
+            self.error = self.error or OSError(errno.ESHUTDOWN, "the model has ended")
             self._journal.close()
+            for item in list(self._waiting):
+                if isinstance(item, _Switch):
+                    item.journal.close()
+
+    @property
+    def _end(self) -> int:
+        """Length of the journal, with what waits."""
+        return self._journal.size + max(self._added_bytes - self._written_bytes, 0)
 
     def _put(self, item: "Record | Effect | _Switch") -> None:
         self._waiting.append(item)

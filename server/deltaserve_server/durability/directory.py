@@ -17,8 +17,7 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.files import UNFINISHED, Files
 from deltaserve_server.durability.folder import Folder, Head
-from deltaserve_server.durability.keeper import Durability, Keeper, Schedule
-from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.durability.keeper import Durability, Keeper, Kept, Schedule
 from deltaserve_server.memory import State
 from deltaserve_server.model import Machine
 from deltaserve_server.model.image import MachineImage
@@ -29,10 +28,9 @@ _OWNER = 0o700
 class Prepared:
     """A new model's folder that does not have its name yet."""
 
-    def __init__(self, path: Path, head: Head, entry: Entry) -> None:
+    def __init__(self, path: Path, kept: Kept) -> None:
         self.path = path
-        self.head = head
-        self.entry = entry
+        self.kept = kept
 
     def discard(self) -> None:
         """Removes it."""
@@ -55,7 +53,7 @@ class DataDirectory:
         self._schedule = schedule
         self._models = path / "models"
         try:
-            self._models.mkdir(mode=_OWNER, parents=True, exist_ok=True)
+            self._make()
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise DataDirectoryError(f"data directory {path}: {error.strerror}") from error
@@ -79,9 +77,9 @@ class DataDirectory:
         """Returns a model's folder."""
         return Folder(Files(self._models / name))
 
-    def keeper(self, name: str, head: Head, index: int, last: Entry, saved_index: int) -> Keeper:
+    def keeper(self, name: str, kept: Kept) -> Keeper:
         """Returns what keeps a model safe from now on; raises OSError where it cannot be written."""
-        return Keeper(self.folder(name), self._schedule, head, index, last, saved_index)
+        return Keeper(self.folder(name), self._schedule, kept)
 
     def prepare(self, machine: Machine, state: State) -> Prepared:
         """Writes a new model's first snapshot; raises OSError where that is not possible."""
@@ -95,14 +93,14 @@ class DataDirectory:
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        return Prepared(path, head, entry)
+        return Prepared(path, Kept(head=head, last=entry))
 
     def add(self, prepared: Prepared, name: str) -> Keeper:
         """Gives a new model its name, for good; raises OSError where one of this name is there."""
         prepared.path.rename(self._models / name)
         try:
             Files(self._models).sync()
-            return self.keeper(name, prepared.head, 0, prepared.entry, 0)
+            return self.keeper(name, prepared.kept)
         except BaseException:
             (self._models / name).rename(prepared.path)
             raise
@@ -122,6 +120,13 @@ class DataDirectory:
     def close(self) -> None:
         """Lets others use it."""
         os.close(self._lock)
+
+    def _make(self) -> None:
+        """Makes the folders that are not there, for good."""
+        made = [folder for folder in (self._models, *self._models.parents) if not folder.exists()]
+        self._models.mkdir(mode=_OWNER, parents=True, exist_ok=True)
+        for folder in made:
+            Files(folder.parent).sync()
 
     def _take_lock(self) -> None:
         """Makes it ours: the lock goes with the process, however that ends."""

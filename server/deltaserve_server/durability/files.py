@@ -33,7 +33,8 @@ class File:
 
     def allocate(self, stop: int) -> None:
         """Has the system set space aside up to byte `stop`, so that writing there does not fail for want of it."""
-        os.posix_fallocate(self._descriptor, 0, stop)
+        if stop:  # nothing at all is an error to the system
+            os.posix_fallocate(self._descriptor, 0, stop)
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Writes buffers one after the other, from byte `offset` on."""
@@ -55,8 +56,10 @@ class File:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Lets go of the file; what was not synced stays so."""
-        os.close(self._descriptor)
+        """Lets go of the file; what was not synced stays so. A second time it does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1  # its number may be another file's by then
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

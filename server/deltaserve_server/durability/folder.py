@@ -11,7 +11,6 @@ Numbers only grow. The last two snapshots stay, and the journals since the older
 import logging
 import re
 import secrets
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -62,11 +61,13 @@ class Head(msgspec.Struct, frozen=True):
         lineage: Names the course that its versions have taken.
         ancestors: The lineages before, the newest last.
         served: None where its server ended in good order, its state safe.
+        lost_at: Index of the last record that was there when the lineage before was left: all sessions ended there.
     """
 
     lineage: bytes
     ancestors: tuple[Ancestor, ...] = ()
     served: Served | None = None
+    lost_at: int | None = None
 
     @classmethod
     def new(cls) -> "Head":
@@ -77,11 +78,11 @@ class Head(msgspec.Struct, frozen=True):
         """Whether it is that of the model, now or before."""
         return lineage == self.lineage or any(lineage == one.lineage for one in self.ancestors)
 
-    def forked(self, version: int) -> "Head":
-        """Returns the head of a model that goes on from `version`, later ones being lost."""
+    def forked(self, version: int, index: int) -> "Head":
+        """Returns the head of a model that goes on from `version` and record `index`, later ones being lost."""
         shared = (*self.ancestors, Ancestor(self.lineage, version))
         cut = tuple(Ancestor(one.lineage, min(one.version, version)) for one in shared)
-        return Head(secrets.token_bytes(LINEAGE_BYTES), cut[-_ANCESTORS:], self.served)
+        return Head(secrets.token_bytes(LINEAGE_BYTES), cut[-_ANCESTORS:], self.served, index)
 
 
 def boot() -> str:
@@ -171,11 +172,10 @@ class Folder:
     def _first_journal(self, kept: Sequence[int]) -> int:
         """Returns the number of the first journal that one of these snapshots needs; of a bad one all are kept."""
         try:
-            numbers = [snapshot.read_manifest(self.files, number).journal for number in kept]
+            return min((snapshot.read_manifest(self.files, number).follows for number in kept), default=0)
         except (CorruptError, OSError) as error:
             _log.warning("%s", error)
             return 0
-        return min((number for number in numbers if number is not None), default=sys.maxsize)
 
     def _snapshot_files(self) -> list[tuple[int, str]]:
         found = (_SNAPSHOT.fullmatch(name) for name in self.files.names())

@@ -12,6 +12,7 @@ there where a later one says that it was safe.
 import secrets
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.checked import decoded
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.records import DTYPES, Header, Piece, Record
+from deltaserve_server.durability.records import DTYPES, Header, Piece, Record, finite
 
 _LINE = 64
 _SECTOR = 512
@@ -114,6 +115,8 @@ class Journal:
             files.sync()
         except BaseException:
             self._file.close()
+            with suppress(OSError):  # on a full disk, what it has got of it
+                files.remove(journal_name(number))
             raise
 
     def reserve(self, stop: int) -> None:
@@ -142,7 +145,9 @@ class Journal:
         self.size += sum(map(len, buffers))
 
     def close(self) -> None:
-        """Ends the journal."""
+        """Ends the journal; what was set aside for it and not used is given back."""
+        with suppress(OSError):
+            self._file.cut(self.size)
         self._file.close()
 
 
@@ -165,6 +170,7 @@ class Reading:
         size: Bytes up to which it was read and is good.
         total: Bytes of the file.
         index: Of the last record that was read.
+        where: The file.
     """
 
     def __init__(self, files: Files, number: int, after: int, *, lost_power: bool) -> None:
@@ -172,7 +178,7 @@ class Reading:
         self.total = files.size(name)
         self.size = 0
         self.index = after
-        self._where = str(files.folder / name)
+        self.where = str(files.folder / name)
         self._lost_power = lost_power
         self._data = _mapped(files, name, self.total)
         self._nonce = b""
@@ -183,7 +189,7 @@ class Reading:
         Raises:
             CorruptError: The journal is not what was written.
         """
-        if len(self._data) < _LINE or not any(self._data[:_LINE]):
+        if len(self._data) < _LINE or not np.frombuffer(self._data, np.uint8).any():
             return  # made, and nobody was told of anything in it
         self._nonce = bytes(self._data[24:32])
         if self._data[:_LINE] != _title(self._nonce):
@@ -217,7 +223,7 @@ class Reading:
             if _torn(data, self.size, anywhere=self._lost_power):
                 return None
             raise self._corrupt(f"the checksum of record {head.number} is wrong")
-        where = f"{self._where}: record {head.number}"
+        where = f"{self.where}: record {head.number}"
         header = decoded(data[_HEAD_BYTES : _HEAD_BYTES + head.json_bytes], Header, where)
         vector = data[head.vector_at : head.vector_at + head.vector_bytes]
         self.size += head.total_bytes
@@ -226,14 +232,16 @@ class Reading:
 
     def _check_rest(self) -> None:
         """Raises CorruptError where a record beyond says that one which is not here was safe."""
-        at = self.size
-        while (at := self._data.obj.find(self._nonce, at + 1)) >= 0:  # type: ignore[attr-defined]
-            head = _parsed(self._data[at : at + _HEAD_BYTES], self._nonce) if at % _LINE == 0 else None
+        lines = len(self._data) // _LINE
+        nonces = np.frombuffer(self._data, "<u8", lines * _LINE // 8)[:: _LINE // 8]
+        first = self.size // _LINE
+        for line in np.flatnonzero(nonces[first:] == int.from_bytes(self._nonce, "little")) + first:
+            head = _parsed(self._data[line * _LINE : line * _LINE + _HEAD_BYTES], self._nonce)
             if head and head.safe > self.index:
                 raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
 
     def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(self._where, what)
+        return CorruptError(self.where, what)
 
 
 def _title(nonce: bytes) -> bytes:
@@ -244,7 +252,7 @@ def _title(nonce: bytes) -> bytes:
 def _encoded(record: Record, nonce: bytes, safe: int) -> list[bytes | memoryview]:
     """Returns a record's parts."""
     pieces = tuple((offset, values.size, values.dtype.str) for offset, values in record.pieces)
-    body = msgspec.json.encode(Header(record.event, pieces))
+    body = msgspec.json.encode(Header(finite(record.event), pieces))
     vectors = [memoryview(values.data).cast("B") for _, values in record.pieces]
     head = _Head(nonce, record.index, safe, len(body), 0, sum(map(len, vectors)))
     front = body + bytes(head.vector_at - _HEAD_BYTES - len(body))
@@ -265,17 +273,17 @@ def _parsed(raw: memoryview, nonce: bytes) -> _Head | None:
 
 
 def _torn(data: memoryview, start: int, *, anywhere: bool) -> bool:
-    """Whether a part of a record, as a disk writes it, is zeros: the last part; or any, where parts came out of order.
+    """Whether a part of a record is zeros: its tail; or any, as a disk writes them, where they came out of order.
 
     Args:
         data: The record.
         start: Where it begins in the file.
         anywhere: Whether it may be any part.
     """
-    first = -start % _SECTOR
-    edges = [0, *range(first, len(data), _SECTOR), len(data)]
-    parts = [(low, high) for low, high in pairwise(edges) if low < high]
-    return any(not any(data[low:high]) for low, high in (parts if anywhere else parts[-1:]))
+    if not any(data[-_TAIL.size :]):
+        return True
+    edges = [0, *range(-start % _SECTOR, len(data), _SECTOR), len(data)]
+    return anywhere and any(low < high and not any(data[low:high]) for low, high in pairwise(edges))
 
 
 def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:

@@ -12,20 +12,20 @@ import msgspec
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.commits import Commits, Journaled
 from deltaserve_server.durability.folder import Folder, Head, Served, boot
-from deltaserve_server.durability.journal import Journal
+from deltaserve_server.durability.journal import Journal, journal_name
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.memory import Frozen
 from deltaserve_server.model.image import MachineImage
 
 _log = logging.getLogger(__name__)
 
-_JOURNAL_STATES = 2.0
+_JOURNAL_STATES = 4.0
 """A journal is cut by a snapshot when it is so many times as long as one."""
 
 _JOURNAL_BYTES = 64 << 20
 """But not before it has so many bytes."""
 
-_JOURNAL_RECORDS = 10_000
+_JOURNAL_RECORDS = 4_000
 """Or so many records: they take time when a server comes back."""
 
 _RETRY_SECONDS = 5.0
@@ -76,16 +76,32 @@ class Cut:
     index: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """What a model's folder has of it.
+
+    Attributes:
+        head: What is known of it apart from its state.
+        last: Its newest good snapshot.
+        saved_index: Of the last record that is part of that.
+        index: Of its last record.
+        journal_bytes: Length of the records in between.
+    """
+
+    head: Head
+    last: Entry
+    saved_index: int = 0
+    index: int = 0
+    journal_bytes: int = 0
+
+
 class Keeper:
     """Keeps a model safe.
 
     Args:
         folder: Where.
         schedule: How, and when.
-        head: What is known of it apart from its state; its `served` is not read.
-        index: Of its last record.
-        last: Its newest snapshot.
-        saved_index: Of the last record that is part of that.
+        kept: What is there.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -97,23 +113,19 @@ class Keeper:
         last: The newest snapshot.
     """
 
-    def __init__(
-        self, folder: Folder, schedule: Schedule, head: Head, index: int, last: Entry, saved_index: int
-    ) -> None:
-        self.last = last
+    def __init__(self, folder: Folder, schedule: Schedule, kept: Kept) -> None:
+        self.last = kept.last
         self.folder = folder
         self._schedule = schedule
         self._number = folder.next_number() - 1
         self._saving = threading.Lock()
-        self._saved_index = saved_index
+        self._saved_index = kept.saved_index
         self._saved_at = time.monotonic()
         self._retry_at = 0.0
-        self._soon = index != saved_index
         journal = self._new_journal()
-        self.commits: Commits = (
-            Journaled(journal, index, sync=schedule.durability is Durability.FSYNC) if journal else Commits(index)
-        )
-        self.head = msgspec.structs.replace(head, served=Served(schedule.durability.value, boot()))
+        self._soon = journal is None and kept.index != kept.saved_index
+        self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
+        self.head = msgspec.structs.replace(kept.head, served=Served(schedule.durability.value, boot()))
         folder.write_head(self.head)
 
     @property
@@ -182,7 +194,21 @@ class Keeper:
         began = time.monotonic()
         self._soon = False
         journal, commits = self._new_journal(), self.commits
-        taken = cut(lambda: commits.switch(journal) if journal and isinstance(commits, Journaled) else None)
+        switched = False
+
+        def switch() -> None:
+            nonlocal switched
+            switched = True
+            if journal and isinstance(commits, Journaled):
+                commits.switch(journal)
+
+        try:
+            taken = cut(switch)
+        except BaseException:
+            if journal and not switched:
+                journal.close()
+                self.folder.files.remove(journal_name(journal.number))
+            raise
         self._number += 1
         try:
             number, state = self._number, taken.frozen.state()
@@ -215,3 +241,10 @@ class Keeper:
             return None
         self._number += 1
         return Journal(self.folder.files, self._number)
+
+
+def _commits(journal: Journal | None, kept: Kept, *, sync: bool) -> Commits:
+    if journal is None:
+        return Commits(kept.index)
+    before = kept.index - kept.saved_index, kept.journal_bytes
+    return Journaled(journal, kept.index, sync=sync, before=before)

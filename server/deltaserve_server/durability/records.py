@@ -1,7 +1,8 @@
 """What a journal's records say."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -97,6 +98,14 @@ class Header(msgspec.Struct, frozen=True):
 
     event: Event
     pieces: tuple[tuple[int, int, str], ...] = ()
+
+
+def finite(event: Event) -> Event:
+    """Returns an event that JSON can say: what is infinite is as large as a number can be, which rounds to the same."""
+    if not isinstance(event, Updated):
+        return event
+    made = replace(event.made, norm=min(event.made.norm, sys.float_info.max))
+    return msgspec.structs.replace(event, made=made, divisor=min(event.divisor, sys.float_info.max))
 
 
 DTYPES = {name: np.dtype(name) for name in ("<f4", "<f2", "<u2")}

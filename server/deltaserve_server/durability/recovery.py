@@ -12,6 +12,8 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.folder import Folder, Head, boot
 from deltaserve_server.durability.journal import Reading, journal_name
+from deltaserve_server.durability.keeper import Kept
+from deltaserve_server.durability.plausible import Implausible, check_record
 from deltaserve_server.durability.records import (
     Changed,
     Ended,
@@ -39,28 +41,30 @@ class Recovered:
     Attributes:
         machine: Its state machine, resumed.
         store: Its vectors.
-        head: Its lineage; another one than before where something was lost, or may have been.
-        index: Of its last record.
-        last: Its newest good snapshot.
-        saved_index: Of the last record that is part of that.
+        kept: What its folder has of it; under another lineage than before where something was lost, or may have been.
         waited: Whether the last thing that happened is a version for those who wait for one.
     """
 
     machine: Machine
     store: Store
-    head: Head
-    index: int
-    last: Entry
-    saved_index: int
+    kept: Kept
     waited: bool
 
 
 @dataclass
 class _Found:
-    """What is found while a model is read; `lost` where acknowledged updates may be missing."""
+    """What is found while a model is read.
+
+    Attributes:
+        head: What its folder says.
+        lost: Whether acknowledged updates may be missing.
+        saved: Index of the last record that is part of any snapshot, be it a bad one.
+        bad: What is wrong with snapshots.
+    """
 
     head: Head
     lost: bool = False
+    saved: int = 0
     bad: list[CorruptError] = field(default_factory=list)
 
 
@@ -95,8 +99,14 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     # A vector of its own: the first one of a store is used again when another takes its place.
     store = make_store(state.weights.copy())
     store.put(state, machine.version)
-    replay = _Replay(machine, store, manifest.index, now)
+    replay = _Replay(machine, store, manifest.index, found.head.lost_at, now)
     _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss)
+    replay.end_sessions()
+    if found.bad and manifest.journal is not None and replay.index < found.saved:
+        # What could not be written to a journal was safe in the snapshot that is bad, and there alone.
+        if not accept_data_loss:
+            raise found.bad[0]
+        found.lost = True
     if _may_lack(found, manifest):
         found.lost = True
     head = found.head
@@ -104,7 +114,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
         _log.warning(
             "model %s: goes on from version %d; what came after, if anything, is lost", machine.name, machine.version
         )
-        head = head.forked(machine.version)
+        head = head.forked(machine.version, replay.index)
         machine.lose_sessions()
     waited = machine.resume(time.monotonic())
     store.current.number = machine.version
@@ -113,10 +123,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     return Recovered(
         machine=machine,
         store=store,
-        head=head,
-        index=replay.index,
-        last=entry,
-        saved_index=manifest.index,
+        kept=Kept(head=head, last=entry, saved_index=manifest.index, index=replay.index, journal_bytes=replay.bytes),
         waited=waited,
     )
 
@@ -137,6 +144,10 @@ def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest
         try:
             manifest = snapshot.read_manifest(folder.files, number)
             failpoint("recovery.manifest")
+            if manifest.model.name != folder.files.folder.name:
+                where = str(folder.files.folder / snapshot.manifest_name(number))
+                raise CorruptError(where, f"it is of model {manifest.model.name}")
+            found.saved = max(found.saved, manifest.index)
             return manifest, snapshot.read_state(folder.files, manifest, progress)
         except CorruptError as error:
             _log.error("corrupt snapshot, an older one is tried: %s", error)
@@ -166,20 +177,27 @@ def _replay(
     accept_data_loss: bool,
 ) -> None:
     """Makes everything happen again that the journals hold; ends each where it was torn."""
-    numbers = [number for number in folder.journals() if manifest.journal is not None and number >= manifest.journal]
+    numbers = [number for number in folder.journals() if number >= manifest.follows]
     served = found.head.served
     lost_power = served is not None and served.boot != boot()
+    # What nobody has synced is gone in any order when the power goes: no more was promised.
+    may_end = accept_data_loss or (lost_power and served is not None and served.durability != "fsync")
     for place, number in enumerate(numbers):
         reading = Reading(folder.files, number, replay.index, lost_power=lost_power)
         before = 0
         try:
             for record in reading.records():
+                try:
+                    check_record(record, replay.machine)
+                except Implausible as error:
+                    raise CorruptError(reading.where, f"record {record.index}: {error}") from None
                 replay.redo(record)
                 failpoint("recovery.replay")
                 progress(reading.size - before)
+                replay.bytes += reading.size - before
                 before = reading.size
         except CorruptError as error:
-            if not accept_data_loss:
+            if not may_end:
                 raise
             _log.error("%s; it ends at version %d", error, replay.machine.version)
             found.lost = True
@@ -198,22 +216,32 @@ class _Replay:
         machine: The model as its snapshot has it.
         store: Its vectors, likewise.
         index: Of the last record that is part of the snapshot.
+        lost_at: See `Head`.
         now: The time.
 
     Attributes:
         machine: As above.
         index: Of the last record that happened again.
+        bytes: How many the records have that did.
     """
 
-    def __init__(self, machine: Machine, store: Store, index: int, now: float) -> None:
+    def __init__(self, machine: Machine, store: Store, index: int, lost_at: int | None, now: float) -> None:
         self.machine = machine
         self.index = index
+        self.bytes = 0
         self._store = store
+        self._lost_at = lost_at
         self._now = now
+
+    def end_sessions(self) -> None:
+        """Ends all sessions where an earlier recovery has done so."""
+        if self.index == self._lost_at:
+            self.machine.lose_sessions()
 
     def redo(self, record: Record) -> None:
         """Makes a record happen again."""
         machine, event = self.machine, record.event
+        self.end_sessions()
         match event:
             case Updated():
                 self._update(event, record)

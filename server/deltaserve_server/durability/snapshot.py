@@ -16,6 +16,7 @@ from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
+from deltaserve_server.durability.plausible import Implausible, check_model
 from deltaserve_server.memory import State
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout
@@ -53,6 +54,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     check: int
     model: MachineImage
+
+    @property
+    def follows(self) -> int:
+        """Number from which on journals come after it: numbers only grow, also where it was taken without a journal."""
+        return self.number + 1 if self.journal is None else self.journal
 
 
 class Entry(NamedTuple):
@@ -119,6 +125,10 @@ def read_manifest(files: Files, number: int) -> Manifest:
     manifest = unpacked(files.read(name), Manifest, where)
     if manifest.format != _FORMAT or manifest.number != number:
         raise CorruptError(where, f"expected {_FORMAT}, number {number}")
+    try:
+        check_model(manifest.model)
+    except Implausible as error:
+        raise CorruptError(where, str(error)) from None
     return manifest
 
 

@@ -346,7 +346,7 @@ class Registry:
                 accept_data_loss=accept_data_loss,
             )
             reservation = self.reserve_model(came.machine.layout.size)
-            keeper = directory.keeper(name, came.head, came.index, came.last, came.saved_index)
+            keeper = directory.keeper(name, came.kept)
         except BudgetExceeded as error:
             text = f"model {name} takes {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
             raise DataDirectoryError(text) from error

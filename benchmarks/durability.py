@@ -1,0 +1,228 @@
+"""What it costs that nothing is lost: a step under every durability, beside what the disk takes; and coming back."""
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from socket import create_server
+from tempfile import TemporaryDirectory
+from threading import Thread
+from time import perf_counter, sleep
+
+import numpy as np
+
+import deltaserve
+from benchmarks.models import SHAPES_A, SHAPES_B, Shape, elements, gradients_of, named, weights_of
+from benchmarks.results import Figures, Timings
+from benchmarks.startup import listening
+from benchmarks.timing import collect
+
+NONE, SNAPSHOT, JOURNAL, FSYNC = "none", "snapshot", "journal", "fsync"
+WRITE, WRITE_AND_SYNC = "the gradient written to a file", "the same, with fsync"
+FIRST_PUSH = "server process to the first accepted push"
+
+_EVERY = 50
+_BLOCK = 50
+"""Steps of a block with one snapshot, which is begun in its middle, so that it ends within the block."""
+
+_JOURNAL_BLOCK = 24
+"""Steps of a block: so many that snapshots which cut the journal are part of it as they are of training."""
+
+_PART = 1 << 20
+_DISK = "/var/tmp"  # noqa: S108  names of chance are made in it
+"""A disk, where /tmp may be memory."""
+
+_PATIENCE_SECONDS = 120.0
+
+
+class _Program:
+    """`deltaserve serve` in a process of its own, on a data directory of its own."""
+
+    def __init__(self, folder: str, durability: str, *options: str) -> None:
+        with create_server(("127.0.0.1", 0)) as free:
+            self.target = f"127.0.0.1:{free.getsockname()[1]}"
+        command = f"-m deltaserve serve --bind {self.target} --device cpu --log-level warning --durability {durability}"
+        kept = [] if durability == NONE else ["--data-dir", str(Path(folder) / durability)]
+        self._command = [sys.executable, *command.split(), *kept, *options]
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        listening(self.target, self._process)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal and waits for the end."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+        self._process.wait()
+
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes the process has handed to files since it began."""
+        lines = Path(f"/proc/{self._process.pid}/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("write_bytes")))
+
+
+@contextmanager
+def _training(durability: str, shapes: Sequence[Shape], *options: str) -> Iterator[tuple[_Program, "_Training"]]:
+    with TemporaryDirectory(prefix="deltaserve-", dir=_DISK) as folder:
+        program = _Program(folder, durability, *options)
+        try:
+            with deltaserve.connect(program.target, timeout_seconds=_PATIENCE_SECONDS) as client:
+                yield program, _Training(client, shapes)
+        finally:
+            program.signal(signal.SIGTERM)
+
+
+class _Training:
+    """A worker that pushes the same gradient again and again, over TCP."""
+
+    def __init__(self, client: deltaserve.Client, shapes: Sequence[Shape]) -> None:
+        self.model = client.create_model("bench", named(weights_of(shapes)))
+        self._worker = self.model.worker(transport="stream")
+        self._gradients = named(gradients_of(shapes))
+
+    def step(self) -> None:
+        self._worker.step(self._gradients)
+
+    def block(self, count: int) -> float:
+        """Returns the seconds of a step, the mean of so many."""
+        started = perf_counter()
+        for _ in range(count):
+            self.step()
+        return (perf_counter() - started) / count
+
+
+def snapshots(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
+    """Times steps with and without a snapshot every 50 updates, in blocks of 50 by turns."""
+    with ExitStack() as stack:
+        _, plain = stack.enter_context(_training(NONE, shapes))
+        options = "--snapshot-updates", str(_EVERY), "--snapshot-seconds", "0"
+        _, kept = stack.enter_context(_training(SNAPSHOT, shapes, *options))
+        for training in (plain, kept):
+            training.block(_BLOCK // 2)
+        rows = collect({NONE: lambda: plain.block(_BLOCK), SNAPSHOT: lambda: kept.block(_BLOCK)}, rounds, warmups=1)
+    title = f"durability: a step of {elements(shapes) / 1e6:.3g} M parameters, a snapshot every {_EVERY} updates"
+    return Timings(title, NONE, rows, notes=("A round is the mean of 50 steps, with one snapshot.",))
+
+
+def journals(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
+    """Times steps with a journal, beside what writing the gradient takes, in blocks by turns."""
+    with ExitStack() as stack:
+        trainings = {name: stack.enter_context(_training(name, shapes)) for name in (NONE, JOURNAL, FSYNC)}
+        disk = stack.enter_context(_disk(elements(shapes) * 4))
+        contenders: dict[str, Callable[[], float]] = {
+            name: lambda training=training: training.block(_JOURNAL_BLOCK)  # type: ignore[misc]
+            for name, (_, training) in trainings.items()
+        }
+        contenders |= {WRITE: lambda: disk(False), WRITE_AND_SYNC: lambda: disk(True)}
+        before = {name: program.written_bytes for name, (program, _) in trainings.items()}
+        rows = collect(contenders, rounds, warmups=1)
+        steps = (rounds + 1) * _JOURNAL_BLOCK
+        written = [
+            f"{name} {(program.written_bytes - before[name]) / steps / 1e6:.0f} MB"
+            for name, (program, _) in trainings.items()
+        ]
+    title = f"durability: a step of {elements(shapes) / 1e6:.3g} M parameters, journalled"
+    notes = (
+        f"A round is the mean of {_JOURNAL_BLOCK} steps; snapshots, which cut the journal, are part of it.",
+        f"Written to the disk a step: {', '.join(written)}.",
+    )
+    return Timings(title, NONE, rows, notes=notes)
+
+
+@contextmanager
+def _disk(size: int) -> Iterator[Callable[[bool], float]]:
+    """Gives what writes so many bytes to a file, and returns the seconds."""
+    data = memoryview(np.random.default_rng(0).bytes(size))
+
+    def run(sync: bool) -> float:
+        with TemporaryDirectory(prefix="deltaserve-", dir=_DISK) as folder:
+            file = os.open(Path(folder) / "file", os.O_WRONLY | os.O_CREAT)
+            os.posix_fallocate(file, 0, size)
+            started = perf_counter()
+            for at in range(0, size, _PART):
+                os.pwrite(file, data[at : at + _PART], at)
+            if sync:
+                os.fsync(file)
+            seconds = perf_counter() - started
+            os.close(file)
+        return seconds
+
+    yield run
+
+
+def group_commit(rounds: int, seconds: float, counts: Sequence[int] = (1, 4, 16)) -> Figures:
+    """Counts the steps a second of several workers of a small model, asynchronous, under every durability."""
+    columns = tuple(f"{count} worker{'s' * (count > 1)}" for count in counts)
+    found: dict[str, list[list[float]]] = {name: [] for name in (NONE, JOURNAL, FSYNC)}
+    with ExitStack() as stack:
+        trainings = {name: stack.enter_context(_training(name, SHAPES_B)) for name in found}
+        for _ in range(rounds):
+            for name, (program, _) in trainings.items():
+                found[name].append([_rate(program.target, count, seconds) for count in counts])
+    rows: dict[str, tuple[float | None, ...]] = {
+        name: tuple(statistics.median(rates) for rates in zip(*values, strict=True)) for name, values in found.items()
+    }
+    rows["fsync of a page, one after the other"] = (_syncs(seconds), *[None] * (len(counts) - 1))
+    return Figures(f"durability: steps a second of {elements(SHAPES_B)} parameters, by workers", columns, rows)
+
+
+def _rate(target: str, count: int, seconds: float) -> float:
+    """Returns how many steps a second so many workers make together, each a thread of this process."""
+    gradients = named(gradients_of(SHAPES_B))
+    steps, deadline = [0] * count, perf_counter() + seconds
+
+    def run(index: int) -> None:
+        with deltaserve.connect(target) as client, client.model("bench").worker() as worker:
+            while perf_counter() < deadline:
+                worker.step(gradients)
+                steps[index] += 1
+
+    threads = [Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(steps) / seconds
+
+
+def _syncs(seconds: float) -> float:
+    count, deadline = 0, perf_counter() + seconds
+    with TemporaryDirectory(prefix="deltaserve-", dir=_DISK) as folder:
+        file = os.open(Path(folder) / "file", os.O_WRONLY | os.O_CREAT)
+        os.posix_fallocate(file, 0, 1 << 24)
+        while perf_counter() < deadline:
+            os.pwrite(file, b"x" * 512, 512 * count % (1 << 24))
+            os.fsync(file)
+            count += 1
+        os.close(file)
+    return count / seconds
+
+
+def recovery(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
+    """Kills a server again and again while it trains; times from the start of the next to the first accepted push.
+
+    The worker goes on by itself. The journal has as many records as the time of each death leaves it.
+    """
+    chance = random.Random(1)  # noqa: S311  it says when, and nothing else
+    with _training(JOURNAL, shapes) as (program, training):
+
+        def run() -> float:
+            for _ in range(chance.randint(1, 12)):
+                training.step()
+            sleep(chance.uniform(0, 0.3))
+            program.signal(signal.SIGKILL)
+            started = perf_counter()
+            program.start()
+            training.step()
+            return perf_counter() - started
+
+        rows = collect({FIRST_PUSH: run}, rounds, warmups=1)
+    title = f"durability: a server of {elements(shapes) / 1e6:.3g} M parameters, journalled, comes back after SIGKILL"
+    return Timings(title, FIRST_PUSH, rows, "s", notes=("The push itself, and the weights back, are part of it.",))

@@ -1,0 +1,247 @@
+"""Servers that die, or stop, and come back from their data directory: workers go on, or learn what is lost."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import deltaserve
+from deltaserve import Model, RolledBackError, Sync, Worker
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Eventually, ServerProcess, StartServer
+
+SMALL = {"w": np.linspace(-1, 1, 5, dtype=np.float32), "b": np.ones((), np.float32)}
+LARGE = {"w": np.linspace(-1, 1, 400_000, dtype=np.float32)}
+
+
+def gradient(start: Mapping[str, Any], number: int) -> dict[str, Any]:
+    return {name: (values * 0.1 * number).astype(np.float32) for name, values in start.items()}
+
+
+def steps(worker: Worker, start: Mapping[str, Any], numbers: range) -> None:
+    for number in numbers:
+        worker.step(gradient(start, number))
+
+
+def same(one: Model, other: Model) -> None:
+    """Compares two models bit for bit."""
+    mine, theirs = one.pull_state(), other.pull_state()
+    assert mine.update_counts == theirs.update_counts
+    for vector in ("weights", "square_avg", "acc_delta"):
+        for name, values in getattr(mine, vector).items():
+            np.testing.assert_array_equal(values, getattr(theirs, vector)[name], f"{vector} of {name}")
+
+
+@pytest.fixture
+def undisturbed(client: deltaserve.Client) -> Model:
+    """A model on another server, which goes through all of it without a fault."""
+    return client.create_model("m", SMALL)
+
+
+@pytest.mark.parametrize(("durability", "ending"), [("journal", "kill"), ("fsync", "kill"), ("journal", "end")])
+@pytest.mark.parametrize(
+    ("start", "transport", "wire"),
+    [(SMALL, "auto", "float32"), (LARGE, "stream", "bfloat16"), (LARGE, "shared", "float32")],
+    ids=["one message", "chunks", "shared memory"],
+)
+def test_a_worker_goes_on_as_if_nothing_had_happened(
+    start_server: "StartServer",
+    client: deltaserve.Client,
+    tmp_path: Path,
+    durability: str,
+    ending: str,
+    start: dict[str, Any],
+    transport: Any,
+    wire: Any,
+) -> None:
+    """In its own session, with the same bits as where nothing did happen, and through shared memory again."""
+    server = start_server(data_dir=str(tmp_path / "data"), durability=durability)
+    twin = client.create_model("m", start)
+    with (
+        deltaserve.connect(server.target, timeout_seconds=30) as mine,
+        twin.worker("a", transport=transport, wire=wire) as other,
+    ):
+        model = mine.create_model("m", start)
+        worker = model.worker("a", transport=transport, wire=wire)
+        for life in range(2):
+            numbers = range(1 + 5 * life, 6 + 5 * life)
+            steps(worker, start, numbers)
+            steps(other, start, numbers)
+            assert model.info().durable_version == worker.version == numbers[-1]
+            getattr(server, ending)()
+            server.start()
+        same(model, twin)
+        assert [session.epoch for session in model.info().sessions] == [1]
+        steps(worker, start, range(11, 13))
+        steps(other, start, range(11, 13))
+        same(model, twin)
+        assert (worker._exchange._shared is not None) == (transport == "shared")
+        worker.close()
+
+
+def test_a_round_goes_on_with_those_who_waited_in_it(
+    start_server: "StartServer", tmp_path: Path, eventually: "Eventually"
+) -> None:
+    server = start_server(data_dir=str(tmp_path), durability="journal")
+    with deltaserve.connect(server.target, timeout_seconds=30) as client, ThreadPoolExecutor(1) as pool:
+        model = client.create_model("m", SMALL, policy=Sync(min_workers=2))
+        one, two = model.worker("one"), model.worker("two")
+        step = pool.submit(one.step, SMALL)
+        eventually(lambda: any(session.waiting for session in model.info().sessions))
+        server.kill()
+        server.start()
+        two.step(SMALL)
+        step.result()
+        assert one.version == two.version == 1
+        assert one.last_result
+        assert one.last_result.contributors == 2
+
+
+def test_a_duplicate_gets_its_first_result_also_from_the_server_that_follows(
+    start_server: "StartServer", tmp_path: Path
+) -> None:
+    server = start_server(data_dir=str(tmp_path), durability="journal")
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        worker = client.create_model("m", SMALL).worker("a")
+        steps(worker, SMALL, range(1, 4))
+        first = worker.get_push(3)
+        server.kill()
+        server.start()
+        assert worker.get_push(3) == first
+        worker._sequence -= 1  # as if the answer had been lost
+        worker.step(gradient(SMALL, 3))
+        result = worker.last_result
+        assert result
+        assert result.duplicate
+        assert first.result
+        assert (result.version, result.update_norm) == (3, first.result.update_norm)
+
+
+class _Kept:
+    """A model that was saved at version 3, and has gone on to 7."""
+
+    def __init__(self, client: deltaserve.Client) -> None:
+        self.model = client.create_model("m", SMALL)
+        self.worker = self.model.worker("a")
+        steps(self.worker, SMALL, range(1, 4))
+        assert self.model.save_snapshot().version == 3
+        steps(self.worker, SMALL, range(4, 8))
+        assert self.model.info().durable_version == 3
+
+
+def _restart(server: "ServerProcess") -> None:
+    server.kill()
+    server.start()
+
+
+def test_what_a_snapshot_does_not_have_is_told(start_server: "StartServer", tmp_path: Path) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        kept = _Kept(client)
+        _restart(server)
+        with pytest.raises(RolledBackError) as caught:
+            kept.worker.step(gradient(SMALL, 8))
+        error = caught.value
+        assert (error.version, error.restored_version, error.lost_pushes) == (7, 3, range(4, 8))
+        assert "has gone back to version 3 of model m: what came after is lost, pushes 4 to 7" in str(error)
+        assert kept.worker.version == 3
+        steps(kept.worker, SMALL, range(4, 8))
+        assert kept.worker.version == kept.model.info().version == 7
+        assert [session.epoch for session in kept.model.info().sessions] == [2]
+
+
+def test_who_only_pulls_gets_the_weights_of_now_and_a_warning(
+    start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        kept = _Kept(client)
+        _restart(server)
+        with caplog.at_level(logging.WARNING, "deltaserve"):
+            weights = kept.worker.pull()
+        assert "pushes 4 to 7 of this worker among it" in caplog.text
+        np.testing.assert_array_equal(weights["w"], kept.model.pull_state().weights["w"])
+        assert kept.worker.version == 3
+
+
+def test_a_lineage_that_was_lost_is_not_taken_for_one_that_has_come_as_far(
+    start_server: "StartServer", tmp_path: Path
+) -> None:
+    """Another worker has brought the model beyond the version that this one has, and the server died once more."""
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        kept = _Kept(client)
+        _restart(server)
+        with kept.model.worker("b") as other:
+            steps(other, SMALL, range(20))
+            kept.model.save_snapshot()
+        _restart(server)
+        assert kept.model.info().version == 23
+        with pytest.raises(RolledBackError) as caught:
+            kept.worker.step(gradient(SMALL, 8))
+        assert (caught.value.version, caught.value.restored_version) == (7, 3)
+        assert kept.worker.version == 23
+
+
+def test_who_knows_nothing_that_is_lost_goes_on_without_an_error(start_server: "StartServer", tmp_path: Path) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        model = client.create_model("m", SMALL)
+        worker = model.worker("a")
+        steps(worker, SMALL, range(1, 4))
+        model.save_snapshot()
+        _restart(server)
+        steps(worker, SMALL, range(4, 6))
+        assert worker.version == model.info().version == 5
+
+
+def test_a_clean_stop_loses_nothing_under_snapshot_either(start_server: "StartServer", tmp_path: Path) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        kept = _Kept(client)
+        server.end()
+        server.start()
+        steps(kept.worker, SMALL, range(8, 10))
+        assert kept.worker.version == kept.model.info().version == 9
+        assert [session.epoch for session in kept.model.info().sessions] == [1]
+
+
+def test_a_layout_that_is_lost_is_told_of(start_server: "StartServer", tmp_path: Path) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        model = client.create_model("m", SMALL)
+        folder = tmp_path / "models" / "m"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        model.extend({"more": np.zeros(3, np.float32)})
+        worker = model.worker("a")
+        worker.pull()
+        server.kill()
+        for path in folder.iterdir():  # as if the snapshot that follows had not been taken yet
+            path.unlink()
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        server.start()
+        with pytest.raises(deltaserve.StateLostError, match="extend the model again"):
+            worker.step({**SMALL, "more": np.zeros(3, np.float32)})
+
+
+def test_models_that_are_deleted_stay_so_and_new_ones_of_their_name_are_others(
+    start_server: "StartServer", tmp_path: Path
+) -> None:
+    server = start_server(data_dir=str(tmp_path), durability="fsync")
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        worker = client.create_model("m", SMALL).worker("a")
+        steps(worker, SMALL, range(1, 4))
+        client.delete_model("m")
+        _restart(server)
+        assert client.models() == []
+        client.create_model("m", SMALL)
+        with pytest.raises(deltaserve.StateLostError):
+            worker.step(SMALL)
+        _restart(server)
+        assert [model.version for model in client.models()] == [0]
