@@ -186,8 +186,8 @@ class HostStore(Store):
     def gradient(self, weight: float) -> Gradient:
         """Returns the messages themselves, or the sum, which is not used again before it is given back."""
         pieces, divisor = self._gradient(weight)
-        total, self._kept = self._sum, True
-        return Gradient(pieces, divisor, lambda: None if total is None else self._pool.give(total))
+        total, pool, self._kept = self._sum, self._pool, True  # another pool may be in its place by then
+        return Gradient(pieces, divisor, lambda: None if total is None else pool.give(total))
 
     def freeze(self) -> Frozen:
         """Returns the vectors themselves: the next update writes elsewhere, if they are still needed then."""

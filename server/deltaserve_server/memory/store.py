@@ -42,6 +42,14 @@ class State:
     square_avg: Vector
     acc_delta: Vector
 
+    def copy(self) -> "State":
+        """Returns a copy."""
+        return State(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy())
+
+    def pieces(self) -> list[tuple[int, Values]]:
+        """Returns the vectors, each as one that begins at 0."""
+        return [(0, self.weights), (0, self.square_avg), (0, self.acc_delta)]
+
 
 @dataclass(frozen=True, slots=True)
 class Gradient:

@@ -6,20 +6,16 @@ handler of a sync gRPC server is never interrupted, so neither is an update.
 
 import logging
 import secrets
-import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from time import monotonic, sleep
-from types import TracebackType
-from typing import Any
 
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
-from deltaserve.v1 import model_service_pb2 as rpc
-from deltaserve_server.durability.commits import Commits, StorageError
+from deltaserve_server.durability.commits import Commits
 from deltaserve_server.durability.folder import Head
 from deltaserve_server.durability.keeper import Cut, Keeper
 from deltaserve_server.durability.records import Changed, Ended, Extended, Opened, Renumbered, StatePut, Updated
@@ -33,10 +29,9 @@ from deltaserve_server.memory import (
     State,
     Store,
     Version,
-    shared,
 )
 from deltaserve_server.memory.shared import Handle
-from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
+from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import (
     Answer,
     Combine,
@@ -58,23 +53,17 @@ from deltaserve_server.model import (
 )
 from deltaserve_server.model.image import MachineImage, SessionImage, Settings
 from deltaserve_server.service import watch
+from deltaserve_server.service.audience import Audience
+from deltaserve_server.service.owned import Glance, Owned
+from deltaserve_server.service.shared_gradients import SharedGradients
 from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.05
-_STORAGE_RETRY_SECONDS = 0.5
 
 
-def model_bytes(elements: int, *, durable: bool) -> int:
-    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum.
-
-    While a snapshot of a `durable` one is written, both averages are there twice.
-    """
-    return (8 if durable else 6) * ELEMENT_BYTES * elements
-
-
-class Applier:
+class Applier(Owned):
     """Owns one model.
 
     Args:
@@ -101,11 +90,9 @@ class Applier:
         alarm: Callable[[float], None],
         keeper: Keeper | None = None,
     ) -> None:
+        super().__init__(keeper.commits if keeper else Commits())
         self.machine = machine
-        self.lock = threading.RLock()
         self.keeper = keeper
-        self._commits = keeper.commits if keeper else Commits()
-        self._depth = 0
         self._lost = False
         self.head = keeper.head if keeper else Head.new()
         self._store = store
@@ -115,11 +102,9 @@ class Applier:
         self._staged: dict[Key, tuple[Staging, Reservation]] = {}
         self._folded: list[Reservation] = []
         self._answers: dict[Key, Future[PushResult]] = {}
-        self._watchers: set[Watcher] = set()
-        self._awaited: list[tuple[int, Future[None]]] = []
+        self._audience = Audience()
         self._present: Counter[bytes] = Counter()
-        self._shared: dict[bytes, Vector] = {}
-        self._ended: Refused | None = None
+        self._shared = SharedGradients()
 
     @property
     def position(self) -> common_pb2.ModelPosition:
@@ -172,8 +157,7 @@ class Applier:
             for session_id in self._present:
                 self.machine.renew(session_id, monotonic())
             self._ready()
-            live = {session.id for session in self.machine.sessions.live()}
-            self._shared = {session_id: vector for session_id, vector in self._shared.items() if session_id in live}
+            self._shared.keep({session.id for session in self.machine.sessions.live()})
             gone, decisions = self.machine.tick(monotonic())
             for session in gone:
                 _log.warning("model %s: the lease of worker %s ran out", self.machine.name, session.worker)
@@ -201,14 +185,9 @@ class Applier:
             Refused: SHARED_MEMORY_UNAVAILABLE where the system has none.
             BudgetExceeded: There is no memory for it.
         """
-        with _Glance(self):
-            vector = self._shared.get(session.id)
-            if vector is None:
-                size = self.machine.layout.offsets[session.tensor_count]
-                vector = self._shared[session.id] = _shared_vector(size, budget)
-                self._store.share()
-            handle = shared.handle(vector)
-            assert handle is not None
+        with Glance(self):
+            handle = self._shared.share(session.id, self.machine.layout.offsets[session.tensor_count], budget)
+            self._store.share()
             return handle
 
     def shared_memory(self, session_id: bytes) -> Vector | None:
@@ -219,7 +198,7 @@ class Applier:
 
     def check(self, push: Push) -> Session:
         """Looks at a push before its values have come."""
-        with _Glance(self):
+        with Glance(self):
             return self.machine.check(push, monotonic())
 
     def stage(self) -> Staging:
@@ -264,13 +243,12 @@ class Applier:
     def watched(self) -> Iterator[Watcher]:
         """Gives what happens to the model meanwhile."""
         with self.event():
-            watcher = Watcher(watch.message(self.position, None))
-            self._watchers.add(watcher)
+            watcher = self._audience.watch(watch.message(self.position, None))
         try:
             yield watcher
         finally:
             with self.lock:
-                self._watchers.discard(watcher)
+                self._audience.leave(watcher)
 
     # --- vectors
 
@@ -298,20 +276,17 @@ class Applier:
         Raises:
             Refused: SESSION_LIMIT where `limit` of them wait already.
         """
-        future: Future[None] = Future()
         with self.event():
-            if self.machine.version >= version:
-                self._commits.then(partial(future.set_result, None))
-            elif len(self._awaited) >= limit:
-                raise Refused("SESSION_LIMIT", _RETRY_SECONDS, limit=limit)
-            else:
-                self._awaited.append((version, future))
-        return future
+            if self.machine.version < version:
+                return self._audience.wait(version, limit)
+            future: Future[None] = Future()
+            self._commits.then(partial(future.set_result, None))
+            return future
 
     def forget(self, future: "Future[None]") -> None:
         """Ends what `reached` began, for a caller who waits no longer."""
         with self.lock:
-            self._awaited = [(version, held) for version, held in self._awaited if held is not future]
+            self._audience.forget(future)
 
     def state(self) -> State:
         """Returns a copy of weights and optimizer state. To be called within `event`."""
@@ -321,10 +296,13 @@ class Applier:
         """Replaces weights and optimizer state."""
         with self.event():
             self._ready(3)
-            kept = State(*(vector.copy() for vector in _vectors(state))) if self.journals else state
+            kept = state.copy() if self.journals else state
             self._store.put(kept, self.machine.version + 1)
             self.machine.put_state(update_counts)
-            self._commits.add(StatePut(tuple(update_counts)), [(0, vector) for vector in _vectors(state)])
+            self._commits.add(
+                StatePut(tuple(update_counts)),
+                state.pieces(),
+            )
             self._published(self.machine.version)
             self._hurry()
 
@@ -344,12 +322,10 @@ class Applier:
         """Ends the model: whoever waits, and whoever comes, gets `refusal`. Its own memory stays until `release`."""
         with self.lock, self._commits.quiet():
             self._ended = self._ended or refusal
-            waiting: list[Future[Any]] = [*self._answers.values(), *(future for _, future in self._awaited)]
-            for future in waiting:
+            for future in self._answers.values():
                 if not future.done():
                     future.set_exception(refusal)
-            for watcher in self._watchers:
-                watcher.close(refusal)
+            self._audience.end(refusal)
             held = [reservation for _, reservation in self._staged.values()]
             for reservation in (*held, *self._folded):
                 reservation.release()
@@ -421,60 +397,13 @@ class Applier:
 
     def _ready(self, pushes: int = 0) -> None:
         """Raises Refused STORAGE_UNAVAILABLE where the updates that may follow could not be written down."""
-        try:
-            self._commits.ready(pushes + len(self._staged), self.machine.layout.size)
-        except StorageError as error:
-            raise _storage_refused(error) from None
+        self._check_room(pushes + len(self._staged), self.machine.layout.size)
 
     # --- decisions
 
-    def event(self) -> "Applier":
-        """Owns the model for one event, or for a look at it: to be entered, which may happen again meanwhile.
-
-        When it is left, everything that was to be seen there is as safe as it is to be.
-
-        Raises:
-            Refused: From entering: the model has ended. From leaving: STORAGE_UNAVAILABLE.
-        """
-        return self
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        if self._ended:
-            self.lock.release()
-            raise self._ended.with_traceback(None)  # else every raise would add to the one before
-        self._depth += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.leave():
-            self._settle()
-
-    def leave(self) -> bool:
-        """Ends what `event` began, unsettled; returns whether nobody owns the model any more."""
-        self._depth -= 1
-        outermost = not self._depth
-        self.lock.release()
-        return outermost
-
-    @contextmanager
-    def seen(self) -> Iterator[None]:
-        """As `event`, for a look at the model that is to be had also when it has ended, or cannot be written down."""
-        with self.lock:
-            yield
-        with suppress(StorageError):
-            self._commits.settle()
-
-    def _settle(self) -> None:
-        try:
-            self._commits.settle()
-        except StorageError as error:
-            raise _storage_refused(error) from None
-
     def _acquire(self, still_wanted: Callable[[], bool]) -> tuple[Version, common_pb2.ModelPosition]:
         while True:
-            with _Glance(self):
+            with Glance(self):
                 version, position = self._store.current, self.position
                 try:
                     version.acquire()
@@ -561,36 +490,10 @@ class Applier:
 
     def _published(self, version: int, made: Made | None = None) -> None:
         """Has those told who watch, and those woken who wait for the version."""
-        if self._watchers:
-            message = watch.message(self._at(version), made)
-            self._commits.then(partial(_tell, tuple(self._watchers), message))
-        reached = [future for awaited, future in self._awaited if awaited <= version]
-        if reached:
-            self._awaited = [(awaited, future) for awaited, future in self._awaited if awaited > version]
-            self._commits.then(partial(_wake, reached))
-
-
-class _Glance:
-    """Owns the model for a look of which nobody is told."""
-
-    def __init__(self, applier: Applier) -> None:
-        self._applier = applier
-
-    def __enter__(self) -> None:
-        self._applier.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._applier.leave()
-
-
-def _tell(watchers: Collection[Watcher], message: rpc.WatchModelResponse) -> None:
-    for watcher in watchers:
-        watcher.put(message)
-
-
-def _wake(reached: Sequence["Future[None]"]) -> None:
-    for future in reached:
-        future.set_result(None)
+        message = watch.message(self._at(version), made) if self._audience.watches else None
+        told = self._audience.told(version, message)
+        if told:
+            self._commits.then(told)
 
 
 def _release(held: Sequence[Reservation], done: Callable[[], None] | None = None) -> None:
@@ -598,26 +501,3 @@ def _release(held: Sequence[Reservation], done: Callable[[], None] | None = None
         reservation.release()
     if done:
         done()
-
-
-def _vectors(state: State) -> tuple[Vector, Vector, Vector]:
-    return state.weights, state.square_avg, state.acc_delta
-
-
-def _storage_refused(error: StorageError) -> Refused:
-    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error)
-
-
-def _shared_vector(size: int, budget: Budget) -> Vector:
-    """Returns memory that counts as held for as long as anything refers to it, be it a push that waits."""
-    try:
-        reservation = budget.reserve(size * ELEMENT_BYTES)
-    except BudgetExceeded as error:  # not to be tried again: it is held for as long as sessions live
-        raise Refused("MEMORY_BUDGET", needed=error.needed, available=max(error.available, 0)) from None
-    try:
-        vector = shared.allocate(size, others_write=True)
-    except OSError as error:
-        reservation.release()
-        raise Refused("SHARED_MEMORY_UNAVAILABLE", why=error.strerror or str(error)) from None
-    shared.when_gone(vector, reservation.release)
-    return vector

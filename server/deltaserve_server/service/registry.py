@@ -18,9 +18,9 @@ from deltaserve_server.durability.keeper import Keeper
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
 from deltaserve_server.memory.shared import Handle
-from deltaserve_server.memory.store import Vector, zeros_like
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, zeros_like
 from deltaserve_server.model import Machine, Refused, Session
-from deltaserve_server.service.applier import Applier, model_bytes
+from deltaserve_server.service.applier import Applier
 from deltaserve_server.service.recovering import Recovering
 from deltaserve_server.service.saver import Saver
 from deltaserve_server.service.watch import Watcher
@@ -119,7 +119,7 @@ class Registry:
 
     def reserve_model(self, elements: int) -> Reservation:
         """Takes the memory that a model, or an extension, of so many elements needs; raises BudgetExceeded."""
-        return self.memory.reserve(model_bytes(elements, durable=self._directory is not None))
+        return self.memory.reserve(_model_bytes(elements, durable=self._directory is not None))
 
     def all(self) -> list[Applier]:
         """Returns all models by name."""
@@ -396,3 +396,11 @@ class Registry:
 
 def _storage_refused(error: OSError) -> Refused:
     return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error.strerror or "the disk")
+
+
+def _model_bytes(elements: int, *, durable: bool) -> int:
+    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum.
+
+    While a snapshot of a `durable` one is written, both averages are there twice.
+    """
+    return (8 if durable else 6) * ELEMENT_BYTES * elements
