@@ -12,21 +12,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deltaserve._connection import Connection, incarnation
+from deltaserve._connection import Connection
 from deltaserve._early import EarlyPush
 from deltaserve._errors import (
     ConflictError,
     Error,
-    RequestError,
     RolledBackError,
     SessionError,
     StaleGradientError,
-    StateLostError,
     UnavailableError,
 )
 from deltaserve._exchange import Exchange, Transport
 from deltaserve._failpoints import failpoint
 from deltaserve._flat import FlatVector, contiguous
+from deltaserve._restarts import explained, rolled_back
 from deltaserve._session import Session
 from deltaserve._types import (
     Array,
@@ -466,27 +465,13 @@ class Worker:
         )
 
     def _rolled_back(self, lineage: bytes | None, lost: range) -> RolledBackError | None:
-        """Compares what this worker has with what is left of the lineage that it knew.
-
-        Args:
-            lineage: That one; an ancestor of the present one.
-            lost: Numbers of the pushes that are lost.
-        """
-        opened = self._session.opened
-        restored = next(one.version for one in opened.ancestors if one.lineage == lineage)
-        version = self.version
+        """Compares what this worker has with what is left of the lineage that it knew."""
+        version, ancestors = self.version, self._session.opened.ancestors
+        restored = next(one.version for one in ancestors if one.lineage == lineage)
         if version <= restored and not lost:
             _log.warning("worker %s: the server was restarted; it goes on in a new session", self.name)
             return None
-        pushes = f"pushes {lost[0]} to {lost[-1]} of this worker" if lost else "no push of this worker"
-        return RolledBackError(
-            f"worker {self.name}: the server was restarted and has gone back to version {restored} of model "
-            f"{self._model}: what came after is lost, {pushes} among it. The gradient is of version {version} and is "
-            "left out; a new session is open, and the weights of now are in place",
-            version=version,
-            restored_version=restored,
-            lost_pushes=lost,
-        )
+        return rolled_back(self.name, self._model, version, restored, lost)
 
     def _ask(self, number: int) -> rpc.GetPushResponse | None:
         """Returns what became of a push of the session; None where that is no longer known."""
@@ -552,24 +537,7 @@ class Worker:
 
     def _explained(self, error: Error) -> Error:
         """Returns the error, or what it means where the server is another than the session was opened with."""
-        if isinstance(error, RequestError) and error.metadata.get("field") in ("tensor_count", "group_count"):
-            return StateLostError(
-                f"the server at {self._connection.target} was restarted from a state of model {self._model} that is "
-                "older than a part of its layout: extend the model again",
-                reason=error.reason,
-                metadata=error.metadata,
-            )
-        if error.reason not in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN"):
-            return error
-        if incarnation(self._connection) in (None, self._position.incarnation):
-            return error
-        version = self._position.version
-        return StateLostError(
-            f"the server at {self._connection.target} was restarted and has lost model {self._model}: its weights and "
-            f"state of version {version} were not durable ({version} updates). Start it again from your own weights",
-            reason=error.reason,
-            metadata=error.metadata,
-        )
+        return explained(error, self._connection, self._model, self._position)
 
     @property
     def _last_number(self) -> int:
