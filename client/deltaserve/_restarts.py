@@ -35,15 +35,13 @@ def explained(error: Error, connection: Connection, model: str, before: common_p
         model: The model's name.
         before: Where the model stood, as far as the worker knows.
     """
+    gone = error.reason in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN")
     if isinstance(error, RequestError) and error.metadata.get("field") in ("tensor_count", "group_count"):
         text = (
             f"the server at {connection.target} was restarted from a state of model {model} that is older than a part "
             "of its layout: extend the model again"
         )
-    elif error.reason not in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN") or incarnation(connection) in (
-        None,
-        before.incarnation,
-    ):
+    elif not gone or incarnation(connection) in (None, before.incarnation):
         return error
     else:
         text = (

@@ -50,8 +50,9 @@ class ServerProcess:
             text=True,
         )
         assert self._process.stdout
-        self.target = self._process.stdout.readline().strip()
-        assert self.target, "the server did not start"
+        target = self._process.stdout.readline().strip()
+        assert target, "the server did not start"
+        self.target = target
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

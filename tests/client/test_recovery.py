@@ -1,0 +1,103 @@
+"""A server that still reads its data directory: it says so, how far it is, and clients wait for it."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import deltaserve
+
+if TYPE_CHECKING:
+    from tests.client.conftest import ServerProcess, StartServer
+
+ONE = {"w": np.ones(30_000, np.float32)}
+RECORDS = 12
+
+Health = Callable[[str], int]
+
+
+@pytest.fixture
+def slow_to_come_back(start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "ServerProcess":
+    """A server whose next life takes a quarter of a second for each of 12 records."""
+    server = start_server(data_dir=str(tmp_path), durability="journal")
+    with deltaserve.connect(server.target, timeout_seconds=20) as client:
+        with client.create_model("m", ONE).worker("a") as worker:
+            for _ in range(RECORDS - 1):
+                worker.step(ONE)
+        client.create_model("quick", {"w": np.ones(1)})
+    server.kill()
+    monkeypatch.setenv("DELTASERVE_FAILPOINTS", "recovery.replay=sleep(0.25)")
+    return server
+
+
+def test_it_says_how_far_it_is_and_is_waited_for(
+    slow_to_come_back: "ServerProcess", caplog: pytest.LogCaptureFixture
+) -> None:
+    server = slow_to_come_back
+    started = threading.Thread(target=server.start)
+    with deltaserve.connect(server.target, timeout_seconds=30) as client, grpc.insecure_channel(server.target) as plain:
+        health = health_pb2_grpc.HealthStub(plain)
+        started.start()
+        _until_reachable(server.target)
+        asked = health_pb2.HealthCheckRequest()
+        assert health.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert client.server_info().durability == "journal", "who does not ask for a model is answered"
+        with caplog.at_level(logging.INFO, "deltaserve"):
+            assert client.model("m").info().version == RECORDS - 1
+        assert "the server still reads model m from its disk: " in caplog.text
+        assert " % done, about " in caplog.text
+        started.join()
+        assert client.model("quick").info().version == 0
+        assert health.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_who_has_no_time_gets_that_as_an_error(slow_to_come_back: "ServerProcess") -> None:
+    server = slow_to_come_back
+    started = threading.Thread(target=server.start)
+    started.start()
+    _until_reachable(server.target)
+    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+        with pytest.raises(deltaserve.UnavailableError) as caught:
+            client.create_model("m", ONE)
+        assert caught.value.reason == "RECOVERING"
+        assert caught.value.metadata["model"] == "m"
+        assert 0 <= int(caught.value.metadata["percent"]) <= 100
+    started.join()
+
+
+def test_a_crash_while_it_comes_back_changes_nothing(
+    slow_to_come_back: "ServerProcess", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often."""
+    server = slow_to_come_back
+    for place in ("replay=kill@1", "replay=kill@5", f"replay=kill@{RECORDS}", "done=kill@1", "tensors=kill@1"):
+        monkeypatch.setenv("DELTASERVE_FAILPOINTS", f"recovery.{place}")
+        with pytest.raises(AssertionError, match="the server did not start"):
+            server.start()
+        server.kill()
+    monkeypatch.delenv("DELTASERVE_FAILPOINTS")
+    assert "DELTASERVE_FAILPOINTS" not in os.environ
+    server.start()
+    with deltaserve.connect(server.target, timeout_seconds=20) as client:
+        assert client.model("m").info().version == RECORDS - 1
+
+
+def _until_reachable(target: str) -> None:
+    end = monotonic() + 20
+    with deltaserve.connect(target, timeout_seconds=1) as client:
+        while monotonic() < end:
+            try:
+                client.server_info()
+            except deltaserve.UnavailableError:
+                sleep(0.01)
+            else:
+                return
+    raise AssertionError("nobody listens")
