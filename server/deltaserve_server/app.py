@@ -120,12 +120,14 @@ class Server:
         except RuntimeError:
             port = 0
         if not port:
+            self._registry.stop()
             raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._grpc.start()
         try:
             self._registry.restore(accept_data_loss=self.config.accept_data_loss)
         except BaseException:
+            self._registry.stop()
             self._grpc.stop(0).wait()
             raise
         self._set_health(health_pb2.HealthCheckResponse.SERVING)

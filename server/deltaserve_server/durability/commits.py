@@ -18,6 +18,10 @@ from deltaserve_server.durability.records import Event, Piece, Record
 Effect = Callable[[], None]
 
 
+_SPARE_BYTES = 1 << 18
+"""For records without a vector."""
+
+
 class StorageError(Exception):
     """A journal cannot be written to; the text says why."""
 
@@ -118,7 +122,7 @@ class Journaled(Commits):
         if self.error:
             raise StorageError(self.error.strerror or str(self.error))
         try:
-            self._journal.reserve(self._end + records * record_bytes(elements))
+            self._journal.reserve(self._end + records * record_bytes(elements) + _SPARE_BYTES)
         except OSError as error:
             raise StorageError(error.strerror or str(error)) from None
 
@@ -140,6 +144,15 @@ class Journaled(Commits):
         """Has what happens from now on written to another journal."""
         self.records = self._bytes_before = 0
         self._put(_Switch(journal))
+
+    def take_back(self, journal: Journal) -> bool:
+        """Goes on with the journal before one that was to be switched to; returns whether that is still possible."""
+        with self._writing:
+            for place, item in enumerate(list(self._waiting)):
+                if isinstance(item, _Switch) and item.journal is journal:
+                    del self._waiting[place]
+                    self._settled += 1
+            return self._journal is not journal
 
     def settle(self) -> None:
         """Writes what waits, unless somebody does, and calls the effects."""

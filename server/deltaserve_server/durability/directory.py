@@ -118,8 +118,10 @@ class DataDirectory:
         Files(self._models).sync()
 
     def close(self) -> None:
-        """Lets others use it."""
-        os.close(self._lock)
+        """Lets others use it; once."""
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     def _make(self) -> None:
         """Makes the folders that are not there, for good."""

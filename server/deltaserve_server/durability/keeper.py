@@ -1,9 +1,11 @@
 """Keeps one model safe: when a snapshot is due, how it is taken, what the journal is."""
 
+import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -122,6 +124,7 @@ class Keeper:
         self._saved_index = kept.saved_index
         self._saved_at = time.monotonic()
         self._retry_at = 0.0
+        self._gone = False
         journal = self._new_journal()
         self._soon = journal is None and kept.index != kept.saved_index
         self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
@@ -168,6 +171,8 @@ class Keeper:
             Exception: Whatever `cut` raises.
         """
         with self._saving:
+            if self._gone:
+                raise FileNotFoundError(errno.ENOENT, "the model is deleted")
             try:
                 entry = self._save(cut)
             except BaseException:
@@ -178,6 +183,14 @@ class Keeper:
             except OSError as error:
                 _log.warning("%s: old snapshots were not removed: %s", self._where, error)
             return entry
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Waits for a snapshot that is being taken; if nothing is raised within, none is taken any more."""
+        with self._saving:
+            yield
+            self._gone = True
+            self.commits.close()
 
     def close(self, cut: Callable[[Callable[[], None]], Cut]) -> None:
         """Ends in good order: takes a last snapshot, and says that nothing comes after it.
@@ -192,36 +205,37 @@ class Keeper:
 
     def _save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
         began = time.monotonic()
-        self._soon = False
+        soon, self._soon = self._soon, False
         journal, commits = self._new_journal(), self.commits
-        switched = False
-
-        def switch() -> None:
-            nonlocal switched
-            switched = True
-            if journal and isinstance(commits, Journaled):
-                commits.switch(journal)
-
         try:
-            taken = cut(switch)
+            taken = cut(lambda: commits.switch(journal) if journal and isinstance(commits, Journaled) else None)
+            entry = self._written(taken, journal)
         except BaseException:
-            if journal and not switched:
-                journal.close()
-                self.folder.files.remove(journal_name(journal.number))
+            self._soon = self._soon or soon
+            self._take_back(journal)
             raise
-        self._number += 1
-        try:
-            number, state = self._number, taken.frozen.state()
-            follows = journal.number if journal else None
-            entry = snapshot.write(self.folder.files, number, time.time(), taken.index, follows, taken.model, state)
-        finally:
-            taken.frozen.release()
         if journal and isinstance(commits, Journaled):
             commits.adopt(journal)
         self.last, self._saved_index, self._saved_at = entry, taken.index, began
         seconds = time.monotonic() - began
-        _log.info("%s: snapshot %d of version %d, %.1f s", self._where, number, entry.version, seconds)
+        _log.info("%s: snapshot %d of version %d, %.1f s", self._where, entry.number, entry.version, seconds)
         return entry
+
+    def _written(self, taken: Cut, journal: Journal | None) -> Entry:
+        self._number += 1
+        try:
+            number, state = self._number, taken.frozen.state()
+            follows = journal.number if journal else None
+            return snapshot.write(self.folder.files, number, time.time(), taken.index, follows, taken.model, state)
+        finally:
+            taken.frozen.release()
+
+    def _take_back(self, journal: Journal | None) -> None:
+        """Removes the journal that was to follow a snapshot which failed: tried often, they would fill the disk."""
+        if journal and isinstance(self.commits, Journaled) and self.commits.take_back(journal):
+            journal.close()
+            with suppress(OSError):
+                self.folder.files.remove(journal_name(journal.number))
 
     @property
     def _where(self) -> str:

@@ -263,7 +263,8 @@ class Machine:
             record = session.window.get(session.last_applied)
             if isinstance(self.policy, Bounded) and record and record.result and self._too_far(session, self.policy):
                 self._held[session.id, session.last_applied] = session, record.result
-        late = any(not session.member for session in self.sessions.live())
+        # Who came too late for the round that is gone waits for the version after it.
+        late = any(not s.member and s.first_version > self.version for s in self.sessions.live())
         self._open_round(self.round.opened)
         self.version += late
         return late

@@ -15,7 +15,7 @@ from time import monotonic, sleep
 
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
-from deltaserve_server.durability.commits import Commits
+from deltaserve_server.durability.commits import Commits, StorageError
 from deltaserve_server.durability.folder import Head
 from deltaserve_server.durability.keeper import Cut, Keeper
 from deltaserve_server.durability.records import Changed, Ended, Extended, Opened, Renumbered, StatePut, Updated
@@ -102,6 +102,7 @@ class Applier(Owned):
         self._staged: dict[Key, tuple[Staging, Reservation]] = {}
         self._folded: list[Reservation] = []
         self._answers: dict[Key, Future[PushResult]] = {}
+        self._untold: set[Future[PushResult]] = set()
         self._audience = Audience()
         self._present: Counter[bytes] = Counter()
         self._shared = SharedGradients()
@@ -119,7 +120,7 @@ class Applier(Owned):
     @property
     def waiting(self) -> bool:
         """Whether some push waits for its round."""
-        return bool(self._answers)
+        return bool(self._answers or self._untold)
 
     # --- sessions
 
@@ -322,23 +323,21 @@ class Applier(Owned):
         """Ends the model: whoever waits, and whoever comes, gets `refusal`. Its own memory stays until `release`."""
         with self.lock, self._commits.quiet():
             self._ended = self._ended or refusal
-            for future in self._answers.values():
-                if not future.done():
-                    future.set_exception(refusal)
+            for future in (*self._answers.values(), *self._untold):
+                future.set_exception(refusal)
             self._audience.end(refusal)
             held = [reservation for _, reservation in self._staged.values()]
             for reservation in (*held, *self._folded):
                 reservation.release()
             self._answers.clear()
+            self._untold.clear()
             self._staged.clear()
             self._shared.clear()
 
     def lose(self, refusal: Refused) -> None:
-        """Ends the model, of which no snapshot is taken any more."""
+        """Ends the model for good."""
         self._lost = True
         self.end(refusal)
-        if self.keeper:
-            self.keeper.commits.close()
 
     def release(self) -> None:
         """Gives the model's own memory back."""
@@ -350,6 +349,18 @@ class Applier(Owned):
         return common_pb2.ModelPosition(incarnation=self._incarnation, version=version, durable_version=durable)
 
     # --- what survives
+
+    @contextmanager
+    def standing(self) -> Iterator[common_pb2.ModelPosition]:
+        """Owns the model for a look that is to be had also when it has ended; gives where it stands for sure."""
+        with self.lock:
+            try:
+                self._commits.settle()
+                version = self.machine.version
+            except StorageError:
+                assert self.keeper
+                version = self.keeper.last.version
+            yield self._at(version)
 
     def renumbered(self) -> None:
         """Takes note of a version that the machine has made for those who wait for one, when it came back."""
@@ -434,9 +445,9 @@ class Applier(Owned):
                         self._commits.add(Renumbered(version))
                         self._published(version)
                     case Answer(key, result):
-                        self._commits.then(partial(self._answer, key, result))
+                        self._tell(key, result)
                     case Refuse(key, refusal):
-                        self._commits.then(partial(self._refuse, key, refusal))
+                        self._tell(key, refusal)
         except Exception:
             incident = secrets.token_hex(8)
             _log.exception("incident %s: model %s is lost", incident, self.machine.name)
@@ -475,11 +486,20 @@ class Applier(Owned):
             _release(held)
         self._published(made.version, made)
 
-    def _answer(self, key: Key, result: PushResult) -> None:
-        self._close(key).set_result(result)
+    def _tell(self, key: Key, outcome: PushResult | Refused) -> None:
+        """Has whoever waits for a push told what became of it; who sends it again from now on waits for another."""
+        future = self._close(key)
+        self._untold.add(future)
+        self._commits.then(partial(self._told, future, outcome))
 
-    def _refuse(self, key: Key, refusal: Refused) -> None:
-        self._close(key).set_exception(refusal)
+    def _told(self, future: "Future[PushResult]", outcome: PushResult | Refused) -> None:
+        self._untold.discard(future)
+        if future.done():
+            return  # the model has ended meanwhile
+        if isinstance(outcome, Refused):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _close(self, key: Key) -> "Future[PushResult]":
         """Returns what whoever waits for a push waits for."""

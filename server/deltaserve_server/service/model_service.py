@@ -261,7 +261,7 @@ def _snapshot(entry: Entry) -> rpc.Snapshot:
 
 
 def _summary(applier: Applier) -> rpc.ModelSummary:
-    with applier.seen():
+    with applier.standing() as position:
         machine = applier.machine
         return rpc.ModelSummary(
             name=machine.name,
@@ -269,5 +269,5 @@ def _summary(applier: Applier) -> rpc.ModelSummary:
             tensor_count=len(machine.layout.tensors),
             session_count=len(machine.sessions),
             policy=convert.from_policy(machine.policy),
-            position=applier.position,
+            position=position,
         )

@@ -1,8 +1,6 @@
 """Who owns a model: one event at a time, and what was seen there is safe before anybody is told of it."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -57,14 +55,6 @@ class Owned:
         outermost = not self._depth
         self.lock.release()
         return outermost
-
-    @contextmanager
-    def seen(self) -> Iterator[None]:
-        """As `event`, for a look at the model that is to be had also when it has ended, or cannot be written down."""
-        with self.lock:
-            yield
-        with suppress(StorageError):
-            self._commits.settle()
 
     def _settle(self) -> None:
         try:

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from time import monotonic
 
 from grpc_health.v1 import health, health_pb2
@@ -211,16 +211,16 @@ class Registry:
         Raises:
             Refused: MODEL_NOT_FOUND.
         """
-        with self._lock:
-            applier = self.get(name)
-            if self._directory:
-                try:
-                    self._directory.remove(name)
-                except OSError as error:
-                    raise _storage_refused(error) from error
-            del self._models[name]
-            self._tell_health(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        applier.lose(Refused("MODEL_NOT_FOUND", model=name))
+        applier, gone = self.get(name), Refused("MODEL_NOT_FOUND", model=name)
+        # Without the lock it may wait for a snapshot: that one must not be written into a new model of this name.
+        with applier.keeper.ending() if applier.keeper else nullcontext():
+            with self._lock:
+                if self._models.get(name) is not applier:
+                    raise gone
+                self._remove(name)
+                del self._models[name]
+                self._tell_health(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            applier.lose(gone)
         applier.release()
         _log.info("model %s deleted", name)
         return applier
@@ -287,8 +287,10 @@ class Registry:
         return any(applier.waiting for applier in self.all())
 
     def stop(self) -> None:
-        """Ends every model."""
+        """Ends every model; once."""
         self._draining = True
+        if self._stopped.is_set():
+            return
         self._stopped.set()
         self._alarm.set()
         self._ticker.join()
@@ -328,6 +330,13 @@ class Registry:
         except OSError as error:
             raise _storage_refused(error) from error
 
+    def _remove(self, name: str) -> None:
+        if self._directory:
+            try:
+                self._directory.remove(name)
+            except OSError as error:
+                raise _storage_refused(error) from error
+
     def _keep(self, prepared: Prepared, name: str) -> Keeper:
         """Gives what is written down its name; raises Refused STORAGE_UNAVAILABLE."""
         assert self._directory
@@ -353,8 +362,11 @@ class Registry:
         except OSError as error:
             raise DataDirectoryError(f"model {name}: {error.filename or ''}: {error.strerror}") from error
         applier = Applier(came.machine, came.store, reservation, self.incarnation, self._wanted, keeper)
-        if came.waited:
-            applier.renumbered()
+        try:
+            if came.waited:
+                applier.renumbered()
+        except Refused as error:
+            raise DataDirectoryError(f"model {name}: {error.metadata.get('why')}") from error
         return applier
 
     def _add(self, applier: Applier) -> None:

@@ -158,6 +158,7 @@ class WorkerServicer:
             session = applier.machine.sessions.find_any(request.session_id)
             return rpc.GetPushResponse(
                 last_applied_sequence=session.last_applied if session else 0,
+                lineage=applier.head.lineage,
                 state=_STATES[status.state],
                 final=status.final,
                 result=_result(status.result) if status.result else None,

@@ -1,0 +1,416 @@
+"""G2, G4: whatever a crash may leave behind, at whatever moment, a server comes back from it with what was told.
+
+DELTASERVE_FULL=1 tries tens of thousands of states.
+"""
+
+import logging
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from crowd import Crowd
+from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
+from house import Clock, House, Seen, awaited, machine
+
+from deltaserve_server.durability import directory, keeper, recovery
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.memory import State
+from deltaserve_server.model import Async, Refused, Sync
+from deltaserve_server.service.applier import Applier
+
+
+class Told(NamedTuple):
+    """From here on somebody was told of this record, and that `durable` is the newest version that survives."""
+
+    record: int
+    durable: int
+
+
+class Saved(NamedTuple):
+    """From here on somebody was told of a snapshot of this version."""
+
+    version: int
+
+
+class Story:
+    """What a model does while its disk is written down.
+
+    Args:
+        path: Where the data directory is to be.
+        durability: What is to survive.
+        clock: The time.
+        seed: Chooses what happens.
+
+    Attributes:
+        states: What the model was after each record.
+    """
+
+    def __init__(self, path: Path, durability: str, clock: Clock, seed: int = 0) -> None:
+        self.path, self.durability = path, durability
+        self.recorder = Recorder.current = Recorder()
+        self.states: dict[int, Seen] = {}
+        self.house = House(RecordedPath(path), durability)
+        self.crowd = Crowd.__new__(Crowd)
+        self._clock, self._seed = clock, seed
+
+    def create(self) -> None:
+        self._begin(self.house.create(machine(policy=Async())))
+        self.act(self.crowd.open)
+
+    def restore(self, states: dict[int, Seen]) -> None:
+        """Brings the model back, of which there are states that it had."""
+        applier = self.house.restore()
+        self.states = {index: state for index, state in states.items() if index <= applier._commits.index}
+        self._begin(applier)
+        self.act(self.crowd.open)
+
+    def _begin(self, applier: Applier) -> None:
+        self.applier = applier
+        self.crowd.__init__(applier, self._seed, self._clock)  # type: ignore[misc]
+        self.note()
+        self.told()
+
+    def note(self) -> None:
+        """Keeps what the model now is."""
+        self.states[self.applier._commits.index] = awaited(self.applier)
+
+    def told(self) -> None:
+        assert self.applier.keeper
+        self.recorder.log.append(
+            Told(self.applier._commits.index, self.applier.keeper.durable_version(self.applier.machine.version))
+        )
+
+    def push(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.act(self.crowd.push)
+
+    def act(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Refused as refusal:
+            if refusal.reason == "INTERNAL":
+                raise
+            self.note()
+            return
+        self.note()
+        self.told()
+
+    def together(self, times: int) -> None:
+        """Several pushes that are written in one go."""
+        with self.applier.event():
+            for _ in range(times):
+                with suppress(Refused):
+                    self.crowd.push()
+                self.note()
+        self.told()
+
+    def save(self) -> None:
+        entry = self.applier.save()
+        self.recorder.log.append(Saved(entry.version))
+        self.told()
+
+    def end(self) -> None:
+        """Ends in good order."""
+        assert self.applier.keeper
+        self.applier.keeper.close(self.applier._cut)
+        self.house.die()
+
+    def life(self) -> None:
+        """A life with all that there is."""
+        self.create()
+        self.push(4)
+        self.together(3)
+        self.act(self.crowd.extend)
+        self.save()
+        self.push(2)
+        self.act(self.crowd.put_state)
+        self.save()
+        self.act(self.crowd.open)
+        self.act(lambda: self.applier.change(self.applier.machine.groups, Sync()))
+        self.push(2)
+        self.together(2)
+        self.act(self.crowd.close)
+        self.save()
+        self.push(2)
+
+
+class Trials:
+    """Tries what a crash may leave.
+
+    Args:
+        folder: For the data directories.
+        boots: Says which start of the machine it is.
+        samples: How many states are tried after each operation.
+    """
+
+    def __init__(self, folder: Path, boots: "Boots", samples: float) -> None:
+        self.counts: Counter[str] = Counter()
+        self.boots = boots
+        self._folder = folder
+        self._samples = samples
+        self._numbers = count()
+        self._chance = random.Random(1)
+
+    def enumerate(self, story: Story, start: Disk, *, power: bool, then: Callable[[Path, int, int], None]) -> None:
+        """Takes a story's log operation by operation; at each brings the model back from states that are left."""
+        index = version = -1
+        for op in story.recorder.log:
+            if isinstance(op, Op):
+                start.do(op)
+            elif isinstance(op, Told):
+                index = max(index, op.record)
+                if not (power and story.durability == "journal"):  # then it is of what survives the process
+                    version = max(version, op.durable)
+                continue
+            else:
+                version = max(version, op.version)
+                continue
+            for share in self._shares(power):
+                left = start.leave(self._folder / f"left-{next(self._numbers)}", self._chance, share)
+                try:
+                    with self.boots.another(power):
+                        then(left / "data", index, version)
+                finally:
+                    shutil.rmtree(left)
+
+    def _shares(self, power: bool) -> Iterator[float]:
+        if not power:
+            yield 1
+            return
+        shares = [0.0, 1.0, 0.5, *(self._chance.choice((0.2, 0.5, 0.8, 0.95)) for _ in range(12))]
+        whole = int(self._samples)
+        yield from self._chance.sample(shares, whole + (self._chance.random() < self._samples - whole))
+
+
+class Boots:
+    """Which start of the machine it is."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.number = 1
+        for module in (keeper, recovery):
+            patch.setattr(module, "boot", lambda: f"boot {self.number}")
+
+    @contextmanager
+    def another(self, power: bool) -> Iterator[None]:
+        self.number += power
+        try:
+            yield
+        finally:
+            self.number -= power
+
+
+@pytest.fixture
+def boots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Boots]:
+    monkeypatch.setattr(directory, "Files", RecordedFiles)
+    yield Boots(monkeypatch)
+    Recorder.current = None
+
+
+@pytest.fixture
+def trials(quick: Path, boots: Boots, full: bool) -> Iterator[Trials]:
+    made = Trials(quick, boots, 15 if full else 0.6)
+    yield made
+    print(f"\n{sum(made.counts.values())} states: {dict(made.counts)}")
+
+
+def came_back(left: Path, durability: str) -> tuple[int, Seen] | None:
+    """Brings the model back; returns the index of its last record and what it is, or None where there is none."""
+    Recorder.current = Recorder()
+    house = House(left, durability)
+    try:
+        if "m" not in house.directory.names():
+            return None
+        applier = house.restore()
+        return applier._commits.index, awaited(applier)
+    finally:
+        house.die()
+
+
+def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path, int, int], None]:
+    """Returns what says whether a state was come back from.
+
+    Args:
+        story: What it is a crash of.
+        counts: Counts.
+        whole: Whether all that was told of has to be there; otherwise the last snapshot.
+    """
+
+    def then(left: Path, index: int, version: int) -> None:
+        came = came_back(left, story.durability)
+        if came is None:
+            assert index < 0, "a model is gone of which somebody was told"
+            counts["no model yet"] += 1
+            return
+        at, found = came
+        assert found.version >= version, f"version {version} was said to be durable, {found.version} came back"
+        if whole:
+            assert at >= index, f"record {index} was told of, {at} came back"
+        if at not in story.states:  # of a call that makes two records the first one
+            counts["half of a call"] += 1
+            return
+        assert found.vectors == story.states[at].vectors
+        if whole:
+            assert found.image.splitlines() == story.states[at].image.splitlines()
+        counts["all there" if at >= index else "the last snapshot"] += 1
+
+    return then
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+@pytest.mark.parametrize("durability", ["fsync", "journal", "snapshot"])
+def test_a_crash_at_any_moment_of_a_life(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, power: bool, full: bool
+) -> None:
+    whole = durability == "fsync" or (durability == "journal" and not power)
+    for seed in range(8 if full else 1):
+        story = Story(quick / "data", durability, Clock(monkeypatch), seed)
+        story.life()
+        story.house.die()
+        trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=whole))
+        shutil.rmtree(quick / "data")
+    assert trials.counts["all there"] > 5
+
+
+@pytest.mark.parametrize("durability", ["fsync", "snapshot"])
+def test_a_crash_at_any_moment_of_an_end_in_good_order(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
+) -> None:
+    story = Story(quick / "data", durability, Clock(monkeypatch))
+    story.create()
+    story.push(5)
+    begun = len(story.recorder.log)
+    story.end()
+    disk = Disk(quick, empty=True)
+    for op in story.recorder.log[:begun]:
+        if isinstance(op, Op):
+            disk.do(op)
+    told = [op for op in story.recorder.log[:begun] if not isinstance(op, Op)]
+    story.recorder.log[:begun] = told
+    trials._samples = 6
+    trials.enumerate(story, disk, power=True, then=judge(story, trials.counts, whole=durability == "fsync"))
+
+
+@pytest.mark.parametrize("durability", ["fsync", "journal"])
+def test_an_fsync_that_fails_and_is_repaired_by_a_snapshot(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
+) -> None:
+    story = Story(quick / "data", durability, Clock(monkeypatch))
+    story.create()
+    story.push(3)
+    story.save()
+    story.push(2)
+    failing = "sync" if durability == "fsync" else "write"
+    story.recorder.fails = lambda op: BROKEN if op.kind == failing and op.name.startswith("journal") else None
+    with pytest.raises(Refused, match="STORAGE_UNAVAILABLE"):
+        story.crowd.push()
+    story.note()
+    with pytest.raises(Refused, match="STORAGE_UNAVAILABLE"):
+        story.crowd.push()
+    story.recorder.fails = lambda _: None
+    story.save()
+    story.push(3)
+    story.save()
+    story.push(2)
+    story.house.die()
+    power = durability == "fsync"
+    trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=True))
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
+def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, power: bool, full: bool
+) -> None:
+    clock = Clock(monkeypatch)
+    story = Story(quick / "data", "fsync", clock)
+    story.life()
+    story.house.die()
+    chance = random.Random(3)
+    trials._samples = 3 if full else 1
+
+    def again(left: Path, index: int, version: int) -> None:
+        if index < 0 or chance.random() < (0.5 if full else 0.9):
+            return
+        kept = shutil.copytree(left, quick / "kept" / "data").parent
+        disk = Disk(kept)
+        second = Story(kept / "data", "fsync", clock, 9)
+        second.recorder.log.append(Told(index, version))
+        second.restore(story.states)
+        second.push(1)
+        second.house.die()
+        trials.enumerate(second, disk, power=power, then=judge(second, trials.counts, whole=True))
+        shutil.rmtree(kept)
+
+    trials.enumerate(story, Disk(quick, empty=True), power=power, then=again)
+
+
+def test_a_newest_snapshot_that_is_bad_after_a_repair_is_not_passed_over(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, boots: Boots
+) -> None:
+    """The journal before it lacks what could not be written: the snapshot alone had it."""
+    story = Story(quick / "data", "fsync", Clock(monkeypatch))
+    story.create()
+    story.push(3)
+    story.recorder.fails = lambda op: BROKEN if op.kind == "write" and op.name.startswith("journal") else None
+    with pytest.raises(Refused, match="STORAGE_UNAVAILABLE"):
+        story.crowd.push()
+    story.recorder.fails = lambda _: None
+    story.save()
+    story.house.die()
+    newest = max((quick / "data" / "models" / "m").glob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(CorruptError, match=newest.name):
+        came_back(quick / "data", "fsync")
+
+
+def test_a_bit_that_flips_in_a_last_record_with_zeros_in_it_is_told_of_after_a_loss_of_power(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, boots: Boots, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It cannot be told from one that the loss has torn: whoever reads the log decides."""
+    story = Story(quick / "data", "fsync", Clock(monkeypatch))
+    story.create()
+    story.act(lambda: story.applier.put_state(State(*(np.zeros(117, np.float32) for _ in range(3))), [0, 0, 0]))
+    story.house.die()
+    journal = max((quick / "data" / "models" / "m").glob("journal-*"))
+    content = bytearray(journal.read_bytes())
+    content[len(content.rstrip(b"\0")) - 1] ^= 1
+    journal.write_bytes(content)
+    with boots.another(True), caplog.at_level(logging.WARNING):
+        came_back(quick / "data", "fsync")
+    assert f"{journal}: record 2 is left out: a loss of power has torn it, or it was changed since" in caplog.text
+
+
+def test_the_disk_of_these_tests_loses_what_was_not_synced(quick: Path) -> None:
+    disk, chance = Disk(quick, empty=True), random.Random(0)
+    ops = [Op("create", str(quick), "a", 1), Op("write", file=1, offset=0, data=b"x" * 2048)]
+    for op in ops:
+        disk.do(op)
+
+    def states(share: float) -> set[tuple[tuple[str, bytes], ...]]:
+        found: set[Any] = set()
+        for number in range(60):
+            left = disk.leave(quick / f"{share}-{number}-{len(disk.files)}", chance, share)
+            found.add(tuple((path.name, path.read_bytes()) for path in sorted(left.iterdir())))
+            shutil.rmtree(left)
+        return found
+
+    assert states(0) == {()}
+    assert states(1) == {(("a", b"x" * 2048),)}
+    assert len(states(0.5)) > 10
+    disk.do(Op("sync", file=1))
+    assert states(0.5) == {(), (("a", b"x" * 2048),)}
+    disk.do(Op("sync folder", str(quick)))
+    assert states(0) == states(0.5) == states(1) == {(("a", b"x" * 2048),)}
+    disk.do(Op("write", file=1, offset=512, data=b"y" * 512))
+    disk.do(Op("sync failed", file=1))
+    disk.do(Op("sync", file=1))
+    torn = b"x" * 512 + b"y" * 512 + b"x" * 1024
+    assert states(0.5) == {(("a", b"x" * 2048),), (("a", torn),)}, "an fsync that failed says nothing, for good"

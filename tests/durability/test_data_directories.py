@@ -1,0 +1,282 @@
+"""A data directory is one server's at a time, and says in one line why it cannot be used."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from house import House, machine, read, recovered, seen
+
+import deltaserve
+from deltaserve_server import LocalServer, Server, ServerConfig
+from deltaserve_server.durability import snapshot
+from deltaserve_server.durability.directory import DataDirectory
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
+from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.model import Refused
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.durability.errors import DataDirectoryError
+try:
+    server = LocalServer(ServerConfig(device="cpu", data_dir=Path(sys.argv[1]), durability="journal"))
+    server.start()
+except DataDirectoryError as error:
+    print("no:", error, flush=True)
+else:
+    print(server.target, flush=True)
+    server.wait()
+"""
+SOMEBODY_ELSE = """
+import os, sys
+from pathlib import Path
+from deltaserve_server.durability.directory import DataDirectory
+from deltaserve_server.durability.errors import DataDirectoryError
+from deltaserve_server.durability.keeper import Durability, Schedule
+os.setgid(65534)
+os.setuid(65534)
+try:
+    DataDirectory(Path(sys.argv[1]), Schedule(durability=Durability.JOURNAL, updates=None, seconds=None)).names()
+except DataDirectoryError as error:
+    print(error)
+"""
+
+
+def config(path: Path, **more: object) -> ServerConfig:
+    return ServerConfig(device="cpu", data_dir=path, durability="journal", **more)  # type: ignore[arg-type]
+
+
+def open_directory(path: Path) -> DataDirectory:
+    return DataDirectory(path, Schedule(durability=Durability.JOURNAL, updates=None, seconds=None))
+
+
+@pytest.fixture
+def start(quick: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts servers in processes of their own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(path: Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", PROGRAM, str(path)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def test_a_second_server_is_told_who_has_the_directory_until_that_one_is_gone(
+    quick: Path, start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    first = start(quick / "data")
+    target = line(first)
+    with deltaserve.connect(target) as client:
+        model = client.create_model("m", {"w": np.zeros(3, np.float32)})
+        with model.worker("a") as worker:
+            worker.step({"w": np.ones(3, np.float32)})
+            with pytest.raises(DataDirectoryError, match=rf"in use by another server \(process {first.pid}\)"):
+                LocalServer(config(quick / "data"))
+            assert line(start(quick / "data")).startswith("no: data directory")
+            weights = model.pull_state().weights["w"].copy()
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+    with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+        assert client.models()[0].version == 1
+        assert np.array_equal(client.model("m").pull_state().weights["w"], weights)
+
+
+def test_a_directory_is_free_again_when_its_server_has_stopped(quick: Path) -> None:
+    for _ in range(3):
+        with LocalServer(config(quick / "data")), pytest.raises(DataDirectoryError):
+            LocalServer(config(quick / "data"))
+
+
+def test_a_path_that_is_no_directory(quick: Path) -> None:
+    (quick / "file").write_bytes(b"")
+    for path in (quick / "file", quick / "file" / "below"):
+        with pytest.raises(DataDirectoryError, match="file"):
+            LocalServer(config(path))
+    (quick / "made").mkdir()
+    (quick / "made" / "models").write_bytes(b"")
+    with pytest.raises(DataDirectoryError, match="made"):
+        LocalServer(config(quick / "made"))
+    (quick / "loop").symlink_to(quick / "loop")
+    with pytest.raises(DataDirectoryError, match="loop"):
+        LocalServer(config(quick / "loop"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_directory_that_is_not_ours(quick: Path, mode: int) -> None:
+    quick.chmod(0o755)
+    (quick / "data").mkdir()
+    house = House(quick / "data")
+    house.create()
+    house.die()
+    for path in (quick / "data", *(quick / "data").rglob("*")):
+        if path.is_dir():
+            path.chmod(mode)
+    command = [sys.executable, "-c", SOMEBODY_ELSE, str(quick / "data")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert told.startswith(f"data directory {quick / 'data'}: Permission denied")
+
+
+def test_unknown_files_are_left_alone(quick: Path) -> None:
+    house = House(quick / "data")
+    wanted = seen(house.create())
+    house.die()
+    unknown = [quick / "data" / "README", quick / "data" / "models" / "note.txt"]
+    unknown += [quick / "data" / "models" / "m" / name for name in ("note", "snapshot.json", "journal-1", "x.json")]
+    for path in unknown:
+        path.write_bytes(b"mine")
+    (quick / "data" / "lost+found").mkdir()
+    house = House(quick / "data")
+    applier = house.restore()
+    assert seen(applier) == wanted
+    for _ in range(3):
+        applier.change(applier.machine.groups, applier.machine.policy)
+        applier.save()
+    house.die()
+    assert all(path.read_bytes() == b"mine" for path in unknown)
+    assert recovered(quick / "data").vectors == wanted.vectors
+
+
+def test_a_folder_that_is_no_model_stops_the_server_and_is_named(quick: Path) -> None:
+    (quick / "data" / "models" / "stranger").mkdir(parents=True)
+    server = LocalServer(config(quick / "data"))
+    try:
+        with pytest.raises(DataDirectoryError, match=r"stranger/head\.json: it is missing.*--accept-data-loss"):
+            server.start()
+    finally:
+        server.stop(grace_seconds=0)
+
+
+def test_with_data_loss_accepted_a_model_without_anything_good_is_set_aside(quick: Path) -> None:
+    house = House(quick / "data")
+    house.create(machine("good"))
+    house.create(machine("bad"))
+    house.die()
+    for path in (quick / "data" / "models" / "bad").glob("snapshot-*"):
+        path.write_bytes(b"")
+    accepting = config(quick / "data", accept_data_loss=True)
+    with LocalServer(accepting) as server, deltaserve.connect(server.target) as client:
+        assert [model.name for model in client.models()] == ["good"]
+        client.create_model("bad", {"w": np.zeros(3, np.float32)})
+    kept = [path.name for path in (quick / "data" / "models").iterdir() if path.name.endswith(".corrupt")]
+    assert len(kept) == 1
+    assert kept[0].startswith(".bad.")
+    with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+        assert [model.name for model in client.models()] == ["bad", "good"]
+
+
+@pytest.mark.parametrize("later", ["empty", "full"])
+def test_with_data_loss_accepted_a_journal_ends_where_it_is_bad(quick: Path, later: str) -> None:
+    """And so do those after it, also one that nothing was written to."""
+    house = House(quick / "data")
+    applier = house.create()
+    states = [seen(applier)]
+    for _ in range(6):
+        applier.put_state(applier.state(), [0, 0, 0])
+        states.append(seen(applier))
+    house.die()
+    house = House(quick / "data")
+    applier = house.restore()
+    if later == "full":
+        applier.put_state(applier.state(), [0, 0, 0])
+    house.die()
+    name = quick / "data" / "models" / "m" / "journal-00000002"
+    content = bytearray(name.read_bytes())
+    content[len(content.rstrip(b"\0")) // 2] ^= 1
+    name.write_bytes(content)
+    with pytest.raises(CorruptError, match=name.name):
+        read(quick / "data")
+    for _ in range(2):  # the second time all is good
+        came = read(quick / "data", accept_data_loss=True)
+        assert came in states[1:-1]
+    assert name.with_name(name.name + ".corrupt").exists()
+    assert read(quick / "data") == came
+
+
+def test_what_was_being_made_or_removed_when_a_server_died_is_gone(quick: Path) -> None:
+    house = House(quick / "data")
+    house.create()
+    models = quick / "data" / "models"
+    shutil.copytree(models / "m", models / ".half.0123abcd.new")
+    (models / ".empty.0123abcd.new").mkdir()
+    (models / "m" / "snapshot-00000009.safetensors.new").write_bytes(b"half")
+    house.die()
+    assert recovered(quick / "data").version == 0
+    assert sorted(path.name for path in models.iterdir()) == ["m"]
+    assert not list((models / "m").glob("*.new"))
+
+
+def test_a_model_that_was_deleted_stays_deleted_and_its_name_is_free(quick: Path) -> None:
+    for _ in range(2):
+        with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+            assert client.models() == []
+            client.create_model("m", {"w": np.zeros(3, np.float32)})
+            client.delete_model("m")
+            client.create_model("m", {"w": np.ones(5, np.float32)})
+            client.delete_model("m")
+    assert not list((quick / "data" / "models").iterdir())
+
+
+def test_a_snapshot_of_a_deleted_model_does_not_get_into_the_next_one_of_its_name(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut, and its checksum computed, before its first file is made: that takes a while for a large model."""
+    begun, go_on = threading.Event(), threading.Event()
+    really = snapshot.write
+
+    def slowly(*given: object) -> object:
+        if threading.current_thread().name == "old":
+            begun.set()
+            go_on.wait(20)
+        return really(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(snapshot, "write", slowly)
+    with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+        model = client.create_model("m", {"w": np.zeros(3, np.float32)})
+        model.update(policy=deltaserve.Async())
+        old = server._registry.get("m")
+
+        def save() -> None:
+            try:
+                server._registry.save(old)
+            except Refused:
+                go_on.set()
+
+        thread = threading.Thread(target=save, name="old")
+        thread.start()
+        assert begun.wait(10)
+        client.delete_model("m")
+        client.create_model("m", {"w": np.ones(3, np.float32)})
+        go_on.set()
+        thread.join(20)
+        shutil.copytree(quick / "data", quick / "copy")
+        assert np.frombuffer(read(quick / "copy").vectors[0], "<f4").tolist() == [1, 1, 1]
+
+
+def test_a_server_that_does_not_start_lets_go_of_its_directory(quick: Path) -> None:
+    (quick / "data" / "models" / "stranger").mkdir(parents=True)
+    server = Server(config(quick / "data", bind="127.0.0.1:0"))
+    with pytest.raises(DataDirectoryError):
+        server.start()
+    try:
+        open_directory(quick / "data").close()
+    finally:
+        server.stop(grace_seconds=0)

@@ -1,0 +1,258 @@
+"""A disk that is full, or fails: pushes are refused and nothing changes; afterwards each is applied exactly once."""
+
+import errno
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from house import House, copied, recovered
+from trouble import Trouble, fill, small_file_system
+
+sys.path.append(str(Path(__file__).parents[1] / "service"))
+
+from wire import Refusal, Session, Wire, asynchronous, eventually
+
+import deltaserve
+from deltaserve.v1.model_service_pb2 import SaveSnapshotRequest
+from deltaserve.v1.worker_service_pb2 import StepRequest
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.durability import directory, keeper
+from deltaserve_server.model import Refused
+
+SIZE = 4000
+JOURNALS = ("journal", "fsync")
+
+
+@pytest.fixture
+def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
+    made = Trouble()
+    monkeypatch.setattr(directory, "Files", made.files)
+    monkeypatch.setattr(keeper, "_RETRY_SECONDS", 0.2)
+    yield made
+    made.lift()
+
+
+@contextmanager
+def serving(data: Path, durability: str, **more: Any) -> Iterator[Wire]:
+    kept: Any = {"durability": durability, **more}
+    config = ServerConfig(device="cpu", data_dir=data, snapshot_seconds=None, lease_seconds=900.0, **kept)
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        yield wire
+
+
+def gradient(number: int) -> Any:
+    return np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)
+
+
+def begin(wire: Wire) -> Session:
+    wire.create("m", {"w": (SIZE,)}, weights=gradient(0), policy=asynchronous())
+    session = wire.open("m", "a")
+    for number in (1, 2, 3):
+        wire.step(session.header(number), gradient(number))
+    return session
+
+
+def refused(wire: Wire, session: Session, number: int) -> Refusal:
+    request = StepRequest(header=session.header(number), gradient=gradient(number).tobytes())
+    refusal = wire.refused("Step", request)
+    assert refusal.reason == "STORAGE_UNAVAILABLE", refusal
+    assert refusal.retry_seconds
+    return refusal
+
+
+def durable(wire: Wire) -> int:
+    return int(wire.models()[0].position.durable_version)
+
+
+def check_restart(data: Path, copy: Path, wire: Wire, durability: str) -> int:
+    """What is said to be durable comes back where the server dies now; returns the version that does."""
+    said = durable(wire)
+    came = recovered(copied(data, copy), durability=durability)
+    assert came.version >= said
+    return came.version
+
+
+def pushes_until_refused(wire: Wire, session: Session, number: int) -> int:
+    """Pushes while there is room; returns the number of the push that is refused."""
+    for _ in range(500):
+        request = StepRequest(header=session.header(number), gradient=gradient(number).tobytes())
+        try:
+            wire.call("Step", request)
+        except Exception:
+            refused(wire, session, number)
+            return number
+        number += 1
+    raise AssertionError("the disk is never full")
+
+
+def goes_on(wire: Wire, session: Session, number: int) -> None:
+    """The push that was refused is applied, and once."""
+    eventually(lambda: _accepts(wire, session, number), "the storage does not come back")
+    assert wire.models()[0].position.version == number
+    again = wire.step(session.header(number), gradient(number))
+    assert again.result.duplicate
+    assert again.result.version == number == wire.models()[0].position.version
+    assert wire.step(session.header(number + 1), gradient(number + 1)).position.durable_version == number + 1
+
+
+def _accepts(wire: Wire, session: Session, number: int) -> bool:
+    try:
+        wire.step(session.header(number), gradient(number))
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("durability", JOURNALS)
+def test_a_disk_that_is_full(tmp_path: Path, quick: Path, durability: str) -> None:
+    with small_file_system(tmp_path / "small") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        with serving(place / "data", durability) as wire:
+            session = begin(wire)
+            ballast = fill(place)
+            number = pushes_until_refused(wire, session, 4)
+            with pytest.raises(AssertionError, match="answered"):
+                wire.refused("GetServerInfo", _info())
+            before = wire.snapshot("m")
+            for _ in range(3):
+                refused(wire, session, number)
+            assert wire.snapshot("m") == before
+            assert before.version == number - 1 == durable(wire)
+            assert wire.pull("m")[1].tobytes() == before.vectors[0], "what was told of can be had"
+            assert check_restart(place / "data", quick / "copy", wire, durability) == number - 1
+            assert wire.refused("SaveSnapshot", SaveSnapshotRequest(model="m")).reason == "STORAGE_UNAVAILABLE"
+            ballast.unlink()
+            goes_on(wire, session, number)
+            check_restart(place / "data", quick / "copy", wire, durability)
+
+
+def test_without_a_journal_training_goes_on_where_the_disk_is_full(tmp_path: Path, quick: Path) -> None:
+    with small_file_system(tmp_path / "small", "1m") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        with serving(place / "data", "snapshot", snapshot_updates=5) as wire:
+            session = begin(wire)
+            ballast = fill(place)
+            for number in range(4, 40):
+                assert wire.step(session.header(number), gradient(number)).result.version == number
+            assert wire.refused("SaveSnapshot", SaveSnapshotRequest(model="m")).reason == "STORAGE_UNAVAILABLE"
+            held = durable(wire)
+            assert held <= 3
+            assert check_restart(place / "data", quick / "copy", wire, "snapshot") == held
+            ballast.unlink()
+            wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
+            assert durable(wire) == 39 == check_restart(place / "data", quick / "copy", wire, "snapshot")
+
+
+@pytest.mark.parametrize(
+    ("durability", "errors"),
+    [
+        ("journal", {"allocate": errno.ENOSPC, "create": errno.ENOSPC}),
+        ("fsync", {"allocate": errno.ENOSPC, "create": errno.ENOSPC}),
+        ("journal", {"write": errno.ENOSPC}),
+        ("journal", {"write": errno.EIO, "create": errno.EROFS}),
+        ("fsync", {"sync": errno.EIO}),
+        ("fsync", {"sync": errno.EIO, "write": errno.EIO, "create": errno.EROFS, "allocate": errno.EROFS}),
+        ("fsync", {"sync": errno.EDQUOT, "sync folder": errno.EIO}),
+        ("fsync", {"sync": errno.EIO, "rename": errno.EIO}),
+    ],
+    ids=str,
+)
+def test_a_disk_that_fails(quick: Path, trouble: Trouble, durability: str, errors: dict[str, int]) -> None:
+    data = quick / "data"
+    with serving(data, durability) as wire:
+        session = begin(wire)
+        trouble.errors.update(errors)
+        number = pushes_until_refused(wire, session, 4)
+        listed = wire.models()[0].position
+        for _ in range(3):
+            refused(wire, session, number)
+        assert listed.durable_version <= number - 1
+        check_restart(data, quick / "copy", wire, durability)
+        trouble.lift()
+        goes_on(wire, session, number)
+        assert check_restart(data, quick / "copy", wire, durability) == number + 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, trouble: Trouble, broken: bool) -> None:
+    """Nor do they keep files open."""
+    house = House(quick / "data", "fsync")
+    applier = house.create()
+    trouble.errors["sync"] = errno.ENOSPC
+    trouble.only = "" if broken else "snapshot"
+    with suppress(Refused):
+        applier.open_session("a", 100.0)
+    trouble.only = "snapshot"
+    descriptors, names = len(list(Path("/proc/self/fd").iterdir())), len(list((quick / "data").rglob("*")))
+    for _ in range(20):
+        with pytest.raises(OSError, match="No space"):
+            applier.save()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
+    assert len(list((quick / "data").rglob("*"))) <= names + 1
+    trouble.lift()
+    applier.save()
+    applier.open_session("b", 100.0)
+    assert len(recovered(copied(quick / "data", quick / "copy"), durability="fsync").image) > 100
+    house.die()
+
+
+def test_a_client_gets_over_a_disk_that_fails_for_a_while(quick: Path, trouble: Trouble) -> None:
+    config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
+    with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=60.0) as client:
+        model = client.create_model("m", {"w": np.zeros(SIZE, np.float32)})
+        with model.worker("a") as worker:
+            worker.step({"w": gradient(1)})
+            trouble.errors["sync"] = errno.EIO
+            timer = threading.Timer(1.0, trouble.lift)
+            timer.start()
+            worker.step({"w": gradient(2)})
+            timer.join()
+            worker.step({"w": gradient(3)})
+            assert worker.version == 3 == model.info().version == model.info().durable_version
+
+
+def test_a_server_that_stops_while_its_disk_fails_stops(quick: Path, trouble: Trouble) -> None:
+    with serving(quick / "data", "fsync") as wire:
+        session = begin(wire)
+        trouble.errors.update({"sync": errno.EIO, "create": errno.EIO})
+        refused(wire, session, 4)
+    trouble.lift()
+    with serving(quick / "data", "fsync") as wire:
+        assert wire.models()[0].position.version in (3, 4)
+        assert wire.fate(session, 3).final
+
+
+def test_what_the_list_of_models_calls_durable_is(quick: Path, trouble: Trouble) -> None:
+    """Asked while a record is being written, which then fails."""
+    data = quick / "data"
+    with serving(data, "journal") as wire, Wire(wire.target) as other:
+        session = begin(wire)
+        trouble.only = "journal"
+        trouble.gate.clear()
+        push = threading.Thread(target=refused, args=(wire, session, 4))
+        push.start()
+        assert trouble.waiting.wait(10)
+        listed: list[int] = []
+        asked = threading.Thread(target=lambda: listed.append(durable(other)))
+        asked.start()
+        asked.join(0.3)
+        trouble.errors.update({"write": errno.EIO, "create": errno.EIO})
+        trouble.gate.set()
+        push.join(20)
+        asked.join(20)
+        assert listed
+        assert listed[0] <= recovered(copied(data, quick / "copy")).version
+        trouble.lift()
+
+
+def _info() -> Any:
+    from deltaserve.v1.system_service_pb2 import GetServerInfoRequest
+
+    return GetServerInfoRequest()

@@ -1,0 +1,337 @@
+"""G19: files that somebody has made to do harm, with checksums that are right: refused, or harmless."""
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from crc32c import crc32c
+from crowd import Crowd
+from house import TENSORS, Clock, House, copied, machine
+
+from deltaserve_server.durability import journal, snapshot
+from deltaserve_server.durability.checked import packed, unpacked
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.files import Files
+from deltaserve_server.durability.folder import HEAD, Head
+from deltaserve_server.durability.journal import Journal, Reading
+from deltaserve_server.durability.records import Header
+from deltaserve_server.durability.snapshot import Manifest
+from deltaserve_server.memory.store import Vector, allocate_host
+from deltaserve_server.model import Async, Bounded, Refused, Sync
+from deltaserve_server.service import convert
+
+EVIL: tuple[Any, ...] = (
+    None, "", "x", [], {}, True, -1, 0, 1, 7, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30), 0.5, -0.5, 1e308, 1e-320,
+    [0, 0], [[]], [1, 2, 3], ["a"], {"a": 1}, "AAAA", "\x00", "../../etc",
+)  # fmt: skip
+
+NEST: Any = []
+for _ in range(3000):
+    NEST = [NEST]
+
+
+@pytest.fixture
+def past(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data directory with all kinds of records in its journal, and sessions and settings in its snapshot."""
+    clock, house = Clock(monkeypatch), House(quick / "past")
+    crowd = Crowd(house.create(machine(policy=Sync())), 11, clock)
+    for _ in range(3):
+        crowd.open()
+    _push_all(crowd)
+    crowd.close()
+    crowd.save()
+    for policy in (Bounded(slack=3), Async()):
+        crowd.applier.change(crowd.applier.machine.groups, policy)
+        crowd.open()
+        _push_all(crowd)
+    crowd.put_state()
+    crowd.extend()
+    _push_all(crowd)
+    house.die()
+    return quick / "past"
+
+
+def _push_all(crowd: Crowd) -> None:
+    for _ in range(6):
+        try:
+            crowd.push()
+        except Refused:
+            crowd.done["refused"] = 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_huge_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(size: int) -> Vector:
+        assert 0 <= size < 1 << 20, f"{size} elements were to be allocated"
+        return allocate_host(size)
+
+    monkeypatch.setattr(snapshot, "allocate_host", allocate)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, held in inside:
+        yield from leaves(held, (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], evil: Any) -> Any:
+    """A JSON value with another one in a place of it."""
+    if not path:
+        return evil
+    made = deepcopy(value)
+    held = made
+    for key in path[:-1]:
+        held = held[key]
+    held[path[-1]] = evil
+    return made
+
+
+def signed(value: Any) -> bytes:
+    """What `packed` would have written."""
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return b"%b\n%08x\n" % (body, crc32c(body))
+
+
+def outcome(left: Path, clock: Clock) -> str:
+    """Brings a model back and uses it: it is refused, or it is of use. Whatever else is raised fails the test."""
+    house = House(left)
+    try:
+        applier = house.restore()
+        with applier.event():
+            applier.position.SerializeToString()
+            convert.from_machine(applier.machine).SerializeToString()
+        crowd = Crowd(applier, 5, clock)
+        for call in (crowd.open, crowd.push, crowd.push, crowd.tick, crowd.extend, crowd.push, crowd.save):
+            with suppress(Refused):
+                call()
+        for _ in range(25):
+            crowd.act()
+        assert all(np.isfinite(vector).all() for vector in (applier.state().weights, applier.state().square_avg))
+        return "of use"
+    except CorruptError as error:
+        if str(left) not in error.where:
+            raise
+        return "refused"
+    finally:
+        house.die()
+
+
+def sweep(
+    quick: Path, past: Path, clock: Clock, places: list[tuple[Any, ...]], write: Callable[[Path, Any, Any], None],
+    trials: int,
+) -> Counter[str]:  # fmt: skip
+    chance, counts = random.Random(len(places)), Counter[str]()
+    pairs = [(path, evil) for path in places for evil in EVIL]
+    failures = []
+    for path, evil in pairs if trials > len(pairs) else chance.sample(pairs, trials):
+        left = copied(past, quick / "left", lambda made, path=path, evil=evil: write(made, path, evil))  # type: ignore[misc]
+        try:
+            counts[outcome(left, clock)] += 1
+        except (Exception, AssertionError) as error:
+            failures.append(f"{path} = {evil!r:.60}: {type(error).__name__}: {str(error)[:100]}")
+    shutil.rmtree(quick / "left", ignore_errors=True)
+    print(f"\n{counts}")
+    assert not failures, f"{len(failures)} of {sum(counts.values()) + len(failures)}:\n" + "\n".join(failures[:400])
+    return counts
+
+
+def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    clock = Clock(monkeypatch)
+    name = max((past / "models" / "m").glob("snapshot-*.json")).name
+    for older in list((past / "models" / "m").glob("snapshot-*"))[:]:
+        if older.stem != name.removesuffix(".json"):
+            older.unlink()
+    good = json.loads((past / "models" / "m" / name).read_bytes()[:-10])
+
+    def write(left: Path, path: Any, evil: Any) -> None:
+        (left / "models" / "m" / name).write_bytes(signed(changed(good, path, evil)))
+
+    counts = sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 400)
+    assert counts["refused"] > counts["of use"]
+
+
+def test_a_head_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    clock = Clock(monkeypatch)
+    head = unpacked((past / "models" / "m" / HEAD).read_bytes(), Head, "head")
+    good = json.loads(packed(head.forked(1, 1))[:-10])
+
+    def write(left: Path, path: Any, evil: Any) -> None:
+        (left / "models" / "m" / HEAD).write_bytes(signed(changed(good, path, evil)))
+
+    sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 100)
+
+
+class Forged(Journal):
+    """A journal whose records say what one likes."""
+
+    def forge(self, index: int, header: Any, vector: bytes) -> None:
+        body = header if isinstance(header, bytes) else json.dumps(header).encode()
+        head = journal._Head(self._nonce, index, index - 1, len(body), 0, len(vector))
+        inside = body + bytes(head.vector_at - journal._HEAD_BYTES - len(body)) + vector
+        inside += bytes(head.total_bytes - journal._HEAD_BYTES - len(inside) - journal._TAIL.size)
+        inside += journal._TAIL.pack(self._nonce, index)
+        whole = head._replace(check=crc32c(inside)).packed() + inside
+        self._file.write(self.size, [whole])
+        self.size += len(whole)
+
+
+def records(past: Path) -> tuple[str, int, list[tuple[int, Any, bytes]]]:
+    """The newest journal's name, the index before it, and its records: index, JSON, vector."""
+    files = Files(past / "models" / "m")
+    name = max(found for found in files.names() if found.startswith("journal"))
+    manifest: Manifest = snapshot.read_manifest(files, int(max(files.names())[9:17]))
+    reading = Reading(files, int(name[8:]), manifest.index, lost_power=False)
+    found = []
+    for record in reading.records():
+        header = Header(record.event, tuple((o, v.size, v.dtype.str) for o, v in record.pieces))
+        vector = b"".join(values.tobytes() for _, values in record.pieces)
+        found.append((record.index, json.loads(msgspec.json.encode(header)), vector))
+    return name, manifest.index, found
+
+
+def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    clock = Clock(monkeypatch)
+    name, _, good = records(past)
+    assert {header["event"]["type"] for _, header, _ in good} == {
+        "update", "session", "settings", "state", "extension",
+    }  # fmt: skip
+    places = [(number, *path) for number, (_, header, _) in enumerate(good) for path in leaves(header)]
+
+    def write(left: Path, path: Any, evil: Any) -> None:
+        (left / "models" / "m" / name).unlink()
+        forged = Forged(Files(left / "models" / "m"), int(name[8:]))
+        for number, (index, header, vector) in enumerate(good):
+            forged.forge(index, changed(header, path[1:], evil) if number == path[0] else header, vector)
+        forged.close()
+
+    counts = sweep(quick, past, clock, places, write, 100_000 if full else 400)
+    assert counts["refused"]
+
+
+@pytest.mark.parametrize(
+    ("change", "vector"),
+    [
+        ({"pieces": []}, b""),
+        ({"pieces": [[0, 5, "<f4"]]}, None),
+        ({"pieces": [[10, 107, "<f4"]]}, None),
+        ({"pieces": [[-3, 117, "<f4"]]}, None),
+        ({"pieces": [[0, 117, "<f4"], [0, 117, "<f4"]]}, "twice"),
+        ({"pieces": [[100, 17, "<f4"], [0, 100, "<f4"]]}, None),
+        ({"pieces": [[0, 50, "<f4"], [40, 67, "<f4"]]}, None),
+        ({"pieces": [[0, 118, "<f4"]]}, "twice"),
+        ({"pieces": [[1 << 40, 1, "<f4"], [0, 116, "<f4"]]}, None),
+        ({"pieces": [[0, 117, "<f8"]]}, "twice"),
+        ({"pieces": [[0, 117, "|O"]]}, None),
+        ({"pieces": [[0, 1 << 62, "<f4"]]}, None),
+        ({"pieces": [[0, 0, "<f4"]] * 50_000}, None),
+        ({}, b""),
+    ],
+)
+def test_pieces_that_do_not_fit_an_update(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], vector: Any
+) -> None:
+    clock = Clock(monkeypatch)
+    name, _, good = records(past)
+    size = sum(tensor.size for tensor in TENSORS)
+    number = next(k for k, (_, header, _) in enumerate(good) if header["event"]["type"] == "update")
+    index, header, whole = good[number]
+    header["event"]["absent"] = []
+    whole = np.ones(size, "<f4").tobytes()
+    (past / "models" / "m" / name).unlink()
+    forged = Forged(Files(past / "models" / "m"), int(name[8:]))
+    for earlier in good[:number]:
+        forged.forge(*earlier)
+    header["pieces"] = [[0, size, "<f4"]]
+    forged.forge(index, header | change, 2 * whole if vector == "twice" else whole if vector is None else vector)
+    forged.close()
+    assert outcome(past, clock) == "refused"
+
+
+@pytest.mark.parametrize("kind", ["snapshot-00000009.json", HEAD])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n00000000\n",
+        signed(b""),
+        signed(b"null"),
+        signed(b"[" * 100_000 + b"]" * 100_000),
+        signed(b'{"format":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        signed(b'{"x":' + b"{" * 5000),
+        signed(b'{"number":' + b"9" * 5000 + b"}"),
+        signed(b'{"bytes":1e999}'),
+        signed(b"\xff\xfe{}"),
+        signed(b'{"format":"\\ud800"}'),
+        signed(b"NaN"),
+        signed(b"cos\nsystem\n(S'true'\ntR."),
+        signed(b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."),
+        b"x" * 100,
+        bytes(1 << 20),
+    ],
+    ids=lambda content: repr(content[:24]),
+)
+def test_a_small_file_of_nonsense(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, kind: str, content: bytes
+) -> None:
+    clock = Clock(monkeypatch)
+    (past / "models" / "m" / kind).write_bytes(content)
+    if kind == HEAD:
+        assert outcome(past, clock) == "refused"
+    else:
+        assert outcome(past, clock) == "of use", "the snapshot before and its journals are there"
+
+
+def test_a_file_of_tensors_that_is_said_to_be_huge(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file of a tebibyte costs its maker nothing."""
+    clock, folder = Clock(monkeypatch), past / "models" / "m"
+    name = max(folder.glob("snapshot-*.json")).name
+    for older in list(folder.glob("snapshot-*")):
+        if older.stem != name.removesuffix(".json"):
+            older.unlink()
+    good = json.loads((folder / name).read_bytes()[:-10])
+    good["model"]["tensors"] = [{"name": "w", "shape": [1 << 20, 1 << 15], "group": 0}]
+    good["model"]["update_counts"] = [0]
+    head = snapshot._head(unpacked(signed(good), Manifest, "m").model)
+    good["bytes"] = len(head) + 3 * 4 * (1 << 35)
+    (folder / name).write_bytes(signed(good))
+    assert outcome(past, clock) == "refused", "the file is not as long"
+
+
+def test_names_that_lead_elsewhere_are_no_files_of_a_model(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, folder = Clock(monkeypatch), past / "models" / "m"
+    for name in (
+        "snapshot-1.json",
+        "snapshot-xxxxxxxx.json",
+        "journal-٠٠٠٠٠٠٠٩",
+        "journal-00000099.txt",
+        ".hidden",
+        "note",
+    ):
+        (folder / name).write_bytes(b"x")
+    (folder / "unfinished.new").write_bytes(b"x")
+    assert outcome(past, clock) == "of use"
+    assert not (folder / "unfinished.new").exists()
+
+
+def test_a_model_in_the_folder_of_another_is_refused(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders of one name would be one model to the server, and its changes would go into either."""
+    (past / "models" / "m").rename(past / "models" / "other")
+    house = House(past)
+    try:
+        with pytest.raises(CorruptError, match="model m"):
+            house.restore("other")
+    finally:
+        house.die()

@@ -1,0 +1,252 @@
+"""Vectors that are frozen for a snapshot never change while the model goes on, and the model does not notice."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, Staging, State, Store
+from deltaserve_server.memory.host import HostStore
+from deltaserve_server.memory.store import Vector
+
+MakeStore = Callable[[Vector, Budget], Store]
+Stage = Callable[..., Staging]
+
+PLAIN, OTHER = Hyperparameters(), Hyperparameters(lr=0.5, rho=0.8, maximize=True)
+BUDGET = 1 << 30
+
+
+def vector(size: int, seed: int) -> Vector:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+def bits(state: State) -> tuple[bytes, bytes, bytes]:
+    return state.weights.tobytes(), state.square_avg.tobytes(), state.acc_delta.tobytes()
+
+
+class Life:
+    """What happens to a store at random; the same seed, the same life.
+
+    Args:
+        store: The store.
+        stage: Stages pushes.
+        seed: Chooses.
+    """
+
+    def __init__(self, store: Store, stage: Stage, seed: int) -> None:
+        self.store = store
+        self.size = store.current.weights.size
+        self.version = 0
+        self._stage = stage
+        self._chance = random.Random(seed)
+
+    def act(self) -> None:
+        self._chance.choice([self.update] * 6 + [self.round] * 3 + [self.combine, self.put, self.extend, self.share])()
+
+    def update(self) -> None:
+        """One push; sometimes a part of the vector has none."""
+        hole = self._chance.choice((0, 0, self.size // 3))
+        start = self._chance.randrange(self.size - hole)
+        runs = [(0, start), (start + hole, self.size)] if hole else [(0, self.size)]
+        self.store.fold(self._stage(self.store, self._gradient(), runs), 1.0)
+        self._make([Range(low, high, self._group()) for low, high in runs if low < high], 1.0)
+
+    def round(self) -> None:
+        for _ in range(3):
+            self.store.fold(self._stage(self.store, self._gradient()), 2.0)
+        self._make([Range(0, self.size // 2, PLAIN), Range(self.size // 2, self.size, OTHER)], 6.0)
+
+    def combine(self) -> None:
+        self.store.combine([(self._stage(self.store, self._gradient()), 1.0) for _ in range(3)], 1)
+        self._make([Range(0, self.size, PLAIN)], 1.0)
+
+    def put(self) -> None:
+        self.version += 1
+        squares = [vector(self.size, self.version + k) ** 2 for k in range(2)]
+        self.store.put(State(vector(self.size, self.version), *squares), self.version)
+
+    def extend(self) -> None:
+        if self.size < 5000:
+            self.store.extend(vector(77, self.size))
+            self.size += 77
+
+    def share(self) -> None:
+        self.store.share()
+
+    def _make(self, ranges: list[Range], weight: float) -> None:
+        self.version += 1
+        if self._chance.random() < 0.5:  # as with a journal
+            gradient = self.store.gradient(weight)
+            self.store.update(ranges, weight, self.version)
+            gradient.done()
+        else:
+            self.store.update(ranges, weight, self.version)
+
+    def _gradient(self) -> Vector:
+        return vector(self.size, self._chance.randrange(1 << 30))
+
+    def _group(self) -> Hyperparameters:
+        return self._chance.choice((PLAIN, OTHER))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_frozen_vectors_stay_and_the_model_goes_on_as_without(make_store: MakeStore, stage: Stage, seed: int) -> None:
+    size, chance = 1 + 997 * (seed % 3), random.Random(seed)
+    weights = vector(size, 0)
+    frozen_now_and_then = Life(make_store(weights.copy(), Budget(BUDGET)), stage, seed)
+    undisturbed = Life(make_store(weights.copy(), Budget(BUDGET)), stage, seed)
+    held: tuple[Frozen, tuple[bytes, bytes, bytes]] | None = None
+    snapshots = 0
+    for _ in range(150):
+        if held is None and chance.random() < 0.4:
+            frozen = frozen_now_and_then.store.freeze()
+            held = frozen, bits(frozen_now_and_then.store.state())
+        frozen_now_and_then.act()
+        undisturbed.act()
+        assert bits(frozen_now_and_then.store.state()) == bits(undisturbed.store.state())
+        if held:
+            assert bits(held[0].state()) == held[1]
+            if chance.random() < 0.3:
+                held[0].release()
+                held, snapshots = None, snapshots + 1
+    assert snapshots > 10
+
+
+def test_what_was_frozen_can_be_read_while_updates_are_made(make_store: MakeStore, stage: Stage) -> None:
+    """A snapshot is written by another thread."""
+    size = 300_000
+    store = make_store(vector(size, 0), Budget(BUDGET))
+    life, wrong, stop = Life(store, stage, 1), [0], Event()
+    for _ in range(2):
+        life.update()
+    for _ in range(4):
+        frozen = store.freeze()
+        before = bits(store.state())
+
+        def read(frozen: Frozen = frozen, before: tuple[bytes, bytes, bytes] = before) -> None:
+            while not stop.is_set():
+                wrong[0] += bits(frozen.state()) != before
+
+        stop.clear()
+        thread = Thread(target=read)
+        thread.start()
+        for _ in range(3):
+            life.update()
+        stop.set()
+        thread.join()
+        frozen.release()
+        life.update()
+    assert wrong == [0]
+
+
+def test_letting_go_while_an_update_runs_harms_neither(make_store: MakeStore, stage: Stage) -> None:
+    """`release` is called by the thread that writes snapshots, whenever it is done."""
+    size = 40_000
+    weights = vector(size, 0)
+    store, other = (make_store(weights.copy(), Budget(BUDGET)) for _ in range(2))
+    lives = Life(store, stage, 3), Life(other, stage, 3)
+    for number in range(60):
+        frozen = store.freeze()
+        before = bits(store.state())
+        thread = Thread(target=frozen.release)
+        if number % 2:
+            thread.start()
+            lives[0].update()
+        else:
+            lives[0].update()
+            thread.start()
+        lives[1].update()
+        thread.join()
+        assert bits(store.state()) == bits(other.state()) != before
+
+
+def test_the_vectors_that_snapshots_take_are_used_again() -> None:
+    """Both averages go to and fro between two pairs of vectors, however many snapshots there are."""
+    with ThreadPoolExecutor(1) as executor:
+        store = HostStore(vector(4096, 0), 0, Budget(BUDGET), executor, 1)
+        seen: set[int] = set()
+        for number in range(1, 30):
+            frozen = store.freeze()
+            for step in range(2):
+                staging = store.stage()
+                staging.add(0, vector(4096, number))
+                store.fold(staging, 1.0)
+                store.update([Range(0, 4096, PLAIN)], 1.0, 2 * number + step)
+            frozen.release()
+            if number > 2:  # the first ones are wherever numpy has put them
+                seen |= {held.ctypes.data for held in (store._square_avg, store._acc_delta)}
+        assert len(seen) <= 4
+
+
+def test_freezing_costs_nothing_where_nothing_happens_meanwhile(make_store: MakeStore, stage: Stage) -> None:
+    store = make_store(vector(1000, 0), Budget(BUDGET))
+    before = bits(store.state())
+    for _ in range(5):
+        frozen = store.freeze()
+        assert bits(frozen.state()) == before
+        frozen.release()
+    life = Life(store, stage, 0)
+    life.update()
+    assert bits(store.state()) != before
+
+
+def test_a_frozen_version_that_others_read_too_is_paid_for(make_store: MakeStore, stage: Stage) -> None:
+    budget = Budget(4000)
+    store = make_store(vector(1000, 0), budget)
+    life, held = Life(store, stage, 0), []
+    for _ in range(2):
+        held.append(store.freeze())
+        life.update()
+    with pytest.raises(BudgetExceeded):
+        store.freeze()
+    life.update()
+    for frozen in held:
+        frozen.release()
+    store.freeze().release()
+    assert budget.available == 4000
+
+
+@pytest.mark.parametrize("pushes", [1, 3])
+def test_what_a_journal_keeps_of_an_update_stays_until_it_is_given_back(
+    make_store: MakeStore, stage: Stage, pushes: int
+) -> None:
+    """A record may be written long after its update, while others are made; and makes the same update again."""
+    size, kept = 5000, []
+    weights = vector(size, 0)
+    store, again = (make_store(weights.copy(), Budget(BUDGET)) for _ in range(2))
+    for number in range(1, 6):
+        for push in range(pushes):
+            store.fold(stage(store, vector(size, 10 * number + push), chunk=700), 0.5)
+        gradient = store.gradient(0.5 * pushes)
+        store.update([Range(0, size, OTHER)], 0.5 * pushes, number)
+        kept.append((gradient, bits(store.state())))
+    for number, (gradient, wanted) in enumerate(kept, 1):
+        staging = again.stage()
+        for offset, values in gradient.pieces:
+            staging.add(offset, values)
+        again.fold(staging, 1.0)
+        again.update([Range(0, size, OTHER)], gradient.divisor, number)
+        assert bits(again.state()) == wanted
+        gradient.done()
+
+
+def test_a_sum_that_a_journal_gives_back_late_is_no_version_where_those_are_shared(stage: Stage) -> None:
+    """Versions lie where workers can map them; a sum from before that began does not."""
+    from deltaserve_server.memory import shared
+
+    with ThreadPoolExecutor(1) as executor:
+        store = HostStore(vector(4096, 0), 0, Budget(BUDGET), executor, 1)
+        for push in range(2):
+            store.fold(stage(store, vector(4096, push)), 1.0)
+        gradient = store.gradient(2.0)
+        store.update([Range(0, 4096, PLAIN)], 2.0, 1)
+        store.share()
+        gradient.done()
+        for number in range(2, 6):
+            store.fold(stage(store, vector(4096, number)), 1.0)
+            store.update([Range(0, 4096, PLAIN)], 1.0, number)
+            assert shared.handle(store.current.weights)
