@@ -13,8 +13,9 @@ import pytest
 
 from deltaserve_server.durability import journal
 
-# The random histories of the simulation are used here too; no folder of tests is a package.
-sys.path.append(str(Path(__file__).parents[1] / "simulation"))
+# What several files of tests use, and the random histories of the simulation; no folder of tests is a package.
+_HERE = Path(__file__).parent
+sys.path += [str(_HERE / "scene"), str(_HERE.parent / "simulation")]
 
 FULL = os.environ.get("DELTASERVE_FULL") == "1"
 """Whether the numbers of the promises are reached, which takes minutes; else a few hundred trials each."""
