@@ -19,7 +19,7 @@ from crowd import Crowd
 from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
 from house import Clock, House, Seen, awaited, machine
 
-from deltaserve_server.durability import directory, keeper, recovery
+from deltaserve_server.durability import directory, folder, keeper
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.memory import State
 from deltaserve_server.model import Async, Refused, Sync
@@ -194,7 +194,7 @@ class Boots:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.number = 1
-        for module in (keeper, recovery):
+        for module in (keeper, folder):
             patch.setattr(module, "boot", lambda: f"boot {self.number}")
 
     @contextmanager

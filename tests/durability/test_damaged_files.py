@@ -11,7 +11,7 @@ import pytest
 from damage import KINDS, Left, Verdicts, leave
 from house import read
 
-from deltaserve_server.durability import journal, recovery
+from deltaserve_server.durability import folder, journal
 from deltaserve_server.durability.errors import CorruptError
 
 
@@ -137,7 +137,7 @@ def test_a_sector_of_zeros_costs_at_most_what_nobody_was_told_of(
     """
     name = max(left.names("journal"))
     if power:
-        monkeypatch.setattr(recovery, "boot", lambda: "another")
+        monkeypatch.setattr(folder, "boot", lambda: "another")
         if b'"fsync"' not in left.files["head.json"]:
             pytest.skip("without fsync the loss of power is one of sessions too")
     for start in range(0, left.used, 512):

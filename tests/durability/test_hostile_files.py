@@ -302,7 +302,7 @@ def test_a_file_of_tensors_that_is_said_to_be_huge(quick: Path, past: Path, monk
     good = json.loads((folder / name).read_bytes()[:-10])
     good["model"]["tensors"] = [{"name": "w", "shape": [1 << 20, 1 << 15], "group": 0}]
     good["model"]["update_counts"] = [0]
-    head = snapshot._head(unpacked(signed(good), Manifest, "m").model)
+    head = snapshot._head(unpacked(signed(good), Manifest, "m").model, good["index"])
     good["bytes"] = len(head) + 3 * 4 * (1 << 35)
     (folder / name).write_bytes(signed(good))
     assert outcome(past, clock) == "refused", "the file is not as long"

@@ -6,7 +6,7 @@ import pytest
 from crowd import POLICIES, Crowd
 from house import MEMORY, Clock, House, check_comes_back, copied, machine, random, recovered, seen
 
-from deltaserve_server.durability import recovery
+from deltaserve_server.durability import folder
 from deltaserve_server.model import Push, Session, Sync
 from deltaserve_server.service.applier import Applier
 
@@ -139,11 +139,11 @@ def test_coming_back_twice_from_one_loss_is_as_coming_back_once(quick: Path, mon
     sessions = [applier.open_session(name, 100.0) for name in "ab"]
     _push(applier, sessions[0], 1)
     house.die()
-    monkeypatch.setattr(recovery, "boot", lambda: "another")
+    monkeypatch.setattr(folder, "boot", lambda: "another")
     house = House(quick / "data")
     monkeypatch.undo()
     applier = house.restore()
-    monkeypatch.setattr(recovery, "boot", lambda: "another")
+    monkeypatch.setattr(folder, "boot", lambda: "another")
     house.die()
     house = House(quick / "data")
     applier = house.restore()

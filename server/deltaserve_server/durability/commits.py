@@ -5,6 +5,7 @@ comes meanwhile waits for that, and mostly finds its own record written (group c
 """
 
 import errno
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.journal import Journal, record_bytes
 from deltaserve_server.durability.records import Event, Piece, Record
+
+_log = logging.getLogger(__name__)
 
 Effect = Callable[[], None]
 
@@ -27,9 +30,11 @@ class StorageError(Exception):
 
 
 class _Switch(NamedTuple):
-    """From here on another journal is written to."""
+    """From here on another journal is written to; with what was counted before."""
 
     journal: Journal
+    records: int
+    bytes_before: int
 
 
 class Commits:
@@ -79,6 +84,16 @@ class Commits:
         """Keeps effects from being called meanwhile; here it is the model's owner who calls them."""
         yield
 
+    def switch(self, journal: Journal) -> None:
+        """Has what happens from now on written to another journal."""
+
+    def take_back(self, journal: Journal) -> bool:
+        """Takes that back; returns whether it is possible."""
+        return True
+
+    def adopt(self, journal: Journal) -> None:
+        """Goes on with that journal, all that happened before being safe in a snapshot."""
+
     def close(self) -> None:
         """Ends it."""
 
@@ -108,21 +123,20 @@ class Journaled(Commits):
         self._safe = index
         self._waiting: deque[Record | Effect | _Switch] = deque()
         self._added = self._settled = 0
-        # Each is counted under one lock alone: that of the model, and the one of whoever writes.
-        self._added_bytes = self._written_bytes = 0
         self._writing = threading.Lock()
 
     @property
     def bytes(self) -> int:
         """Length of the journals since the last snapshot, with what waits."""
-        return self._bytes_before + self._end
+        return self._bytes_before + self._journal.size + sum(_bytes(i) for i in list(self._waiting))
 
     def ready(self, records: int, elements: int) -> None:
         """Sets space aside."""
         if self.error:
             raise StorageError(self.error.strerror or str(self.error))
         try:
-            self._journal.reserve(self._end + records * record_bytes(elements) + _SPARE_BYTES)
+            journal, end = self._end()
+            journal.reserve(end + records * record_bytes(elements) + _SPARE_BYTES)
         except OSError as error:
             raise StorageError(error.strerror or str(error)) from None
 
@@ -130,9 +144,7 @@ class Journaled(Commits):
         """Has it written with the next `settle`."""
         self.index += 1
         self.records += 1
-        record = Record(self.index, event, pieces)
-        self._added_bytes += _bytes(record)
-        self._put(record)
+        self._put(Record(self.index, event, pieces))
         if done:
             self._put(done)
 
@@ -142,16 +154,17 @@ class Journaled(Commits):
 
     def switch(self, journal: Journal) -> None:
         """Has what happens from now on written to another journal."""
+        self._put(_Switch(journal, self.records, self._bytes_before))
         self.records = self._bytes_before = 0
-        self._put(_Switch(journal))
 
     def take_back(self, journal: Journal) -> bool:
         """Goes on with the journal before one that was to be switched to; returns whether that is still possible."""
         with self._writing:
             for place, item in enumerate(list(self._waiting)):
                 if isinstance(item, _Switch) and item.journal is journal:
-                    del self._waiting[place]
-                    self._settled += 1
+                    self._waiting[place] = _nothing  # others count on its place
+                    self.records += item.records
+                    self._bytes_before += item.bytes_before
             return self._journal is not journal
 
     def settle(self) -> None:
@@ -190,10 +203,14 @@ class Journaled(Commits):
                 if isinstance(item, _Switch):
                     item.journal.close()
 
-    @property
-    def _end(self) -> int:
-        """Length of the journal, with what waits."""
-        return self._journal.size + max(self._added_bytes - self._written_bytes, 0)
+    def _end(self) -> tuple[Journal, int]:
+        """Returns the journal that the next record goes to, and where, about."""
+        waiting = 0
+        for item in reversed(list(self._waiting)):
+            if isinstance(item, _Switch):
+                return item.journal, item.journal.size + waiting
+            waiting += _bytes(item)
+        return self._journal, self._journal.size + waiting
 
     def _put(self, item: "Record | Effect | _Switch") -> None:
         self._waiting.append(item)
@@ -215,12 +232,14 @@ class Journaled(Commits):
         self._settled += 1
         if isinstance(item, Record):
             self._safe = item.index
-            self._written_bytes += _bytes(item)
         elif isinstance(item, _Switch):
             before, self._journal = self._journal, item.journal
             before.close()
         else:
-            item()
+            try:
+                item()
+            except Exception:  # what is written stays so, whoever cannot be told
+                _log.exception("somebody was not told")
 
     def _batch(self) -> "Iterator[Record | Effect | _Switch]":
         """Yields what can be written in one go: up to where another journal begins."""
@@ -240,5 +259,10 @@ class Journaled(Commits):
         failpoint("journal.synced")
 
 
-def _bytes(record: Record) -> int:
-    return record_bytes(sum(values.size for _, values in record.pieces))
+def _bytes(item: "Record | Effect | _Switch") -> int:
+    """Returns how long a record is, about; nothing for anything else."""
+    return record_bytes(sum(values.size for _, values in item.pieces)) if isinstance(item, Record) else 0
+
+
+def _nothing() -> None:
+    """Stands where something was that is not wanted any more."""

@@ -5,11 +5,14 @@ They have the names that they have here, so a data directory is made of them by 
 
 import logging
 import queue
+import secrets
 import threading
 from typing import Any
 
 from deltaserve_server.durability import snapshot
-from deltaserve_server.durability.folder import HEAD, Folder
+from deltaserve_server.durability.checked import packed, unpacked
+from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.folder import HEAD, LINEAGE_BYTES, Folder, Head
 
 _log = logging.getLogger(__name__)
 
@@ -82,15 +85,30 @@ class Copies:
                 return
 
     def _copy(self, model: str, folder: Folder, number: int) -> None:
-        target = f"{self._root.rstrip('/')}/models/{model}"
+        models, head = f"{self._root.rstrip('/')}/models", folder.read_head()
+        target = f"{models}/{model}"
+        other = self._lineage(target)
+        if other is not None and not head.knows(other):  # a model that once had this name
+            self._system.mv(target, f"{models}/.{model}.{other.hex()}", recursive=True)
         self._system.makedirs(target, exist_ok=True)
+        # Who puts it back has an older state than somebody may have been told of.
+        self._system.pipe_file(f"{target}/{HEAD}", packed(head.doubtful()))
         # The manifest last: without it a snapshot is none.
-        for name in (HEAD, snapshot.tensors_name(number), snapshot.manifest_name(number)):
+        for name in (snapshot.tensors_name(number), snapshot.manifest_name(number)):
             self._system.put_file(str(folder.files.folder / name), f"{target}/{name}")
         kept = sorted(name for name in self._names(target) if name.endswith(".json") and name != HEAD)[-_KEPT:]
         for name in self._names(target):
             if name != HEAD and f"{name.rsplit('.', 1)[0]}.json" not in kept:
                 self._system.rm_file(f"{target}/{name}")
+
+    def _lineage(self, target: str) -> bytes | None:
+        """Returns the lineage of the copies that are there; None where there are none."""
+        try:
+            return unpacked(self._system.cat_file(f"{target}/{HEAD}"), Head, f"{target}/{HEAD}").lineage
+        except FileNotFoundError:
+            return None
+        except CorruptError:
+            return secrets.token_bytes(LINEAGE_BYTES)
 
     def _names(self, target: str) -> list[str]:
         found: list[Any] = self._system.ls(target, detail=False)

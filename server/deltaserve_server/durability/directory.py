@@ -109,7 +109,11 @@ class DataDirectory:
         """Forgets a model, for good; raises OSError where that is not possible."""
         gone = self._models / f".{name}.{secrets.token_hex(4)}{UNFINISHED}"
         (self._models / name).rename(gone)
-        Files(self._models).sync()
+        try:
+            Files(self._models).sync()
+        except OSError:
+            gone.rename(self._models / name)
+            raise
         shutil.rmtree(gone, ignore_errors=True)
 
     def set_aside(self, name: str) -> None:

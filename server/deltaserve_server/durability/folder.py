@@ -53,6 +53,11 @@ class Served(msgspec.Struct, frozen=True):
     durability: str
     boot: str
 
+    @property
+    def lost_power(self) -> bool:
+        """Whether the machine may have been started anew since."""
+        return not self.boot or self.boot != boot()
+
 
 class Head(msgspec.Struct, frozen=True):
     """What is known of a model apart from its state.
@@ -77,6 +82,10 @@ class Head(msgspec.Struct, frozen=True):
     def knows(self, lineage: bytes) -> bool:
         """Whether it is that of the model, now or before."""
         return lineage == self.lineage or any(lineage == one.lineage for one in self.ancestors)
+
+    def doubtful(self) -> "Head":
+        """Returns this head for a folder that may lack what somebody was told of."""
+        return msgspec.structs.replace(self, served=Served("snapshot", ""))
 
     def forked(self, version: int, index: int) -> "Head":
         """Returns the head of a model that goes on from `version` and record `index`, later ones being lost."""

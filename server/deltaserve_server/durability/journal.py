@@ -12,6 +12,8 @@ there where a later one says that it was safe.
 import logging
 import secrets
 import struct
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -111,6 +113,7 @@ class Journal:
         self._nonce = secrets.token_bytes(8)
         self._file = files.create(journal_name(number))
         self._allocated = 0
+        self._lock = threading.Lock()
         try:
             self.reserve(_LINE)
             self._file.write(0, [_title(self._nonce)])
@@ -123,11 +126,12 @@ class Journal:
             raise
 
     def reserve(self, stop: int) -> None:
-        """Has space set aside up to byte `stop`; raises OSError where there is none."""
-        if stop > self._allocated:
-            end = -(-stop // _ALLOCATED) * _ALLOCATED
-            self._file.allocate(end)
-            self._allocated = end
+        """Has space set aside up to byte `stop`, if it is written to still; raises OSError where there is none."""
+        with self._lock:
+            if stop > self._allocated:
+                end = -(-stop // _ALLOCATED) * _ALLOCATED
+                self._file.allocate(end)
+                self._allocated = end
 
     def write(self, records: Sequence[Record], safe: int, *, sync: bool) -> None:
         """Adds records.
@@ -149,9 +153,11 @@ class Journal:
 
     def close(self) -> None:
         """Ends the journal; what was set aside for it and not used is given back."""
-        with suppress(OSError):
-            self._file.cut(self.size)
-        self._file.close()
+        with self._lock:
+            self._allocated = sys.maxsize
+            with suppress(OSError):
+                self._file.cut(self.size)
+            self._file.close()
 
 
 def record_bytes(elements: int) -> int:

@@ -88,6 +88,7 @@ class Kept:
         saved_index: Of the last record that is part of that.
         index: Of its last record.
         journal_bytes: Length of the records in between.
+        hurry: Whether a newer snapshot is wanted at once.
     """
 
     head: Head
@@ -95,6 +96,7 @@ class Kept:
     saved_index: int = 0
     index: int = 0
     journal_bytes: int = 0
+    hurry: bool = False
 
 
 class Keeper:
@@ -126,7 +128,7 @@ class Keeper:
         self._retry_at = 0.0
         self._gone = False
         journal = self._new_journal()
-        self._soon = journal is None and kept.index != kept.saved_index
+        self._soon = kept.hurry or (journal is None and kept.index != kept.saved_index)
         self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
         self.head = msgspec.structs.replace(kept.head, served=Served(schedule.durability.value, boot()))
         folder.write_head(self.head)
@@ -138,7 +140,7 @@ class Keeper:
 
     def durable_version(self, told: int) -> int:
         """Returns the newest version that would survive; `told` is the newest that anybody was told of."""
-        return told if self.commits.journals and not self._is_broken() else self.last.version
+        return told if self.commits.journals else self.last.version
 
     def hurry(self) -> None:
         """Has a snapshot be due at once: something has changed that does not come again by itself."""
@@ -172,17 +174,8 @@ class Keeper:
         """
         with self._saving:
             if self._gone:
-                raise FileNotFoundError(errno.ENOENT, "the model is deleted")
-            try:
-                entry = self._save(cut)
-            except BaseException:
-                self._retry_at = time.monotonic() + (_REPAIR_SECONDS if self._is_broken() else _RETRY_SECONDS)
-                raise
-            try:
-                self.folder.tidy()
-            except OSError as error:
-                _log.warning("%s: old snapshots were not removed: %s", self._where, error)
-            return entry
+                raise FileNotFoundError(errno.ENOENT, "the model has ended")
+            return self._save(cut)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -198,27 +191,34 @@ class Keeper:
         Raises:
             OSError: It could not be written. What was told of is safe as before.
         """
-        if self.commits.index != self._saved_index or self._is_broken():
-            self.save(cut)
-        self.commits.close()
-        self.folder.write_head(msgspec.structs.replace(self.head, served=None))
+        with self._saving:
+            if self.commits.index != self._saved_index or self._is_broken():
+                self._save(cut)
+            self._gone = True
+            self.commits.close()
+            self.folder.write_head(msgspec.structs.replace(self.head, served=None))
 
     def _save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
-        began = time.monotonic()
-        soon, self._soon = self._soon, False
-        journal, commits = self._new_journal(), self.commits
+        began, soon, commits = time.monotonic(), self._soon, self.commits
+        self._soon, journal = False, None
         try:
-            taken = cut(lambda: commits.switch(journal) if journal and isinstance(commits, Journaled) else None)
+            journal = self._new_journal()
+            taken = cut(lambda: commits.switch(journal) if journal else None)
             entry = self._written(taken, journal)
         except BaseException:
             self._soon = self._soon or soon
+            self._retry_at = time.monotonic() + (_REPAIR_SECONDS if self._is_broken() else _RETRY_SECONDS)
             self._take_back(journal)
             raise
-        if journal and isinstance(commits, Journaled):
+        if journal:
             commits.adopt(journal)
         self.last, self._saved_index, self._saved_at = entry, taken.index, began
         seconds = time.monotonic() - began
         _log.info("%s: snapshot %d of version %d, %.1f s", self._where, entry.number, entry.version, seconds)
+        try:
+            self.folder.tidy()
+        except OSError as error:
+            _log.warning("%s: old snapshots were not removed: %s", self._where, error)
         return entry
 
     def _written(self, taken: Cut, journal: Journal | None) -> Entry:
@@ -232,10 +232,17 @@ class Keeper:
 
     def _take_back(self, journal: Journal | None) -> None:
         """Removes the journal that was to follow a snapshot which failed: tried often, they would fill the disk."""
-        if journal and isinstance(self.commits, Journaled) and self.commits.take_back(journal):
+        # A manifest that has its name may be found after a crash: then it is this journal that must be written to.
+        if journal and not self._may_be_found() and self.commits.take_back(journal):
             journal.close()
             with suppress(OSError):
                 self.folder.files.remove(journal_name(journal.number))
+
+    def _may_be_found(self) -> bool:
+        try:
+            return snapshot.manifest_name(self._number) in self.folder.files.names()
+        except OSError:
+            return True
 
     @property
     def _where(self) -> str:

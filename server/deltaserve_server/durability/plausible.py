@@ -19,8 +19,8 @@ from deltaserve_server.durability.records import (
 from deltaserve_server.model import Async, Bounded, Machine, Made, Policy, Sync, Tensor
 from deltaserve_server.model.image import MachineImage, SessionImage, Settings
 
-_MOST = 1 << 62
-"""Larger than any number of versions, updates, elements or bytes."""
+_MOST = 1 << 64
+"""Larger than any number that a message can hold."""
 
 _ID_BYTES = 16
 

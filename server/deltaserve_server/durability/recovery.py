@@ -10,7 +10,7 @@ import numpy as np
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
-from deltaserve_server.durability.folder import Folder, Head, boot
+from deltaserve_server.durability.folder import Folder, Head
 from deltaserve_server.durability.journal import Reading, journal_name
 from deltaserve_server.durability.keeper import Kept
 from deltaserve_server.durability.plausible import Implausible, check_record
@@ -59,13 +59,13 @@ class _Found:
         head: What its folder says.
         lost: Whether acknowledged updates may be missing.
         saved: Index of the last record that is part of any snapshot, be it a bad one.
-        bad: What is wrong with snapshots.
+        bad: By number: what is wrong with a snapshot.
     """
 
     head: Head
     lost: bool = False
     saved: int = 0
-    bad: list[CorruptError] = field(default_factory=list)
+    bad: dict[int, CorruptError] = field(default_factory=dict)
 
 
 def total_bytes(folder: Folder) -> int:
@@ -105,7 +105,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     if found.bad and manifest.journal is not None and replay.index < found.saved:
         # What could not be written to a journal was safe in the snapshot that is bad, and there alone.
         if not accept_data_loss:
-            raise found.bad[0]
+            raise max(found.bad.items())[1]
         found.lost = True
     if _may_lack(found, manifest):
         found.lost = True
@@ -114,8 +114,11 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
         _log.warning(
             "model %s: goes on from version %d; what came after, if anything, is lost", machine.name, machine.version
         )
+        folder.write_head(head.doubtful())
         head = head.forked(machine.version, replay.index)
         machine.lose_sessions()
+    for number in found.bad:  # it is none, neither for the next who comes back nor where two are to stay
+        folder.files.rename(snapshot.manifest_name(number), f"{snapshot.manifest_name(number)}.corrupt")
     waited = machine.resume(time.monotonic())
     store.current.number = machine.version
     entry = Entry(manifest.number, manifest.model.version, manifest.bytes, manifest.taken_at)
@@ -123,7 +126,14 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     return Recovered(
         machine=machine,
         store=store,
-        kept=Kept(head=head, last=entry, saved_index=manifest.index, index=replay.index, journal_bytes=replay.bytes),
+        kept=Kept(
+            head=head,
+            last=entry,
+            saved_index=manifest.index,
+            index=replay.index,
+            journal_bytes=replay.bytes,
+            hurry=bool(found.bad),
+        ),
         waited=waited,
     )
 
@@ -141,19 +151,19 @@ def _head(folder: Folder, accept_data_loss: bool) -> Head:
 def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
     """Returns the newest snapshot that is good."""
     for number in reversed(folder.snapshots()):
+        found.saved = max(found.saved, snapshot.recorded_index(folder.files, number))
         try:
             manifest = snapshot.read_manifest(folder.files, number)
             failpoint("recovery.manifest")
             if manifest.model.name != folder.files.folder.name:
                 where = str(folder.files.folder / snapshot.manifest_name(number))
                 raise CorruptError(where, f"it is of model {manifest.model.name}")
-            found.saved = max(found.saved, manifest.index)
             return manifest, snapshot.read_state(folder.files, manifest, progress)
         except CorruptError as error:
             _log.error("corrupt snapshot, an older one is tried: %s", error)
-            found.bad.append(error)
+            found.bad[number] = error
     if found.bad:
-        raise found.bad[0]
+        raise max(found.bad.items())[1]
     raise CorruptError(str(folder.files.folder), "there is no snapshot in it")
 
 
@@ -164,7 +174,7 @@ def _may_lack(found: _Found, manifest: Manifest) -> bool:
         return True  # an older snapshot, and no journal that leads on from it
     if served is None or served.durability == "fsync":
         return False
-    return served.durability != "journal" or served.boot != boot()
+    return served.durability != "journal" or served.lost_power
 
 
 def _replay(
@@ -179,7 +189,7 @@ def _replay(
     """Makes everything happen again that the journals hold; ends each where it was torn."""
     numbers = [number for number in folder.journals() if number >= manifest.follows]
     served = found.head.served
-    lost_power = served is not None and served.boot != boot()
+    lost_power = served is not None and served.lost_power
     # What nobody has synced is gone in any order when the power goes: no more was promised.
     may_end = accept_data_loss or (lost_power and served is not None and served.durability != "fsync")
     for place, number in enumerate(numbers):
@@ -201,6 +211,9 @@ def _replay(
                 raise
             _log.error("%s; it ends at version %d", error, replay.machine.version)
             found.lost = True
+            # Before anything is set aside: who comes back after a crash here must know of the loss too.
+            found.head = found.head.doubtful()
+            folder.write_head(found.head)
             for bad in numbers[place:]:
                 folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
             return

@@ -6,6 +6,7 @@ checksum of the first. A snapshot without a manifest is none.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ from deltaserve_server.model.image import MachineImage
 _FORMAT = "deltaserve snapshot 1"
 _PART = 4 << 20
 """Bytes that are read, or written, at a time."""
+
+_HEAD_BYTES = 100 << 20
+"""What a reader of safetensors takes for the JSON at most."""
 
 VECTORS = ("weights", "square_avg", "acc_delta")
 
@@ -88,7 +92,7 @@ def write(
     Raises:
         OSError: It could not be written; what there was before is as it was.
     """
-    parts: list[bytes | memoryview] = [_head(model)]
+    parts: list[bytes | memoryview] = [_head(model, index)]
     for name in VECTORS:
         raw = getattr(state, name).data.cast("B")
         parts += [raw[at : at + _PART] for at in range(0, len(raw), _PART)]
@@ -140,7 +144,7 @@ def read_state(files: Files, manifest: Manifest, progress: Progress) -> State:
     """
     name = tensors_name(manifest.number)
     where = str(files.folder / name)
-    size, head = Layout(manifest.model.tensors).size, _head(manifest.model)
+    size, head = Layout(manifest.model.tensors).size, _head(manifest.model, manifest.index)
     if manifest.bytes != len(head) + len(VECTORS) * size * ELEMENT_BYTES:
         raise CorruptError(where, "its length in the manifest is not that of the model")
     try:
@@ -173,12 +177,30 @@ def _read(file: Any, vector: Vector, check: int, progress: Progress) -> int:
     return check
 
 
-def _head(model: MachineImage) -> bytes:
+def recorded_index(files: Files, number: int) -> int:
+    """Returns the index of the last record that is part of a snapshot, as far as files tell that may be bad.
+
+    Where there are no tensors, there was no snapshot: 0. Where they do not tell, the highest number.
+    """
+    try:
+        return read_manifest(files, number).index
+    except CorruptError:
+        try:
+            with (files.folder / tensors_name(number)).open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                return int(json.loads(file.read(min(size, _HEAD_BYTES)))["__metadata__"]["index"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return sys.maxsize
+
+
+def _head(model: MachineImage, index: int) -> bytes:
     """Returns what a safetensors file begins with: the length of its JSON, and that, padded with spaces.
 
     Written here, not by the library: that takes all tensors as copies, in memory, at once.
     """
-    entries = {"__metadata__": {"model": model.name, "version": str(model.version)}}
+    entries = {"__metadata__": {"model": model.name, "version": str(model.version), "index": str(index)}}
     body = json.dumps(entries | dict(_entries(model)), separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(8, "little") + body

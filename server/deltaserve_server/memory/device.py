@@ -212,10 +212,10 @@ class DeviceStore(Store):
 
     def freeze(self) -> Frozen:
         """Returns the version's own weights, and copies of the averages on the device."""
-        self.current.acquire()
         with torch.cuda.stream(self._compute):
             averages = self._square_avg.clone(), self._acc_delta.clone()
         self._compute.synchronize()
+        self.current.acquire()
         return _DeviceFrozen(self.current, *averages)
 
     def share(self) -> None:

@@ -9,7 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic, sleep
 
@@ -94,6 +94,7 @@ class Applier(Owned):
         self.machine = machine
         self.keeper = keeper
         self._lost = False
+        self._told_version = machine.version
         self.head = keeper.head if keeper else Head.new()
         self._store = store
         self._reservations = [reservation]
@@ -336,8 +337,9 @@ class Applier(Owned):
 
     def lose(self, refusal: Refused) -> None:
         """Ends the model for good."""
-        self._lost = True
-        self.end(refusal)
+        with self.lock:
+            self._lost = True
+            self.end(refusal)
 
     def release(self) -> None:
         """Gives the model's own memory back."""
@@ -354,13 +356,9 @@ class Applier(Owned):
     def standing(self) -> Iterator[common_pb2.ModelPosition]:
         """Owns the model for a look that is to be had also when it has ended; gives where it stands for sure."""
         with self.lock:
-            try:
+            with suppress(StorageError):
                 self._commits.settle()
-                version = self.machine.version
-            except StorageError:
-                assert self.keeper
-                version = self.keeper.last.version
-            yield self._at(version)
+            yield self._at(self._told_version)
 
     def renumbered(self) -> None:
         """Takes note of a version that the machine has made for those who wait for one, when it came back."""
@@ -511,9 +509,13 @@ class Applier(Owned):
     def _published(self, version: int, made: Made | None = None) -> None:
         """Has those told who watch, and those woken who wait for the version."""
         message = watch.message(self._at(version), made) if self._audience.watches else None
+        self._commits.then(partial(self._note, version))
         told = self._audience.told(version, message)
         if told:
             self._commits.then(told)
+
+    def _note(self, version: int) -> None:
+        self._told_version = version
 
 
 def _release(held: Sequence[Reservation], done: Callable[[], None] | None = None) -> None:

@@ -360,7 +360,9 @@ class Registry:
             text = f"model {name} takes {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
             raise DataDirectoryError(text) from error
         except OSError as error:
-            raise DataDirectoryError(f"model {name}: {error.filename or ''}: {error.strerror}") from error
+            raise DataDirectoryError(
+                f"model {name}: {error.filename or folder.files.folder}: {error.strerror}"
+            ) from error
         applier = Applier(came.machine, came.store, reservation, self.incarnation, self._wanted, keeper)
         try:
             if came.waited:

@@ -54,7 +54,7 @@ class Left(NamedTuple):
     @contextmanager
     def damaged(self, name: str, content: bytes | None) -> Iterator[None]:
         """Has other bytes in a file meanwhile, or none; afterwards all is as it was."""
-        target = self.folder / name
+        target, there = self.folder / name, {path.name for path in self.folder.iterdir()}
         if content is None:
             target.unlink()
         else:
@@ -66,8 +66,9 @@ class Left(NamedTuple):
                 if path.name not in self.files:
                     path.unlink()
             for held, whole in self.files.items():
-                if held == name or held.startswith("journal"):
-                    (self.folder / held).write_bytes(whole)
+                path = self.folder / held
+                if held == name or held.startswith("journal") or (held in there and not path.exists()):
+                    path.write_bytes(whole)
 
 
 class Verdicts:
