@@ -188,6 +188,7 @@ class Connection:
         request: Message | Callable[[], Iterable[bytes]],
         take: Callable[[Any, Iterator[Piece]], T],
         begun: Callable[[], Any] | None = None,
+        again: Message | None = None,
     ) -> T:
         """Makes a call whose response is a stream.
 
@@ -196,6 +197,7 @@ class Connection:
             request: A message, or what gives the messages of a request stream.
             take: Is called with the header and the chunks that follow; anew with each attempt.
             begun: Returns a call that was begun before and is to be the first attempt, or None; asked once.
+            again: The message of further attempts; None means the same.
 
         Returns:
             What `take` returned.
@@ -206,11 +208,13 @@ class Connection:
         codec = StreamCodec(_ANSWERS[method])
         calls: list[Any] = []
         first = [begun] if begun else []
+        attempts = count()
 
         def attempt(seconds: float) -> T:
             call = first.pop()() if first else None
             if call is None:
-                sent = request.SerializeToString() if isinstance(request, Message) else iter(request())
+                asked = again if again and next(attempts) else request
+                sent = asked.SerializeToString() if isinstance(asked, Message) else iter(asked())
                 call = self._call(method)(sent, timeout=seconds)
             calls[:] = [call]
             decoded = (codec.decode(message) for message in call)

@@ -129,7 +129,11 @@ class Exchange:
         return True
 
     def pull(self, request: rpc.PullRequest, target: FlatVector, arriving: Arriving) -> common_pb2.ModelPosition:
-        """Writes the weights to `target`."""
+        """Writes the weights to `target`.
+
+        Where an attempt fails, the next one does not wait for a version: a server that was started anew may have gone
+        back, and not reach it for long. So they may be older than was asked for.
+        """
 
         def take(header: rpc.PullHeader, pieces: Iterable[Piece]) -> Any:
             arriving(header.position)
@@ -137,7 +141,8 @@ class Exchange:
             return header.position
 
         request.weights_type = self._wire.data_type
-        position: common_pb2.ModelPosition = self._connection.receive("Pull", request, take)
+        again = rpc.PullRequest(model=request.model, weights_type=request.weights_type)
+        position: common_pb2.ModelPosition = self._connection.receive("Pull", request, take, again=again)
         return position
 
     def _step_unary(

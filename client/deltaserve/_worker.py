@@ -82,13 +82,17 @@ class Worker:
         self._version: int | None = None
         self._torn = False
         self._lineage: bytes | None = None
-        self._adopted: str | None = None
         self._owed: StaleGradientError | None = None
         self._share_again = False
         self._transport = transport
         self._exchange = Exchange(connection, wire)
         self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
         self._join()
+        try:
+            self._share()
+        except (Error, OSError):
+            self._session.close()
+            raise
 
     def _join(self) -> None:
         """Opens a session and numbers pushes from 1."""
@@ -104,11 +108,6 @@ class Worker:
         self._lineage = opened.lineage
         self._sequence = 1
         self._sent = False
-        try:
-            self._share()
-        except (Error, OSError):
-            session.close()
-            raise
 
     def _share(self) -> None:
         self._share_again = False
@@ -135,6 +134,9 @@ class Worker:
 
     def pull(self, *, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Returns the newest weights; the first time, no older ones than this worker is to start from.
+
+        Where the server has gone back to an older state meanwhile, these are the weights of now; a warning in the log
+        says what is lost.
 
         Args:
             out: By tensor name: C-contiguous float32 arrays to write to; None means the worker's own memory.
@@ -376,11 +378,17 @@ class Worker:
     # --- what comes
 
     def _pull(self, target: FlatVector, wait_for_version: int | None) -> None:
-        request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
-        try:
-            self._moved(self._exchange.pull(request, target, self._arriving))
-        except Error as error:
-            raise self._explained(error) from None
+        deadline = monotonic() + self._connection.timeout_seconds
+        while True:
+            request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
+            try:
+                self._moved(self._exchange.pull(request, target, self._arriving))
+            except Error as error:
+                raise self._explained(error) from None
+            if self._position.version >= (wait_for_version or 0):
+                return
+            if monotonic() > deadline:
+                raise UnavailableError(f"model {self._model} has not reached version {wait_for_version} in time")
 
     def _refresh(self, target: FlatVector, wait_for_version: int | None) -> StaleGradientError | None:
         """Pulls, however often the server is started anew meanwhile; returns what is owed to the caller by then."""
@@ -433,7 +441,7 @@ class Worker:
         known = self._ask(self._sequence)
         if known and known.state == rpc.PUSH_STATE_APPLIED:
             self._position = known.position
-            self._adopted = known.position.incarnation  # nothing that this worker knows is lost there
+            self._lineage = known.lineage  # nothing that this worker knows is lost there
             return None
         finalize, lineage, next_number = self._finalize, self._lineage, self._sequence
         try:
@@ -442,6 +450,7 @@ class Worker:
             raise self._explained(error) from None
         lost = range(known.last_applied_sequence + 1 if known else 1, next_number)
         self._owed = self._owed or self._found_out(lineage, lost, known is not None)
+        self._share()
         failpoint("worker.rejoined")
         finalize.detach()
         return self._owed
@@ -454,7 +463,7 @@ class Worker:
             lost: Numbers of the pushes that are lost, if the model went back.
             known: Whether the server knows the session before.
         """
-        if self._lineage != lineage and self._position.incarnation != self._adopted:
+        if self._lineage != lineage:
             return self._rolled_back(lineage, lost)
         _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
         if known:
@@ -495,8 +504,8 @@ class Worker:
                 raise UnavailableError(f"worker {self.name}: push {self._sequence} still waits for its round")
             sleep(_POLL_SECONDS)
             push = self._ask(self._sequence)
-        if push is None:
-            raise SessionError(f"worker {self.name}: the session ended too long ago")
+        if push is None:  # as of a session that a restart has lost
+            raise SessionError(f"worker {self.name}: the session ended too long ago", reason="SESSION_UNKNOWN")
         counts = push.state == rpc.PUSH_STATE_APPLIED
         if counts:
             _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)

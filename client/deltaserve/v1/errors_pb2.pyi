@@ -3,8 +3,10 @@
 isort:skip_file
 Why a request was refused. Every error of this service carries google.rpc.ErrorInfo with domain "deltaserve.dev", the
 reason (a name below without its prefix) and the metadata keys listed with it; all values are decimal numbers or
-short text. A refused request has changed nothing, and leaves its sequence number free. A push that was accepted and
-waits for its round may still end with ROUND_FAILED, DRAINING or MODEL_NOT_FOUND.
+short text. A refused request has changed nothing, and leaves its sequence number free; but for DRAINING and
+STORAGE_UNAVAILABLE, after which a request may have been taken: send the same again, a push with the same sequence
+number. A push that was accepted and waits for its round may still end with ROUND_FAILED, DRAINING or
+MODEL_NOT_FOUND.
 
 An error without ErrorInfo comes from the transport. After UNAVAILABLE, DEADLINE_EXCEEDED and CANCELLED the outcome
 is not known: send the same request again, a push with the same sequence number. RESOURCE_EXHAUSTED then means a
@@ -67,7 +69,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_SESSION_UNKNOWN: _ErrorReason.ValueType  # 14
     """FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
     first_version, and number from 1. A push that gets this was not accepted, unless its session is not among a model's
-    last 1024 that have ended; GetPush tells which.
+    last 1024 that have ended; GetPush tells which. Where OpenSession then answers another lineage than before, the
+    server was restarted from an older state: what GetPush does not call applied is lost, and so are all pushes above
+    its last_applied_sequence (all of the session, where that is unknown too), and weights above the ancestor's version.
     """
     ERROR_REASON_SESSION_FENCED: _ErrorReason.ValueType  # 15
     """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over, also where
@@ -173,7 +177,9 @@ policy.
 ERROR_REASON_SESSION_UNKNOWN: ErrorReason.ValueType  # 14
 """FAILED_PRECONDITION {}: no such session: never opened here, closed, or its lease ran out. Open a new one, pull its
 first_version, and number from 1. A push that gets this was not accepted, unless its session is not among a model's
-last 1024 that have ended; GetPush tells which.
+last 1024 that have ended; GetPush tells which. Where OpenSession then answers another lineage than before, the
+server was restarted from an older state: what GetPush does not call applied is lost, and so are all pushes above
+its last_applied_sequence (all of the session, where that is unknown too), and weights above the ancestor's version.
 """
 ERROR_REASON_SESSION_FENCED: ErrorReason.ValueType  # 15
 """FAILED_PRECONDITION {worker, epoch, current}: a newer session of the same worker name has taken over, also where

@@ -688,7 +688,9 @@ class PullRequest(google.protobuf.message.Message):
     newer_than: builtins.int
     """Answer not_modified and no weights unless the version is newer than this. Unset means always send."""
     wait_for_version: builtins.int
-    """Answer no earlier than when the model has reached this version. Unset means at once."""
+    """Answer no earlier than when the model has reached this version. Unset means at once. After a lost connection ask
+    again without: a server that was restarted from an older state may not reach it for long.
+    """
     weights_type: deltaserve.v1.common_pb2.DataType.ValueType
     """The type of the weights' elements in the answer. Unset means float32."""
     def __init__(
@@ -802,12 +804,15 @@ class GetPushResponse(google.protobuf.message.Message):
     RESULT_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     LAST_APPLIED_SEQUENCE_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
     state: global___PushState.ValueType
     """Where it stands."""
     final: builtins.bool
     """Whether that will not change any more: it was applied, or it never came and its session has ended."""
     last_applied_sequence: builtins.int
     """Sequence number of the session's last push that is part of an update; 0 before the first."""
+    lineage: builtins.bytes
+    """The model's lineage, as in OpenSessionResponse."""
     @property
     def result(self) -> global___PushResult:
         """Set when it was applied; for a push before the session's last 8 with the current version and no more."""
@@ -824,8 +829,9 @@ class GetPushResponse(google.protobuf.message.Message):
         result: global___PushResult | None = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
         last_applied_sequence: builtins.int = ...,
+        lineage: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["final", b"final", "last_applied_sequence", b"last_applied_sequence", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["final", b"final", "last_applied_sequence", b"last_applied_sequence", "lineage", b"lineage", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
 
 global___GetPushResponse = GetPushResponse
