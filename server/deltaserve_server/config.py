@@ -11,6 +11,9 @@ DurabilityKind = Literal["none", "snapshot", "journal", "fsync"]
 
 MIB = 1 << 20
 
+_LEASE_SECONDS = 1e9
+"""Longer than any lease is of use."""
+
 _LOOPBACK = "127.", "localhost:", "[::1]:"
 
 DEFAULT_BIND = "127.0.0.1:50051"
@@ -92,8 +95,9 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 < self.lease_seconds_min <= self.lease_seconds <= self.lease_seconds_max:
-            raise ValueError("lease_seconds: expected 0 < lease_seconds_min <= lease_seconds <= lease_seconds_max")
+        if not 0 < self.lease_seconds_min <= self.lease_seconds <= self.lease_seconds_max <= _LEASE_SECONDS:
+            bounds = f"0 < lease_seconds_min <= lease_seconds <= lease_seconds_max <= {_LEASE_SECONDS:g}"
+            raise ValueError(f"lease_seconds: expected {bounds}")
         if self.keepalive_seconds <= 0:
             raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
         if self.snapshot_seconds is not None and self.snapshot_seconds <= 0:

@@ -1,0 +1,219 @@
+"""What fails half way leaves nothing that a crash brings up later: not a manifest, not a deletion, not a journal."""
+
+import errno
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from crowd import Crowd
+from house import Clock, House, check_comes_back, copied, recovered
+from trouble import Trouble
+
+sys.path.append(str(Path(__file__).parents[1] / "service"))
+
+from wire import Wire, asynchronous
+
+from deltaserve.v1.model_service_pb2 import DeleteModelRequest
+from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.durability import directory
+from deltaserve_server.durability.commits import Journaled, StorageError
+from deltaserve_server.durability.files import Files
+from deltaserve_server.durability.journal import Journal, Reading
+from deltaserve_server.durability.records import Ended, Renumbered
+
+JOURNALS = ("journal", "fsync")
+
+
+@pytest.fixture
+def trouble() -> Trouble:
+    return Trouble()
+
+
+def fail_once_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a folder's sync fail, once, when a manifest has just got its name."""
+    renamed, really_rename, really_sync = [""], Files.rename, Files.sync
+
+    def rename(files: Files, name: str, new: str) -> None:
+        really_rename(files, name, new)
+        renamed[0] = new
+
+    def sync(files: Files) -> None:
+        if renamed[0].startswith("snapshot-") and renamed[0].endswith(".json"):
+            monkeypatch.setattr(Files, "sync", really_sync)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        really_sync(files)
+
+    monkeypatch.setattr(Files, "rename", rename)
+    monkeypatch.setattr(Files, "sync", sync)
+
+
+def push(crowd: Crowd, times: int) -> None:
+    for _ in range(times):
+        crowd.push()
+
+
+def newest_manifest(data: Path) -> Path:
+    return max((data / "models" / "m").glob("snapshot-*.json"))
+
+
+def written(folder: Path, number: int, after: int = 0) -> list[int]:
+    """The records that a journal holds."""
+    return [record.index for record in Reading(Files(folder), number, after, lost_power=False).records()]
+
+
+# --- a snapshot whose manifest is there, though its folder was not synced
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["found", "not found"])
+@pytest.mark.parametrize("durability", JOURNALS)
+def test_what_is_told_after_a_manifest_that_may_be_found_comes_back(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str, found: bool
+) -> None:
+    data, house = quick / "data", House(quick / "data", durability)
+    crowd = Crowd(applier := house.create(), 1, Clock(monkeypatch))
+    crowd.open()
+    push(crowd, 3)
+    fail_once_in_place(monkeypatch)
+    with pytest.raises(OSError, match="Too many open files"):
+        applier.save()
+    manifest = newest_manifest(data).name
+    push(crowd, 3)
+    left = copied(data, quick / "copy")
+    assert newest_manifest(left).name == manifest != "snapshot-00000001.json"
+    if not found:
+        newest_manifest(left).unlink()
+    check_comes_back(recovered(left, durability=durability), applier)
+    house.die()
+
+
+@pytest.mark.parametrize("durability", JOURNALS)
+def test_after_a_manifest_that_may_be_found_the_lineage_stays_and_snapshots_go_on(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    house = House(quick / "data", durability)
+    crowd = Crowd(applier := house.create(), 2, Clock(monkeypatch))
+    push(crowd, 2)
+    fail_once_in_place(monkeypatch)
+    with pytest.raises(OSError, match="Too many open files"):
+        applier.save()
+    push(crowd, 2)
+    left = copied(quick / "data", quick / "copy")
+    assert applier.save().version == 4
+    push(crowd, 2)
+    house.die()
+    for path, version in ((left, 4), (quick / "data", 6)):
+        house = House(path, durability)
+        came = house.restore()
+        house.die()
+        assert (came.head.lineage, came.machine.version) == (applier.head.lineage, version)
+
+
+# --- a model whose deletion fails
+
+
+@pytest.mark.parametrize("durability", JOURNALS)
+def test_a_deletion_that_fails_is_undone_and_works_later(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trouble: Trouble, durability: str
+) -> None:
+    monkeypatch.setattr(directory, "Files", trouble.files)
+    data, ones = quick / "data", np.ones(4, np.float32)
+    config = ServerConfig(device="cpu", data_dir=data, durability=durability, snapshot_seconds=None)  # type: ignore[arg-type]
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        wire.create("m", {"w": (4,)}, policy=asynchronous())
+        session = wire.open("m", "a")
+        wire.step(session.header(1), ones)
+        trouble.errors["sync folder"], trouble.only = errno.EIO, "models"
+        assert wire.refused("DeleteModel", DeleteModelRequest(model="m")).reason == "STORAGE_UNAVAILABLE"
+        trouble.lift()
+        assert wire.step(session.header(2), ones).position.durable_version == 2
+        assert recovered(copied(data, quick / "copy"), durability=durability).version == 2
+        wire.delete("m")
+        assert list(wire.models()) == []
+        wire.create("m", {"w": (4,)})
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        assert [model.position.version for model in wire.models()] == [0]
+
+
+# --- a journal that was to be switched to
+
+
+class Late:
+    """A lock that the thread "late" gets only once it may."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.arrived, self.go = threading.Event(), threading.Event()
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name == "late":
+            self.arrived.set()
+            self.go.wait(20)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_what_waits_is_written_before_its_answer_though_a_journal_is_taken_back_meanwhile(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files(quick)
+    commits = Journaled(Journal(files, 1), 0, sync=True)
+    late = Late(commits._writing)
+    monkeypatch.setattr(commits, "_writing", late)
+    commits.add(Renumbered(1))
+    thread = threading.Thread(target=commits.settle, name="late")
+    thread.start()
+    assert late.arrived.wait(10)
+    commits.switch(journal := Journal(files, 2))
+    assert commits.take_back(journal)
+    late.go.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert written(quick, 1) == [1], "it was told before it was written"
+    commits.close()
+
+
+def test_a_journal_that_is_taken_back_leaves_what_was_counted_as_it_was(quick: Path) -> None:
+    """A long journal is cut by a snapshot; one that failed does not make it shorter."""
+    commits = Journaled(Journal(Files(quick), 1), 7, sync=False, before=(7, 1000))
+    commits.add(Renumbered(8))
+    before = commits.records, commits.bytes
+    commits.switch(journal := Journal(Files(quick), 2))
+    assert commits.take_back(journal)
+    assert (commits.records, commits.bytes) == before
+    journal.close()
+    commits.close()
+
+
+@pytest.fixture
+def switching(quick: Path, trouble: Trouble) -> Iterator[Journaled]:
+    """A record waits to be written to one journal; the next one goes to another."""
+    commits = Journaled(Journal(trouble.files(quick), 1), 0, sync=True)
+    commits.add(Renumbered(1))
+    commits.switch(Journal(trouble.files(quick), 2))
+    yield commits
+    commits.close()
+
+
+def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
+    quick: Path, trouble: Trouble, switching: Journaled
+) -> None:
+    switching.ready(1, 1 << 16)
+    assert (quick / "journal-00000001").stat().st_size < 1 << 18 <= (quick / "journal-00000002").stat().st_size
+    trouble.errors["allocate"] = errno.ENOSPC
+    switching.add(Ended(()), [(0, np.zeros(1 << 16, np.float32))])
+    switching.settle()
+    assert (written(quick, 1), written(quick, 2, 1)) == ([1], [2])
+
+
+def test_where_that_journal_has_no_space_nothing_happens(trouble: Trouble, switching: Journaled) -> None:
+    trouble.errors["allocate"], trouble.only = errno.ENOSPC, "journal-00000002"
+    with pytest.raises(StorageError, match="No space left"):
+        switching.ready(1, 1 << 16)
+    switching.settle()
+    assert not switching.error
