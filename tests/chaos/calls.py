@@ -19,6 +19,10 @@ _OPTIONS = [
     ("grpc.max_send_message_length", 64 * _MIB),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.so_reuseport", 0),
+    # A server that comes back is found at once.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
 ]
 
 

@@ -9,45 +9,25 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
-from itertools import count
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from time import monotonic
-from typing import Any
 
-from faults import all_faults
-from scenarios import POLICIES, Scenario
-from server_program import PLANTS
+import run_program
+from course import DOORS, Course, missing
+from outcomes import Outcome, tables
+from plants import PLANTS
+from scenarios import DURABILITIES, POLICIES, Plan, Scenario
+from supervisor import Supervisor
 
-_DOORS = ("unary", "stream")
 _RUN_SECONDS = 240
-_MOST_RUNS = 4000
 _SHOWN = 20
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What a run's process said."""
-
-    policy: str
-    door: str
-    seed: int
-    folder: Path
-    fired: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
-    acknowledged: int = 0
-    applied: int = 0
-    lost: int = 0
-    doubled: int = 0
-    bits: int = 0
-    problems: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,40 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = monotonic()
     outcomes = list(_runs(options))
     print(f"seed {options.seed}: {len(outcomes)} runs in {monotonic() - began:.0f} s")
-    print(table(outcomes))
+    print(tables(outcomes))
     if options.json:
-        options.json.write_text(json.dumps([_plain(outcome) for outcome in outcomes]))
-    missing = _missing(outcomes, options)
-    for fault in sorted(missing):
-        print(f"never fired: {fault}")
-    return 1 if _told(outcomes, options) or missing else 0
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Returns how often each fault fired under each policy, and below it what became of the pushes there."""
-    policies = [name for name in POLICIES if any(outcome.policy == name for outcome in outcomes)]
-    columns = [[outcome for outcome in outcomes if outcome.policy == name] for name in policies]
-    names = sorted({fault for outcome in outcomes for fault in outcome.fired})
-    rows: list[tuple[str, list[int]]] = [
-        (name, [sum(outcome.fired[name] for outcome in column) for column in columns]) for name in names
-    ]
-    rows.append(("fired, all", [sum(outcome.fired.total() for outcome in column) for column in columns]))
-    for name in ("acknowledged", "applied", "lost", "doubled", "bits"):
-        label = "bits that differ" if name == "bits" else name
-        rows.append((label, [sum(getattr(outcome, name) for outcome in column) for column in columns]))
-    rows.append(("other violations", [sum(len(outcome.problems) for outcome in column) for column in columns]))
-    width = max(len(label) for label, _ in rows)
-    lines = [" ".join([f"{'fault':{width}}", *(f"{name:>8}" for name in policies), f"{'all':>8}"])]
-    for label, numbers in rows:
-        if label == "fired, all":
-            lines.append("-" * len(lines[0]))
-        lines.append(" ".join([f"{label:{width}}", *(f"{number:8}" for number in numbers), f"{sum(numbers):8}"]))
-    figures = sorted({name for outcome in outcomes for name in outcome.figures})
-    for name in figures:
-        most = [max((outcome.figures.get(name, 0.0) for outcome in column), default=0.0) for column in columns]
-        row = [f"{'most: ' + name:{width}}", *(f"{value:8.2f}" for value in most), f"{max(most):8.2f}"]
-        lines.append(" ".join(row))
-    return "\n".join(lines)
+        options.json.write_text(json.dumps([outcome.plain() for outcome in outcomes]))
+    wanting = missing(outcomes, options)
+    for fault in sorted(wanting):
+        print(f"never fired: {' '.join(fault)}")
+    return 1 if _told(outcomes) or wanting else 0
 
 
 def _options() -> argparse.ArgumentParser:
@@ -100,8 +53,12 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=10.0, help="of faults in a run")
     parser.add_argument("--rate", type=float, default=1.0, help="how much more often than usual faults happen")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--doors", nargs="+", choices=_DOORS, default=list(_DOORS))
-    parser.add_argument("--alternate", action="store_true", help="every policy through one door only, in turn")
+    parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS))
+    parser.add_argument("--durabilities", nargs="+", choices=DURABILITIES, default=list(DURABILITIES))
+    parser.add_argument(
+        "--alternate", action="store_true", help="every policy through one door and with one durability, in turn"
+    )
+    parser.add_argument("--first", nargs="*", default=[], help="where the server is to die before it does elsewhere")
     parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, help="runs at a time")
     parser.add_argument("--plant", choices=PLANTS, default="none", help="a defect of the server")
     parser.add_argument(
@@ -114,108 +71,74 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _run_here(options: argparse.Namespace) -> int:
-    """Makes the run that the first policy and door name, and prints what became of it."""
-    from scene import Plan, Scene
-
-    scenario = Scenario(options.policies[0], options.doors[0])
+    """Makes the run that the first policy, door and durability name, and prints what became of it."""
+    scenario = Scenario(options.policies[0], options.doors[0], options.durabilities[0])
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    plan = Plan(
-        scenario=scenario,
-        seed=options.seed,
-        seconds=options.seconds,
-        rate=options.rate,
-        plant=options.plant,
-        folder=folder,
-    )
-    report = Scene(plan).run()
-    print(json.dumps({"fired": report.fired, "failures": report.failures, **asdict(report.verdict)}))
-    return 1 if report.verdict.problems else 0
+    status = run_program.main([run_program.packed(_plan(options, scenario, options.seed, options.first, folder))])
+    print((folder / run_program.OUTCOME).read_text())
+    return status
 
 
 def _runs(options: argparse.Namespace) -> Iterator[Outcome]:
     """Yields the outcomes of runs, several at a time, until enough faults have fired."""
-    pairs = [(policy, door) for door in options.doors for policy in options.policies]
-    if options.alternate:
-        pairs = [(policy, _DOORS[index % 2]) for index, policy in enumerate(options.policies)]
-    done: list[Outcome] = []
-    waiting: set[Future[Outcome]] = set()
-    with ThreadPoolExecutor(options.jobs) as threads:
-        for index in count():
-            enough = sum(outcome.fired.total() for outcome in done) >= options.trials
-            enough = enough and not (options.every_fault and _missing(done, options))
-            if index < len(pairs) or not (enough or index > _MOST_RUNS):
-                policy, door = pairs[index % len(pairs)]
-                waiting.add(threads.submit(_run, options, policy, door, 1000 * options.seed + index))
-            elif not waiting:
-                return
-            if len(waiting) >= options.jobs or (index >= len(pairs) and enough):
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    outcome = future.result()
-                    done.append(outcome)
-                    print(_line(outcome), file=sys.stderr, flush=True)
-                    yield outcome
+    supervisor = Supervisor("run_program", Path(os.devnull))
+    course = Course(options)
+    running: dict[int, tuple[Outcome, float]] = {}
+    while running or course.goes_on():
+        while len(running) < options.jobs and course.goes_on():
+            outcome, plan = _begun(options, *course.next())
+            running[supervisor.start([run_program.packed(plan)], {})] = outcome, monotonic() + _RUN_SECONDS
+        for pid, (_, end) in running.items():
+            if monotonic() > end:
+                supervisor.signal(pid, signal.SIGKILL)
+        with suppress(Empty):
+            event = supervisor.events.get(timeout=1)
+            outcome, _ = running.pop(event.pid)
+            _take_note(outcome, event.status)
+            course.ended(outcome)
+            print(outcome.line(), file=sys.stderr, flush=True)
+            yield outcome
+    supervisor.close()
 
 
-def _run(options: argparse.Namespace, policy: str, door: str, seed: int) -> Outcome:
-    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{policy}-{door}-"))
-    command = _command(options, policy, door, seed)
-    outcome = Outcome(policy=policy, door=door, seed=seed, folder=folder)
-    with (folder / "harness.err").open("wb") as errors:
-        process = subprocess.Popen([*command, "--folder", str(folder)], stdout=subprocess.PIPE, stderr=errors)
-        try:
-            said, _ = process.communicate(timeout=_RUN_SECONDS)
-            for name, value in json.loads(said).items():
-                setattr(outcome, name, Counter(value) if name in ("fired", "failures") else value)
-        except (subprocess.TimeoutExpired, ValueError) as error:
-            process.kill()
-            process.wait()
-            outcome.problems.append(f"the harness itself failed: {error!r}")
+def _begun(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str]) -> tuple[Outcome, Plan]:
+    policy, door, durability = scenario.policy_name, scenario.door, scenario.durability
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{policy}-{door}-{durability}-"))
+    settings = {"--policies": policy, "--doors": door, "--durabilities": durability, "--seed": seed}
+    settings |= {"--seconds": options.seconds, "--rate": options.rate, "--plant": options.plant}
+    words = [str(word) for pair in settings.items() for word in pair]
+    again = shlex.join([sys.executable, __file__, "--one", *words, *(["--first", *first] if first else [])])
+    outcome = Outcome(policy=policy, door=door, durability=durability, seed=seed, folder=folder, again=again)
+    return outcome, _plan(options, scenario, seed, first, folder)
+
+
+def _plan(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str], folder: Path) -> Plan:
+    seconds, rate, plant = options.seconds, options.rate, options.plant
+    return Plan(scenario=scenario, seed=seed, seconds=seconds, rate=rate, plant=plant, folder=folder, first=first)
+
+
+def _take_note(outcome: Outcome, status: int) -> None:
+    """Reads what became of a run; where all is well, its logs go."""
+    try:
+        said = json.loads((outcome.folder / run_program.OUTCOME).read_text())
+        for name, value in said.items():
+            setattr(outcome, name, Counter(value) if name in ("fired", "failures") else value)
+    except (OSError, ValueError):
+        outcome.problems.append(f"the harness itself failed, with status {status}")
     if not outcome.problems:
-        shutil.rmtree(folder)
-    return outcome
+        shutil.rmtree(outcome.folder)
 
 
-def _command(options: argparse.Namespace, policy: str, door: str, seed: int) -> list[str]:
-    settings = {"--policies": policy, "--doors": door, "--seed": seed, "--seconds": options.seconds}
-    settings |= {"--rate": options.rate, "--plant": options.plant}
-    return [sys.executable, __file__, "--one", *(str(word) for pair in settings.items() for word in pair)]
-
-
-def _missing(outcomes: Sequence[Outcome], options: argparse.Namespace) -> set[str]:
-    """Returns the faults, whatever their action at a failpoint, that have never fired and are all to."""
-    if not options.every_fault:
-        return set()
-    doors = {outcome.door for outcome in outcomes}
-    wanted = {_kind(fault) for door in doors for fault in all_faults(door)}
-    return wanted - {_kind(fault) for outcome in outcomes for fault in outcome.fired}
-
-
-def _kind(fault: str) -> str:
-    return fault.split()[0] if "." in fault else fault
-
-
-def _line(outcome: Outcome) -> str:
-    verdict = f"{len(outcome.problems)} violations" if outcome.problems else "all holds"
-    counts = f"{outcome.fired.total():4} fired, {outcome.acknowledged:5} acknowledged, {outcome.applied:5} applied"
-    return f"{outcome.policy:8} {outcome.door:6} seed {outcome.seed}: {counts}: {verdict}"
-
-
-def _told(outcomes: Sequence[Outcome], options: argparse.Namespace) -> bool:
+def _told(outcomes: Sequence[Outcome]) -> bool:
     """Says what is wrong and how to run it again; returns whether anything is."""
     wrong = [outcome for outcome in outcomes if outcome.problems]
     for outcome in wrong:
-        again = shlex.join(_command(options, outcome.policy, outcome.door, outcome.seed))
-        print(f"\n{outcome.policy} {outcome.door}, seed {outcome.seed}: logs in {outcome.folder}; again:\n  {again}")
+        print(f"\n{outcome.line()}: logs in {outcome.folder}; again:\n  {outcome.again}")
         for problem in outcome.problems[:_SHOWN]:
             print(f"  {problem}")
         if len(outcome.problems) > _SHOWN:
             print(f"  and {len(outcome.problems) - _SHOWN} more")
     return bool(wrong)
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    return {entry.name: getattr(outcome, entry.name) for entry in fields(outcome)} | {"folder": str(outcome.folder)}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deck import Deck
@@ -40,10 +40,31 @@ STREAM_ALONE = ("worker.mid_body", "worker.sent")
 SIGNALS = ("kill worker", "stop worker shortly", "stop worker past its lease", "stop server")
 """At random times, from outside."""
 
+DEATHS = ("kill server", "terminate server")
+"""Likewise, of a server that comes back."""
+
+KEEPING_POINTS = (
+    *("file.created", "file.mid_write", "file.written", "file.synced", "file.renamed", "file.safe"),
+    *("snapshot.cut", "snapshot.tensors", "snapshot.manifest", "snapshot.removing"),
+    *("recovery.manifest", "recovery.tensors", "recovery.done"),
+)
+"""Where there is a data directory."""
+
+JOURNAL_POINTS = ("journal.recorded", "journal.written", "journal.synced", "recovery.replay")
+"""Where there is a journal beside."""
+
+_FIRST_TIMES: Mapping[str, int] = {"journal": 12, "push": 12, "file": 4, "snapshot": 2, "recovery": 1}
+"""A server dies at one of the first so many times that it is at a place, by the first part of the place's name."""
+
+_FIRST_TIMES_AT: Mapping[str, int] = {"file.mid_write": 8, "snapshot.removing": 5, "recovery.replay": 6}
+
+_AGAIN = 0.3
+"""How often a server also dies while it comes back, whatever else is to happen to it."""
+
 _CHAIN = "an answer is lost, the next attempt stands still until the lease has run out, and then something happens"
 
 _ONE_IN: Mapping[str, int] = {"sleep": 200, "stop": 500, "error": 300}
-_SLEEPS: Mapping[str, str] = {"push": "sleep(0.02)", "worker": "sleep(1.5)"}
+_SLEEPS: Mapping[str, str] = {"worker": "sleep(1.5)"}
 
 PROXY_FAULTS = (
     *(
@@ -54,27 +75,77 @@ PROXY_FAULTS = (
 )
 
 
-def all_faults(door: str) -> set[str]:
-    """Returns the name of every fault that can happen to a model of this door."""
+def all_faults(door: str, durability: str) -> set[str]:
+    """Returns the name of every fault that can happen to a model of this door, whose server is so durable."""
     points = {**SERVER_POINTS, **WORKER_POINTS}
     mine = {name: actions for name, actions in points.items() if door == "stream" or name not in STREAM_ALONE}
     return {f"{name} {action}" for name, actions in mine.items() for action in actions} | {
         *(f"signal {name}" for name in SIGNALS),
         *PROXY_FAULTS,
+        *all_deaths(durability),
     }
 
 
-def server_environment(seed: int, rate: float, log: Path) -> dict[str, str]:
-    """Returns the server's environment: every place with everything that may happen there, by chance."""
-    return _environment(
-        ";".join(
-            f"{name}={_spelled(name, action)}@1/{max(round(_ONE_IN[action] / rate), 1)}"
-            for name, actions in SERVER_POINTS.items()
-            for action in actions
-        ),
-        seed,
-        log,
-    )
+def all_deaths(durability: str) -> set[str]:
+    """Returns the name of every death that a server can die."""
+    if durability == "none":
+        return set()
+    return {*(f"{name} kill" for name in death_points(durability)), *(f"signal {name}" for name in DEATHS)}
+
+
+def death_points(durability: str) -> list[str]:
+    """Returns the places at which a server dies that comes back."""
+    journal = JOURNAL_POINTS if durability != "snapshot" else ()
+    return [*SERVER_POINTS, *KEEPING_POINTS, *journal]
+
+
+def server_environment(chance: random.Random, deaths: Sequence[str], rate: float, log: Path) -> dict[str, str]:
+    """Returns the environment of one life of a server: everything that may happen at a place, by chance, and deaths.
+
+    Args:
+        chance: Decides.
+        deaths: As from `Deaths.draw`.
+        rate: How much more often than usual things happen.
+        log: Where they are noted.
+    """
+    others = dict.fromkeys((*KEEPING_POINTS, *JOURNAL_POINTS), ("sleep", "stop")) if deaths else {}
+    entries = [
+        f"{name}={_spelled(name, action)}@1/{max(round(_ONE_IN[action] / rate), 1)}"
+        for name, actions in {**SERVER_POINTS, **others}.items()
+        for action in actions
+    ]
+    return _environment(";".join([*entries, *deaths]), chance.randrange(1 << 30), log)
+
+
+class Deaths:
+    """Where a server dies in each of its lives.
+
+    Args:
+        chance: Decides.
+        durability: As in a scenario.
+        first: Places where it is to die before others, the first time that it is there, or the Nth: NAME@N.
+    """
+
+    def __init__(self, chance: random.Random, durability: str, first: Sequence[str]) -> None:
+        self._chance = chance
+        self._first = chance.sample(first, len(first))
+        points = death_points(durability)
+        self._deck = Deck(chance, points)
+        self._again = [name for name in points if name.startswith("recovery.")]
+
+    def draw(self) -> list[str]:
+        """Returns the entries of one life."""
+        if self._first:
+            name, _, nth = self._first.pop().partition("@")
+            return [f"{name}=kill@{nth or 1}"]
+        names = [self._deck.draw()]
+        if self._chance.random() < _AGAIN:
+            names.append(self._chance.choice(self._again))
+        return [f"{name}=kill@{self._chance.randint(1, _first_times(name))}" for name in names]
+
+
+def _first_times(name: str) -> int:
+    return _FIRST_TIMES_AT.get(name) or _FIRST_TIMES[name.split(".")[0]]
 
 
 def worker_deck(chance: random.Random, door: str) -> Deck[str]:
@@ -106,7 +177,7 @@ def fired(log: Path) -> Counter[str]:
 
 
 def _spelled(name: str, action: str) -> str:
-    return _SLEEPS[name.split(".")[0]] if action == "sleep" else action
+    return _SLEEPS.get(name.split(".")[0], "sleep(0.02)") if action == "sleep" else action
 
 
 def _environment(text: str, seed: int, log: Path) -> dict[str, str]:

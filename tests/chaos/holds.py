@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [Cell(point, action, timed) for point in _POINTS for action in ("kill", "stop") for timed in (False, True)]
     program = Path(__file__).with_name("server_program.py")
     server = subprocess.Popen(
-        [sys.executable, str(program), "none"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert server.stdout
     target = server.stdout.readline().strip()

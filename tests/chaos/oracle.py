@@ -1,13 +1,15 @@
-"""Replays the updates that a model says it has made, from what its workers wrote down of their pushes."""
+"""Replays the updates that a server says it has made, from what its workers wrote down of their pushes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
-from scenarios import GROUPS, Gradient, GradientName, Scenario, Vector
+from history import History, Update
+from scenarios import GROUPS, Gradient, GradientName, Push, Scenario, Vector
 
-from deltaserve import Async, Contribution, Hyperparameters, ModelEvent, ModelState, Sync
+from deltaserve import Async, Contribution, Hyperparameters, ModelState, Sync
 from deltaserve_server.adadelta import Hyperparameters as Applied
 from deltaserve_server.adadelta import cpu, robust
 
@@ -20,77 +22,92 @@ class Part:
     content: Gradient
 
 
+Held = tuple[Push, float]
+"""A push and the norm of its gradient: after a restart, and an error, it may be sent again with another one."""
+
+
+class _Numbers(NamedTuple):
+    """A model's numbers at one version."""
+
+    weights: Vector
+    square_avg: Vector
+    acc_delta: Vector
+    update_counts: list[int]
+
+    def copy(self) -> "_Numbers":
+        return _Numbers(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy(), list(self.update_counts))
+
+
 class Oracle:
     """A model's numbers as they have to be.
 
     Args:
         scenario: Which model.
-        sent: Which gradient a push holds, by worker, epoch and sequence number.
+        sent: Which gradient a push holds.
 
     Attributes:
-        weights: The flat vector.
-        square_avg: Likewise.
-        acc_delta: Likewise.
-        update_counts: By tensor.
-        checks: By version: the CRC-32 of the weights.
+        checks: By life and version: the CRC-32 of the weights.
         problems: What cannot be.
     """
 
-    def __init__(self, scenario: Scenario, sent: Mapping[tuple[str, int, int], GradientName]) -> None:
+    def __init__(self, scenario: Scenario, sent: Mapping[Held, GradientName]) -> None:
         self._scenario = scenario
         self._sent = sent
-        self.weights = scenario.initial.copy()
-        self.square_avg = np.zeros_like(self.weights)
-        self.acc_delta = np.zeros_like(self.weights)
-        self.update_counts = [0] * len(scenario.tensors)
-        self.checks = {0: crc32(self.weights.tobytes())}
+        zeros = np.zeros_like(scenario.initial)
+        self._now = _Numbers(scenario.initial.copy(), zeros, zeros.copy(), [0] * len(scenario.tensors))
+        self.checks: dict[tuple[int, int], int] = {}
         self.problems: list[str] = []
 
-    def replay(self, events: Sequence[ModelEvent]) -> None:
-        """Makes every update anew; the first event says where the model stood when nothing had happened."""
-        version = 0
-        for event in events[1:]:
-            if event.missed or event.version != version + 1:
-                self.problems.append(f"the watcher went from version {version} to {event.version}")
-            version = event.version
-            if event.contributions:
-                self._update(event)
-            self.checks[version] = crc32(self.weights.tobytes())
+    @property
+    def update_counts(self) -> list[int]:
+        """By tensor."""
+        return self._now.update_counts
+
+    def replay(self, history: History) -> None:
+        """Makes every update anew, also those that were lost: somebody may have seen them."""
+        points = {life.start for life in history.lives}
+        kept = {0: self._now.copy()}
+        for index, life in enumerate(history.lives):
+            self._now = kept[life.start].copy()
+            self._take_note(index, life.start)
+            for update in life.updates:
+                if update.contributions:
+                    self._update(update)
+                self._take_note(index, update.version)
+                if update.version in points:
+                    kept[update.version] = self._now.copy()
+
+    def _take_note(self, life: int, version: int) -> None:
+        self.checks[life, version] = crc32(self._now.weights.tobytes())
 
     def different_bits(self, state: ModelState) -> int:
         """Returns in how many bits a model's numbers are not those of the replay."""
         assert state.square_avg is not None
         assert state.acc_delta is not None
-        pairs = (
-            (self.weights, state.weights),
-            (self.square_avg, state.square_avg),
-            (self.acc_delta, state.acc_delta),
-        )
         count = 0
-        for mine, theirs in pairs:
+        for mine, theirs in zip(self._now[:3], (state.weights, state.square_avg, state.acc_delta), strict=True):
             flat = np.concatenate([theirs[spec.name].reshape(-1) for spec in self._scenario.tensors])
             count += int(np.bitwise_count(mine.view(np.uint32) ^ flat.view(np.uint32)).sum())
         return count
 
-    def _update(self, event: ModelEvent) -> None:
-        scenario = self._scenario
-        names = [self._sent[told.worker, told.epoch, told.sequence] for told in event.contributions]
-        parts = [Part(told, scenario.gradient(name)) for told, name in zip(event.contributions, names, strict=True)]
-        self._check(event, parts)
+    def _update(self, update: Update) -> None:
+        scenario, now = self._scenario, self._now
+        parts = [Part(one, scenario.gradient(self._sent[push, one.gradient_norm])) for push, one in update.parts]
+        self._check(update, parts)
         absent = frozenset.intersection(*(part.content.absent for part in parts))
         gradient, divisor = self._reduce(parts)
         for index, (start, stop) in enumerate(scenario.bounds):
             if index in absent:
                 continue
-            self.update_counts[index] += 1
-            group = event.hyperparameters[scenario.tensors[index].group]
+            now.update_counts[index] += 1
+            group = update.hyperparameters[scenario.tensors[index].group]
             new = np.empty(stop - start, np.float32)
             cpu.update(
                 np.ascontiguousarray(gradient[start:stop]),
                 divisor,
-                self.square_avg[start:stop],
-                self.acc_delta[start:stop],
-                self.weights[start:stop],
+                now.square_avg[start:stop],
+                now.acc_delta[start:stop],
+                now.weights[start:stop],
                 new,
                 Applied(
                     lr=group.lr,
@@ -100,7 +117,7 @@ class Oracle:
                     maximize=group.maximize,
                 ),
             )
-            self.weights[start:stop] = new
+            now.weights[start:stop] = new
 
     def _reduce(self, parts: Sequence[Part]) -> tuple[Vector, float]:
         """Returns an update's gradient and what it is to be divided by, as `memory/host.py` says that it is done."""
@@ -129,18 +146,18 @@ class Oracle:
         scale = clip / norm if clip is not None and norm > clip else 1.0
         return scale * part.content.weight if mean else scale
 
-    def _check(self, event: ModelEvent, parts: Sequence[Part]) -> None:
+    def _check(self, update: Update, parts: Sequence[Part]) -> None:
         """Compares what the server tells of an update with what follows from its pushes."""
         names = [part.told.worker for part in parts]
         if names != sorted(set(names)):
-            self.problems.append(f"version {event.version}: not one push of each worker in order of names: {names}")
+            self.problems.append(f"version {update.version}: not one push of each worker in order of names: {names}")
         for part in parts:
             norm = float(np.linalg.norm(self._scenario.filled(part.content).astype(np.float64)))
             if part.told.weight != part.content.weight or abs(part.told.gradient_norm - norm) > 1e-9 * norm:
-                self.problems.append(f"version {event.version}: {part.told} has another weight or norm than was sent")
+                self.problems.append(f"version {update.version}: {part.told} has another weight or norm than was sent")
         expected = self._hyperparameters(parts)
-        if event.hyperparameters != expected:
-            self.problems.append(f"version {event.version}: used {event.hyperparameters}, not {expected}")
+        if update.hyperparameters != expected:
+            self.problems.append(f"version {update.version}: used {update.hyperparameters}, not {expected}")
 
     def _hyperparameters(self, parts: Sequence[Part]) -> tuple[Hyperparameters, ...]:
         carried = next((part.content.hyperparameters for part in parts if part.content.hyperparameters), GROUPS)

@@ -1,8 +1,9 @@
 """What is tried: models, policies, and gradients that anyone can compute again from what names them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
@@ -16,6 +17,9 @@ Vector = NDArray[np.float32]
 
 MODEL = "m"
 LEASE_SECONDS = 1.0
+
+DURABILITIES = ("none", "snapshot", "journal", "fsync")
+"""What is to survive the server's death; where nothing is, it does not die."""
 
 GROUPS = (Hyperparameters(lr=1.0, rho=0.9, eps=1e-6), Hyperparameters(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01))
 
@@ -47,14 +51,26 @@ class Scenario:
     Attributes:
         policy_name: A key of POLICIES.
         door: "unary" or "stream".
+        durability: One of DURABILITIES.
     """
 
     policy_name: str
     door: str
+    durability: str = "none"
 
     @property
     def policy(self) -> deltaserve.Sync | deltaserve.Async | deltaserve.Bounded:
         return POLICIES[self.policy_name]
+
+    @property
+    def mortal(self) -> bool:
+        """Whether the server dies."""
+        return self.durability != "none"
+
+    @property
+    def journals(self) -> bool:
+        """Whether nothing is lost that anybody was told of."""
+        return self.durability in ("journal", "fsync")
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -133,3 +149,37 @@ class Gradient:
     absent: frozenset[int]
     weight: float
     hyperparameters: tuple[Hyperparameters, ...] | None
+
+
+class Push(NamedTuple):
+    """Names a push: the worker, the session's id in hexadecimal digits, the number in it.
+
+    Not by its epoch: those of sessions that a restart has lost are given again.
+    """
+
+    worker: str
+    session: str
+    sequence: int
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        scenario: On which model, under which policy, how durable.
+        seed: Decides what happens.
+        seconds: For how long faults happen.
+        rate: How much more often they do than usual.
+        plant: A defect of the server; see `plants`.
+        folder: Where logs, journals and the server's data go.
+        first: Places where the server is to die before others.
+    """
+
+    scenario: Scenario
+    seed: int
+    seconds: float
+    rate: float = 1.0
+    plant: str = "none"
+    folder: Path
+    first: Sequence[str] = ()

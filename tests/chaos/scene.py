@@ -1,13 +1,11 @@
 """One run: a server, its workers and what lies between them; faults for a while, quiet, a look at what is left."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -15,40 +13,21 @@ from time import monotonic, sleep
 import faults
 from calls import Calls
 from deck import Deck
+from history import History
+from host import GoneError, Host
 from line import Line
-from scenarios import GROUPS, LEASE_SECONDS, MODEL, Scenario
+from scenarios import GROUPS, LEASE_SECONDS, MODEL, Plan
 from supervisor import Supervisor
-from verdict import Journals, Verdict, judge
-from witness import Census, Watch, ask
+from verdict import Evidence, Journals, Verdict, judge
+from witness import Census, Promises, Savings, Watch, ask
 
 import deltaserve
 
 WORKERS = ("ada", "bob", "cyd", "dan")
 
-_HERE = Path(__file__).parent
 _LOOK_SECONDS = 0.01
+_CALM_SECONDS = 0.6
 _ENDING_SECONDS = 15.0
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What to run.
-
-    Attributes:
-        scenario: On which model, under which policy.
-        seed: Decides what happens.
-        seconds: For how long faults happen.
-        rate: How much more often they do than usual.
-        plant: A defect of the server; see server_program.
-        folder: Where logs and journals go.
-    """
-
-    scenario: Scenario
-    seed: int
-    seconds: float
-    rate: float = 1.0
-    plant: str = "none"
-    folder: Path
 
 
 @dataclass
@@ -77,53 +56,78 @@ class Scene:
         self._plan = plan
         self._scenario = plan.scenario
         self._chance = random.Random(plan.seed)
-        self._signals = Deck(self._chance, faults.SIGNALS)
+        kinds = (*faults.SIGNALS, *faults.DEATHS, *faults.DEATHS) if plan.scenario.mortal else faults.SIGNALS
+        self._signals = Deck(self._chance, kinds)
         self._worker_faults = faults.worker_deck(self._chance, plan.scenario.door)
         self._fired: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._lives: dict[int, _Life] = {}
         self._begun = 0
         self._again: list[tuple[float, str]] = []
-        self._server_resume: float | None = None
+        self._promises = Promises(plan.scenario)
         self._problems: list[str] = []
 
     def run(self) -> Report:
-        plan = self._plan
         with ExitStack() as stack:
-            self._server, target = self._start_server(stack)
-            client = stack.enter_context(deltaserve.connect(target, timeout_seconds=30))
+            try:
+                return self._run(stack)
+            except (GoneError, deltaserve.Error):
+                if not self._host.gone:
+                    raise
+                return Report(self._all_fired(), Counter(), Verdict(problems=[self._host.gone]))
+
+    def _run(self, stack: ExitStack) -> Report:
+        plan = self._plan
+        self._supervisor = Supervisor("worker_program", plan.folder / "workers.err")
+        stack.callback(self._supervisor.close)
+        self._host = Host(plan, self._note)
+        stack.callback(self._host.close)
+        client = stack.enter_context(deltaserve.connect(self._host.target, timeout_seconds=30))
+        with self._tended():
             self._create(client)
-            watch, self._census = Watch(target), Census(target, self._scenario)
-            self._open_proxies(stack, target)
-            self._supervisor = Supervisor(plan.folder / "workers.err")
-            stack.callback(self._supervisor.close)
+            watch = Watch(self._host.target)
+        self._census = Census(self._host.target, self._scenario, self._promises)
+        self._open_proxies(stack, self._host.target)
+        with self._savings():
             for worker in WORKERS:
                 self._start(worker)
             self._make_faults()
-            self._calm()
-            self._census.close()
-            watch.wait(lambda: client.model(MODEL).info().version)
-            return self._report(client, watch)
+        self._calm()
+        self._census.close()
+        return self._report(client, watch)
 
     # --- what is there
 
-    def _start_server(self, stack: ExitStack) -> tuple["subprocess.Popen[str]", str]:
-        plan = self._plan
-        environment = faults.server_environment(plan.seed, plan.rate, plan.folder / "server.faults")
-        process = subprocess.Popen(
-            [sys.executable, str(_HERE / "server_program.py"), plan.plant],
-            stdout=subprocess.PIPE,
-            stderr=(plan.folder / "server.err").open("wb"),
-            text=True,
-            env=os.environ | environment,
-        )
-        stack.callback(process.communicate)
-        stack.callback(process.kill)
-        assert process.stdout
-        target = process.stdout.readline().strip()
-        if not target:
-            raise RuntimeError(f"the server did not start: see {plan.folder}/server.err")
-        return process, target
+    @contextmanager
+    def _tended(self) -> Iterator[None]:
+        """Keeps the server there while this thread waits for it."""
+        done = threading.Event()
+
+        def tend() -> None:
+            with suppress(GoneError):  # it is found out by the other thread, who waits in vain
+                while not done.wait(_LOOK_SECONDS):
+                    self._host.tend()
+
+        thread = threading.Thread(target=tend, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    @contextmanager
+    def _savings(self) -> Iterator[None]:
+        """Asks for snapshots meanwhile."""
+        if not self._scenario.mortal:
+            yield
+            return
+        savings = Savings(self._host.target, self._plan.seed, self._promises)
+        try:
+            yield
+        finally:
+            with self._tended():
+                savings.close()
 
     def _create(self, client: deltaserve.Client) -> None:
         scenario = self._scenario
@@ -153,8 +157,9 @@ class Scene:
         pause = self._chance.choice((0.0, 0.005, 0.02, 0.05))
         self._begun += 1
         journal, scenario = str(self._journal(worker)), self._scenario
+        transport = self._chance.choice(("auto", "stream"))
         pid = self._supervisor.start(
-            [worker, str(self._begun), target, journal, scenario.policy_name, scenario.door, str(pause)],
+            [worker, str(self._begun), target, journal, scenario.policy_name, scenario.door, transport, str(pause)],
             faults.worker_environment(self._chance, self._worker_faults, plan.rate, log),
         )
         self._lives[pid] = _Life(worker, pid, monotonic())
@@ -182,11 +187,8 @@ class Scene:
     def _signal(self) -> None:
         """Does something to a worker, or to the server, at a random time."""
         kind = self._signals.draw()
-        if kind == "stop server":
-            if self._server_resume is None:
-                self._note(f"signal {kind}")
-                self._server.send_signal(signal.SIGSTOP)
-                self._server_resume = monotonic() + self._chance.uniform(0.02, 0.4)
+        if kind.endswith("server"):
+            self._host.strike(kind)
             return
         running = [life for life in self._lives.values() if life.resume is None]
         if not running:
@@ -220,16 +222,14 @@ class Scene:
             if life.resume is not None and now >= life.resume:
                 self._supervisor.signal(life.pid, signal.SIGCONT)
                 life.resume = None
-        if self._server_resume is None and _stopped(self._server.pid):
-            self._server_resume = now + self._chance.uniform(0.02, 0.3)
-        if self._server_resume is not None and now >= self._server_resume:
-            self._server.send_signal(signal.SIGCONT)
-            self._server_resume = None
+        self._host.tend()
 
     def _calm(self) -> None:
         """Ends all faults, then lets the workers come to their end."""
         self._line.calm()
         self._calls.calm()
+        self._host.calm()
+        self._tend_for(_CALM_SECONDS)
         for life in self._lives.values():
             self._supervisor.signal(life.pid, signal.SIGCONT)
             self._supervisor.signal(life.pid, signal.SIGTERM)
@@ -243,41 +243,50 @@ class Scene:
             sleep(_LOOK_SECONDS)
         if self._lives:
             self._problems.append(f"workers did not end: {self._lives}")
-        until = monotonic() + 0.5
-        while monotonic() < until:  # the server may have stopped itself just now
+        self._tend_for(0.5)  # the server may have stopped itself just now
+
+    def _tend_for(self, seconds: float) -> None:
+        end = monotonic() + seconds
+        while monotonic() < end:
             self._tend()
             sleep(_LOOK_SECONDS)
 
     # --- what is left
 
     def _report(self, client: deltaserve.Client, watch: Watch) -> Report:
-        model = client.model(MODEL)
-        self._until_nobody_is_left(model)
-        watch.wait(lambda: model.info().version)
-        journals = Journals.read(self._journal(worker) for worker in WORKERS)
-        verdict = judge(
-            self._scenario,
-            watch.events,
-            journals,
-            model.pull_state(),
-            lambda session, sequence: ask(client, session, sequence),
-        )
-        verdict.problems += self._problems + watch.problems + self._census.problems
+        with self._tended():
+            model = client.model(MODEL)
+            self._until_nobody_is_left(model)
+            watch.wait(lambda: model.info().version)
+        self._host.restart()
+        with self._tended():
+            state = model.pull_state()
+            journals = Journals.read(self._journal(worker) for worker in WORKERS)
+            for seen in journals.seen:
+                self._promises.note(seen.worker, seen.incarnation, seen.version, seen.durable)
+            evidence = Evidence(
+                scenario=self._scenario,
+                history=History.read(self._host.account),
+                journals=journals,
+                events=watch.events,
+                claims=self._promises.claims(),
+                state=state,
+                ask=lambda session, sequence: ask(client, session, sequence),
+            )
+            verdict = judge(evidence)
+        verdict.problems += self._problems + self._host.problems + watch.problems + self._census.problems
         verdict.figures |= self._census.figures()
-        fired = self._fired + faults.fired(self._plan.folder / "server.faults")
-        return Report(fired + faults.fired(self._plan.folder / "workers.faults"), journals.failures, verdict)
+        return Report(self._all_fired(), journals.failures, verdict)
+
+    def _all_fired(self) -> Counter[str]:
+        logs = (self._plan.folder / name for name in ("server.faults", "workers.faults"))
+        return sum(map(faults.fired, logs), self._fired)
 
     def _until_nobody_is_left(self, model: deltaserve.Model) -> None:
-        """Waits for the sessions of the dead to end; the server may still stop itself while it answers."""
+        """Waits for the sessions of the dead to end."""
         end = monotonic() + _ENDING_SECONDS
         while monotonic() < end:
-            self._tend()
             if not model.info().sessions:
                 return
             sleep(0.05)
         self._problems.append(f"sessions did not end: {model.info().sessions}")
-
-
-def _stopped(pid: int) -> bool:
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return text.rpartition(")")[2].split()[0] == "T"

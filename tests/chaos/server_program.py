@@ -1,67 +1,61 @@
 """The server under test, in a process of its own; or one with a planted defect, to see that the harness finds it."""
 
+import json
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from account import Account
+from plants import PLANTS
+
 from deltaserve_server import Server, ServerConfig
-from deltaserve_server.memory.host import HostStore
-from deltaserve_server.model import Answer, Machine, Push, PushResult
-from deltaserve_server.model.sessions import Session
+
+_GRACE_SECONDS = 0.5
+_LOOK_SECONDS = 0.02
 
 
-def _forget_duplicates() -> None:
-    """The last push, sent again, is taken for a new one."""
-    known = Session.known
+def main(arguments: list[str]) -> int:
+    """Serves until SIGTERM; the argument is JSON, without which it is a plain server on a free port.
 
-    def forgetful(session: Session, push: Push) -> bool:
-        return known(session, push) and push.sequence != session.last_accepted
-
-    Session.known = forgetful  # type: ignore[method-assign, assignment]
-
-
-def _lose_pushes() -> None:
-    """Now and then a push is answered, and in no update."""
-    push, count = Machine.push, iter(range(1 << 60))
-
-    def careless(machine: Machine, given: Push, now: float) -> Any:
-        session = machine.check(given, now)
-        if next(count) % 10 or session.known(given):
-            return push(machine, given, now)
-        session.accept(given)
-        result = PushResult(version=machine.version)
-        session.apply(given.sequence, result, monotonic())
-        return [Answer(given.key, result)]
-
-    Machine.push = careless  # type: ignore[method-assign, assignment]
-
-
-def _forget_weights() -> None:
-    """A push's own weight does not count in the sum."""
-    fold = HostStore.fold
-
-    def plain(store: HostStore, staging: Any, factor: float) -> None:
-        fold(store, staging, 1.0)
-
-    HostStore.fold = plain  # type: ignore[method-assign, assignment]
-
-
-PLANTS: Mapping[str, Callable[[], None]] = {
-    "none": lambda: None,
-    "doubles": _forget_duplicates,
-    "loses": _lose_pushes,
-    "other-bits": _forget_weights,
-}
-
-
-def main(plant: str) -> None:
-    PLANTS[plant]()
-    server = Server(ServerConfig(bind="127.0.0.1:0", device="cpu", threads=2))
+    port, data, durability, updates: As ServerConfig has them.
+    account: Where the account is kept.
+    plant: A defect.
+    """
+    settings: dict[str, Any] = json.loads(arguments[0]) if arguments else {}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
+    PLANTS[settings.get("plant", "none")]()
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    account = Account(settings.get("account", os.devnull))
+    account.keep()
+    server = Server(_config(settings))
+    account.write(life=server.incarnation)
     server.start()
+    account.write(serving=monotonic())
     print(server.target, flush=True)
-    server.wait()
+    while not stopping.wait(_LOOK_SECONDS):
+        pass  # a signal that came while the process was stopped wakes any thread: this one has to look
+    server.stop(_GRACE_SECONDS)
+    account.write(ended=True)
+    return 0
+
+
+def _config(settings: dict[str, Any]) -> ServerConfig:
+    return ServerConfig(
+        bind=f"127.0.0.1:{settings.get('port', 0)}",
+        device="cpu",
+        threads=2,
+        data_dir=Path(settings["data"]) if "data" in settings else None,
+        durability=settings.get("durability", "none"),
+        snapshot_updates=settings.get("updates"),
+        snapshot_seconds=None,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))

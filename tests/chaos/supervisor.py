@@ -1,8 +1,7 @@
-"""Starts workers as a supervisor would, quickly: a process that has the libraries loaded forks one for each of them.
+"""Starts a program again and again, quickly: a process in which everything is loaded forks one each time.
 
-As a program it obeys lines of JSON on its standard input and says on its standard output what becomes of its children.
-It alone sends them signals: it knows whose id is still theirs. It loads nothing of ours, so each child reads its own
-environment when it does.
+That process is forked itself, before anything of gRPC runs. It obeys lines of JSON on its standard input and says on
+its standard output what becomes of its children. It alone sends them signals: it knows whose id is still theirs.
 """
 
 import json
@@ -10,7 +9,6 @@ import os
 import queue
 import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,13 @@ from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
 _LOOK_SECONDS = 0.01
+_DESCRIPTORS = 4096
+
+_LOADED = (
+    *("deltaserve", "google.rpc.error_details_pb2", "grpc_status.rpc_status"),
+    *("deltaserve_server.app", "deltaserve_server.adadelta.cpu", "deltaserve_server.adadelta.values"),
+)
+"""What programs load, beside what they import themselves."""
 
 
 class Event(NamedTuple):
@@ -33,56 +38,64 @@ class Event(NamedTuple):
 
 
 class Supervisor:
-    """The supervisor as the harness sees it."""
+    """The supervisor as the harness sees it. To be made while this process has one thread.
 
-    def __init__(self, errors: Path) -> None:
+    Args:
+        program: A module here with a function `main`.
+        errors: A file for what its processes say.
+    """
+
+    def __init__(self, program: str, errors: Path) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors.open("ab"),
-            text=True,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+        for name in (*_LOADED, program):
+            import_module(name)
+        heard, self._told = os.pipe()
+        self._said, saying = os.pipe()
+        log = os.open(errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pid = os.fork()
+        if not self._pid:
+            _supervise(program, heard, saying, log)
+        for descriptor in (heard, saying, log):
+            os.close(descriptor)
+        self._reading: threading.Thread | None = None
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Starts a worker; returns its process id."""
+        """Starts the program; returns its process id."""
+        if self._reading is None:
+            self._reading = threading.Thread(target=self._read, daemon=True)
+            self._reading.start()
         self._tell({"start": list(arguments), "environment": dict(environment)})
         return self._started.get(timeout=30)
 
     def signal(self, pid: int, number: signal.Signals) -> None:
-        """Sends a signal to a worker, if it lives."""
+        """Sends a signal to a process, if it lives."""
         self._tell({"signal": int(number), "pid": pid})
 
     def close(self) -> None:
         """Ends all of them."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait(10)
+        os.close(self._told)
+        os.waitpid(self._pid, 0)
 
     def _tell(self, command: dict[str, Any]) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):
+            os.write(self._told, (json.dumps(command) + "\n").encode())
 
     def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            message = json.loads(line)
-            if "started" in message:
-                self._started.put(message["started"])
-            else:
-                self.events.put(Event(**message))
+        with os.fdopen(self._said) as lines:
+            for line in lines:
+                message = json.loads(line)
+                if "started" in message:
+                    self._started.put(message["started"])
+                else:
+                    self.events.put(Event(**message))
 
 
 class _Program:
     """The supervisor itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
+        self._program = program
         self._children: set[int] = set()
         self._rest = b""
 
@@ -104,7 +117,7 @@ class _Program:
         if "start" in command:
             pid = os.fork()
             if not pid:
-                _become_worker(command["start"], command["environment"])
+                _become(self._program, command["start"], command["environment"])
             self._children.add(pid)
             _say({"started": pid})
         elif command["pid"] in self._children:
@@ -127,27 +140,41 @@ def _say(message: dict[str, Any]) -> None:
     os.write(1, (json.dumps(message) + "\n").encode())
 
 
-def _become_worker(arguments: list[str], environment: dict[str, str]) -> NoReturn:
+def _supervise(program: str, heard: int, saying: int, log: int) -> NoReturn:
+    """Becomes the supervisor of a program; lets go of all that this process had open."""
     status = 4
     try:
-        empty = os.open(os.devnull, os.O_RDWR)
-        os.dup2(empty, 0)
-        os.dup2(2, 1)
-        os.environ.update(environment)
-        from worker_program import main
+        _take_over(heard, saying, log)
+        _Program(program).run()
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(status)
 
-        status = main(arguments)
+
+def _become(program: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
+    """Becomes the program."""
+    status = 4
+    try:
+        _take_over(os.open(os.devnull, os.O_RDWR), 2, 2)
+        os.environ.update(environment)
+        _arm()
+        status = import_module(program).main(arguments)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     sys.stderr.flush()
     os._exit(status)
 
 
-def _load() -> None:
-    for name in ("google.protobuf.message_factory", "google.rpc.error_details_pb2", "grpc_status.rpc_status", "numpy"):
-        import_module(name)
+def _take_over(heard: int, saying: int, log: int) -> None:
+    for number, descriptor in enumerate((heard, saying, log)):
+        os.dup2(descriptor, number)
+    os.closerange(3, _DESCRIPTORS)
 
 
-if __name__ == "__main__":
-    _load()
-    _Program().run()
+def _arm() -> None:
+    """Has failpoints be as the environment now says: it was read when they were loaded."""
+    from deltaserve import _failpoints
+
+    _failpoints._log_path = os.environ.get("DELTASERVE_FAILPOINTS_LOG")
+    _failpoints._armed = _failpoints._from_environment()

@@ -1,18 +1,29 @@
-"""Judges a run by what the workers wrote down, what the watcher saw, and what the server says afterwards."""
+"""Judges a run by what the server and the workers wrote down, what others saw, and what the server says afterwards."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
-from oracle import Oracle
-from scenarios import GradientName, Scenario
+import history as lives
+from bounds import check_bounds, check_numbers
+from history import Claim, History, Update
+from losses import Entry, check_losses
+from oracle import Held, Oracle
+from scenarios import GradientName, Push, Scenario
 
-from deltaserve import Async, Bounded, Contribution, ModelEvent, ModelState, PushStatus, Sync
+from deltaserve import Contribution, ModelEvent, ModelState, PushStatus
 
-Push = tuple[str, int, int]
-"""Names a push: worker, epoch, sequence number."""
+
+@dataclass(frozen=True)
+class Seen:
+    """Weights that came to a worker: of which life and version, with which CRC-32; and what was said to be durable."""
+
+    worker: str
+    incarnation: str
+    version: int
+    durable: int | None
+    check: int
 
 
 @dataclass
@@ -20,19 +31,19 @@ class Journals:
     """What the workers wrote down.
 
     Attributes:
-        sessions: Session ids by worker and epoch.
         sent: Pushes that a worker began to send, and what they may hold: after an error it may have taken another
             gradient, whose push then got this number.
         told: Which version a worker was told that a gradient is in, or 0 where that was no longer known.
-        seen: Versions with the CRC-32 of the weights that came with them.
+        known: By worker and its life: what it came to know of its pushes, in order.
+        seen: Weights that came.
         failures: How often which error came to the workers.
         broken: Tracebacks of errors that no fault here leads to.
     """
 
-    sessions: dict[tuple[str, int], bytes] = field(default_factory=dict)
     sent: dict[Push, list[GradientName]] = field(default_factory=lambda: defaultdict(list))
     told: dict[GradientName, int] = field(default_factory=dict)
-    seen: list[tuple[str, int, int]] = field(default_factory=list)
+    known: dict[tuple[str, int], list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    seen: list[Seen] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
 
@@ -40,34 +51,63 @@ class Journals:
     def read(cls, paths: Iterable[Path]) -> "Journals":
         journals = cls()
         for path in paths:
-            for line in path.read_text().splitlines():
-                journals._take(path.stem, line.split(" ", 1)[0], line.split(" ")[1:])
+            for line in path.read_text().splitlines() if path.exists() else ():
+                journals._take(path.stem, *line.split(" "))
         return journals
 
-    def _take(self, worker: str, kind: str, words: Sequence[str]) -> None:
-        match kind:
-            case "O":
-                self.sessions[worker, int(words[0])] = bytes.fromhex(words[1])
-            case "B":
-                epoch, sequence, life, number = map(int, words)
-                held = self.sent[worker, epoch, sequence]
-                if GradientName(worker, life, number) not in held:
-                    held.append(GradientName(worker, life, number))
-            case "A":
-                life, number, version, position, check = map(int, words)
-                self.told[GradientName(worker, life, number)] = version
-                self.seen.append((worker, position, check))
-            case "R":
+    def _take(self, worker: str, kind: str, *words: str) -> None:
+        match kind, words:
+            case "B", (life, session, sequence, number):
+                held = self.sent[Push(worker, session, int(sequence))]
+                if GradientName(worker, int(life), int(number)) not in held:
+                    held.append(GradientName(worker, int(life), int(number)))
+            case "A", (life, session, sequence, number, version, incarnation, position, durable, check):
+                self.told[GradientName(worker, int(life), int(number))] = int(version)
+                self.seen.append(Seen(worker, incarnation, int(position), int(durable), int(check)))
+                push = Push(worker, session, int(sequence))
+                self.known[worker, int(life)].append(Entry(push, incarnation=incarnation))
+            case "K", (life, session, sequence):
+                self.known[worker, int(life)].append(Entry(Push(worker, session, int(sequence))))
+            case "L", (life, session, _, restored, start, stop, before, incarnation):
+                push, lost = Push(worker, session, 0), range(int(start), int(stop))
+                entry = Entry(push, incarnation=incarnation, lost=lost, before=before, restored=int(restored))
+                self.known[worker, int(life)].append(entry)
+            case "F", (life,):
+                self.known[worker, int(life)].append(Entry(None))
+            case "R", _:
                 self.failures[" ".join(words)] += 1
             case _:
                 self.broken.append(f"{worker}: {' '.join(words)}")
 
-    def held_by(self, scenario: Scenario, one: Contribution) -> GradientName | None:
+    def gradient_of(self, scenario: Scenario, push: Push, one: Contribution) -> GradientName | None:
         """Returns which gradient it is that an update has from a push; None where it is none that was sent."""
-        names = self.sent.get((one.worker, one.epoch, one.sequence), [])
+        names = self.sent.get(push, [])
         if len(names) > 1:
             names = [name for name in names if abs(scenario.gradient_norm(name) / one.gradient_norm - 1) < 1e-9]
         return names[0] if names else None
+
+
+@dataclass(kw_only=True)
+class Evidence:
+    """All that a run has left.
+
+    Attributes:
+        scenario: What was tried.
+        history: What the server wrote down.
+        journals: What the workers did.
+        events: What the watcher saw.
+        claims: What was promised to anybody to survive.
+        state: The model in the end.
+        ask: GetPush, of a session and a number.
+    """
+
+    scenario: Scenario
+    history: History
+    journals: Journals
+    events: Sequence[ModelEvent]
+    claims: Sequence[Claim]
+    state: ModelState
+    ask: Callable[[str, int], PushStatus | None]
 
 
 @dataclass
@@ -76,8 +116,9 @@ class Verdict:
 
     Attributes:
         acknowledged: Gradients that some worker was told of.
-        applied: Gradients that are in an update.
-        lost: Acknowledged gradients that are in no update.
+        applied: Gradients that are in an update that is left.
+        rolled_back: Acknowledged gradients that went with a server that need not keep them.
+        lost: Other acknowledged gradients that are in no update that is left.
         doubled: Gradients that are in more than one, by whatever pushes.
         bits: Bits in which the model differs from the replay.
         problems: All that is wrong, in words.
@@ -86,6 +127,7 @@ class Verdict:
 
     acknowledged: int = 0
     applied: int = 0
+    rolled_back: int = 0
     lost: int = 0
     doubled: int = 0
     bits: int = 0
@@ -93,149 +135,117 @@ class Verdict:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def judge(
-    scenario: Scenario,
-    events: Sequence[ModelEvent],
-    journals: Journals,
-    state: ModelState,
-    ask: Callable[[bytes, int], PushStatus],
-) -> Verdict:
-    """Compares everything with everything; `ask` is GetPush."""
+def judge(evidence: Evidence) -> Verdict:
+    """Compares everything with everything."""
     verdict = Verdict()
-    made: dict[Push, list[int]] = defaultdict(list)
-    for event in events:
-        for one in event.contributions:
-            made[one.worker, one.epoch, one.sequence].append(event.version)
+    scenario, history, journals = evidence.scenario, evidence.history, evidence.journals
     problems = verdict.problems
     problems += journals.broken
+    wrong = list(lives.check(history, scenario, evidence.claims))
+    problems += wrong
+    left = list(history.surviving())
+    made: dict[Push, list[int]] = defaultdict(list)
+    for update in left:
+        for push in update.pushes:
+            made[push].append(update.version)
     problems += [f"{push} is in versions {versions}" for push, versions in made.items() if len(versions) > 1]
-    held = _held(scenario, events, journals)
-    problems += [f"{push} is in versions {made[push]} and was never sent" for push in made.keys() - held.keys()]
-    if made.keys() <= held.keys():
-        _count_gradients(verdict, journals.told, made, held)
-        _check_bits(verdict, Oracle(scenario, held), events, journals, state)
-    problems += _check_numbers(made)
-    problems += _check_bounds(scenario, events, verdict.figures)
-    problems += _check_statuses(journals, made, ask)
+    held = _held(evidence)
+    unknown = sorted(push for (push, _), name in held.items() if name is None)
+    problems += [f"{push} is in an update and was never sent" for push in unknown]
+    if not unknown:
+        names = {key: name for key, name in held.items() if name}
+        _count_gradients(verdict, evidence, left, names)
+        _check_bits(verdict, Oracle(scenario, names), evidence)
+    problems += check_numbers(made)
+    problems += check_bounds(scenario, left, verdict.figures)
+    problems += check_losses(scenario, history, journals.known)
+    problems += _check_events(history, evidence.events)
+    problems += _check_statuses(evidence, made)
+    if scenario.mortal:
+        verdict.figures["versions lost"] = history.most_lost()
     return verdict
 
 
-def _held(scenario: Scenario, events: Sequence[ModelEvent], journals: Journals) -> dict[Push, GradientName]:
+def _held(evidence: Evidence) -> dict[Held, GradientName | None]:
     """Returns which gradient each push of an update held."""
-    found = {
-        (one.worker, one.epoch, one.sequence): journals.held_by(scenario, one)
-        for event in events
-        for one in event.contributions
+    return {
+        (push, one.gradient_norm): evidence.journals.gradient_of(evidence.scenario, push, one)
+        for life in evidence.history.lives
+        for update in life.updates
+        for push, one in update.parts
     }
-    return {push: name for push, name in found.items() if name}
 
 
 def _count_gradients(
-    verdict: Verdict,
-    told: Mapping[GradientName, int],
-    made: Mapping[Push, Sequence[int]],
-    held: Mapping[Push, GradientName],
+    verdict: Verdict, evidence: Evidence, left: Sequence[Update], held: Mapping[Held, GradientName]
 ) -> None:
     """Counts what a user of workers sees: a gradient may be pushed again, also in another session."""
-    versions: dict[GradientName, list[int]] = defaultdict(list)
-    for push, its_versions in made.items():
-        versions[held[push]] += its_versions
+    told, lives = evidence.journals.told, evidence.history.lives
+    versions = _versions(left, held)
+    ever = _versions((update for life in lives for update in life.updates), held)
     verdict.acknowledged, verdict.applied = len(told), len(versions)
     for name in sorted(told.keys() - versions.keys()):
+        if name in ever and not evidence.scenario.journals:
+            verdict.rolled_back += 1
+            continue
         verdict.lost += 1
         verdict.problems.append(f"{name} was acknowledged and is in no update")
+    for name in told.keys() & ever.keys():
+        if told[name] not in (0, *ever[name]):
+            verdict.problems.append(f"{name} was acknowledged as part of version {told[name]}, and was in {ever[name]}")
     for name, those in versions.items():
-        if told.get(name, 0) not in (0, *those):
-            verdict.problems.append(f"{name} was acknowledged as part of version {told[name]}, and is in {those}")
         if len(those) > 1:
             verdict.doubled += 1
             verdict.problems.append(f"{name} is in versions {those}")
 
 
-def _check_bits(
-    verdict: Verdict, oracle: Oracle, events: Sequence[ModelEvent], journals: Journals, state: ModelState
-) -> None:
-    oracle.replay(events)
-    problems = verdict.problems
+def _versions(updates: Iterable[Update], held: Mapping[Held, GradientName]) -> dict[GradientName, list[int]]:
+    """Returns in which versions each gradient is."""
+    found: dict[GradientName, list[int]] = defaultdict(list)
+    for update in updates:
+        for push, one in update.parts:
+            found[held[push, one.gradient_norm]].append(update.version)
+    return found
+
+
+def _check_bits(verdict: Verdict, oracle: Oracle, evidence: Evidence) -> None:
+    """Compares the model with the replay, and what workers saw of it."""
+    history, state, problems = evidence.history, evidence.state, verdict.problems
+    if any(before.top < life.start for before, life in zip(history.lives, history.lives[1:], strict=False)):
+        return  # which is said elsewhere
+    oracle.replay(history)
     problems += oracle.problems
     verdict.bits = oracle.different_bits(state)
-    if state.version != events[-1].version:
-        problems.append(f"the state is of version {state.version}, the watcher's last is {events[-1].version}")
+    if state.version != history.lives[-1].top:
+        problems.append(f"the state is of version {state.version}, the last that was made is {history.lives[-1].top}")
     if verdict.bits:
         problems.append(f"{verdict.bits} bits differ from the replay")
     if list(state.update_counts.values()) != oracle.update_counts:
         problems.append(f"update counts are {state.update_counts}, not {oracle.update_counts}")
-    for worker, version, check in journals.seen:
-        if oracle.checks.get(version) != check:
-            problems.append(f"{worker} got weights that are not those of version {version}")
+    for seen in evidence.journals.seen:
+        if oracle.checks.get((history.index(seen.incarnation), seen.version)) != seen.check:
+            problems.append(f"{seen.worker} got weights that are not those of version {seen.version}")
 
 
-def _check_numbers(made: Mapping[Push, Sequence[int]]) -> Iterable[str]:
-    """A session's pushes are applied in the order of their numbers, without a gap."""
-    sessions: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for (worker, epoch, sequence), versions in made.items():
-        sessions[worker, epoch].append((versions[0], sequence))
-    for session, applied in sessions.items():
-        numbers = [sequence for _, sequence in sorted(applied)]
-        if numbers != list(range(1, len(numbers) + 1)):
-            yield f"session {session} had its pushes applied in the order {numbers}"
-
-
-def _check_bounds(scenario: Scenario, events: Sequence[ModelEvent], figures: dict[str, float]) -> Iterable[str]:
-    policy = scenario.policy
-    stale = max((one.staleness for event in events for one in event.contributions), default=0)
-    figures["staleness"] = stale
-    most = policy.max_staleness if isinstance(policy, Async) else None
-    if isinstance(policy, Sync):
-        yield from _check_rounds(events)
-    if most is not None and stale > most:
-        yield f"a push was {stale} versions old; {most} are allowed"
-    if isinstance(policy, Bounded):
-        apart = _farthest_apart(events)
-        figures["steps apart"] = apart
-        # Of two live sessions each is at most slack + 1 steps ahead of the other, with the push whose answer waits.
-        if apart > 2 * (policy.slack + 1):
-            yield f"two workers moved {apart} steps apart; slack {policy.slack} allows {2 * (policy.slack + 1)}"
-
-
-def _check_rounds(events: Sequence[ModelEvent]) -> Iterable[str]:
-    """Every push of a round is of the weights that the last update made; a version may lie between, of the same."""
-    last = 0
+def _check_events(history: History, events: Sequence[ModelEvent]) -> Iterable[str]:
+    """What the watcher was told is what the server has made, in some life; of one that does not die it is all."""
+    made = {(one.version, one.contributions, one.hyperparameters) for life in history.lives for one in life.updates}
     for event in events:
-        for one in event.contributions:
-            if event.version - 1 - one.staleness < last:
-                yield f"version {event.version} has a push of a closed round: {one}"
-        last = event.version if event.contributions else last
+        if event.contributions and (event.version, event.contributions, event.hyperparameters) not in made:
+            yield f"the watcher was told of version {event.version} what is not so: {event}"
+    if len(history.lives) == 1 and [event.version for event in events] != list(range(len(made) + 1)):
+        yield f"the watcher was told of versions {[event.version for event in events]}"
 
 
-def _farthest_apart(events: Sequence[ModelEvent]) -> int:
-    """Returns how far the distance of two sessions changed, at most, while both lived."""
-    times: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for event in events:
-        for one in event.contributions:
-            times[one.worker, one.epoch].append(event.version)
-    most = 0
-    for mine, theirs in combinations(times.values(), 2):
-        first, last = max(mine[0], theirs[0]), min(mine[-1], theirs[-1])
-        moves = sorted([(at, 1) for at in mine] + [(at, -1) for at in theirs])
-        distance = lowest = highest = 0
-        for at, move in moves:
-            if first <= at <= last:
-                distance += move
-                lowest, highest = min(lowest, distance), max(highest, distance)
-        most = max(most, highest - lowest)
-    return most
-
-
-def _check_statuses(
-    journals: Journals, made: Mapping[Push, Sequence[int]], ask: Callable[[bytes, int], PushStatus]
-) -> Iterable[str]:
-    """What GetPush says agrees with what the watcher saw, for every push that was begun."""
-    for push in sorted(journals.sent):
-        worker, epoch, sequence = push
-        status = ask(journals.sessions[worker, epoch], sequence)
+def _check_statuses(evidence: Evidence, made: Mapping[Push, Sequence[int]]) -> Iterable[str]:
+    """What GetPush says agrees with what is left, for every push that was begun."""
+    for push in sorted(evidence.journals.sent):
+        status = evidence.ask(push.session, push.sequence)
         versions: Sequence[int] = made.get(push, ())
-        if (status.state == "applied") != bool(versions):
+        if status is None:
+            if versions or evidence.scenario.durability != "snapshot":
+                yield f"GetPush does not know the session of {push}; it is in versions {versions}"
+        elif (status.state == "applied") != bool(versions):
             yield f"GetPush says of {push}: {status.state}; it is in versions {versions}"
         elif status.result and status.result.staleness is not None and status.result.version not in versions:
             yield f"GetPush says of {push}: version {status.result.version}; it is in versions {versions}"

@@ -1,25 +1,30 @@
-"""Undisturbed lines to the server under test: one sees every update, one looks at the sessions again and again."""
+"""Undisturbed lines to the server under test: what watchers, onlookers and those who ask for snapshots are told."""
 
+import random
 import threading
 from collections.abc import Callable
 from time import monotonic, sleep
 
+from history import Claim
 from scenarios import LEASE_SECONDS, MODEL, Scenario
 
 import deltaserve
-from deltaserve import ModelEvent, PushStatus, Sync
-from deltaserve._types import to_push_status
+from deltaserve import ModelEvent, PushStatus, ServerError, SessionError, SessionInfo, Sync, UnavailableError
+from deltaserve._types import to_model_info, to_push_status
+from deltaserve.v1 import model_service_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _LOOK_SECONDS = 0.1
 _WAIT_SECONDS = 20.0
+_SAVE_SECONDS = 0.5
+"""How long it is between two snapshots that are asked for, on average."""
 
 GROSS_SECONDS = 4.0
 """So much beyond its bound is a violation: the line may hold a connection for 2 s, the server may stand still."""
 
 
 class Watch:
-    """Every update, as the server tells it.
+    """Every update, as the server tells it; but for those while it is away.
 
     Attributes:
         events: What came.
@@ -38,7 +43,7 @@ class Watch:
     def wait(self, version: Callable[[], int]) -> None:
         """Waits until the watcher has seen the version where the model stands."""
         end = monotonic() + _WAIT_SECONDS
-        while self.events[-1].version < version():
+        while self.events[-1].version != version():
             if monotonic() > end:
                 self.problems.append(f"the watcher stays at version {self.events[-1].version} of {version()}")
                 return
@@ -53,6 +58,50 @@ class Watch:
             self.problems.append(f"the watcher ended: {error!r}")
 
 
+class Promises:
+    """Versions that the server has said to be durable, or shown to anybody where everything that is shown is."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._shown_is_durable = scenario.journals
+        self._newest: dict[tuple[str, str], int] = {}
+
+    def note(self, who: str, incarnation: str, version: int, durable: int | None) -> None:
+        """Takes note of a position that somebody was told of."""
+        claimed = max(durable or 0, version if self._shown_is_durable else 0)
+        key = incarnation, who
+        self._newest[key] = max(self._newest.get(key, 0), claimed)
+
+    def claims(self) -> list[Claim]:
+        return [(incarnation, version, f"{who} was told of") for (incarnation, who), version in self._newest.items()]
+
+
+class Savings:
+    """Asks for snapshots at random times."""
+
+    def __init__(self, target: str, seed: int, promises: Promises) -> None:
+        self._chance = random.Random(seed)
+        self._promises = promises
+        self._client = deltaserve.connect(target, timeout_seconds=10)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._save_until_closed, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(40)
+        self._client.close()
+
+    def _save_until_closed(self) -> None:
+        request = model_service_pb2.SaveSnapshotRequest(model=MODEL)
+        while not self._closed.wait(self._chance.expovariate(1 / _SAVE_SECONDS)):
+            try:
+                answer = self._client._connection.call("SaveSnapshot", request)
+            except (UnavailableError, ServerError):
+                continue
+            incarnation = answer.position.incarnation
+            self._promises.note("who asked for a snapshot", incarnation, 0, answer.snapshot.version)
+
+
 class Census:
     """Looks at the sessions while faults happen: how long the dead are held alive, and how long pushes wait.
 
@@ -60,11 +109,15 @@ class Census:
         problems: What grossly exceeds its bound.
     """
 
-    def __init__(self, target: str, scenario: Scenario) -> None:
+    def __init__(self, target: str, scenario: Scenario, promises: Promises) -> None:
         self.problems: list[str] = []
         self._policy = scenario.policy
+        self._promises = promises
+        self._keeps_sessions = scenario.journals
         self._client = deltaserve.connect(target, timeout_seconds=30)
         self._lock = threading.Lock()
+        self._incarnation = ""
+        self._since = 0.0
         self._first: dict[tuple[str, int], float] = {}
         self._silent: dict[tuple[str, int], float] = {}
         self._waiting: dict[tuple[str, int, int], float] = {}
@@ -90,18 +143,35 @@ class Census:
         return {"dead session held": self._longest_held, "push waited": self._longest_wait}
 
     def _look_until_closed(self) -> None:
-        model = self._client.model(MODEL)
+        request = model_service_pb2.GetModelRequest(model=MODEL)
         while not self._closed.wait(_LOOK_SECONDS):
-            sessions, now = model.info().sessions, monotonic()
+            try:
+                answer = self._client._connection.call("GetModel", request)
+            except deltaserve.Error as error:
+                self.problems.append(f"the onlooker is not answered: {error!r}")
+                return
+            position, now = answer.position, monotonic()
+            info = to_model_info(answer)
+            self._promises.note("who looked", position.incarnation, info.version, info.durable_version)
             with self._lock:
-                for one in sessions:
+                if position.incarnation != self._incarnation:
+                    self._begin(position.incarnation, now)
+                for one in info.sessions:
                     self._look(one, now)
 
-    def _look(self, one: deltaserve.SessionInfo, now: float) -> None:
+    def _begin(self, incarnation: str, now: float) -> None:
+        """Takes note of another server: leases begin anew, and nothing waits; it may have lost all sessions."""
+        self._incarnation, self._since = incarnation, now
+        self._waiting.clear()
+        if not self._keeps_sessions:
+            self._first.clear()
+            self._silent.clear()
+
+    def _look(self, one: SessionInfo, now: float) -> None:
         session = one.worker, one.epoch
         self._first.setdefault(session, now)
         if session in self._silent:
-            held = now - self._silent[session]
+            held = now - max(self._silent[session], self._since)
             self._longest_held = max(self._longest_held, held)
             if held > LEASE_SECONDS + GROSS_SECONDS:
                 self.problems.append(f"session {session} is alive {held:.1f} s after its worker died")
@@ -113,7 +183,10 @@ class Census:
                 self.problems.append(f"push {(*session, one.last_sequence)} has waited for {waited:.1f} s")
 
 
-def ask(client: deltaserve.Client, session_id: bytes, sequence: int) -> PushStatus:
-    """Returns what GetPush says."""
-    request = rpc.GetPushRequest(model=MODEL, session_id=session_id, sequence=sequence)
-    return to_push_status(client._connection.call("GetPush", request))
+def ask(client: deltaserve.Client, session: str, sequence: int) -> PushStatus | None:
+    """Returns what GetPush says; None where the session is not known any more."""
+    request = rpc.GetPushRequest(model=MODEL, session_id=bytes.fromhex(session), sequence=sequence)
+    try:
+        return to_push_status(client._connection.call("GetPush", request))
+    except SessionError:
+        return None

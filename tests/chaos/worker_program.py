@@ -6,27 +6,35 @@ import sys
 import traceback
 from time import sleep
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import numpy as np
 from scenarios import LEASE_SECONDS, MODEL, GradientName, Scenario
 
 import deltaserve
-from deltaserve import Error, ServerError, SessionError, StaleGradientError, UnavailableError
+from deltaserve import Error, RolledBackError, ServerError, SessionError, StaleGradientError, UnavailableError
+from deltaserve._exchange import Transport
 from deltaserve._failpoints import FailpointError
 from deltaserve.v1.worker_service_pb2 import PushHeader
 
 _TIMEOUT_SECONDS = 4.0
 
+_NEVER = "went back from version", "too long ago"
+"""What no error may say: the server kept its word, and was not away for that long."""
+
 
 class Journal:
     """A worker's own file: one line a write, which its death does not undo.
 
-    O EPOCH SESSION: a session.
-    B EPOCH SEQUENCE LIFE NUMBER: a push is about to be sent, again perhaps, with this gradient.
-    A LIFE NUMBER VERSION POSITION CHECK: a gradient was acknowledged, in whatever push, as part of VERSION, or of
-    one that was not told (0); weights of version POSITION came, with this CRC-32.
+    B LIFE SESSION SEQUENCE NUMBER: a push is about to be sent, again perhaps, with this gradient.
+    A LIFE SESSION SEQUENCE NUMBER VERSION INCARNATION POSITION DURABLE CHECK: a gradient was acknowledged, in this
+    push, as part of VERSION, or of one that was not told (0); weights of version POSITION came, with this CRC-32, from
+    a server that said that version DURABLE is.
+    K LIFE SESSION SEQUENCE: the worker has found out that a push counts, whose answer was lost.
+    L LIFE SESSION VERSION RESTORED START STOP BEFORE INCARNATION: pushes [START, STOP) of a session were said to be
+    lost, and versions from RESTORED on to that of the worker's weights, which were of server BEFORE, in INCARNATION.
+    F LIFE: the worker's session was fenced, as by an OpenSession that came twice; another worker takes its place.
     R ERROR REASON: an error that a worker has to expect.
     ! TRACEBACK: another one.
     """
@@ -42,16 +50,18 @@ class Program:
     """Pushes one gradient after the other: the same one until it is acknowledged, or given up unsure of its fate."""
 
     def __init__(
-        self, name: str, life: int, target: str, journal: str, scenario: Scenario, pause_seconds: float
+        self, name: str, life: int, target: str, journal: str, scenario: Scenario, transport: Transport, pause: str
     ) -> None:
         self._name = name
         self._life = life
         self._target = target
         self._journal = Journal(journal)
         self._scenario = scenario
-        self._pause_seconds = pause_seconds
+        self._transport: Transport = transport
+        self._pause_seconds = float(pause)
         self._number = 1
-        self._epoch = 0
+        self._pushed: tuple[str, int] = "", 0
+        self._left: tuple[str, str] = "", ""
         self._ending = False
 
     def run(self) -> int:
@@ -60,14 +70,17 @@ class Program:
             try:
                 with deltaserve.connect(self._target, timeout_seconds=_TIMEOUT_SECONDS) as client:
                     model = client.model(MODEL)
-                    with model.worker(self._name, lease_seconds=LEASE_SECONDS) as worker:
+                    with model.worker(self._name, lease_seconds=LEASE_SECONDS, transport=self._transport) as worker:
                         self._write_down_pushes_of(worker)
+                        self._write_down_finds_of(worker)
                         self._steps(worker)
             except Exception as error:
-                if not isinstance(error, SessionError) and not _may_pass(error):
+                if not _may_pass(error):
                     self._journal.write("!", repr(traceback.format_exc()))
                     return 3
                 self._failed(error)
+                if isinstance(error, SessionError):
+                    self._journal.write("F", self._life)
             self._number += 1  # what became of the last one is not known
         return 0
 
@@ -76,13 +89,29 @@ class Program:
         push = worker._push
 
         def written_down(header: PushHeader, *rest: Any) -> None:
-            if header.epoch != self._epoch:
-                self._journal.write("O", header.epoch, header.session_id.hex())
-                self._epoch = header.epoch
-            self._journal.write("B", header.epoch, header.sequence, self._life, self._number)
+            self._pushed = header.session_id.hex(), header.sequence
+            self._journal.write("B", self._life, *self._pushed, self._number)
             push(header, *rest)
 
         worker._push = written_down  # type: ignore[method-assign, assignment]
+
+    def _write_down_finds_of(self, worker: deltaserve.Worker) -> None:
+        """Takes note of what only the worker itself sees: pushes that it found to count, and the session it left."""
+        skip, rejoin = worker._skip_accepted, worker._rejoin
+
+        def skipped(*rest: Any) -> None:
+            sequence = worker._sequence
+            skip(*rest)
+            if worker._sequence > sequence:
+                self._journal.write("K", self._life, worker._session.id["session_id"].hex(), sequence)
+
+        def rejoined() -> StaleGradientError | None:
+            if worker._owed is None:  # else it leaves one in which it has done nothing
+                self._left = worker._session.id["session_id"].hex(), worker._position.incarnation
+            return rejoin()
+
+        worker._skip_accepted = skipped  # type: ignore[method-assign, assignment]
+        worker._rejoin = rejoined  # type: ignore[method-assign]
 
     def _steps(self, worker: deltaserve.Worker) -> None:
         while not self._ending:
@@ -90,9 +119,11 @@ class Program:
                 self._step(worker)
                 self._number += 1
             except Exception as error:
-                if not _may_pass(error):
+                if isinstance(error, SessionError) or not _may_pass(error):
                     raise
                 self._failed(error)
+                if isinstance(error, RolledBackError):
+                    self._lost(error, worker._session.opened.position.incarnation)
                 if self._number % 4 == 0 and not isinstance(error, StaleGradientError):
                     self._number += 1  # as one who computes another gradient after an error
             sleep(self._pause_seconds)
@@ -109,7 +140,14 @@ class Program:
         assert result is not None
         version = result.version if result.staleness is not None else 0
         check = crc32(np.concatenate([part.reshape(-1) for part in weights.values()]).tobytes())
-        self._journal.write("A", self._life, self._number, version, worker.version, check)
+        position = worker._position
+        told = self._number, version, position.incarnation, position.version, position.durable_version, check
+        self._journal.write("A", self._life, *self._pushed, *told)
+
+    def _lost(self, error: RolledBackError, incarnation: str) -> None:
+        session, before = self._left
+        told = error.version, error.restored_version, error.lost_pushes.start, error.lost_pushes.stop
+        self._journal.write("L", self._life, session, *told, before, incarnation)
 
     def _failed(self, error: Exception) -> None:
         reason = getattr(error, "reason", None)
@@ -122,15 +160,18 @@ class Program:
 
 def _may_pass(error: Exception) -> bool:
     """Whether a worker that meets this error simply steps again: it is one that a fault here may lead to."""
-    if isinstance(error, ServerError | UnavailableError | FailpointError | StaleGradientError):
+    if any(text in str(error) for text in _NEVER):
+        return False
+    if isinstance(error, ServerError | UnavailableError | FailpointError | StaleGradientError | SessionError):
         return True
     # A request whose iterator failed, or a proxy's own end: the transport's word, not the server's.
     return type(error) is Error and error.reason is None
 
 
 def main(arguments: list[str]) -> int:
-    name, life, target, journal, policy, door, pause = arguments
-    return Program(name, int(life), target, journal, Scenario(policy, door), float(pause)).run()
+    name, life, target, journal, policy, door, transport, pause = arguments
+    scenario, way = Scenario(policy, door), cast(Transport, transport)
+    return Program(name, int(life), target, journal, scenario, way, pause).run()
 
 
 if __name__ == "__main__":

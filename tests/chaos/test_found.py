@@ -1,0 +1,180 @@
+"""What the harness has found so far, each by itself: restarts at moments that are hard to hit otherwise."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from host import _free_port
+
+import deltaserve
+from deltaserve import Async, RolledBackError, Worker, _failpoints
+from deltaserve._failpoints import FailpointError
+
+_PROGRAM = Path(__file__).with_name("server_program.py")
+_START = {"w": np.linspace(-1, 1, 5, dtype=np.float32)}
+
+
+class Server:
+    """A server that keeps snapshots, and dies when it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._settings = {"port": _free_port(), "data": str(folder), "durability": "snapshot"}
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(_PROGRAM), json.dumps(self._settings)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdout
+        self.target = self._process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    started = Server(tmp_path)
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def model(server: Server) -> Iterator[deltaserve.Model]:
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        yield client.create_model("m", _START, policy=Async())
+
+
+def step(worker: Worker, *numbers: int) -> None:
+    for number in numbers:
+        worker.step({name: values * np.float32(0.1 * number) for name, values in _START.items()})
+
+
+def lose_answer(worker: Worker) -> None:
+    """Has the worker be as if the answer to its last push had not come."""
+    worker._sequence -= 1
+    worker._sent = True
+
+
+def once(function: Callable[..., Any], before: Callable[[], object]) -> Callable[..., Any]:
+    """Returns the function, before whose first call something happens."""
+    left = [before]
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if left:
+            left.pop()()
+        return function(*arguments, **options)
+
+    return called
+
+
+def test_a_push_that_the_snapshot_has_is_not_made_again(server: Server, model: deltaserve.Model) -> None:
+    worker = model.worker("a")
+    step(worker, 1, 2, 3)
+    model.save_snapshot()
+    lose_answer(worker)
+    server.restart()
+    step(worker, 3)
+    assert model.info().version == worker.version == 3
+    step(worker, 4)
+    assert model.info().version == 4
+
+
+def test_a_push_whose_number_another_gradient_has_follows_it(server: Server, model: deltaserve.Model) -> None:
+    worker = model.worker("a")
+    step(worker, 1, 2, 3)
+    model.save_snapshot()
+    lose_answer(worker)
+    server.restart()
+    step(worker, 4)
+    assert model.info().version == 4
+
+
+def test_a_second_restart_before_the_weights_of_now_have_come(
+    server: Server, model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = model.worker("a")
+    step(worker, 1, 2)
+    model.save_snapshot()
+    step(worker, 3, 4)
+    server.restart()
+    monkeypatch.setattr(worker, "_pull", once(worker._pull, server.restart))
+    with pytest.raises(RolledBackError) as caught:
+        step(worker, 5)
+    assert (caught.value.restored_version, caught.value.lost_pushes) == (2, range(3, 5))
+    step(worker, 5)
+    assert model.info().version == 3
+
+
+def test_a_loss_is_told_also_after_an_interrupt(
+    server: Server, model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = model.worker("a")
+    step(worker, 1)
+    model.save_snapshot()
+    step(worker, 2, 3)
+    server.restart()
+    monkeypatch.setattr(_failpoints, "_armed", {"worker.rejoined": _failpoints.parse("worker.rejoined=error@1")})
+    with pytest.raises(FailpointError):
+        step(worker, 4)
+    with pytest.raises(RolledBackError) as caught:
+        step(worker, 4)
+    assert (caught.value.restored_version, caught.value.lost_pushes) == (1, range(2, 4))
+
+
+def test_a_session_that_is_lost_while_its_worker_asks_for_a_push(
+    server: Server, model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = model.worker("a")
+    step(worker, 1, 2)
+    lose_answer(worker)
+    monkeypatch.setattr(worker, "_ask", once(worker._ask, server.restart))
+    with pytest.raises(RolledBackError) as caught:
+        step(worker, 3)
+    assert (caught.value.restored_version, caught.value.lost_pushes) == (0, range(1, 2))
+
+
+def test_the_version_that_is_left_is_of_the_weights_that_the_worker_has(
+    server: Server, model: deltaserve.Model
+) -> None:
+    """Those came with the answer that was lost, from the second of three lives."""
+    one = model.worker("one")
+    step(one, 1, 2, 3)
+    model.save_snapshot()
+    lose_answer(one)
+    server.restart()
+    other = model.worker("other")
+    step(other, 1, 2)
+    model.save_snapshot()
+    step(other, 3)
+    step(one, 3)
+    assert one.version == 6
+    server.restart()
+    with pytest.raises(RolledBackError) as caught:
+        step(one, 4)
+    assert (caught.value.version, caught.value.restored_version, len(caught.value.lost_pushes)) == (6, 5, 0)
+
+
+def test_a_server_that_was_stopped_for_a_moment_still_ends() -> None:
+    """A signal that came meanwhile may wake another thread than the one that waits for it."""
+    command = [sys.executable, "-m", "deltaserve", "serve", "--bind", "127.0.0.1:0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    sleep(0.5)  # its threads have begun
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
+        process.send_signal(number)
+        sleep(0.1)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
