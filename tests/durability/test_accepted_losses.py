@@ -107,10 +107,10 @@ def crashing(at: int) -> Iterator[None]:
     numbers = count()
 
     def dying(really: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
             if next(numbers) == at:
                 raise Crash
-            return really(*given)
+            return really(*given, **named)
 
         return call
 

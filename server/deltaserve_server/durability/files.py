@@ -94,12 +94,13 @@ class Files:
         """Makes a file; it is there for good after `sync`."""
         return File(self.folder / name)
 
-    def shorten(self, name: str, stop: int) -> None:
-        """Ends a file at byte `stop`, for good."""
+    def shorten(self, name: str, stop: int, *, sync: bool) -> None:
+        """Ends a file at byte `stop`; for good where it is to `sync`, which takes all that was written to it along."""
         descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.ftruncate(descriptor, stop)
-            os.fsync(descriptor)
+            if sync:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -157,7 +157,7 @@ class Folder:
         content = self.files.read(name)
         self.files.put(f"{name}.corrupt", [content])
         if keep:
-            self.files.shorten(name, keep)
+            self.files.shorten(name, keep, sync=True)
         else:
             self.files.remove(name)
             self.files.sync()

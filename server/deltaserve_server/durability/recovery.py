@@ -26,7 +26,7 @@ from deltaserve_server.durability.records import (
 )
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
 from deltaserve_server.memory import Range, State, Store
-from deltaserve_server.memory.store import Vector
+from deltaserve_server.memory.store import Vector, zeros_like
 from deltaserve_server.model import Machine
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     now = time.monotonic()
     machine = manifest.model.machine(now)
     # A vector of its own: the first one of a store is used again when another takes its place.
-    store = make_store(state.weights.copy())
+    store = make_store(zeros_like(state.weights))
     store.put(state, machine.version)
     replay = _Replay(machine, store, manifest.index, found.head.lost_at, now)
     _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss)
@@ -218,7 +218,8 @@ def _replay(
                 folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
             return
         if reading.size < reading.total:
-            folder.files.shorten(journal_name(number), reading.size)
+            # If that is lost, the next who comes back finds the same tear; to sync would take a whole journal's time.
+            folder.files.shorten(journal_name(number), reading.size, sync=False)
         progress(reading.total - before)
 
 

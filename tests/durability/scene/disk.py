@@ -164,7 +164,8 @@ class Disk:
             case "shorten":
                 inode = folder.now[op.name]
                 inode.cut(op.offset)
-                inode.sync()
+                if op.data:
+                    inode.sync()
 
     def _to_file(self, op: Op, inode: Inode) -> None:
         match op.kind:
@@ -277,9 +278,10 @@ class RecordedFiles(Files):
     def create(self, name: str) -> File:
         return RecordedFile(self.folder / name, self._recorder)
 
-    def shorten(self, name: str, stop: int) -> None:
+    def shorten(self, name: str, stop: int, *, sync: bool) -> None:
         self._do(
-            Op("shorten", str(self.folder), name, offset=stop), lambda: super(RecordedFiles, self).shorten(name, stop)
+            Op("shorten", str(self.folder), name, offset=stop, data=b"sync" * sync),
+            lambda: super(RecordedFiles, self).shorten(name, stop, sync=sync),
         )
 
     def rename(self, name: str, new: str) -> None:
