@@ -248,9 +248,9 @@ def test_no_further_from_float64_than_torch(implementation: Implementation) -> N
             for update in (implementation.update, update_torch)
         )
         for name, our, its, bound in zip(State._fields, ours, torchs, bounds, strict=True):
-            # Where a few elements are rounded the other way, a mean moves by some 0.05 %, a quantile by 0.1 %; or by 1 %
-            # in the small sample of the interpreter, whose last thousandth are 20 elements. torch's functions differ by
-            # the processor's instructions.
+            # Where a few elements are rounded the other way, a mean moves by some 0.05 %, a quantile by 0.1 %. In the
+            # small sample of the interpreter, whose last thousandth are 20 elements, it moves by 1 %: torch's functions
+            # differ by the processor's instructions.
             margin = 1.005 if implementation.sample >= 100_000 else 1.02
             assert our.mean() <= its.mean() * 1.002, (hyperparameters, name)
             assert np.quantile(our, 0.999) <= np.quantile(its, 0.999) * margin, (hyperparameters, name)
