@@ -53,7 +53,11 @@ class _Program:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        listening(self.target, self._process)
+        try:
+            listening(self.target, self._process)
+        except BaseException:
+            self.signal(signal.SIGKILL)
+            raise
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal and waits for the end."""

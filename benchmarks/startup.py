@@ -61,13 +61,17 @@ def _start(until: Callable[[str], None]) -> float:
 
 
 def listening(target: str, child: "subprocess.Popen[bytes]") -> None:
-    """Returns when somebody listens; gRPC would wait a second between two tries."""
+    """Returns when somebody listens; gRPC would wait a second between two tries.
+
+    Raises:
+        RuntimeError: the process has ended instead.
+    """
     host, _, port = target.rpartition(":")
     while child.poll() is None:
         try:
             with socket.create_connection((host, int(port))):
                 return
-        except ConnectionRefusedError:
+        except ConnectionError:  # nobody listens yet; a listener that is only being set up may reset
             sleep(0.001)
     raise RuntimeError(f"the server ended with status {child.returncode}")
 
