@@ -4,7 +4,7 @@ import errno
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "service"))
 from wire import Refusal, Session, Wire, asynchronous, eventually
 
 import deltaserve
-from deltaserve.v1.model_service_pb2 import SaveSnapshotRequest
+from deltaserve.v1.model_service_pb2 import SaveSnapshotRequest, Snapshot
 from deltaserve.v1.worker_service_pb2 import StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, keeper
@@ -227,6 +227,67 @@ def test_a_server_that_stops_while_its_disk_fails_stops(quick: Path, trouble: Tr
     with serving(quick / "data", "fsync") as wire:
         assert wire.models()[0].position.version in (3, 4)
         assert wire.fate(session, 3).final
+
+
+def test_a_model_whose_disk_stalls_holds_up_no_other(quick: Path, trouble: Trouble) -> None:
+    """A session of it is being written down; others are opened, and models made, meanwhile."""
+    with serving(quick / "data", "journal") as wire, Wire(wire.target) as other:
+        begin(wire)
+        wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
+        trouble.only = max(path.name for path in (quick / "data" / "models" / "m").glob("journal-*"))
+        trouble.gate.clear()
+        opened: list[Session] = []
+        opening = threading.Thread(target=lambda: opened.append(wire.open("m", "b")))
+        opening.start()
+        assert trouble.waiting.wait(10)
+        other.create("n", {"w": (SIZE,)}, weights=gradient(0), policy=asynchronous())
+        session = other.open("n", "a")
+        assert other.step(session.header(1), gradient(1)).result.version == 1
+        assert not opened
+        trouble.lift()
+        opening.join(20)
+        assert opened
+
+
+def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Trouble) -> None:
+    """It is refused for now, and yet made: its values are held until the disk has them."""
+    data = quick / "data"
+    config = ServerConfig(device="cpu", data_dir=data, durability="fsync", snapshot_seconds=None, lease_seconds=900.0)
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        session = begin(wire)
+        staged = server._registry.staged
+        free = staged.available
+        trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
+        refused(wire, session, 4)
+        assert staged.available <= free - SIZE * 4
+        trouble.lift()
+        goes_on(wire, session, 4)
+        assert staged.available == free
+
+
+def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble) -> None:
+    config = ServerConfig(device="cpu", data_dir=quick / "data", durability="journal")
+    with LocalServer(config) as server, ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.target)) for _ in range(8)]
+        session = begin(wires[0])
+        trouble.only = "snapshot"
+        trouble.gate.clear()
+        taken: list[Snapshot] = []
+
+        def ask(wire: Wire) -> None:
+            taken.append(wire.one("SaveSnapshot", SaveSnapshotRequest(model="m")).snapshot)
+
+        threads = [threading.Thread(target=ask, args=(wire,)) for wire in wires]
+        threads[0].start()
+        assert trouble.waiting.wait(10)
+        wires[0].step(session.header(4), gradient(4))
+        for thread in threads[1:]:
+            thread.start()
+        trouble.lift()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(entry.version for entry in taken) == [3, *[4] * 7], "each has what had happened when it asked"
+        assert len({entry.number for entry in taken}) <= 3
 
 
 def test_what_the_list_of_models_calls_durable_is(quick: Path, trouble: Trouble) -> None:

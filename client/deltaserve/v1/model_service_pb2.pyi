@@ -785,7 +785,7 @@ class SaveSnapshotResponse(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     @property
     def snapshot(self) -> global___Snapshot:
-        """The new snapshot."""
+        """One that was begun after the call; who asks at the same time may be given the same."""
 
     @property
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:

@@ -123,6 +123,7 @@ class Keeper:
         self._schedule = schedule
         self._number = folder.next_number() - 1
         self._saving = threading.Lock()
+        self._begun = self._finished = 0
         self._saved_index = kept.saved_index
         self._saved_at = time.monotonic()
         self._retry_at = 0.0
@@ -163,7 +164,9 @@ class Keeper:
         )
 
     def save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
-        """Takes a snapshot; it is safe when this returns.
+        """Takes a snapshot; it is safe when this returns, as all is that had happened before the call.
+
+        Many calls at a time are answered with few snapshots: one that was begun after a call serves it.
 
         Args:
             cut: Takes the model's image; calls what it is given at that moment, under the model's lock.
@@ -172,9 +175,12 @@ class Keeper:
             OSError: It could not be written; there are those that were there before.
             Exception: Whatever `cut` raises.
         """
+        asked = self._begun
         with self._saving:
             if self._gone:
                 raise FileNotFoundError(errno.ENOENT, "the model has ended")
+            if self._finished > asked:  # while this call waited
+                return self.last
             return self._save(cut)
 
     @contextmanager
@@ -201,6 +207,7 @@ class Keeper:
     def _save(self, cut: Callable[[Callable[[], None]], Cut]) -> Entry:
         began, soon, commits = time.monotonic(), self._soon, self.commits
         self._soon, journal = False, None
+        self._begun += 1
         try:
             journal = self._new_journal()
             taken = cut(lambda: commits.switch(journal) if journal else None)
@@ -212,7 +219,7 @@ class Keeper:
             raise
         if journal:
             commits.adopt(journal)
-        self.last, self._saved_index, self._saved_at = entry, taken.index, began
+        self.last, self._saved_index, self._saved_at, self._finished = entry, taken.index, began, self._begun
         seconds = time.monotonic() - began
         _log.info("%s: snapshot %d of version %d, %.1f s", self._where, entry.number, entry.version, seconds)
         try:

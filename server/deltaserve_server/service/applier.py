@@ -214,7 +214,8 @@ class Applier(Owned):
     def push(self, push: Push, staging: Staging, reservation: Reservation) -> "Future[PushResult]":
         """Takes a push whose values are staged; the future has its result when its update is published.
 
-        The reservation is given back when the values are not needed any more; where this raises, by the caller.
+        To be called within `event`. The reservation is given back when the values are not needed any more; where this
+        raises, by the caller.
         """
         with self.event():
             failpoint("push.staged")

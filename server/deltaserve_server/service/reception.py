@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from time import monotonic
@@ -103,18 +104,17 @@ class Reception:
 
     def _take(self, kept_bytes: int, admit: Callable[[Staging], Inspector]) -> "Future[PushResult]":
         """Admits a push of which so many bytes are kept as they came, and hands it over."""
-        reservation = self._registry.staged.reserve(self.applier.staging_bytes(kept_bytes))
-        try:
+        with ExitStack() as undo:
+            reservation = undo.enter_context(self._registry.staged.reserve(self.applier.staging_bytes(kept_bytes)))
             staging = self.applier.stage()
             seen = admit(staging)
             push = replace(self._push, fingerprint=seen.fingerprint, norm=seen.norm)
             with self.applier.event():
                 if self._in_place and isinstance(self.applier.machine.policy, Sync):
                     raise Refused("SHARED_MEMORY_UNAVAILABLE", _RETRY_SECONDS, why="the policy has just changed")
-                return self.applier.push(push, staging, reservation)
-        except BaseException:
-            reservation.release()
-            raise
+                accepted = self.applier.push(push, staging, reservation)
+                undo.pop_all()  # it is the applier's, also if what has happened cannot be written down
+        return accepted
 
 
 def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_count: int) -> Push:

@@ -123,8 +123,8 @@ class Registry:
 
     def all(self) -> list[Applier]:
         """Returns all models by name."""
-        with self._lock:
-            return [self._models[name] for name in sorted(self._models)]
+        # Without the lock, which is held while the disk makes or removes a model; this copies in one step.
+        return sorted(self._models.values(), key=lambda applier: applier.machine.name)
 
     def check_room(self) -> None:
         """Raises Refused MODEL_LIMIT or DRAINING where no further model is taken."""
@@ -235,7 +235,8 @@ class Registry:
         """
         self.check_open()
         applier = self.get(name)
-        with self._lock:
+        # The model's own event around it: the disk is waited for when that is left, the lock free again.
+        with applier.event(), self._lock:
             replaces = applier.machine.sessions.named(worker) is not None
             live = sum(len(held.machine.sessions) for held in self._models.values())
             if live >= self.config.sessions and not replaces:
