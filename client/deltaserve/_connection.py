@@ -30,6 +30,9 @@ _log = logging.getLogger("deltaserve")
 _MIB = 1 << 20
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MOST_SECONDS = 5.0
+_RECONNECT_MOST_SECONDS = 0.5
+"""The most where nobody answers: that costs a server nothing, and one that comes back is found soon."""
+
 _KEEPALIVE_MS = 20_000
 _STREAM_SECONDS = 86_400
 """No call is without a deadline."""
@@ -54,7 +57,7 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", int(_RECONNECT_MOST_SECONDS * 1000)),
     # A channel of its own for every connection: two clients in one process share nothing.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -293,7 +296,8 @@ class Connection:
             error, wait_seconds = outcome
             # Where something else is wrong now, it is as if for the first time: a server that is back soon answers.
             tries, reason = tries + 1 if error.reason == reason else 0, error.reason
-            most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), _BACKOFF_MOST_SECONDS)
+            limit = _RECONNECT_MOST_SECONDS if reason is None else _BACKOFF_MOST_SECONDS
+            most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), limit)
             delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
             if wait_seconds is None or monotonic() + delay >= deadline:
                 raise error
