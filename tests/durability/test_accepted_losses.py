@@ -242,3 +242,24 @@ def test_after_a_bad_snapshot_two_good_ones_are_there_again_and_a_second_one_is_
         assert len(good_snapshots(quick / "data")) == 2
         push(crowd, 1)
     house.die()
+
+
+def test_a_head_that_is_lost_ends_the_sessions(quick: Path, clock: Clock) -> None:
+    """How the model was served is not known: whoever goes on might have weights that are lost."""
+    path = quick / "data"
+    house = House(path, "snapshot")
+    crowd = Crowd(house.create(), 3, clock)
+    push(crowd, 3)
+    house.appliers[0].save()
+    push(crowd, 2)
+    assert crowd.applier.machine.sessions.live()
+    house.die()
+    flip(path / "models" / "m" / "head.json", 5)
+    house = House(path, "snapshot")
+    with pytest.raises(CorruptError, match=r"head\.json"):
+        house.restore()
+    applier = house.restore(accept_data_loss=True)
+    assert not applier.machine.sessions.live()
+    assert applier.machine.version < crowd.applier.machine.version
+    assert not applier.head.knows(crowd.applier.head.lineage)
+    house.die()

@@ -47,9 +47,9 @@ class _SlowFile(File):
         self._fail("write")
         super().write(offset, buffers)
 
-    def allocate(self, stop: int) -> None:
+    def allocate(self, start: int, stop: int) -> None:
         self._fail("allocate")
-        super().allocate(stop)
+        super().allocate(start, stop)
 
     def sync(self) -> None:
         self._files.gate.wait(20)

@@ -350,6 +350,44 @@ def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
     trials.enumerate(story, Disk(quick, empty=True), power=power, then=again)
 
 
+@pytest.mark.parametrize("durability", ["fsync", "journal"])
+def test_power_that_goes_after_a_process_has_died_and_another_come_back(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, full: bool
+) -> None:
+    """Under fsync: it has told of what the first one had written and not synced, or not for good."""
+    clock, chance = Clock(monkeypatch), random.Random(5)
+    story = Story(quick / "data", durability, clock)
+    story.create()
+    story.push(2)
+    story.together(3)
+    story.save()
+    story.push(2)
+    story.recorder.fails = lambda op: BROKEN if op.kind == "sync" and op.name.startswith("journal") else None
+    story.act(story.crowd.push)
+    story.house.die()
+    disk, told = Disk(quick, empty=True), Told(-1, -1)
+    trials._samples = 8 if full else 2
+    for number, op in enumerate(list(story.recorder.log)):
+        if not isinstance(op, Op):
+            told = op if isinstance(op, Told) else told
+            continue
+        disk.do(op)
+        written = op.kind in ("write", "sync failed") and op.name.startswith("journal")
+        if told.record < 0 or not (written or full or chance.random() < 0.1):
+            continue
+        kept = disk.leave(quick / f"kept-{number}", chance, 1)
+        second = Story(kept / "data", "fsync", clock, 9)
+        if durability == "fsync":
+            second.recorder.log.append(told)
+        second.restore(story.states)
+        second.push(1)
+        second.house.die()
+        then = judge(second, trials.counts, whole=durability == "fsync")
+        trials.enumerate(second, disk.moved(kept), power=True, then=then)
+        shutil.rmtree(kept)
+    assert trials.counts["all there"] > 20
+
+
 def test_a_newest_snapshot_that_is_bad_after_a_repair_is_not_passed_over(
     quick: Path, monkeypatch: pytest.MonkeyPatch, boots: Boots
 ) -> None:

@@ -20,6 +20,8 @@ from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
 from deltaserve_server.durability.keeper import Durability, Schedule
 from deltaserve_server.model import Refused
+from deltaserve_server.service.applier import Applier
+from deltaserve_server.service.recovering import Recovering
 
 PROGRAM = """
 import sys
@@ -269,6 +271,27 @@ def test_a_snapshot_of_a_deleted_model_does_not_get_into_the_next_one_of_its_nam
         thread.join(20)
         shutil.copytree(quick / "data", quick / "copy")
         assert np.frombuffer(read(quick / "copy").vectors[0], "<f4").tolist() == [1, 1, 1]
+
+
+def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: Path) -> None:
+    """It is there the moment after it was looked for."""
+    with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+        client.create_model("m", {"w": np.zeros(3, np.float32)})
+        registry = server._registry
+        recovering, applier = Recovering({"m": 1}), registry.get("m")
+
+        class Late(dict[str, Applier]):
+            def get(self, name: str, *_: object) -> Applier | None:  # type: ignore[override]
+                found = dict.get(self, name)
+                if found is None:
+                    self[name] = applier
+                    recovering.came(name)
+                return found
+
+        registry._models, registry._recovering = Late(), recovering
+        with pytest.raises(Refused, match="RECOVERING"):
+            registry.get("m")
+        assert registry.get("m") is applier
 
 
 def test_a_server_that_does_not_start_lets_go_of_its_directory(quick: Path) -> None:

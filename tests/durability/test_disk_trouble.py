@@ -1,6 +1,7 @@
 """A disk that is full, or fails: pushes are refused and nothing changes; afterwards each is applied exactly once."""
 
 import errno
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ sys.path.append(str(Path(__file__).parents[1] / "service"))
 from wire import Refusal, Session, Wire, asynchronous, eventually
 
 import deltaserve
-from deltaserve.v1.model_service_pb2 import SaveSnapshotRequest, Snapshot
-from deltaserve.v1.worker_service_pb2 import StepRequest
+from deltaserve.v1.model_service_pb2 import DeleteModelRequest, SaveSnapshotRequest, Snapshot
+from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, keeper
 from deltaserve_server.model import Refused
@@ -288,6 +289,70 @@ def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble) -> 
             thread.join(20)
         assert sorted(entry.version for entry in taken) == [3, *[4] * 7], "each has what had happened when it asked"
         assert len({entry.number for entry in taken}) <= 3
+
+
+def test_a_model_that_is_being_made_on_a_stalled_disk_holds_up_no_other(quick: Path, trouble: Trouble) -> None:
+    """Sessions are opened and pushes taken meanwhile."""
+    with serving(quick / "data", "journal") as wire, Wire(wire.target) as other:
+        session = begin(wire)
+        wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))  # its journal has another number now
+        trouble.only = "journal-00000002"
+        trouble.gate.clear()
+        making = threading.Thread(target=wire.create, args=("n", {"w": (SIZE,)}), kwargs={"weights": gradient(0)})
+        making.start()
+        assert trouble.waiting.wait(10)
+        other.open("m", "b")
+        assert other.step(session.header(4), gradient(4)).result.version == 4
+        assert [model.name for model in other.models()] == ["m"]
+        trouble.lift()
+        making.join(20)
+        assert [model.name for model in other.models()] == ["m", "n"]
+
+
+def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
+    """A watcher, and who waits for a version, that were told to come again."""
+    config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        session = begin(wire)
+        trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
+        refused(wire, session, 4)
+        for _ in range(3):
+            assert wire.watch("m").refused().reason == "STORAGE_UNAVAILABLE"
+            assert wire.refused("Pull", PullRequest(model="m", wait_for_version=4)).reason == "STORAGE_UNAVAILABLE"
+        audience = server._registry.get("m")._audience
+        assert not audience.watches
+        assert not audience._awaited
+        trouble.lift()
+
+
+def test_a_model_that_is_deleted_gives_back_what_could_not_be_written_down(quick: Path, trouble: Trouble) -> None:
+    config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        memory, staged = server._registry.memory.available, server._registry.staged.available
+        session = begin(wire)
+        trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
+        refused(wire, session, 4)
+        trouble.lift()
+        wire.one("DeleteModel", DeleteModelRequest(model="m"))
+        assert server._registry.staged.available == staged
+        assert server._registry.memory.available == memory
+
+
+def test_a_file_system_that_sets_no_space_aside(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the C library writes zeros, and of bytes that are there it has to read first, which is refused."""
+
+    def emulated(descriptor: int, offset: int, length: int) -> None:
+        assert length > 0
+        if offset < os.fstat(descriptor).st_size:
+            os.pread(descriptor, 1, offset)
+        os.pwrite(descriptor, bytes(length), offset)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    with serving(quick / "data", "journal") as wire:
+        session = begin(wire)
+        for number in range(4, 20):  # more than one portion of space
+            wire.step(session.header(number), gradient(number))
+        assert durable(wire) == 19 == check_restart(quick / "data", quick / "copy", wire, "journal")
 
 
 def test_what_the_list_of_models_calls_durable_is(quick: Path, trouble: Trouble) -> None:

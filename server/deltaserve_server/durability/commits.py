@@ -37,6 +37,15 @@ class _Switch(NamedTuple):
     bytes_before: int
 
 
+class _Done(NamedTuple):
+    """The record before needs its pieces no more."""
+
+    release: Effect
+
+
+_Item = Record | Effect | _Done | _Switch
+
+
 class Commits:
     """What a model's owner tells. Here nothing waits: without a journal everything is told at once.
 
@@ -121,7 +130,7 @@ class Journaled(Commits):
         self._journal = journal
         self._sync = sync
         self._safe = index
-        self._waiting: deque[Record | Effect | _Switch] = deque()
+        self._waiting: deque[_Item] = deque()
         self._added = self._settled = 0
         self._writing = threading.Lock()
 
@@ -146,7 +155,7 @@ class Journaled(Commits):
         self.records += 1
         self._put(Record(self.index, event, pieces))
         if done:
-            self._put(done)
+            self._put(_Done(done))
 
     def then(self, effect: Effect) -> None:
         """Has it called with the next `settle`."""
@@ -195,13 +204,16 @@ class Journaled(Commits):
             yield
 
     def close(self) -> None:
-        """Ends the journal: whatever still waits is not written, and nobody is told of it."""
+        """Ends the journal: whatever still waits is not written, nobody is told of it, and its pieces are let go."""
         with self._writing:
             self.error = self.error or OSError(errno.ESHUTDOWN, "the model has ended")
             self._journal.close()
-            for item in list(self._waiting):
+            for place, item in enumerate(list(self._waiting)):
                 if isinstance(item, _Switch):
                     item.journal.close()
+                elif isinstance(item, _Done):
+                    self._waiting[place] = _nothing
+                    item.release()
 
     def _end(self) -> tuple[Journal, int]:
         """Returns the journal that the next record goes to, and where, about."""
@@ -212,7 +224,7 @@ class Journaled(Commits):
             waiting += _bytes(item)
         return self._journal, self._journal.size + waiting
 
-    def _put(self, item: "Record | Effect | _Switch") -> None:
+    def _put(self, item: _Item) -> None:
         self._waiting.append(item)
         self._added += 1
 
@@ -237,11 +249,11 @@ class Journaled(Commits):
             before.close()
         else:
             try:
-                item()
+                (item.release if isinstance(item, _Done) else item)()
             except Exception:  # what is written stays so, whoever cannot be told
                 _log.exception("somebody was not told")
 
-    def _batch(self) -> "Iterator[Record | Effect | _Switch]":
+    def _batch(self) -> Iterator[_Item]:
         """Yields what can be written in one go: up to where another journal begins."""
         for item in list(self._waiting):
             yield item
@@ -259,7 +271,7 @@ class Journaled(Commits):
         failpoint("journal.synced")
 
 
-def _bytes(item: "Record | Effect | _Switch") -> int:
+def _bytes(item: _Item) -> int:
     """Returns how long a record is, about; nothing for anything else."""
     return record_bytes(sum(values.size for _, values in item.pieces)) if isinstance(item, Record) else 0
 

@@ -31,21 +31,18 @@ class File:
         self.name = path.name
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _OWNER)
 
-    def allocate(self, stop: int) -> None:
-        """Has the system set space aside up to byte `stop`, so that writing there does not fail for want of it."""
-        if stop:  # nothing at all is an error to the system
-            os.posix_fallocate(self._descriptor, 0, stop)
+    def allocate(self, start: int, stop: int) -> None:
+        """Has the system set space aside from byte `start`, the end of the file, up to `stop`.
+
+        Writing there does not fail for want of it. Where a file system cannot, the C library writes zeros instead; of
+        bytes that are there already it would have to read first, which this file does not allow.
+        """
+        if stop > start:  # nothing at all is an error to the system
+            os.posix_fallocate(self._descriptor, start, stop - start)
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Writes buffers one after the other, from byte `offset` on."""
-        left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-        while left:
-            written = os.pwritev(self._descriptor, left[:_MOST_BUFFERS], offset)
-            offset += written
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if written:
-                left[0] = left[0][written:]
+        _write(self._descriptor, offset, buffers)
 
     def cut(self, stop: int) -> None:
         """Ends the file at byte `stop`."""
@@ -104,6 +101,19 @@ class Files:
         finally:
             os.close(descriptor)
 
+    def rewrite(self, name: str, offset: int, data: memoryview) -> None:
+        """Writes a part of a file again, from byte `offset` on; the whole file is on the disk when this returns.
+
+        What was written before an fsync that failed, or was never called, may be with the system alone, which takes it
+        for clean.
+        """
+        descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            _write(descriptor, offset, [data])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def rename(self, name: str, new: str) -> None:
         """Gives a file another name, in place of a file that has it; for good after `sync`."""
         (self.folder / name).replace(self.folder / new)
@@ -132,7 +142,7 @@ class Files:
         try:
             with self.create(temporary) as file:
                 failpoint("file.created")
-                file.allocate(sum(memoryview(part).nbytes for part in content))
+                file.allocate(0, sum(memoryview(part).nbytes for part in content))
                 offset = 0
                 for part in content:
                     file.write(offset, [part])
@@ -149,3 +159,14 @@ class Files:
             with suppress(OSError):
                 self.remove(temporary)
             raise
+
+
+def _write(descriptor: int, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
+    left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    while left:
+        written = os.pwritev(descriptor, left[:_MOST_BUFFERS], offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]

@@ -130,7 +130,7 @@ class Journal:
         with self._lock:
             if stop > self._allocated:
                 end = -(-stop // _ALLOCATED) * _ALLOCATED
-                self._file.allocate(end)
+                self._file.allocate(self._allocated, end)
                 self._allocated = end
 
     def write(self, records: Sequence[Record], safe: int, *, sync: bool) -> None:
@@ -180,6 +180,8 @@ class Reading:
         total: Bytes of the file.
         index: Of the last record that was read.
         where: The file.
+        tail: The last records that were written in one go: where they begin, and their bytes. Nobody says of them, in
+            this file, that they were safe.
     """
 
     def __init__(self, files: Files, number: int, after: int, *, lost_power: bool) -> None:
@@ -191,6 +193,15 @@ class Reading:
         self._lost_power = lost_power
         self._data = _mapped(files, name, self.total)
         self._nonce = b""
+        self._starts: list[int] = []
+        self._safe = after
+
+    @property
+    def tail(self) -> tuple[int, memoryview]:
+        """As above."""
+        count = min(self.index - self._safe, len(self._starts))
+        start = self._starts[-count] if count > 0 else self.size
+        return start, self._data[start : self.size]
 
     def records(self) -> Iterator[Record]:
         """Yields the records up to where the journal was torn, or ends; their vectors lie in the file.
@@ -239,6 +250,8 @@ class Reading:
         where = f"{self.where}: record {head.number}"
         header = decoded(data[_HEAD_BYTES : _HEAD_BYTES + head.json_bytes], Header, where)
         vector = data[head.vector_at : head.vector_at + head.vector_bytes]
+        self._starts.append(self.size)
+        self._safe = head.safe
         self.size += head.total_bytes
         self.index = head.number
         return Record(head.number, header.event, _pieces(header, vector, where))

@@ -77,7 +77,9 @@ def total_bytes(folder: Folder) -> int:
     )
 
 
-def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept_data_loss: bool) -> Recovered:
+def recover(
+    folder: Folder, make_store: MakeStore, progress: Progress, *, accept_data_loss: bool, sync: bool
+) -> Recovered:
     """Brings a model back.
 
     Args:
@@ -85,6 +87,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
         make_store: Makes the place for its vectors, of the weights.
         progress: Is told how many further bytes were read.
         accept_data_loss: Whether to go on where a file is corrupt, with what comes before.
+        sync: Whether what comes back is to be on the disk, since others are told that it is.
 
     Raises:
         CorruptError: A file is, and that is not accepted; or no snapshot is good.
@@ -100,7 +103,7 @@ def recover(folder: Folder, make_store: MakeStore, progress: Progress, *, accept
     store = make_store(zeros_like(state.weights))
     store.put(state, machine.version)
     replay = _Replay(machine, store, manifest.index, found.head.lost_at, now)
-    _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss)
+    _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss, sync=sync)
     replay.end_sessions()
     if found.bad and manifest.journal is not None and replay.index < found.saved:
         # What could not be written to a journal was safe in the snapshot that is bad, and there alone.
@@ -145,7 +148,7 @@ def _head(folder: Folder, accept_data_loss: bool) -> Head:
         if not accept_data_loss:
             raise
         _log.error("%s; workers take the model for another one", error)
-        return Head.new()
+        return Head.new().doubtful()  # how it was served is not known: sessions must not go on
 
 
 def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
@@ -185,6 +188,7 @@ def _replay(
     progress: Progress,
     *,
     accept_data_loss: bool,
+    sync: bool,
 ) -> None:
     """Makes everything happen again that the journals hold; ends each where it was torn."""
     numbers = [number for number in folder.journals() if number >= manifest.follows]
@@ -216,10 +220,14 @@ def _replay(
             folder.write_head(found.head)
             for bad in numbers[place:]:
                 folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
+            if sync and reading.size:
+                folder.files.rewrite(journal_name(number), *reading.tail)
             return
         if reading.size < reading.total:
-            # If that is lost, the next who comes back finds the same tear; to sync would take a whole journal's time.
+            # If that is lost, the next who comes back finds the same tear.
             folder.files.shorten(journal_name(number), reading.size, sync=False)
+        if sync:
+            folder.files.rewrite(journal_name(number), *reading.tail)
         progress(reading.total - before)
 
 

@@ -245,9 +245,10 @@ class Applier(Owned):
     @contextmanager
     def watched(self) -> Iterator[Watcher]:
         """Gives what happens to the model meanwhile."""
-        with self.event():
+        with Glance(self):
             watcher = self._audience.watch(watch.message(self.position, None))
         try:
+            self._settle()
             yield watcher
         finally:
             with self.lock:
@@ -279,12 +280,13 @@ class Applier(Owned):
         Raises:
             Refused: SESSION_LIMIT where `limit` of them wait already.
         """
-        with self.event():
+        with Glance(self):
             if self.machine.version < version:
                 return self._audience.wait(version, limit)
-            future: Future[None] = Future()
-            self._commits.then(partial(future.set_result, None))
-            return future
+        self._settle()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
     def forget(self, future: "Future[None]") -> None:
         """Ends what `reached` began, for a caller who waits no longer."""

@@ -14,7 +14,7 @@ from deltaserve_server.durability import recovery
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory, Prepared
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
-from deltaserve_server.durability.keeper import Keeper
+from deltaserve_server.durability.keeper import Durability, Keeper
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
 from deltaserve_server.memory.shared import Handle
@@ -85,6 +85,7 @@ class Registry:
         self._copies = copies
         self._recovering = Recovering(self._sizes())
         self._lock = threading.Lock()
+        self._opening, self._lock_opening = 0, threading.Lock()
         self._draining = False
         self._watchers = threading.BoundedSemaphore(config.watchers)
         self._stopped = threading.Event()
@@ -112,8 +113,9 @@ class Registry:
         Raises:
             Refused: RECOVERING.
         """
+        coming = name in self._recovering  # asked first: it may be there the moment after
         applier = self._models.get(name)
-        if applier is None and name in self._recovering:
+        if applier is None and coming:
             raise self._recovering.refusal(name)
         return applier
 
@@ -235,13 +237,25 @@ class Registry:
         """
         self.check_open()
         applier = self.get(name)
-        # The model's own event around it: the disk is waited for when that is left, the lock free again.
-        with applier.event(), self._lock:
-            replaces = applier.machine.sessions.named(worker) is not None
-            live = sum(len(held.machine.sessions) for held in self._models.values())
+        with self._session_room(replaces=applier.machine.sessions.named(worker) is not None):
+            return applier.open_session(worker, lease_seconds, tensor_count, group_count)
+
+    @contextmanager
+    def _session_room(self, *, replaces: bool) -> Iterator[None]:
+        """Keeps room for a session that is being opened; raises Refused SESSION_LIMIT where there is none.
+
+        No lock is held meanwhile: to open one may take as long as its model's disk does.
+        """
+        with self._lock_opening:
+            live = sum(len(held.machine.sessions) for held in self.all()) + self._opening
             if live >= self.config.sessions and not replaces:
                 raise Refused("SESSION_LIMIT", limit=self.config.sessions)
-            return applier.open_session(worker, lease_seconds, tensor_count, group_count)
+            self._opening += not replaces
+        try:
+            yield
+        finally:
+            with self._lock_opening:
+                self._opening -= not replaces
 
     def share(self, name: str, session_id: bytes, epoch: int, local: bool) -> Handle:
         """Gives a session memory for its gradients that its worker can map.
@@ -354,6 +368,7 @@ class Registry:
                 lambda weights: self._make_store(weights, self.memory),
                 self._recovering.progress,
                 accept_data_loss=accept_data_loss,
+                sync=directory.durability is Durability.FSYNC,
             )
             reservation = self.reserve_model(came.machine.layout.size)
             keeper = directory.keeper(name, came.kept)

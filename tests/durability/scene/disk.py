@@ -5,6 +5,7 @@ one; names that were made, changed or removed and not synced may be lost, the la
 that failed nobody knows what became of what was written before it, for good.
 """
 
+import copy
 import errno
 import os
 import random
@@ -131,6 +132,12 @@ class Disk:
         self.top = Directory() if empty else self._load(root)
         self.files: dict[int, Inode] = {}
 
+    def moved(self, root: Path) -> "Disk":
+        """Returns this disk as it now is, with what is not synced, for a log of another folder."""
+        other = copy.deepcopy(self)
+        other.root = str(root)
+        return other
+
     def _load(self, path: Path) -> Directory:
         names: dict[str, Any] = {}
         for found in path.iterdir():
@@ -166,6 +173,11 @@ class Disk:
                 inode.cut(op.offset)
                 if op.data:
                     inode.sync()
+            case "rewrite":
+                inode = folder.now[op.name]
+                if op.data:
+                    inode.write(op.offset, op.data)
+                inode.sync()
 
     def _to_file(self, op: Op, inode: Inode) -> None:
         match op.kind:
@@ -242,10 +254,10 @@ class RecordedFile(File):
         super().__init__(path)
         recorder.add(op)
 
-    def allocate(self, stop: int) -> None:
+    def allocate(self, start: int, stop: int) -> None:
         self._do(
             Op("allocate", name=self.name, file=self._number, offset=stop),
-            lambda: super(RecordedFile, self).allocate(stop),
+            lambda: super(RecordedFile, self).allocate(start, stop),
         )
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
@@ -282,6 +294,12 @@ class RecordedFiles(Files):
         self._do(
             Op("shorten", str(self.folder), name, offset=stop, data=b"sync" * sync),
             lambda: super(RecordedFiles, self).shorten(name, stop, sync=sync),
+        )
+
+    def rewrite(self, name: str, offset: int, data: memoryview) -> None:
+        self._do(
+            Op("rewrite", str(self.folder), name, offset=offset, data=bytes(data)),
+            lambda: super(RecordedFiles, self).rewrite(name, offset, data),
         )
 
     def rename(self, name: str, new: str) -> None:

@@ -82,7 +82,11 @@ class House:
     def restore(self, name: str = "m", *, accept_data_loss: bool = False) -> Applier:
         """Brings a model back, as the registry does."""
         came = recovery.recover(
-            self.directory.folder(name), make_store, lambda _: None, accept_data_loss=accept_data_loss
+            self.directory.folder(name),
+            make_store,
+            lambda _: None,
+            accept_data_loss=accept_data_loss,
+            sync=self.directory.durability is Durability.FSYNC,
         )
         keeper = self.directory.keeper(name, came.kept)
         applier = self._applier(came.machine, came.store, keeper)
@@ -119,9 +123,8 @@ def read(path: Path, name: str = "m", *, accept_data_loss: bool = False) -> Seen
     from deltaserve_server.durability.files import Files
     from deltaserve_server.durability.folder import Folder
 
-    came = recovery.recover(
-        Folder(Files(path / "models" / name)), make_store, lambda _: None, accept_data_loss=accept_data_loss
-    )
+    folder = Folder(Files(path / "models" / name))
+    came = recovery.recover(folder, make_store, lambda _: None, accept_data_loss=accept_data_loss, sync=False)
     return _seen(came.machine, came.store.state())
 
 

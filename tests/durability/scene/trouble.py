@@ -69,9 +69,9 @@ class _File(File):
         super().__init__(path)
         self._trouble = trouble
 
-    def allocate(self, stop: int) -> None:
+    def allocate(self, start: int, stop: int) -> None:
         self._trouble.may("allocate", self.name)
-        super().allocate(stop)
+        super().allocate(start, stop)
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         self._trouble.may("write", self.name)
