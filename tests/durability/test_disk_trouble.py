@@ -16,7 +16,7 @@ from trouble import Trouble, fill, small_file_system
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Refusal, Session, Wire, asynchronous, eventually
+from wire import Refusal, Session, Wire, asynchronous, eventually, sync
 
 import deltaserve
 from deltaserve.v1.model_service_pb2 import DeleteModelRequest, SaveSnapshotRequest, Snapshot
@@ -244,6 +244,10 @@ def test_a_model_whose_disk_stalls_holds_up_no_other(quick: Path, trouble: Troub
         other.create("n", {"w": (SIZE,)}, weights=gradient(0), policy=asynchronous())
         session = other.open("n", "a")
         assert other.step(session.header(1), gradient(1)).result.version == 1
+        grace = sync(min_workers=1, quorum=1, grace_seconds=0.1)
+        other.create("r", {"w": (SIZE,)}, weights=gradient(0), policy=grace)
+        first, _ = other.open("r", "a"), other.open("r", "b")
+        assert other.step(first.header(1), gradient(1)).result.version == 1, "the round is over in time"
         assert not opened
         trouble.lift()
         opening.join(20)

@@ -23,6 +23,7 @@ from deltaserve_server.model import Machine, Refused, Session
 from deltaserve_server.service.applier import Applier
 from deltaserve_server.service.recovering import Recovering
 from deltaserve_server.service.saver import Saver
+from deltaserve_server.service.ticker import Ticker
 from deltaserve_server.service.watch import Watcher
 
 _log = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ _log = logging.getLogger(__name__)
 _SERVICES = "deltaserve.v1."
 """What the full names of our services begin with."""
 
-_TICK_SECONDS = 0.25
-_SHORTEST_TICK_SECONDS = 0.001
 _DRAIN_RETRY_SECONDS = 1.0
 _STORAGE_RETRY_SECONDS = 1.0
 _COPIES_SECONDS = 5.0
@@ -88,12 +87,8 @@ class Registry:
         self._opening, self._lock_opening = 0, threading.Lock()
         self._draining = False
         self._watchers = threading.BoundedSemaphore(config.watchers)
-        self._stopped = threading.Event()
-        self._alarm = threading.Event()
-        self._alarm_lock = threading.Lock()
-        self._next_tick = 0.0
-        self._ticker = threading.Thread(target=self._tick, name="leases", daemon=True)
-        self._ticker.start()
+        self._stopped = False
+        self._ticker = Ticker(self.all, config.models)
         self._saver = Saver(self.all, self._saved) if directory else None
 
     def get(self, name: str) -> Applier:
@@ -159,7 +154,7 @@ class Registry:
                 self.check_room()
                 store = self._make_store(weights, self.memory)
                 keeper = self._keep(prepared, machine.name) if prepared else None
-                applier = Applier(machine, store, reservation, self.incarnation, self._wanted, keeper)
+                applier = Applier(machine, store, reservation, self.incarnation, self._ticker.want, keeper)
                 self._add(applier)
                 undo.pop_all()
         _log.info("model %s created: %d elements", machine.name, machine.layout.size)
@@ -304,11 +299,10 @@ class Registry:
     def stop(self) -> None:
         """Ends every model; once."""
         self._draining = True
-        if self._stopped.is_set():
+        if self._stopped:
             return
-        self._stopped.set()
-        self._alarm.set()
-        self._ticker.join()
+        self._stopped = True
+        self._ticker.stop()
         for applier in self.all():
             applier.end(Refused("DRAINING", _DRAIN_RETRY_SECONDS))
         if self._saver:
@@ -379,7 +373,7 @@ class Registry:
             raise DataDirectoryError(
                 f"model {name}: {error.filename or folder.files.folder}: {error.strerror}"
             ) from error
-        applier = Applier(came.machine, came.store, reservation, self.incarnation, self._wanted, keeper)
+        applier = Applier(came.machine, came.store, reservation, self.incarnation, self._ticker.want, keeper)
         try:
             if came.waited:
                 applier.renumbered()
@@ -398,30 +392,6 @@ class Registry:
     def _tell_health(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
             self._health.set(name, status)
-
-    def _wanted(self, due: float) -> None:
-        """Sees to it that models are looked at when it is time to, however short before they were."""
-        with self._alarm_lock:
-            if due < self._next_tick:
-                self._next_tick = due
-                self._alarm.set()
-
-    def _tick(self) -> None:
-        while not self._stopped.is_set():
-            self._next_tick = monotonic() + _TICK_SECONDS
-            self._tick_all()
-            while not self._stopped.is_set() and monotonic() < self._next_tick:
-                self._alarm.clear()
-                self._alarm.wait(max(self._next_tick - monotonic(), _SHORTEST_TICK_SECONDS))
-
-    def _tick_all(self) -> None:  # a method, so that afterwards nothing here refers to a model that is deleted
-        for applier in self.all():
-            try:
-                applier.tick()
-            except Refused:
-                pass  # a fault has ended this model, and is in the log; the others go on
-            except Exception:
-                _log.exception("model %s: what is due was not done", applier.machine.name)
 
 
 def _storage_refused(error: OSError) -> Refused:
