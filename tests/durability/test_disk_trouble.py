@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from deltaserve.v1.model_service_pb2 import DeleteModelRequest, SaveSnapshotRequ
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, keeper
+from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.model import Refused
 
 SIZE = 4000
@@ -270,7 +272,15 @@ def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Troub
         assert staged.available == free
 
 
-def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble) -> None:
+def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    really = keeper.Keeper.save
+
+    def save(*given: Any) -> Any:
+        asked.append(given)
+        return really(*given)
+
+    monkeypatch.setattr(keeper.Keeper, "save", save)
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="journal")
     with LocalServer(config) as server, ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.target)) for _ in range(8)]
@@ -288,11 +298,39 @@ def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble) -> 
         wires[0].step(session.header(4), gradient(4))
         for thread in threads[1:]:
             thread.start()
+        eventually(lambda: len(asked) == 8, "not all have asked")
         trouble.lift()
         for thread in threads:
             thread.join(20)
         assert sorted(entry.version for entry in taken) == [3, *[4] * 7], "each has what had happened when it asked"
         assert len({entry.number for entry in taken}) <= 3
+
+
+@pytest.mark.parametrize("part", ["manifest", "tensors", "journal"])
+def test_a_file_that_the_disk_cannot_read(quick: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """It counts as corrupt, and is named: an older snapshot takes its place, nothing takes that of a journal."""
+    data = quick / "data"
+    with serving(data, "journal") as wire:
+        session = begin(wire)
+        wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
+        wire.step(session.header(4), gradient(4))
+        shutil.copytree(data, quick / "copy")
+    folder = quick / "copy" / "models" / "m"
+    pattern = {"manifest": "snapshot-*.json", "tensors": "*.safetensors", "journal": "journal-*"}[part]
+    bad = max(folder.glob(pattern))
+    really = Path.open
+
+    def fails(path: Path, *given: Any, **more: Any) -> Any:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return really(path, *given, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    if part == "journal":
+        with pytest.raises(CorruptError, match=bad.name):
+            recovered(quick / "copy")
+    else:
+        assert recovered(quick / "copy").version == 4
 
 
 def test_a_model_that_is_being_made_on_a_stalled_disk_holds_up_no_other(quick: Path, trouble: Trouble) -> None:

@@ -1,5 +1,9 @@
 """What can be wrong with a data directory."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DataDirectoryError(Exception):
     """A data directory cannot be used; the text is one line that says why, and what to do."""
@@ -17,3 +21,14 @@ class CorruptError(Exception):
         super().__init__(f"{where}: {what}")
         self.where = where
         self.what = what
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Takes a file that the disk cannot give any more for one that is corrupt; every other error is what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CorruptError(where, "the disk cannot read it") from error

@@ -26,13 +26,16 @@ from crc32c import crc32c
 
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.checked import decoded
-from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.errors import CorruptError, readable
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.records import DTYPES, Header, Piece, Record, finite
 
 _log = logging.getLogger(__name__)
 
 _LINE = 64
+_PART = 4 << 20
+"""Bytes that are read at a time."""
+
 _SECTOR = 512
 """What a disk writes whole or not at all."""
 
@@ -326,10 +329,17 @@ def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:
 
 
 def _mapped(files: Files, name: str, size: int) -> memoryview:
-    """Returns a file's bytes, read when they are looked at."""
+    """Returns a file's bytes, as they lie in the system's memory.
+
+    They are read here: where the disk fails, this says so. Through the mapping that would be a signal that ends the
+    process.
+    """
     if not size:
         return memoryview(b"")
-    with (files.folder / name).open("rb") as file:
+    path, part = files.folder / name, bytearray(_PART)
+    with readable(str(path)), path.open("rb", buffering=0) as file:
+        while file.readinto(part):
+            pass
         return memoryview(mmap(file.fileno(), size, access=ACCESS_READ))
 
 

@@ -15,7 +15,7 @@ from crc32c import crc32c
 
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.checked import packed, unpacked
-from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.errors import CorruptError, readable
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.plausible import Implausible, check_model
 from deltaserve_server.memory import State
@@ -126,7 +126,9 @@ def read_manifest(files: Files, number: int) -> Manifest:
     """
     name = manifest_name(number)
     where = str(files.folder / name)
-    manifest = unpacked(files.read(name), Manifest, where)
+    with readable(where):
+        content = files.read(name)
+    manifest = unpacked(content, Manifest, where)
     if manifest.format != _FORMAT or manifest.number != number:
         raise CorruptError(where, f"expected {_FORMAT}, number {number}")
     try:
@@ -150,7 +152,7 @@ def read_state(files: Files, manifest: Manifest, progress: Progress) -> State:
     try:
         if files.size(name) != manifest.bytes:
             raise CorruptError(where, f"it has {files.size(name)} bytes, not {manifest.bytes}")
-        with (files.folder / name).open("rb", buffering=0) as file:
+        with readable(where), (files.folder / name).open("rb", buffering=0) as file:
             found = file.read(len(head))
             check, vectors = crc32c(found), []
             for _ in VECTORS:
@@ -191,7 +193,7 @@ def recorded_index(files: Files, number: int) -> int:
                 return int(json.loads(file.read(min(size, _HEAD_BYTES)))["__metadata__"]["index"])
         except FileNotFoundError:
             return 0
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return sys.maxsize
 
 
