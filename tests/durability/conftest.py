@@ -43,8 +43,18 @@ def quick(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def small_journals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Space is set aside in portions of 64 KiB, not of 16 MiB, so that a data directory is quick to copy."""
+    """Space is set aside in portions of 64 KiB, not of 16 MiB, so that a data directory is quick to copy.
+
+    What is written to a journal that a model has was never more than what was set aside.
+    """
     monkeypatch.setattr(journal, "_ALLOCATED", 1 << 16)
+    write = journal.Journal.write
+
+    def within(made: journal.Journal, *given: Any, **more: Any) -> None:
+        write(made, *given, **more)
+        assert made.size <= made._allocated
+
+    monkeypatch.setattr(journal.Journal, "write", within)
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def test_without_a_journal_all_is_told_at_once() -> None:
     commits.add(Renumbered(1), done=lambda: told.append("done"))
     commits.then(lambda: told.append("then"))
     commits.settle()
-    commits.ready(1 << 40, 1 << 40)
+    commits.ready(1 << 40, 1 << 40, 0)
     assert (told, commits.index) == (["done", "then"], 6)
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_written_is_not_told_until_a_snapshot_has_it(
         with pytest.raises(StorageError, match=os.strerror(number)):
             commits.settle()
     with pytest.raises(StorageError):
-        commits.ready(1, 1)
+        commits.ready(1, 1, 0)
     files.error = None
     syncs = files.syncs
     with pytest.raises(StorageError):
@@ -206,7 +206,7 @@ def test_what_cannot_be_written_is_not_told_until_a_snapshot_has_it(
     commits.settle()
     assert told == [1, 2, 3, 4]
     assert written(files, 2, 3) == [4]
-    commits.ready(1, 1)
+    commits.ready(1, 1, 0)
 
 
 def test_after_several_snapshots_that_failed_the_one_that_did_not_is_gone_on_with(
@@ -257,9 +257,9 @@ def test_a_journal_is_switched_to_between_two_records(files: Slow, commits: Jour
 def test_space_is_set_aside_before_anything_happens(files: Slow, commits: Journaled) -> None:
     files.error, files.at = errno.ENOSPC, "allocate"
     with pytest.raises(StorageError, match="No space left"):
-        commits.ready(1, 1 << 16)
+        commits.ready(1, 1 << 16, 0)
     files.error = None
-    commits.ready(1, 1 << 16)
+    commits.ready(1, 1 << 16, 0)
     assert files.folder.joinpath("journal-00000001").stat().st_size >= 1 << 18
     commits.add(Renumbered(1), [(0, np.zeros(1 << 16, np.float32))])
     files.error = errno.ENOSPC
@@ -294,7 +294,7 @@ def test_a_journal_that_has_ended_is_not_written_to(files: Slow, quick: Path) ->
     with pytest.raises(StorageError):
         commits.settle()
     with pytest.raises(StorageError):
-        commits.ready(1, 1)
+        commits.ready(1, 1, 0)
     commits.close()
     for other in others:
         assert os.fstat(other).st_size == 0

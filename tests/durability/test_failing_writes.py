@@ -203,7 +203,7 @@ def switching(quick: Path, trouble: Trouble) -> Iterator[Journaled]:
 def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
     quick: Path, trouble: Trouble, switching: Journaled
 ) -> None:
-    switching.ready(1, 1 << 16)
+    switching.ready(1, 1 << 16, 0)
     assert (quick / "journal-00000001").stat().st_size < 1 << 18 <= (quick / "journal-00000002").stat().st_size
     trouble.errors["allocate"] = errno.ENOSPC
     switching.add(Ended(()), [(0, np.zeros(1 << 16, np.float32))])
@@ -214,6 +214,6 @@ def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
 def test_where_that_journal_has_no_space_nothing_happens(trouble: Trouble, switching: Journaled) -> None:
     trouble.errors["allocate"], trouble.only = errno.ENOSPC, "journal-00000002"
     with pytest.raises(StorageError, match="No space left"):
-        switching.ready(1, 1 << 16)
+        switching.ready(1, 1 << 16, 0)
     switching.settle()
     assert not switching.error

@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability.journal import Journal, record_bytes
-from deltaserve_server.durability.records import Event, Piece, Record
+from deltaserve_server.durability.records import Changed, Event, Extended, Piece, Record, StatePut, Updated
+from deltaserve_server.model import Hyperparameters, Tensor
 
 _log = logging.getLogger(__name__)
 
 Effect = Callable[[], None]
 
+
+_NAMED_ENTRIES = 6
 
 _SPARE_BYTES = 1 << 18
 """For records without a vector."""
@@ -64,8 +67,8 @@ class Commits:
     def __init__(self, index: int = 0) -> None:
         self.index = index
 
-    def ready(self, records: int, elements: int) -> None:
-        """Sees to it that so many records, of vectors of so many elements, can be written.
+    def ready(self, records: int, elements: int, entries: int) -> None:
+        """Sees to it that so many records can be written; see `record_bytes`.
 
         Raises:
             StorageError: They cannot.
@@ -139,13 +142,13 @@ class Journaled(Commits):
         """Length of the journals since the last snapshot, with what waits."""
         return self._bytes_before + self._journal.size + sum(_bytes(i) for i in list(self._waiting))
 
-    def ready(self, records: int, elements: int) -> None:
+    def ready(self, records: int, elements: int, entries: int) -> None:
         """Sets space aside."""
         if self.error:
             raise StorageError(self.error.strerror or str(self.error))
         try:
             journal, end = self._end()
-            journal.reserve(end + records * record_bytes(elements) + _SPARE_BYTES)
+            journal.reserve(end + records * record_bytes(elements, entries) + _SPARE_BYTES)
         except OSError as error:
             raise StorageError(error.strerror or str(error)) from None
 
@@ -273,7 +276,25 @@ class Journaled(Commits):
 
 def _bytes(item: _Item) -> int:
     """Returns how long a record is, about; nothing for anything else."""
-    return record_bytes(sum(values.size for _, values in item.pieces)) if isinstance(item, Record) else 0
+    if not isinstance(item, Record):
+        return 0
+    match item.event:
+        case Updated(made=made, absent=absent):
+            entries = len(made.hyperparameters) + len(absent)
+        case Extended(tensors, groups):
+            entries = extension_entries(tensors, groups)
+        case Changed(settings):
+            entries = len(settings.groups)
+        case StatePut(counts):
+            entries = len(counts)
+        case _:
+            entries = 0
+    return record_bytes(sum(values.size for _, values in item.pieces), entries)
+
+
+def extension_entries(tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> int:
+    """Returns what `record_bytes` counts for an extension, whose record has the tensors' names."""
+    return _NAMED_ENTRIES * len(tensors) + len(groups)
 
 
 def _nothing() -> None:

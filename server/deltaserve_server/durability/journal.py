@@ -50,7 +50,13 @@ _ALLOCATED = 16 << 20
 """Space is set aside in portions of so many bytes."""
 
 _JSON_BYTES = 4096
-"""What the JSON of a record may take, about."""
+"""What the JSON of a record may take, about, beside what follows."""
+
+_ENTRY_BYTES = 128
+"""The same for a tensor or a group that it speaks of."""
+
+_PIECE_ELEMENTS = 512
+"""And for each piece of a vector: they have thousands of elements, and take some 20 bytes of JSON."""
 
 
 def journal_name(number: int) -> str:
@@ -163,9 +169,14 @@ class Journal:
             self._file.close()
 
 
-def record_bytes(elements: int) -> int:
-    """Returns how long a record is at the most, about, of a vector of so many elements."""
-    return elements * 4 + _JSON_BYTES
+def record_bytes(elements: int, entries: int) -> int:
+    """Returns how long a record is at the most, about.
+
+    Args:
+        elements: Of its vector.
+        entries: How many tensors and groups it may speak of.
+    """
+    return elements * 4 + elements // _PIECE_ELEMENTS * 4 + entries * _ENTRY_BYTES + _JSON_BYTES
 
 
 class Reading:

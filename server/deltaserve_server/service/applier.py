@@ -15,7 +15,7 @@ from time import monotonic, sleep
 
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import common_pb2
-from deltaserve_server.durability.commits import Commits, StorageError
+from deltaserve_server.durability.commits import Commits, StorageError, extension_entries
 from deltaserve_server.durability.folder import Head
 from deltaserve_server.durability.keeper import Cut, Keeper
 from deltaserve_server.durability.records import Changed, Ended, Extended, Opened, Renumbered, StatePut, Updated
@@ -235,7 +235,7 @@ class Applier(Owned):
     def change(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> int:
         """Changes hyperparameters and policy; returns the first version that is made with them."""
         with self.event():
-            self._ready()
+            self._ready(1)
             first_version, decisions = self.machine.change(groups, policy, monotonic())
             self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next is not None))
             self._carry_out(decisions)
@@ -316,7 +316,8 @@ class Applier(Owned):
     ) -> None:
         """Adds tensors and groups at the end of the layout."""
         with self.event():
-            self._ready(1)
+            self._ready()
+            self._check_room(1, weights.size, extension_entries(tensors, groups))
             self._store.extend(weights)
             self.machine.extend(tensors, groups)
             self._commits.add(Extended(tuple(tensors), tuple(groups)), [(0, weights)])
@@ -409,7 +410,9 @@ class Applier(Owned):
 
     def _ready(self, pushes: int = 0) -> None:
         """Raises Refused STORAGE_UNAVAILABLE where the updates that may follow could not be written down."""
-        self._check_room(pushes + len(self._staged), self.machine.layout.size)
+        machine = self.machine
+        entries = len(machine.layout.tensors) + len(machine.groups)
+        self._check_room(pushes + len(self._staged), machine.layout.size, entries)
 
     # --- decisions
 

@@ -62,10 +62,10 @@ class Owned:
         except StorageError as error:
             raise _storage_refused(error) from None
 
-    def _check_room(self, pushes: int, elements: int) -> None:
-        """Raises Refused STORAGE_UNAVAILABLE where so many updates could not be written down."""
+    def _check_room(self, records: int, elements: int, entries: int) -> None:
+        """Raises Refused STORAGE_UNAVAILABLE where so many records could not be written down; see `record_bytes`."""
         try:
-            self._commits.ready(pushes, elements)
+            self._commits.ready(records, elements, entries)
         except StorageError as error:
             raise _storage_refused(error) from None
 
