@@ -247,7 +247,8 @@ def test_layouts_at_their_limits_come_back(lives: Lives, how: str) -> None:
 def test_as_many_groups_as_there_may_be_come_back(lives: Lives) -> None:
     with lives.first() as wire:
         wire.create("m", {"w": (SIZE,)})
-        extend(wire, {"v": (1,)}, [Hyperparameters(lr=float(number)) for number in range(4095)])
+        third = 1 / 3  # of many digits
+        extend(wire, {"v": (1,)}, [Hyperparameters(lr=n + third, rho=third, eps=third) for n in range(4095)])
         session = wire.open("m", "a")
         wire.step(session.header(1), np.ones(SIZE + 1))
     with lives.second() as wire:
