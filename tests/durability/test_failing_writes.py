@@ -22,6 +22,7 @@ from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory
 from deltaserve_server.durability.commits import Journaled, StorageError
 from deltaserve_server.durability.files import Files
+from deltaserve_server.durability.folder import Folder, Head
 from deltaserve_server.durability.journal import Journal, Reading
 from deltaserve_server.durability.records import Ended, Renumbered
 
@@ -136,6 +137,30 @@ def test_a_deletion_that_fails_is_undone_and_works_later(
         wire.create("m", {"w": (4,)})
     with LocalServer(config) as server, Wire(server.target) as wire:
         assert [model.position.version for model in wire.models()] == [0]
+
+
+# --- a model that cannot be kept
+
+
+def test_a_model_whose_head_is_not_written_leaves_no_journal_behind(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever creates a model on a full disk tries again and again."""
+    really = Folder.write_head
+
+    def write_head(folder: Folder, head: Head) -> None:
+        if folder.files.folder.name == "m":  # not while it is prepared
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really(folder, head)
+
+    monkeypatch.setattr(Folder, "write_head", write_head)
+    house = House(quick / "data")
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            house.create()
+    house.die()
+    assert not list(quick.rglob("journal-*"))
+    assert not [held for held in Path("/proc/self/fd").iterdir() if f"{quick}/" in os.path.realpath(held)]
 
 
 # --- a journal that was to be switched to

@@ -132,7 +132,11 @@ class Keeper:
         self._soon = kept.hurry or (journal is None and kept.index != kept.saved_index)
         self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
         self.head = msgspec.structs.replace(kept.head, served=Served(schedule.durability.value, boot()))
-        folder.write_head(self.head)
+        try:
+            folder.write_head(self.head)
+        except BaseException:
+            self._discard(journal)
+            raise
 
     @property
     def entries(self) -> list[Entry]:
@@ -241,6 +245,10 @@ class Keeper:
         """Removes the journal that was to follow a snapshot which failed: tried often, they would fill the disk."""
         # A manifest that has its name may be found after a crash: then it is this journal that must be written to.
         if journal and not self._may_be_found() and self.commits.take_back(journal):
+            self._discard(journal)
+
+    def _discard(self, journal: Journal | None) -> None:
+        if journal:
             journal.close()
             with suppress(OSError):
                 self.folder.files.remove(journal_name(journal.number))
