@@ -1,13 +1,17 @@
 """Copies of snapshots at another place: what is put back from them says that it is older, and is of the right model."""
 
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic, sleep
 
 import fsspec
 import pytest
 from crowd import Crowd
 from house import Clock, House, Seen, check_same, seen
 
+from deltaserve_server.durability import copies as room
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.folder import HEAD, Ancestor
 from deltaserve_server.service.applier import Applier
@@ -190,3 +194,60 @@ def test_copies_that_nobody_can_tell_whose_they_are_are_moved_aside(quick: Path,
     came = again.restore()
     again.die()
     check_same(seen(came)._replace(image=""), wanted._replace(image=""))
+
+
+# --- a place that refuses
+
+
+def test_what_the_place_for_copies_does_not_find_is_told_and_tried_again(
+    quick: Path, clock: Clock, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An object store without the bucket, for instance: the snapshot is there all the same."""
+    house = House(quick / "data")
+    push_and_save(Crowd(applier := house.create(), 9, clock), 1)
+    monkeypatch.setattr(room, "_RETRY_SECONDS", (0.01, 0.01, 0.01))
+    copies = Copies(url)
+    really, refusals = copies._system.put_file, [1, 2]
+
+    def put_file(*given: object) -> None:
+        if refusals:
+            refusals.pop()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "bucket")
+        really(*given)
+
+    monkeypatch.setattr(copies._system, "put_file", put_file)
+    assert applier.keeper
+    number = applier.keeper.last.number
+    with caplog.at_level("INFO", room.__name__):
+        copies.offer("m", applier.keeper.folder, number)
+        _wait(lambda: "is at" in caplog.text)
+    copies.close(20.0)
+    house.die()
+    assert caplog.text.count(f"snapshot {number} of model m was not copied: ") == 2
+    assert names(url, "m") == snapshot_files(number)
+
+
+@pytest.mark.parametrize("gone", ["snapshot", "model"])
+def test_a_snapshot_that_is_gone_by_then_is_no_trouble(
+    quick: Path, clock: Clock, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    house = House(quick / "data")
+    crowd = Crowd(applier := house.create(), 10, clock)
+    assert applier.keeper
+    first = applier.keeper.last.number
+    for _ in range(2):
+        push_and_save(crowd, 1)
+    if gone == "model":
+        house.directory.remove("m")
+    copies = Copies((quick / "copies").as_uri())
+    copies.offer("m", applier.keeper.folder, first)
+    copies.close(20.0)
+    house.die()
+    assert caplog.text == ""
+
+
+def _wait(happened: Callable[[], bool]) -> None:
+    end = monotonic() + 20
+    while not happened():
+        assert monotonic() < end, "it did not happen within 20 s"
+        sleep(0.01)

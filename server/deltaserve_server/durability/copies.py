@@ -74,9 +74,9 @@ class Copies:
         for seconds in (*_RETRY_SECONDS, None):
             try:
                 self._copy(model, folder, number)
-            except FileNotFoundError:
-                return  # a newer one has taken its place, and waits to be copied
             except Exception as error:
+                if _is_gone(folder, number):
+                    return  # a newer one has taken its place, and waits to be copied
                 _log.warning("copies: snapshot %d of model %s was not copied: %s", number, model, error)
                 if seconds is None or self._closed.wait(seconds):
                     return
@@ -113,3 +113,13 @@ class Copies:
     def _names(self, target: str) -> list[str]:
         found: list[Any] = self._system.ls(target, detail=False)
         return [str(path).rsplit("/", 1)[-1] for path in found]
+
+
+def _is_gone(folder: Folder, number: int) -> bool:
+    """Whether there is no such snapshot here any more."""
+    try:
+        return number not in folder.snapshots()
+    except FileNotFoundError:  # the model was deleted
+        return True
+    except OSError:
+        return False
