@@ -50,6 +50,34 @@ try:
 except DataDirectoryError as error:
     print(error)
 """
+FORKS = """
+import os, sys
+from pathlib import Path
+from deltaserve_server.durability.directory import DataDirectory
+from deltaserve_server.durability.errors import DataDirectoryError
+from deltaserve_server.durability.keeper import Durability, Schedule
+def take():
+    return DataDirectory(Path(sys.argv[1]), Schedule(durability=Durability.JOURNAL, updates=None, seconds=None))
+held = take()
+heard, told = os.pipe()
+lives = os.fork()
+if not lives:
+    os.close(told)
+    os.read(heard, 1)  # until the parent is gone
+    os._exit(0)
+held.close()
+held = take()
+print("free again", flush=True)
+child = os.fork()
+if not child:
+    held.close()
+    os._exit(0)
+os.waitpid(child, 0)
+try:
+    take()
+except DataDirectoryError:
+    print("still ours", flush=True)
+"""
 
 
 def config(path: Path, **more: object) -> ServerConfig:
@@ -105,6 +133,13 @@ def test_a_directory_is_free_again_when_its_server_has_stopped(quick: Path) -> N
     for _ in range(3):
         with LocalServer(config(quick / "data")), pytest.raises(DataDirectoryError):
             LocalServer(config(quick / "data"))
+
+
+def test_a_process_that_is_forked_neither_keeps_a_directory_nor_gives_it_away(quick: Path) -> None:
+    """As those of a DataLoader beside a server in a notebook."""
+    command = [sys.executable, "-c", FORKS, str(quick / "data")]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert told.splitlines() == ["free again", "still ours"]
 
 
 def test_a_path_that_is_no_directory(quick: Path) -> None:

@@ -52,6 +52,7 @@ class DataDirectory:
         self.path = path
         self._schedule = schedule
         self._models = path / "models"
+        self._owner = os.getpid()
         try:
             self._make()
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -124,7 +125,13 @@ class DataDirectory:
     def close(self) -> None:
         """Lets others use it; once."""
         lock, self._lock = self._lock, -1
-        if lock >= 0:
+        if lock < 0:
+            return
+        try:
+            # A process that was forked meanwhile holds it too: it must not keep it, nor take it from this one.
+            if os.getpid() == self._owner:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+        finally:
             os.close(lock)
 
     def _make(self) -> None:
