@@ -207,8 +207,12 @@ def _safe_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | No
     schedule = Schedule(
         durability=Durability(config.keeps), updates=config.snapshot_updates, seconds=config.snapshot_seconds
     )
-    copies = Copies(config.copy_to) if config.copy_to else None
-    return DataDirectory(config.data_dir, schedule), copies
+    directory = DataDirectory(config.data_dir, schedule)
+    try:
+        return directory, Copies(config.copy_to) if config.copy_to else None
+    except BaseException:
+        directory.close()
+        raise
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

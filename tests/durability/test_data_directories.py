@@ -142,6 +142,18 @@ def test_a_process_that_is_forked_neither_keeps_a_directory_nor_gives_it_away(qu
     assert told.splitlines() == ["free again", "still ours"]
 
 
+def test_a_server_that_does_not_get_its_directory_starts_no_copies(quick: Path) -> None:
+    with LocalServer(config(quick / "data")), pytest.raises(DataDirectoryError):
+        LocalServer(config(quick / "data", copy_to=(quick / "copies").as_uri()))
+    assert "copies" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_server_that_gets_no_place_for_copies_lets_go_of_its_directory(quick: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        LocalServer(config(quick / "data", copy_to="nowhere://at/all"))
+    open_directory(quick / "data").close()
+
+
 def test_a_path_that_is_no_directory(quick: Path) -> None:
     (quick / "file").write_bytes(b"")
     for path in (quick / "file", quick / "file" / "below"):
