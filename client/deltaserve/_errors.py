@@ -146,7 +146,7 @@ TABLE: Mapping[str, Row] = {
         "the server still reads model {model} from its disk: {percent} % done, about {seconds} s to go",
     ),
     "STORAGE_UNAVAILABLE": Row(
-        grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot write to its data directory: {why}"
+        grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot use its data directory: {why}"
     ),
     "NOT_DURABLE": Row(
         _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"

@@ -127,8 +127,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
     """
     ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 31
-    """UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full. What was asked for
-    is not done, or is done and not yet safe: send the same request again. Comes with RetryInfo.
+    """UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full, or its snapshots
+    cannot be listed. What was asked for is not done, or is done and not yet safe: send the same request again. Comes
+    with RetryInfo.
     """
     ERROR_REASON_NOT_DURABLE: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION {}: the server has no data directory, so there are no snapshots."""
@@ -235,8 +236,9 @@ ERROR_REASON_RECOVERING: ErrorReason.ValueType  # 30
 directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
 """
 ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 31
-"""UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full. What was asked for
-is not done, or is done and not yet safe: send the same request again. Comes with RetryInfo.
+"""UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full, or its snapshots
+cannot be listed. What was asked for is not done, or is done and not yet safe: send the same request again. Comes
+with RetryInfo.
 """
 ERROR_REASON_NOT_DURABLE: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION {}: the server has no data directory, so there are no snapshots."""

@@ -169,14 +169,20 @@ class Folder:
                 self.files.remove(name)
 
     def entries(self) -> list[snapshot.Entry]:
-        """Returns the snapshots that are good as far as their manifests tell, oldest first."""
+        """Returns the snapshots that are good as far as their manifests tell, oldest first.
+
+        Raises:
+            OSError: One cannot be read, or the folder is gone.
+        """
+        listed = self.snapshots()
         found = []
-        for number in self.snapshots():
-            with suppress(CorruptError, FileNotFoundError):  # one that was removed meanwhile
+        for number in listed:
+            with suppress(CorruptError, FileNotFoundError):
                 manifest = snapshot.read_manifest(self.files, number)
                 size = manifest.bytes + self.files.size(snapshot.manifest_name(number))
                 found.append(snapshot.Entry(number, manifest.model.version, size, manifest.taken_at))
-        return found
+        # Those that were removed meanwhile have made way for newer ones, or the model is gone.
+        return found if self.snapshots() == listed else self.entries()
 
     def _first_journal(self, kept: Sequence[int]) -> int:
         """Returns the number of the first journal that one of these snapshots needs; of a bad one all are kept."""

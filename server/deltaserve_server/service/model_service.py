@@ -170,9 +170,7 @@ class ModelServicer:
     def ListSnapshots(self, request: rpc.ListSnapshotsRequest, _: grpc.ServicerContext) -> rpc.ListSnapshotsResponse:
         """The snapshots that are kept."""
         applier = self._registry.get(request.model)
-        if applier.keeper is None:
-            raise Refused("NOT_DURABLE")
-        snapshots = map(_snapshot, applier.keeper.entries)
+        snapshots = map(_snapshot, self._registry.entries(applier))
         with applier.event():
             return rpc.ListSnapshotsResponse(snapshots=snapshots, position=applier.position)
 

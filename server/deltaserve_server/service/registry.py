@@ -202,6 +202,23 @@ class Registry:
         self._saved(applier)
         return entry
 
+    def entries(self, applier: Applier) -> list[Entry]:
+        """Returns the snapshots of a model that are kept.
+
+        Raises:
+            Refused: NOT_DURABLE, MODEL_NOT_FOUND or STORAGE_UNAVAILABLE.
+        """
+        if applier.keeper is None:
+            raise Refused("NOT_DURABLE")
+        try:
+            return applier.keeper.entries
+        except OSError as error:
+            name = applier.machine.name
+            with self._lock:  # whoever deletes the model has done so by then, or has failed
+                if self._models.get(name) is not applier:
+                    raise Refused("MODEL_NOT_FOUND", model=name) from None
+            raise _storage_refused(error) from error
+
     def delete(self, name: str) -> Applier:
         """Forgets a model.
 
