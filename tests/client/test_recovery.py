@@ -73,6 +73,21 @@ def test_who_has_no_time_gets_that_as_an_error(slow_to_come_back: "ServerProcess
     started.join()
 
 
+def test_a_list_of_models_is_a_whole_one(slow_to_come_back: "ServerProcess") -> None:
+    """Whoever finds a model missing makes a new one, or takes its version for 0."""
+    server = slow_to_come_back
+    started = threading.Thread(target=server.start)
+    started.start()
+    _until_reachable(server.target)
+    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+        with pytest.raises(deltaserve.UnavailableError) as caught:
+            client.models()
+        assert (caught.value.reason, caught.value.metadata["model"]) == ("RECOVERING", "m")
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        assert [model.name for model in client.models()] == ["m", "quick"]
+    started.join()
+
+
 def test_a_crash_while_it_comes_back_changes_nothing(
     slow_to_come_back: "ServerProcess", monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -425,6 +425,12 @@ def creating_a_model_that_is_still_read(scene: Scene) -> Request:
     return "CreateModel", list(creation("further"))
 
 
+@case("RECOVERING", retry=True, model="coming", percent="25")
+def the_list_of_models_some_of_which_are_still_read(scene: Scene) -> Request:
+    _coming(scene)
+    return "ListModels", [models.ListModelsRequest()]
+
+
 def _full(*_: object) -> None:
     raise StorageError("No space left on device")
 

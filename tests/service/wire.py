@@ -442,10 +442,18 @@ def unchanged(wire: Wire, *models: str) -> Iterator[None]:
 
 def _seen(wire: Wire, models: Sequence[str]) -> tuple[object, ...]:
     return (
-        [model.name for model in wire.models()],
+        _names(wire),
         wire.info().limits.memory_available_bytes,
         [wire.snapshot(name) for name in models],
     )
+
+
+def _names(wire: Wire) -> list[str]:
+    """The names of all models, or why they are not to be had."""
+    try:
+        return [model.name for model in wire.models()]
+    except grpc.RpcError as error:
+        return [refusal(error).reason]
 
 
 def eventually(condition: Callable[[], bool], otherwise: str, seconds: float = SECONDS) -> None:

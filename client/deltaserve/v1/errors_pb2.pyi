@@ -124,7 +124,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_RECOVERING: _ErrorReason.ValueType  # 30
     """UNAVAILABLE {model, percent, seconds}: the server was started not long ago and still reads the model from its data
-    directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
+    directory: `percent` of it, `seconds` to go by its estimate. ListModels gets it until all are there, with one that
+    is not. Comes with RetryInfo.
     """
     ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 31
     """UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full, or its snapshots
@@ -233,7 +234,8 @@ RetryInfo.
 """
 ERROR_REASON_RECOVERING: ErrorReason.ValueType  # 30
 """UNAVAILABLE {model, percent, seconds}: the server was started not long ago and still reads the model from its data
-directory: `percent` of it, `seconds` to go by its estimate. Comes with RetryInfo.
+directory: `percent` of it, `seconds` to go by its estimate. ListModels gets it until all are there, with one that
+is not. Comes with RetryInfo.
 """
 ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 31
 """UNAVAILABLE {why}: the model's journal cannot be written, for instance because the disk is full, or its snapshots

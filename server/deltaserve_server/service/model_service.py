@@ -99,7 +99,7 @@ class ModelServicer:
 
     def ListModels(self, _request: rpc.ListModelsRequest, _: grpc.ServicerContext) -> rpc.ListModelsResponse:
         """Every model in a line."""
-        return rpc.ListModelsResponse(models=map(_summary, self._registry.all()))
+        return rpc.ListModelsResponse(models=map(_summary, self._registry.whole()))
 
     def UpdateModel(self, request: rpc.UpdateModelRequest, _: grpc.ServicerContext) -> rpc.UpdateModelResponse:
         """Changes hyperparameters and policy."""

@@ -27,9 +27,9 @@ class Recovering:
         return name in self._left
 
     @property
-    def done(self) -> bool:
-        """Whether all are here."""
-        return not self._left
+    def coming(self) -> str | None:
+        """The model that is to come next; None where all are here."""
+        return next(iter(list(self._left)), None)  # which copies in one step: others come meanwhile
 
     def progress(self, count: int) -> None:
         """Takes note of so many further bytes."""

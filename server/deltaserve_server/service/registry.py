@@ -114,6 +114,17 @@ class Registry:
             raise self._recovering.refusal(name)
         return applier
 
+    def whole(self) -> list[Applier]:
+        """Returns all models by name, for whoever takes one that is not among them for none.
+
+        Raises:
+            Refused: RECOVERING.
+        """
+        coming = self._recovering.coming
+        if coming is not None:
+            raise self._recovering.refusal(coming)
+        return self.all()
+
     def reserve_model(self, elements: int) -> Reservation:
         """Takes the memory that a model, or an extension, of so many elements needs; raises BudgetExceeded."""
         return self.memory.reserve(_model_bytes(elements, durable=self._directory is not None))
