@@ -103,10 +103,14 @@ class Server:
             raise RuntimeError("the server was not started")
         return self._target
 
-    def start(self) -> None:
+    def start(self, check: Callable[[], None] = lambda: None) -> None:
         """Binds, brings back what is in the data directory, and serves.
 
         Meanwhile whoever asks for a model that is still to come is told so.
+
+        Args:
+            check: Is called again and again while models are read. What it raises ends the server in good order, and
+                is raised from here; nothing is lost by that.
 
         Raises:
             OSError: The address cannot be bound.
@@ -125,7 +129,7 @@ class Server:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._grpc.start()
         try:
-            self._registry.restore(accept_data_loss=self.config.accept_data_loss)
+            self._registry.restore(check, accept_data_loss=self.config.accept_data_loss)
         except BaseException:
             self._registry.stop()
             self._grpc.stop(0).wait()

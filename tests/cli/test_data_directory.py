@@ -70,6 +70,31 @@ def test_a_folder_is_kept_by_snapshots_unless_more_is_asked_for(process: Process
     _, err = serving.child.communicate(timeout=20)
     assert serving.child.returncode == 0
     assert re.search(r"model m: snapshot \d+ of version 5", err)
+    assert "SIGTERM: stopping; rounds go on for at most 5 s, then last snapshots are written\n" in err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_it_stops_while_it_still_reads(process: Process, tmp_path: Path, number: int, status: int) -> None:
+    """Nothing changes by that: neither what a model is, nor who works on it."""
+    serving = Serving(process, tmp_path, "--durability", "journal")
+    with deltaserve.connect(serving.target, timeout_seconds=20) as client:
+        client.create_model("first", ONE)
+    trained(serving.target, 12)
+    serving.kill()
+    options = ("serve", "--bind", "127.0.0.1:0", "--device", "cpu", "--data-dir", str(tmp_path))
+    child = process(*options, "--durability", "journal", DELTASERVE_FAILPOINTS="recovery.replay=sleep(1)")
+    assert child.stderr
+    while "model first came back" not in (line := child.stderr.readline()):
+        assert line
+    child.send_signal(number)
+    out, err = child.communicate(timeout=6)
+    assert (child.returncode, out) == (status, "")
+    assert f"{signal.Signals(number).name}: stopping, before all models were read" in err
+    assert "Traceback" not in err
+    assert "model m" not in err
+    again = Serving(process, tmp_path, "--durability", "journal")
+    with deltaserve.connect(again.target, timeout_seconds=20) as client:
+        assert [(model.name, model.version) for model in client.models()] == [("first", 0), ("m", 12)]
 
 
 def test_snapshots_are_listed_and_taken(process: Process, command: Command, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_it_serves_until_a_signal_and_stops_in_good_order(process: Process, numb
     assert child.returncode == status
     assert out == ""
     assert "Traceback" not in err
-    assert f"{signal.Signals(number).name}: stopping, at most 5 s" in err
+    assert f"{signal.Signals(number).name}: stopping; rounds go on for at most 5 s\n" in err
 
 
 def wait_until_stopping(child: "subprocess.Popen[str]") -> None:

@@ -27,6 +27,9 @@ log = logging.getLogger("deltaserve")
 
 _LOOK_SECONDS = 0.5
 
+_STATUS = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
+"""By signal: with what a server that stops for it ends."""
+
 
 class Device(StrEnum):
     """Where models live."""
@@ -195,7 +198,7 @@ def serve(
 
     _start_log(log_level)
     _log_settings(context)
-    stopping = _stop_on_signals()
+    signals = _Signals()
     config = _configured(
         ServerConfig,
         bind=bind,
@@ -214,14 +217,14 @@ def serve(
         accept_data_loss=accept_data_loss,
     )
     _check_bind(bind)
-    server = _started(lambda: Server(config))
+    server = _started(lambda: Server(config), signals.check)
     typer.echo(_welcome(server))
     sys.stdout.flush()
-    number = stopping()
-    log.info("%s: stopping, at most %g s", signal.Signals(number).name, grace_seconds)
+    number = signals.wait()
+    then = "" if config.keeps == "none" else ", then last snapshots are written"
+    log.info("%s: stopping; rounds go on for at most %g s%s", number.name, grace_seconds, then)
     server.stop(grace_seconds=grace_seconds)
-    if number == signal.SIGINT:
-        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(_STATUS[number])
 
 
 def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
@@ -231,13 +234,15 @@ def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
         raise UsageError(str(error)) from error
 
 
-def _started(make: "Callable[[], Server]") -> "Server":
-    """Makes and starts a server; what stops it from starting is told in one line."""
+def _started(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
+    """Makes and starts a server; what stops it from starting is told in one line. `check` may end it meanwhile."""
     from deltaserve_server.durability.errors import DataDirectoryError
 
     try:
         server = make()
-        server.start()
+        server.start(check)
+    except typer.Exit:  # a RuntimeError too
+        raise
     except (OSError, RuntimeError, ValueError, DataDirectoryError) as error:
         raise CommandError(str(error)) from error
     return server
@@ -281,26 +286,33 @@ def _welcome(server: "Server") -> str:
     return "\n".join(lines)
 
 
-def _stop_on_signals() -> Callable[[], int]:
-    """Takes over SIGTERM and SIGINT; returns a function that waits for the first. A second one ends at once."""
-    arrived: list[int] = []
-    event = threading.Event()
+class _Signals:
+    """SIGTERM and SIGINT, taken over. The first one is to stop the server, a second one ends it at once."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if arrived:
-            os._exit(128 + number)
-        arrived.append(number)
-        event.set()
+    def __init__(self) -> None:
+        self._arrived: list[signal.Signals] = []
+        self._event = threading.Event()
+        for number in _STATUS:
+            signal.signal(number, self._take)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    def check(self) -> None:
+        """Ends the command where one has come, while the server does not serve yet."""
+        if self._arrived:
+            number = self._arrived[0]
+            log.info("%s: stopping, before all models were read", number.name)
+            raise typer.Exit(_STATUS[number])
 
-    def wait() -> int:
-        while not event.wait(_LOOK_SECONDS):
+    def wait(self) -> signal.Signals:
+        """Waits for the first."""
+        while not self._event.wait(_LOOK_SECONDS):
             pass  # a signal that came while the process was stopped wakes any thread: this one has to look
-        return arrived[0]
+        return self._arrived[0]
 
-    return wait
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._arrived:
+            os._exit(128 + number)
+        self._arrived.append(signal.Signals(number))
+        self._event.set()
 
 
 def _start_log(level: Level) -> None:

@@ -15,7 +15,7 @@ from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory, Prepared
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
 from deltaserve_server.durability.keeper import Durability, Keeper
-from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.durability.snapshot import Entry, Progress
 from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
 from deltaserve_server.memory.shared import Handle
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, zeros_like
@@ -171,10 +171,11 @@ class Registry:
         _log.info("model %s created: %d elements", machine.name, machine.layout.size)
         return applier, True
 
-    def restore(self, *, accept_data_loss: bool) -> None:
+    def restore(self, check: Callable[[], None], *, accept_data_loss: bool) -> None:
         """Brings back all models of the data directory, one after the other; each is there as soon as it is.
 
         Args:
+            check: Is called again and again; what it raises ends this, and leaves what a crash would leave.
             accept_data_loss: Whether to go on where a file is corrupt.
 
         Raises:
@@ -183,10 +184,16 @@ class Registry:
         directory = self._directory
         if directory is None:
             return
+
+        def progress(count: int) -> None:
+            self._recovering.progress(count)
+            check()
+
         for name in directory.names():
+            check()
             began = monotonic()
             try:
-                applier = self._restored(directory, name, accept_data_loss)
+                applier = self._restored(directory, name, progress, accept_data_loss)
             except CorruptError as error:
                 if not accept_data_loss:
                     why = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
@@ -382,13 +389,13 @@ class Registry:
         except OSError as error:
             raise _storage_refused(error) from error
 
-    def _restored(self, directory: DataDirectory, name: str, accept_data_loss: bool) -> Applier:
+    def _restored(self, directory: DataDirectory, name: str, progress: Progress, accept_data_loss: bool) -> Applier:
         folder = directory.folder(name)
         try:
             came = recovery.recover(
                 folder,
                 lambda weights: self._make_store(weights, self.memory),
-                self._recovering.progress,
+                progress,
                 accept_data_loss=accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
             )
