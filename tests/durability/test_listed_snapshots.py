@@ -94,12 +94,12 @@ def test_a_model_that_is_being_deleted(server: LocalServer, wire: Wire, monkeypa
     deletion.join(10)
 
 
-def test_a_manifest_that_cannot_be_read(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(files: Files, name: str) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+def test_a_folder_that_cannot_be_read(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(_: Files) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as disk:
-        disk.setattr(Files, "read", read)
+        disk.setattr(Files, "names", names)
         refusal = wire.refused("ListSnapshots", ASKED)
     assert (refusal.reason, refusal.metadata["why"]) == ("STORAGE_UNAVAILABLE", "Input/output error")
     assert refusal.retry_seconds

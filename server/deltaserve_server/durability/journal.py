@@ -205,7 +205,8 @@ class Reading:
         self.index = after
         self.where = str(files.folder / name)
         self._lost_power = lost_power
-        self._data = _mapped(files, name, self.total)
+        self._mapped = _mapped(files, name, self.total)
+        self._data = memoryview(self._mapped)
         self._nonce = b""
         self._starts: list[int] = []
         self._safe = after
@@ -255,7 +256,7 @@ class Reading:
         if len(data) < head.total_bytes:
             return None
         if crc32c(data[_HEAD_BYTES:]) != head.check:
-            if _torn(data, self.size, anywhere=self._lost_power):
+            if _torn(data, self.size, anywhere=self._lost_power) and not self._is_moved(head):
                 if any(data[-_TAIL.size :]):  # where a vector has a sector of zeros the two look alike
                     text = "%s: record %d is left out: a loss of power has torn it, or it was changed since"
                     _log.warning(text, self.where, head.number)
@@ -270,15 +271,19 @@ class Reading:
         self.index = head.number
         return Record(head.number, header.event, _pieces(header, vector, where))
 
+    def _is_moved(self, head: _Head) -> bool:
+        """Whether a record's tail is there, but not where it belongs: it was whole once."""
+        found = self._mapped.find(_TAIL.pack(self._nonce, head.number), self.size + 1)
+        return found not in (-1, self.size + head.total_bytes - _TAIL.size)
+
     def _check_rest(self) -> None:
-        """Raises CorruptError where a record beyond says that one which is not here was safe."""
-        lines = len(self._data) // _LINE
-        nonces = np.frombuffer(self._data, "<u8", lines * _LINE // 8)[:: _LINE // 8]
-        first = self.size // _LINE
-        for line in np.flatnonzero(nonces[first:] == int.from_bytes(self._nonce, "little")) + first:
-            head = _parsed(self._data[line * _LINE : line * _LINE + _HEAD_BYTES], self._nonce)
+        """Raises CorruptError where a record beyond, wherever it is, says that one which is not here was safe."""
+        at = self.size
+        while (at := self._mapped.find(self._nonce, at)) >= 0:
+            head = _parsed(self._data[at : at + _HEAD_BYTES], self._nonce)
             if head and head.safe > self.index:
                 raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
+            at += 1
 
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(self.where, what)
@@ -339,19 +344,19 @@ def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:
     return pieces
 
 
-def _mapped(files: Files, name: str, size: int) -> memoryview:
+def _mapped(files: Files, name: str, size: int) -> mmap | bytes:
     """Returns a file's bytes, as they lie in the system's memory.
 
     They are read here: where the disk fails, this says so. Through the mapping that would be a signal that ends the
     process.
     """
     if not size:
-        return memoryview(b"")
+        return b""
     path, part = files.folder / name, bytearray(_PART)
     with readable(str(path)), path.open("rb", buffering=0) as file:
         while file.readinto(part):
             pass
-        return memoryview(mmap(file.fileno(), size, access=ACCESS_READ))
+        return mmap(file.fileno(), size, access=ACCESS_READ)
 
 
 def _up(size: int) -> int:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +148,7 @@ def leave(path: Path, durability: str = "journal") -> Left:
             step(worker, 2)
             model.update(groups=[deltaserve.Hyperparameters(lr=0.5)])
             note()
+            _settled(server)
             step(worker, 3)
             with model.worker("b", lease_seconds=900.0) as other:
                 note()
@@ -162,7 +164,9 @@ def _settled(server: LocalServer) -> None:
     keeper = server._registry.get("m").keeper
     assert keeper
     while keeper._saved_index != keeper.commits.index:
-        pass
+        sleep(0.01)
+    with keeper._saving:
+        pass  # what is not needed any more is removed
 
 
 def left(path: Path, history: list[Seen]) -> Left:
