@@ -128,6 +128,8 @@ class Server:
             raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._grpc.start()
+        # Before models are read, and not after: to make their updates again takes the kernels too.
+        threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
             self._registry.restore(check, accept_data_loss=self.config.accept_data_loss)
         except BaseException:
@@ -139,7 +141,6 @@ class Server:
         listens = bind if bind.startswith("unix:") else f"{host}:{port}"
         self._target = f"localhost:{port}" if host in ("0.0.0.0", "[::]") else listens  # noqa: S104
         _log.info("serving on %s, incarnation %s", listens, self.incarnation)
-        threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
 
     def wait(self) -> None:
         """Returns when the server has stopped."""

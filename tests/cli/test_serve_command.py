@@ -85,7 +85,7 @@ def test_a_second_signal_ends_at_once(process: Process) -> None:
     child = process(*BIND, "--grace-seconds", "60")
     gradients = {"w": np.ones(3, np.float32)}
     with (
-        deltaserve.connect(read_target(child), timeout_seconds=2.0) as client,
+        deltaserve.connect(read_target(child), timeout_seconds=6.0) as client,
         ThreadPoolExecutor(1) as threads,
     ):
         model = client.create_model("m", gradients, policy=deltaserve.Sync(min_workers=2))

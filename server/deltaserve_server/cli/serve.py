@@ -6,12 +6,12 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -291,7 +291,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self._arrived: list[signal.Signals] = []
-        self._event = threading.Event()
+        self._wake: SimpleQueue[None] = SimpleQueue()  # which a handler may use, whatever it has interrupted
         for number in _STATUS:
             signal.signal(number, self._take)
 
@@ -304,15 +304,16 @@ class _Signals:
 
     def wait(self) -> signal.Signals:
         """Waits for the first."""
-        while not self._event.wait(_LOOK_SECONDS):
-            pass  # a signal that came while the process was stopped wakes any thread: this one has to look
+        while not self._arrived:  # a signal that came while the process was stopped wakes any thread: look again
+            with suppress(Empty):
+                self._wake.get(timeout=_LOOK_SECONDS)
         return self._arrived[0]
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._arrived:
             os._exit(128 + number)
         self._arrived.append(signal.Signals(number))
-        self._event.set()
+        self._wake.put(None)
 
 
 def _start_log(level: Level) -> None:
