@@ -31,8 +31,9 @@ setup: $(SETUP) ## make the environment .venv and nothing else
 demo: $(SETUP) ## train digits with a server and two workers
 	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
 
-test: $(SETUP) ## run the tests; PYTEST_ARGS="-k name" goes to pytest
-	@$(BIN)/pytest $(PYTEST_ARGS)
+# Much of what a test does is to wait, or done by processes of its own: so a process more than a small machine has cores.
+test: $(SETUP) ## run the tests, JOBS=3 at a time; PYTEST_ARGS="-k name" goes to pytest
+	@$(BIN)/pytest --numprocesses $(or $(JOBS),3) --dist worksteal $(PYTEST_ARGS)
 
 test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
