@@ -178,15 +178,16 @@ def test_going_on_with_another_gradient_tells_what_became_of_the_first(
     short, a = timed_out(model, client.target)
     with short, model.worker("b") as b:
         b.pull()
-        keep, closed = a._session.keep, list[object]()
+        ask, closed = a._ask, list[object]()
 
-        def keep_and_close(*arguments: Any) -> Any:
+        def ask_and_close(number: int) -> Any:
             """The round closes at the worst moment: between two questions of the worker."""
+            answer = ask(number)
             if not closed:
                 closed.append(b.step(gradient(3)))
-            return keep(*arguments)
+            return answer
 
-        a._session.keep = keep_and_close  # type: ignore[method-assign,assignment]
+        a._ask = ask_and_close  # type: ignore[method-assign]
         with pytest.raises(deltaserve.StaleGradientError):
             a.step(gradient(2))
         assert a.version == 1

