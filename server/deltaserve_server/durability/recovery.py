@@ -154,15 +154,17 @@ def _head(folder: Folder, accept_data_loss: bool) -> Head:
 def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
     """Returns the newest snapshot that is good."""
     for number in reversed(folder.snapshots()):
-        found.saved = max(found.saved, snapshot.recorded_index(folder.files, number))
         try:
             manifest = snapshot.read_manifest(folder.files, number)
             failpoint("recovery.manifest")
             if manifest.model.name != folder.files.folder.name:
                 where = str(folder.files.folder / snapshot.manifest_name(number))
                 raise CorruptError(where, f"it is of model {manifest.model.name}")
-            return manifest, snapshot.read_state(folder.files, manifest, progress)
+            state = snapshot.read_state(folder.files, manifest, progress)
+            found.saved = max(found.saved, manifest.index)
+            return manifest, state
         except CorruptError as error:
+            found.saved = max(found.saved, snapshot.recorded_index(folder.files, number))
             _log.error("corrupt snapshot, an older one is tried: %s", error)
             found.bad[number] = error
     if found.bad:

@@ -214,7 +214,7 @@ class HostStore(Store):
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""
-        return State(self.current.weights.copy(), self._square_avg.copy(), self._acc_delta.copy())
+        return State(self.current.weights, self._square_avg, self._acc_delta).copy()
 
     def put(self, state: State, number: int) -> None:
         """Replaces the three vectors."""

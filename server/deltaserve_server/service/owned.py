@@ -60,14 +60,14 @@ class Owned:
         try:
             self._commits.settle()
         except StorageError as error:
-            raise _storage_refused(error) from None
+            raise storage_refused(error) from None
 
     def _check_room(self, records: int, elements: int, entries: int) -> None:
         """Raises Refused STORAGE_UNAVAILABLE where so many records could not be written down; see `record_bytes`."""
         try:
             self._commits.ready(records, elements, entries)
         except StorageError as error:
-            raise _storage_refused(error) from None
+            raise storage_refused(error) from None
 
 
 class Glance:
@@ -83,5 +83,7 @@ class Glance:
         self._owned.leave()
 
 
-def _storage_refused(error: StorageError) -> Refused:
-    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error)
+def storage_refused(error: StorageError | OSError) -> Refused:
+    """Returns what whoever asks for something is told where the disk does not do its part."""
+    why = (error.strerror or "the disk") if isinstance(error, OSError) else error
+    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=why)

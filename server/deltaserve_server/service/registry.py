@@ -21,6 +21,7 @@ from deltaserve_server.memory.shared import Handle
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, zeros_like
 from deltaserve_server.model import Machine, Refused, Session
 from deltaserve_server.service.applier import Applier
+from deltaserve_server.service.owned import storage_refused
 from deltaserve_server.service.recovering import Recovering
 from deltaserve_server.service.saver import Saver
 from deltaserve_server.service.ticker import Ticker
@@ -32,7 +33,6 @@ _SERVICES = "deltaserve.v1."
 """What the full names of our services begin with."""
 
 _DRAIN_RETRY_SECONDS = 1.0
-_STORAGE_RETRY_SECONDS = 1.0
 _COPIES_SECONDS = 5.0
 
 MakeStore = Callable[[Vector, Budget], Store]
@@ -216,7 +216,7 @@ class Registry:
         try:
             entry = applier.save()
         except OSError as error:
-            raise _storage_refused(error) from error
+            raise storage_refused(error) from error
         self._saved(applier)
         return entry
 
@@ -235,7 +235,7 @@ class Registry:
             with self._lock:  # whoever deletes the model has done so by then, or has failed
                 if self._models.get(name) is not applier:
                     raise Refused("MODEL_NOT_FOUND", model=name) from None
-            raise _storage_refused(error) from error
+            raise storage_refused(error) from error
 
     def delete(self, name: str) -> Applier:
         """Forgets a model.
@@ -372,14 +372,14 @@ class Registry:
         try:
             return self._directory.prepare(machine, State(weights, zeros_like(weights), zeros_like(weights)))
         except OSError as error:
-            raise _storage_refused(error) from error
+            raise storage_refused(error) from error
 
     def _remove(self, name: str) -> None:
         if self._directory:
             try:
                 self._directory.remove(name)
             except OSError as error:
-                raise _storage_refused(error) from error
+                raise storage_refused(error) from error
 
     def _keep(self, prepared: Prepared, name: str) -> Keeper:
         """Gives what is written down its name; raises Refused STORAGE_UNAVAILABLE."""
@@ -387,7 +387,7 @@ class Registry:
         try:
             return self._directory.add(prepared, name)
         except OSError as error:
-            raise _storage_refused(error) from error
+            raise storage_refused(error) from error
 
     def _restored(self, directory: DataDirectory, name: str, progress: Progress, accept_data_loss: bool) -> Applier:
         folder = directory.folder(name)
@@ -427,10 +427,6 @@ class Registry:
     def _tell_health(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
             self._health.set(name, status)
-
-
-def _storage_refused(error: OSError) -> Refused:
-    return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=error.strerror or "the disk")
 
 
 def _model_bytes(elements: int, *, durable: bool) -> int:
