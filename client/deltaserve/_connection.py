@@ -31,7 +31,9 @@ _MIB = 1 << 20
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MOST_SECONDS = 5.0
 _RECONNECT_MOST_SECONDS = 0.5
-"""The most where nobody answers: that costs a server nothing, and one that comes back is found soon."""
+"""The most where a server is on its way: nobody answers, which costs nothing, or it says that it still reads."""
+
+_ON_ITS_WAY = None, "RECOVERING"
 
 _KEEPALIVE_MS = 20_000
 _STREAM_SECONDS = 86_400
@@ -142,9 +144,15 @@ class Connection:
         Raises:
             Error: The server refused, or was not reached in time.
         """
-        data = request.SerializeToString()
-        answer = self.retry(lambda seconds: self._call(method)(data, timeout=seconds), timeout_seconds)
-        return _ANSWERS[method].FromString(answer)
+        return self.retry(partial(self.call_once, method, request), timeout_seconds)
+
+    def call_once(self, method: str, request: Message, seconds: float) -> Any:
+        """Makes a unary call without a retry, as a part of an attempt; returns the response message.
+
+        Raises:
+            grpc.RpcError: It failed.
+        """
+        return _ANSWERS[method].FromString(self._call(method)(request.SerializeToString(), timeout=seconds))
 
     def call_soon(self, method: str, request: Message) -> Any:
         """Makes a unary call whose answer is likely to come at once; returns the response message.
@@ -192,6 +200,7 @@ class Connection:
         take: Callable[[Any, Iterator[Piece]], T],
         begun: Callable[[], Any] | None = None,
         again: Message | None = None,
+        probe: Callable[[float], object] | None = None,
     ) -> T:
         """Makes a call whose response is a stream.
 
@@ -201,6 +210,7 @@ class Connection:
             take: Is called with the header and the chunks that follow; anew with each attempt.
             begun: Returns a call that was begun before and is to be the first attempt, or None; asked once.
             again: The message of further attempts; None means the same.
+            probe: Is called first in further attempts, with the seconds that are left, and may end them.
 
         Returns:
             What `take` returned.
@@ -215,8 +225,11 @@ class Connection:
 
         def attempt(seconds: float) -> T:
             call = first.pop()() if first else None
+            another = next(attempts) > 0
             if call is None:
-                asked = again if again and next(attempts) else request
+                if another and probe:
+                    probe(seconds)
+                asked = again if another and again else request
                 sent = asked.SerializeToString() if isinstance(asked, Message) else iter(asked())
                 call = self._call(method)(sent, timeout=seconds)
             calls[:] = [call]
@@ -296,7 +309,7 @@ class Connection:
             error, wait_seconds = outcome
             # Where something else is wrong now, it is as if for the first time: a server that is back soon answers.
             tries, reason = tries + 1 if error.reason == reason else 0, error.reason
-            limit = _RECONNECT_MOST_SECONDS if reason is None else _BACKOFF_MOST_SECONDS
+            limit = _RECONNECT_MOST_SECONDS if reason in _ON_ITS_WAY else _BACKOFF_MOST_SECONDS
             most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), limit)
             delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
             if wait_seconds is None or monotonic() + delay >= deadline:

@@ -186,7 +186,9 @@ class Exchange:
 
         early, self.early = self.early, None
         begun = partial(early.take, header, pushed) if early else None
-        return self._connection.receive("StreamStep", messages, take, begun)
+        return self._connection.receive(
+            "StreamStep", messages, take, begun, probe=partial(self._look, header, arriving)
+        )
 
     def _step_shared(
         self, shared: SharedMemory, header: rpc.PushHeader, pushed: FlatVector, target: FlatVector, arriving: Arriving
@@ -229,6 +231,11 @@ class Exchange:
         finally:
             for read in reads:
                 read.set()
+
+    def _look(self, header: rpc.PushHeader, arriving: Arriving, seconds: float) -> None:
+        """Asks where the session stands: what a server has to say that was started anew, it says without a vector."""
+        request = rpc.KeepSessionRequest(model=header.model, session_id=header.session_id, epoch=header.epoch)
+        arriving(self._connection.call_once("KeepSession", request, seconds).position)
 
     def _write(self, pieces: Iterable[Piece], target: FlatVector) -> None:
         for piece in pieces:

@@ -11,6 +11,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Model, RolledBackError, Sync, Worker
+from deltaserve._connection import Connection
 
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, ServerProcess, StartServer
@@ -82,6 +83,29 @@ def test_a_worker_goes_on_as_if_nothing_had_happened(
         same(model, twin)
         assert (worker._exchange._shared is not None) == (transport == "shared")
         worker.close()
+
+
+def test_a_gradient_is_sent_to_a_server_that_came_back_once_it_has_said_where_it_stands(
+    start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then small calls ask for it: the vector does not travel in vain, nor twice."""
+    calls: list[str] = []
+    really = Connection._call
+
+    def counted(connection: Connection, method: str) -> Any:
+        calls.append(method)
+        return really(connection, method)
+
+    server = start_server(data_dir=str(tmp_path), durability="journal")
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        worker = client.create_model("m", LARGE).worker("a", transport="stream")
+        steps(worker, LARGE, range(1, 3))
+        server.kill()
+        server.start()
+        monkeypatch.setattr(Connection, "_call", counted)
+        steps(worker, LARGE, range(3, 4))
+    assert calls[: calls.index("CloseSession")][-2:] == ["KeepSession", "StreamStep"]
+    assert calls.count("StreamStep") == 2
 
 
 def test_a_round_goes_on_with_those_who_waited_in_it(

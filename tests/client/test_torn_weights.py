@@ -63,7 +63,7 @@ def test_a_gradient_of_torn_weights_is_not_taken_for_a_push_that_never_came(
     a.pull()
     with monkeypatch.context() as patch:
 
-        def unreachable(method: str, *_: object) -> None:
+        def unreachable(method: str, *_: object, **__: object) -> None:
             raise deltaserve.UnavailableError(f"{method}: cannot reach a server")
 
         patch.setattr(a._connection, "receive", unreachable)
