@@ -55,8 +55,8 @@ _JSON_BYTES = 4096
 _ENTRY_BYTES = 128
 """The same for a tensor or a group that it speaks of."""
 
-_PIECE_ELEMENTS = 512
-"""And for each piece of a vector: they have thousands of elements, and take some 20 bytes of JSON."""
+_ELEMENTS_A_BYTE = 128
+"""And a byte for so many elements: a piece of a vector has thousands, and takes some 25 bytes of JSON."""
 
 
 def journal_name(number: int) -> str:
@@ -176,7 +176,7 @@ def record_bytes(elements: int, entries: int) -> int:
         elements: Of its vector.
         entries: How many tensors and groups it may speak of.
     """
-    return elements * 4 + elements // _PIECE_ELEMENTS * 4 + entries * _ENTRY_BYTES + _JSON_BYTES
+    return elements * 4 + elements // _ELEMENTS_A_BYTE + entries * _ENTRY_BYTES + _JSON_BYTES
 
 
 class Reading:
