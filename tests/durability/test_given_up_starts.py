@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from crowd import Crowd
-from house import Clock, House, Seen, copied, machine, seen
+from house import Clock, House, Seen, copied, machine, make_store, seen
 
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
+from deltaserve_server.durability.recovery import recover, total_bytes
 
 DURABILITIES = ("snapshot", "journal", "fsync")
 
@@ -102,3 +103,12 @@ def test_a_loss_that_is_accepted_is_neither_forgotten_nor_larger(quick: Path, cl
 
 def _lineages(path: Path) -> dict[str, bytes]:
     return {name: Folder(Files(path / "models" / name)).read_head().lineage for name in "abc"}
+
+
+def test_how_much_is_to_be_read_is_told(quick: Path, clock: Clock) -> None:
+    """Of the journals, those that follow the newest snapshot: the percentage does not end at a half."""
+    folder = Folder(Files(made(quick / "data", clock, "journal") / "models" / "a"))
+    read, total = list[int](), total_bytes(folder)
+    recover(folder, make_store, read.append, accept_data_loss=False, sync=False)
+    assert len(folder.journals()) > 1
+    assert 0.9 < sum(read) / total <= 1

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,12 +70,14 @@ class _Found:
 
 
 def total_bytes(folder: Folder) -> int:
-    """Returns how much `recover` is going to read, about."""
+    """Returns how much `recover` is going to read, about: the newest snapshot, and the journals that follow it."""
     files = folder.files
-    newest = folder.snapshots()[-1:]
-    return sum(files.size(name) for name in files.names() if name in map(snapshot.tensors_name, newest)) + sum(
-        files.size(journal_name(number)) for number in folder.journals()
-    )
+    for number in folder.snapshots()[-1:]:
+        with suppress(CorruptError, OSError):
+            manifest = snapshot.read_manifest(files, number)
+            journals = (number for number in folder.journals() if number >= manifest.follows)
+            return manifest.bytes + sum(files.size(journal_name(number)) for number in journals)
+    return 0
 
 
 def recover(
