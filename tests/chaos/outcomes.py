@@ -18,8 +18,33 @@ _COUNTS = {
 }
 
 
+@dataclass
+class Verdict:
+    """What became of a run.
+
+    Attributes:
+        acknowledged: Gradients that some worker was told of.
+        applied: Gradients that are in an update that is left.
+        rolled_back: Acknowledged gradients that went with a server that need not keep them.
+        lost: Other acknowledged gradients that are in no update that is left.
+        doubled: Gradients that are in more than one, by whatever pushes.
+        bits: Bits in which the model differs from the replay.
+        problems: All that is wrong, in words.
+        figures: The largest value seen of each bound.
+    """
+
+    acknowledged: int = 0
+    applied: int = 0
+    rolled_back: int = 0
+    lost: int = 0
+    doubled: int = 0
+    bits: int = 0
+    problems: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(kw_only=True)
-class Outcome:
+class Outcome(Verdict):
     """What a run's process said; `again` is the command that makes the run once more."""
 
     policy: str
@@ -30,14 +55,6 @@ class Outcome:
     again: str
     fired: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    acknowledged: int = 0
-    applied: int = 0
-    rolled_back: int = 0
-    lost: int = 0
-    doubled: int = 0
-    bits: int = 0
-    problems: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         """Returns it in a line."""

@@ -16,9 +16,10 @@ from deck import Deck
 from history import History
 from host import GoneError, Host
 from line import Line
+from outcomes import Verdict
 from scenarios import GROUPS, LEASE_SECONDS, MODEL, Plan
 from supervisor import Supervisor
-from verdict import Evidence, Journals, Verdict, judge
+from verdict import Evidence, Journals, judge
 from witness import Census, Promises, Savings, Watch, ask
 
 import deltaserve

@@ -10,6 +10,7 @@ from bounds import check_bounds, check_numbers
 from history import Claim, History, Update
 from losses import Entry, check_losses
 from oracle import Held, Oracle
+from outcomes import Verdict
 from scenarios import GradientName, Push, Scenario
 
 from deltaserve import Contribution, ModelEvent, ModelState, PushStatus
@@ -108,31 +109,6 @@ class Evidence:
     claims: Sequence[Claim]
     state: ModelState
     ask: Callable[[str, int], PushStatus | None]
-
-
-@dataclass
-class Verdict:
-    """What became of a run.
-
-    Attributes:
-        acknowledged: Gradients that some worker was told of.
-        applied: Gradients that are in an update that is left.
-        rolled_back: Acknowledged gradients that went with a server that need not keep them.
-        lost: Other acknowledged gradients that are in no update that is left.
-        doubled: Gradients that are in more than one, by whatever pushes.
-        bits: Bits in which the model differs from the replay.
-        problems: All that is wrong, in words.
-        figures: The largest value seen of each bound.
-    """
-
-    acknowledged: int = 0
-    applied: int = 0
-    rolled_back: int = 0
-    lost: int = 0
-    doubled: int = 0
-    bits: int = 0
-    problems: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 def judge(evidence: Evidence) -> Verdict:

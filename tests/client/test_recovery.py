@@ -3,7 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
@@ -60,32 +61,22 @@ def test_it_says_how_far_it_is_and_is_waited_for(
 
 
 def test_who_has_no_time_gets_that_as_an_error(slow_to_come_back: "ServerProcess") -> None:
-    server = slow_to_come_back
-    started = threading.Thread(target=server.start)
-    started.start()
-    _until_reachable(server.target)
-    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+    with _impatient(slow_to_come_back) as client:
         with pytest.raises(deltaserve.UnavailableError) as caught:
             client.create_model("m", ONE)
         assert caught.value.reason == "RECOVERING"
         assert caught.value.metadata["model"] == "m"
         assert 0 <= int(caught.value.metadata["percent"]) <= 100
-    started.join()
 
 
 def test_a_list_of_models_is_a_whole_one(slow_to_come_back: "ServerProcess") -> None:
     """Whoever finds a model missing makes a new one, or takes its version for 0."""
-    server = slow_to_come_back
-    started = threading.Thread(target=server.start)
-    started.start()
-    _until_reachable(server.target)
-    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+    with _impatient(slow_to_come_back) as client:
         with pytest.raises(deltaserve.UnavailableError) as caught:
             client.models()
         assert (caught.value.reason, caught.value.metadata["model"]) == ("RECOVERING", "m")
-    with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        assert [model.name for model in client.models()] == ["m", "quick"]
-    started.join()
+        with deltaserve.connect(slow_to_come_back.target, timeout_seconds=30) as patient:
+            assert [model.name for model in patient.models()] == ["m", "quick"]
 
 
 def test_a_crash_while_it_comes_back_changes_nothing(
@@ -103,6 +94,17 @@ def test_a_crash_while_it_comes_back_changes_nothing(
     server.start()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         assert client.model("m").info().version == RECORDS - 1
+
+
+@contextmanager
+def _impatient(server: "ServerProcess") -> Iterator[deltaserve.Client]:
+    """Starts the server and gives who has half a second, as soon as it answers; waits for the rest."""
+    started = threading.Thread(target=server.start)
+    started.start()
+    _until_reachable(server.target)
+    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+        yield client
+    started.join()
 
 
 def _until_reachable(target: str) -> None:

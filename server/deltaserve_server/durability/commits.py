@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 
 Effect = Callable[[], None]
 
-
 _NAMED_ENTRIES = 6
+"""How many entries of `record_bytes` a tensor counts for where its record has its name and shape."""
 
 _SPARE_BYTES = 1 << 18
 """For records without a vector."""
