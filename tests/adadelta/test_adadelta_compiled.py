@@ -130,6 +130,19 @@ def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]
     assert files == {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
 
 
+def test_numba_is_imported_while_another_thread_takes_a_variable_out_of_the_environment() -> None:
+    another_thread = """
+import os
+names = type(os.environ).__iter__
+def interrupted(environment):
+    read = list(names(environment))
+    print(environment.pop("TAKEN_OUT", "gone before"))
+    return iter(read)
+type(os.environ).__iter__ = interrupted
+"""
+    assert run(another_thread + COMPUTES, TAKEN_OUT="now").stdout == "now\ngone before\n" + expected()
+
+
 @pytest.mark.parametrize(("kind", "damage"), [("nbi", b"\x80"), ("nbc", b"")])
 def test_a_damaged_cache_is_no_reason_not_to_start(
     first_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, kind: str, damage: bytes

@@ -75,6 +75,13 @@ def test_the_demo(process: Process) -> None:
     assert re.search(r"^worker 1: step 1800 of 1800$", err, re.MULTILINE)
 
 
+def test_workers_have_one_thread_each(process: Process) -> None:
+    child = process("train", "digits", "--workers", "2", OMP_NUM_THREADS="2")
+    until_training(child)
+    for pid in workers_of(child.pid):
+        assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
 def test_late_gradients_are_counted(process: Process) -> None:
     child = process("train", "digits", "--workers", "3", "--policy", "sync:quorum=1")
     out, err = child.communicate(timeout=100)

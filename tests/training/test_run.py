@@ -1,7 +1,6 @@
 """Whole runs with worker processes: what comes out, and that nothing is left behind."""
 
 import multiprocessing
-import os
 import signal
 import time
 from dataclasses import replace
@@ -72,23 +71,6 @@ def test_digits_are_learned_under_every_policy(target: str, model: str, digits: 
         assert not outcome.passed
     if policy in (deltaserve.Async(max_staleness=0), deltaserve.Sync(min_workers=2, quorum=2)):
         assert outcome.late
-
-
-def test_workers_have_one_thread_each_and_the_environment_is_as_before(
-    target: str, model: str, made_up_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    seen: list[bytes] = []
-
-    def look(progress: Progress) -> None:
-        seen.extend(Path(f"/proc/{child.pid}/environ").read_bytes() for child in multiprocessing.active_children())
-
-    recipe = AirfoilScratch(train=load_airfoil(made_up_file))
-    run(recipe, target=target, model=model, workers=1, policy=deltaserve.Async(), observer=look)
-    assert b"OMP_NUM_THREADS=1\0" in seen[0]
-    assert os.environ["OMP_NUM_THREADS"] == "2"
-    assert "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 def test_a_killed_worker_ends_the_run_and_the_other_worker(target: str, model: str, digits: Digits) -> None:

@@ -1,13 +1,34 @@
-"""How this room has numba compile a function."""
+"""How this room comes to numba, and has it compile a function."""
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import numba
+_IMPORTS = 5
 
-# Numba's own annotations cover a part of it.
-types: Any = numba.types
+
+def _imported() -> Any:
+    """Imports numba.
+
+    It reads all of the environment as it is imported, and fails where another thread takes a variable out meanwhile
+    (pytest does with each test). What has been imported of it by then would keep any later try from success.
+    """
+    for left in reversed(range(_IMPORTS)):
+        try:
+            import numba.extending
+        except KeyError:
+            if not left:
+                raise
+            for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+                del sys.modules[name]
+        else:
+            break
+    return numba
+
+
+_numba = _imported()
+cgutils, intrinsic, types = _numba.core.cgutils, _numba.extending.intrinsic, _numba.types
 
 logger = logging.getLogger(__name__)
 
@@ -48,5 +69,5 @@ def compiled(signatures: Any, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _jit(signatures: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    dispatcher: Callable[..., Any] = numba.njit(signatures, **options)(function)
+    dispatcher: Callable[..., Any] = _numba.njit(signatures, **options)(function)
     return dispatcher

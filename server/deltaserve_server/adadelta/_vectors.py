@@ -10,13 +10,9 @@ Operators on `Floats` and `Bits` are instructions, each rounded as IEEE 754 says
 from collections.abc import Callable
 from typing import Any, Self
 
-import numba
 from llvmlite import ir
 
-from deltaserve_server.adadelta._compiled import types
-
-# Numba's own annotations cover a part of it.
-cgutils: Any = numba.core.cgutils
+from deltaserve_server.adadelta._compiled import cgutils, types
 
 LANES = 16
 """Elements that are worked on side by side: one of the longest vectors that processors have."""

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta._compiled import compiled, readable, received, types, writable
-from deltaserve_server.adadelta._vectors import DOUBLES, Floats, Kept, Memory, cgutils, each_group, splat, zeros
+from deltaserve_server.adadelta._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
+from deltaserve_server.adadelta._vectors import DOUBLES, Floats, Kept, Memory, each_group, splat, zeros
 from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.adadelta.halves import FORMATS, as_bits
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars

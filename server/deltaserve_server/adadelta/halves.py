@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta._compiled import compiled, readable, types, writable
+from deltaserve_server.adadelta._compiled import compiled, intrinsic, readable, types, writable
 from deltaserve_server.adadelta._vectors import Bits, Memory, each_group
 from deltaserve_server.adadelta.formats import Halves, Values
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta._compiled import compiled, received, types
+from deltaserve_server.adadelta._compiled import compiled, intrinsic, received, types
 from deltaserve_server.adadelta._vectors import (
     DOUBLES,
     LANES,

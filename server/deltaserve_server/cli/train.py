@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from deltaserve_server.training.recipes import Policy, Recipe
     from deltaserve_server.training.run import Outcome
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 application = typer.Typer(rich_markup_mode="rich")
 
 
@@ -153,6 +155,8 @@ def _train(
     from deltaserve_server.training.run import run
 
     chosen = _policy(policy, workers, alone=target is None)
+    # The workers share the machine's cores. They inherit this, and it is set before there are threads that read it.
+    os.environ.update(ONE_THREAD)
     with _leaving_on_sigterm(), _server(target) as address:
         kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(chosen)}, batches of {recipe.batch_size} each"
         typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from deltaserve_server.training.recipes import Policy, Recipe, Seat
 from deltaserve_server.training.worker import Begin, Done, Failed, Job, Message, Progress, main
 
 LEAVE_SECONDS = 5.0
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Observer = Callable[[Progress], None]
 Pipe: TypeAlias = "Connection[Job | Begin, Message]"
 
@@ -118,7 +116,7 @@ def _work(jobs: Sequence[Job], observer: Observer) -> list[Done]:
     """Runs a process for each job until all are done. Whatever happens, none is left behind."""
     processes: dict[Pipe, SpawnProcess] = {}
     try:
-        with _environment(ONE_THREAD), _without_interrupts():
+        with _without_interrupts():
             for job in jobs:
                 pipe, process = _start(f"worker {job.worker}")
                 processes[pipe] = process
@@ -202,21 +200,6 @@ def _stop(processes: Mapping[Pipe, SpawnProcess]) -> None:
         process.kill()
         process.join()
         pipe.close()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for processes started inside; the workers share the machine's cores."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
