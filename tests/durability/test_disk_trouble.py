@@ -308,7 +308,10 @@ def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble, mon
 
 @pytest.mark.parametrize("part", ["manifest", "tensors", "journal"])
 def test_a_file_that_the_disk_cannot_read(quick: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """It counts as corrupt, and is named: an older snapshot takes its place, nothing takes that of a journal."""
+    """It counts as corrupt, and is named: an older snapshot takes its place, nothing takes that of a journal.
+
+    With the loss accepted the model goes on without it, and it is kept under another name.
+    """
     data = quick / "data"
     with serving(data, "journal") as wire:
         session = begin(wire)
@@ -329,6 +332,9 @@ def test_a_file_that_the_disk_cannot_read(quick: Path, monkeypatch: pytest.Monke
     if part == "journal":
         with pytest.raises(CorruptError, match=bad.name):
             recovered(quick / "copy")
+        assert recovered(quick / "copy", accept_data_loss=True).version == 3
+        assert Path(f"{bad}.corrupt").exists()
+        assert not bad.exists()
     else:
         assert recovered(quick / "copy").version == 4
 

@@ -154,12 +154,12 @@ class Folder:
 
     def set_aside(self, name: str, keep: int) -> None:
         """Keeps a file that is corrupt under another name; its first bytes, if any are good, stay as they are."""
-        content = self.files.read(name)
-        self.files.put(f"{name}.corrupt", [content])
+        aside = f"{name}.corrupt"
         if keep:
+            self.files.put(aside, [self.files.read(name)])
             self.files.shorten(name, keep, sync=True)
         else:
-            self.files.remove(name)
+            self.files.rename(name, aside)  # as it is: the disk may be unable to read it
             self.files.sync()
 
     def clear(self) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -205,7 +206,7 @@ class Reading:
         self.index = after
         self.where = str(files.folder / name)
         self._lost_power = lost_power
-        self._mapped = _mapped(files, name, self.total)
+        self._mapped: mmap | bytes = b""
         self._data = memoryview(self._mapped)
         self._nonce = b""
         self._starts: list[int] = []
@@ -222,8 +223,10 @@ class Reading:
         """Yields the records up to where the journal was torn, or ends; their vectors lie in the file.
 
         Raises:
-            CorruptError: The journal is not what was written.
+            CorruptError: The journal is not what was written, or the disk cannot read it.
         """
+        self._mapped = _mapped(Path(self.where), self.total)
+        self._data = memoryview(self._mapped)
         title = any(self._data[:_LINE])
         if len(self._data) < _LINE or not (title or np.frombuffer(self._data, np.uint8).any()):
             return  # made, and nobody was told of anything in it
@@ -344,7 +347,7 @@ def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:
     return pieces
 
 
-def _mapped(files: Files, name: str, size: int) -> mmap | bytes:
+def _mapped(path: Path, size: int) -> mmap | bytes:
     """Returns a file's bytes, as they lie in the system's memory.
 
     They are read here: where the disk fails, this says so. Through the mapping that would be a signal that ends the
@@ -352,7 +355,7 @@ def _mapped(files: Files, name: str, size: int) -> mmap | bytes:
     """
     if not size:
         return b""
-    path, part = files.folder / name, bytearray(_PART)
+    part = bytearray(_PART)
     with readable(str(path)), path.open("rb", buffering=0) as file:
         while file.readinto(part):
             pass
