@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.ports import held_port
 
 import deltaserve
 
@@ -173,13 +174,15 @@ def test_a_server_that_dies_ends_the_workers_with_its_address(process: Process) 
 
 
 def test_a_server_that_was_restarted_tells_what_was_lost(process: Process) -> None:
-    server, target = serve(process)
-    child = process("train", "digits", "--workers", "2", "--target", target, "--timeout", "20")
-    until_training(child)
-    server.kill()
-    server.wait()
-    serve(process, int(target.rpartition(":")[2]))
-    _, err = child.communicate(timeout=60)
+    with held_port() as held:
+        port = held.getsockname()[1]
+        server, target = serve(process, port)
+        child = process("train", "digits", "--workers", "2", "--target", target, "--timeout", "20")
+        until_training(child)
+        server.kill()
+        server.wait()
+        serve(process, port)
+        _, err = child.communicate(timeout=60)
     assert child.returncode == 1
     assert re.search(r"^deltaserve: worker \d: .*restarted.*lost.*digits", err, re.MULTILINE)
 

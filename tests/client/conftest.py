@@ -13,6 +13,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import pytest
+from tests.ports import held_port
 
 _SERVE = """
 import json, signal, sys, threading
@@ -39,7 +40,8 @@ class ServerProcess:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.target = "127.0.0.1:0"
+        self._port = held_port()
+        self.target = f"127.0.0.1:{self._port.getsockname()[1]}"
         self._settings = json.dumps(settings)
         self.start()
 
@@ -50,15 +52,13 @@ class ServerProcess:
             text=True,
         )
         assert self._process.stdout
-        target = self._process.stdout.readline().strip()
-        assert target, "the server did not start"
-        self.target = target
+        assert self._process.stdout.readline().strip() == self.target, "the server did not start"
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends the process at once, and frees its port."""
+        """Ends the process at once."""
         self._process.kill()
         self._process.communicate()
 
@@ -66,6 +66,12 @@ class ServerProcess:
         """Has it stop in good order."""
         self._process.terminate()
         self._process.communicate(timeout=20)
+
+    def close(self) -> None:
+        """Ends the process if it has not ended, and lets go of its port."""
+        if self._process.poll() is None:
+            self.kill()
+        self._port.close()
 
 
 class Proxy:
@@ -190,7 +196,7 @@ def start_server() -> Iterator[StartServer]:
 
         def start(**settings: Any) -> ServerProcess:
             process = ServerProcess(**settings)
-            stack.callback(process.kill)
+            stack.callback(process.close)
             return process
 
         yield start
@@ -201,7 +207,7 @@ def server_for_all() -> Iterator[ServerProcess]:
     """One server process for the tests of a file."""
     process = ServerProcess()
     yield process
-    process.kill()
+    process.close()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,8 +135,7 @@ def errors_after_a_kill(overlap: bool, again: bool) -> list[str]:
                 except deltaserve.Error as error:
                     errors.append(type(error).__name__)
     finally:
-        with suppress(ValueError):  # it is dead already
-            server.kill()
+        server.close()
     return errors
 
 
