@@ -66,15 +66,20 @@ def test_a_file_that_was_cut_is_found_out(left: Left, verdicts: Verdicts, kind: 
         cuts = {0, 1, 63, 64, 65, size - 1, *range(0, size, 4096)}
         cuts |= set(range(inside)) if full else {chance.randrange(inside) for _ in range(40)}
         for cut in sorted(cut for cut in cuts if 0 <= cut < size):
-            newest = name == max(left.names("journal"))
-            verdicts.judge(name, left.files[name][:cut], left.history.__contains__ if newest else None)
-    assert kind == "head" or not verdicts.counts["named"]
+            verdicts.judge(name, left.files[name][:cut])
+    assert (kind in ("head", "journal")) == (verdicts.counts["named"] > 0)
 
 
-def test_cuts_of_a_journal_give_ever_more_of_its_history(left: Left, full: bool) -> None:
+def test_cuts_of_a_journal_after_a_loss_of_power_give_ever_more_of_its_history(
+    left: Left, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone can make a file shorter."""
+    monkeypatch.setattr(folder, "boot", lambda: "another")
+    if b'"fsync"' not in left.files["head.json"]:
+        pytest.skip("without fsync the loss of power is one of sessions too")
     name = max(left.names("journal"))
     found = []
-    for cut in range(0, left.used + 64, 64 if full else 256):
+    for cut in range(64, left.used + 256, 64 if full else 256):
         with left.damaged(name, left.files[name][:cut]):
             found.append(left.history.index(read(left.path)))
     assert found == sorted(found)
@@ -85,8 +90,8 @@ def test_cuts_of_a_journal_give_ever_more_of_its_history(left: Left, full: bool)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_missing_is_found_out(left: Left, verdicts: Verdicts, kind: str) -> None:
     for name in left.names(kind):
-        newest = name == max(left.names("journal"))
-        verdicts.judge(name, None, left.history.__contains__ if newest else None)
+        verdicts.judge(name, None)
+    assert (kind in ("head", "journal")) == (verdicts.counts["named"] > 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,8 @@ from crowd import POLICIES, Crowd
 from house import MEMORY, Clock, House, check_comes_back, copied, machine, random, recovered, seen
 
 from deltaserve_server.durability import folder
+from deltaserve_server.durability.commits import Journaled
+from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.model import Push, Session, Sync
 from deltaserve_server.service.applier import Applier
 
@@ -109,6 +111,40 @@ def test_a_model_keeps_what_it_was_told_whatever_durability_it_had_before(
         if mode != "snapshot":
             check_comes_back(seen(crowd.applier), before)
     house.die()
+
+
+def test_a_journal_that_a_loss_of_power_has_shortened_is_whole_afterwards(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(quick / "data", "fsync")
+    crowd = Crowd(house.create(), 7, Clock(monkeypatch))
+    crowd.push()
+    journal, commits = quick / "data" / "models" / "m" / "journal-00000002", crowd.applier._commits
+    assert isinstance(commits, Journaled)
+    content = journal.read_bytes()[: commits._journal.size]
+    house.die()
+    journal.write_bytes(content)
+    with monkeypatch.context() as power:
+        power.setattr(folder, "boot", lambda: "another")
+        house = House(quick / "data", "fsync")
+        house.restore()
+        house.die()
+    check_comes_back(recovered(quick / "data", durability="fsync"), crowd.applier)
+
+
+def test_the_journal_that_a_server_began_with_is_missed(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No snapshot speaks of it yet."""
+    house = House(quick / "data")
+    crowd = Crowd(house.create(), 7, Clock(monkeypatch))
+    crowd.push()
+    house.die()
+    house = House(quick / "data")
+    house.restore()
+    house.die()
+    (quick / "data" / "models" / "m" / "journal-00000003").unlink()
+    with pytest.raises(CorruptError, match="journal-00000003: it is missing"):
+        recovered(quick / "data")
+    assert recovered(quick / "data", accept_data_loss=True).version == 1
 
 
 def test_a_very_small_clip_norm_and_a_large_weight_come_back(quick: Path) -> None:

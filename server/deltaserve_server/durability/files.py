@@ -91,11 +91,12 @@ class Files:
         """Makes a file; it is there for good after `sync`."""
         return File(self.folder / name)
 
-    def shorten(self, name: str, stop: int, *, sync: bool) -> None:
-        """Ends a file at byte `stop`; for good where it is to `sync`, which takes all that was written to it along."""
+    def shorten(self, name: str, stop: int, end: bytes, *, sync: bool) -> None:
+        """Ends a file with `end` at byte `stop`; where it is to `sync`, it is on the disk with all that it holds."""
         descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.ftruncate(descriptor, stop)
+            _write(descriptor, stop, [end])
+            os.ftruncate(descriptor, stop + len(end))
             if sync:
                 os.fsync(descriptor)
         finally:

@@ -22,7 +22,7 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import UNFINISHED, Files
-from deltaserve_server.durability.journal import journal_name
+from deltaserve_server.durability.journal import END, journal_name
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +48,12 @@ class Served(msgspec.Struct, frozen=True):
     Attributes:
         durability: What survives.
         boot: Of the machine: another one says that it was started anew meanwhile.
+        journal: Number of the journal that it was begun with; None where there is none.
     """
 
     durability: str
     boot: str
+    journal: int | None = None
 
     @property
     def lost_power(self) -> bool:
@@ -153,12 +155,12 @@ class Folder:
             self.files.sync()
 
     def set_aside(self, name: str, keep: int) -> None:
-        """Keeps a file that is corrupt under another name; its first bytes, if any are good, stay as they are."""
+        """Keeps a corrupt journal, if it is there, under another name; its first `keep` bytes are good, and stay."""
         aside = f"{name}.corrupt"
         if keep:
             self.files.put(aside, [self.files.read(name)])
-            self.files.shorten(name, keep, sync=True)
-        else:
+            self.files.shorten(name, keep, END, sync=True)
+        elif name in self.files.names():
             self.files.rename(name, aside)  # as it is: the disk may be unable to read it
             self.files.sync()
 

@@ -1,14 +1,16 @@
 """A journal: a model's records one after the other in a file.
 
 The file begins with a title of 64 bytes. Every record begins at a multiple of 64 bytes: a head of 48, JSON, the vector
-at the next such multiple, and a tail of 16 that ends at one. What follows the last record is zeros, or nothing. Head
-and tail hold the file's own number of chance, so that no vector can pass for a record.
+at the next such multiple, and a tail of 16 that ends at one. What follows the last record is zeros, 64 at the least.
+Head and tail hold the file's own number of chance, so that no vector can pass for a record.
 
 A crash may tear what was being written and nobody was told of: a part of it is zeros, as the file was before. So it
 ends there. Anything else that is not as it was written was changed later, and is an error; as is a record that is not
-there where a later one says that it was safe.
+there where a later one says that it was safe, or where the file ends without those zeros: it was longer once. A loss of
+power alone may make it shorter.
 """
 
+import errno
 import logging
 import secrets
 import struct
@@ -47,8 +49,11 @@ _CHECK = struct.Struct("<I")
 _HEAD_BYTES = _HEAD.size + _CHECK.size
 _TAIL = struct.Struct("<8sQ")
 
+END = bytes(_LINE)
+"""What follows the last record."""
+
 _ALLOCATED = 16 << 20
-"""Space is set aside in portions of so many bytes."""
+"""Space is set aside in portions of so many bytes, where there is as much."""
 
 _JSON_BYTES = 4096
 """What the JSON of a record may take, about, beside what follows."""
@@ -125,7 +130,7 @@ class Journal:
         self._allocated = 0
         self._lock = threading.Lock()
         try:
-            self.reserve(_LINE)
+            self.reserve(_LINE + len(END))
             self._file.write(0, [_title(self._nonce)])
             self._file.sync()
             files.sync()
@@ -140,7 +145,13 @@ class Journal:
         with self._lock:
             if stop > self._allocated:
                 end = -(-stop // _ALLOCATED) * _ALLOCATED
-                self._file.allocate(self._allocated, end)
+                try:
+                    self._file.allocate(self._allocated, end)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    end = stop
+                    self._file.allocate(self._allocated, end)
                 self._allocated = end
 
     def write(self, records: Sequence[Record], safe: int, *, sync: bool) -> None:
@@ -155,18 +166,21 @@ class Journal:
             OSError: They are not all written, and the file is not to be written to again.
         """
         buffers = [buffer for record in records for buffer in _encoded(record, self._nonce, safe)]
+        end = self.size + sum(map(len, buffers))
+        self.reserve(end + len(END))
         self._file.write(self.size, buffers)
         failpoint("journal.written")
         if sync:
             self._file.sync()
-        self.size += sum(map(len, buffers))
+        self.size = end
 
     def close(self) -> None:
         """Ends the journal; what was set aside for it and not used is given back."""
         with self._lock:
             self._allocated = sys.maxsize
             with suppress(OSError):
-                self._file.cut(self.size)
+                self._file.write(self.size, [END])  # over a record that could not be written whole
+                self._file.cut(self.size + len(END))
             self._file.close()
 
 
@@ -189,23 +203,27 @@ class Reading:
         after: Index of the record that comes before its first.
         lost_power: Whether the machine was started anew since it was written: then a part of the last records may be
             missing, while what was written after that part is there.
+        begun: Whether it is known to have been there, with its title.
 
     Attributes:
         size: Bytes up to which it was read and is good.
-        total: Bytes of the file.
+        total: Bytes of the file; 0 where there is none.
         index: Of the last record that was read.
         where: The file.
         tail: The last records that were written in one go: where they begin, and their bytes. Nobody says of them, in
             this file, that they were safe.
     """
 
-    def __init__(self, files: Files, number: int, after: int, *, lost_power: bool) -> None:
+    def __init__(self, files: Files, number: int, after: int, *, lost_power: bool, begun: bool = False) -> None:
         name = journal_name(number)
-        self.total = files.size(name)
+        self.total = 0
+        with suppress(FileNotFoundError):
+            self.total = files.size(name)
         self.size = 0
         self.index = after
         self.where = str(files.folder / name)
         self._lost_power = lost_power
+        self._begun = begun
         self._mapped: mmap | bytes = b""
         self._data = memoryview(self._mapped)
         self._nonce = b""
@@ -229,6 +247,10 @@ class Reading:
         self._data = memoryview(self._mapped)
         title = any(self._data[:_LINE])
         if len(self._data) < _LINE or not (title or np.frombuffer(self._data, np.uint8).any()):
+            if self._begun:
+                raise self._corrupt(
+                    "it was cut, and all its records are gone" if self.total else "it is missing, or empty"
+                )
             return  # made, and nobody was told of anything in it
         self._nonce = bytes(self._data[24:32])
         if self._data[:_LINE] != _title(self._nonce):
@@ -244,7 +266,10 @@ class Reading:
     def _head(self) -> _Head | None:
         """Returns the next record's head; None where there is none."""
         raw = self._data[self.size : self.size + _HEAD_BYTES]
-        if len(raw) < _HEAD_BYTES or not any(raw):
+        if len(raw) < _HEAD_BYTES:
+            self._check_end()
+            return None
+        if not any(raw):
             return None
         head = _parsed(raw, self._nonce)
         if head is None:
@@ -257,6 +282,7 @@ class Reading:
         """Returns the record; None where it is torn."""
         data = self._data[self.size : self.size + head.total_bytes]
         if len(data) < head.total_bytes:
+            self._check_end()
             return None
         if crc32c(data[_HEAD_BYTES:]) != head.check:
             if _torn(data, self.size, anywhere=self._lost_power) and not self._is_moved(head):
@@ -287,6 +313,11 @@ class Reading:
             if head and head.safe > self.index:
                 raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
             at += 1
+
+    def _check_end(self) -> None:
+        """Raises CorruptError where the file ends before it may."""
+        if not self._lost_power:
+            raise self._corrupt(f"it was cut at byte {self.total}, after record {self.index}")
 
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(self.where, what)

@@ -131,11 +131,13 @@ class Keeper:
         journal = self._new_journal()
         self._soon = kept.hurry or (journal is None and kept.index != kept.saved_index)
         self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
-        self.head = msgspec.structs.replace(kept.head, served=Served(schedule.durability.value, boot()))
+        served = Served(schedule.durability.value, boot(), journal.number if journal else None)
+        self.head = msgspec.structs.replace(kept.head, served=served)
         try:
             folder.write_head(self.head)
         except BaseException:
-            self._discard(journal)
+            if journal:
+                journal.close()  # and not removed: the head may be there, and speaks of it
             raise
 
     @property

@@ -11,9 +11,9 @@ import numpy as np
 from deltaserve._failpoints import failpoint
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
-from deltaserve_server.durability.folder import Folder, Head
-from deltaserve_server.durability.journal import Reading, journal_name
-from deltaserve_server.durability.keeper import Kept
+from deltaserve_server.durability.folder import Folder, Head, Served
+from deltaserve_server.durability.journal import END, Reading, journal_name
+from deltaserve_server.durability.keeper import Durability, Kept
 from deltaserve_server.durability.plausible import Implausible, check_record
 from deltaserve_server.durability.records import (
     Changed,
@@ -196,13 +196,14 @@ def _replay(
     sync: bool,
 ) -> None:
     """Makes everything happen again that the journals hold; ends each where it was torn."""
-    numbers = [number for number in folder.journals() if number >= manifest.follows]
     served = found.head.served
     lost_power = served is not None and served.lost_power
+    begun = _begun(manifest, served)
+    numbers = sorted({number for number in folder.journals() if number >= manifest.follows} | begun)
     # What nobody has synced is gone in any order when the power goes: no more was promised.
     may_end = accept_data_loss or (lost_power and served is not None and served.durability != "fsync")
     for place, number in enumerate(numbers):
-        reading = Reading(folder.files, number, replay.index, lost_power=lost_power)
+        reading = Reading(folder.files, number, replay.index, lost_power=lost_power, begun=number in begun)
         before = 0
         try:
             for record in reading.records():
@@ -228,12 +229,20 @@ def _replay(
             if sync and reading.size:
                 folder.files.rewrite(journal_name(number), *reading.tail)
             return
-        if reading.size < reading.total:
+        if reading.total != reading.size + len(END):
             # If that is lost, the next who comes back finds the same tear.
-            folder.files.shorten(journal_name(number), reading.size, sync=False)
+            folder.files.shorten(journal_name(number), reading.size, END, sync=False)
         if sync:
             folder.files.rewrite(journal_name(number), *reading.tail)
         progress(reading.total - before)
+
+
+def _begun(manifest: Manifest, served: Served | None) -> set[int]:
+    """Returns the numbers of journals that must be there after a snapshot, though its server has died."""
+    if served is None or served.durability not in (Durability.JOURNAL, Durability.FSYNC):
+        return set()
+    known = manifest.journal, served.journal
+    return {number for number in known if number is not None and number >= manifest.follows}
 
 
 class _Replay:

@@ -170,8 +170,9 @@ class Disk:
                 folder.sync()
             case "shorten":
                 inode = folder.now[op.name]
-                inode.cut(op.offset)
-                if op.data:
+                inode.write(op.offset, op.data)
+                inode.cut(op.offset + len(op.data))
+                if op.file:
                     inode.sync()
             case "rewrite":
                 inode = folder.now[op.name]
@@ -290,10 +291,10 @@ class RecordedFiles(Files):
     def create(self, name: str) -> File:
         return RecordedFile(self.folder / name, self._recorder)
 
-    def shorten(self, name: str, stop: int, *, sync: bool) -> None:
+    def shorten(self, name: str, stop: int, end: bytes, *, sync: bool) -> None:
         self._do(
-            Op("shorten", str(self.folder), name, offset=stop, data=b"sync" * sync),
-            lambda: super(RecordedFiles, self).shorten(name, stop, sync=sync),
+            Op("shorten", str(self.folder), name, sync, stop, end),
+            lambda: super(RecordedFiles, self).shorten(name, stop, end, sync=sync),
         )
 
     def rewrite(self, name: str, offset: int, data: memoryview) -> None:
