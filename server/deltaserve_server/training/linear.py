@@ -17,11 +17,13 @@ def initial_weights(inputs: int, seed: int) -> dict[str, Vector]:
     return {"w": w, "b": np.zeros(1, np.float32)}
 
 
+@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
 def errors(w: Vector, b: Vector, x: Vector, y: Vector) -> Vector:
     """Returns what the prediction is off by, (n,)."""
     return (x @ w + b).ravel() - y
 
 
+@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
 def gradients(w: Vector, b: Vector, x: Vector, y: Vector) -> dict[str, Vector]:
     """Returns the gradient of the loss: `w` (d, 1) and `b` (1,); 0 where there are no examples."""
     off = errors(w, b, x, y) / np.float32(max(len(y), 1))

@@ -29,6 +29,7 @@ def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[s
     }
 
 
+@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
 def forward(weights: Weights, x: Vector) -> tuple[Vector, Vector]:
     """Returns the hidden activations (n, hidden) and the class scores (n, classes)."""
     h: Vector = np.maximum(x @ weights["hidden.weight"] + weights["hidden.bias"], 0)
@@ -43,6 +44,7 @@ def softmax(z: Vector) -> Vector:
     return probability
 
 
+@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
 def gradients(weights: Weights, x: Vector, y: NDArray[np.int64]) -> dict[str, Vector]:
     """Returns the gradient of the loss by name (float32, the weights' shapes); 0 where there are no examples."""
     h, z = forward(weights, x)
