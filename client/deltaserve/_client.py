@@ -31,6 +31,9 @@ def connect(target: str, *, timeout_seconds: float = 120.0) -> "Client":
         target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
 
+    Raises:
+        ValueError: `target` is no address, or `timeout_seconds` not more than 0.
+
     Example:
         >>> with connect("localhost:50051") as client:
         ...     client.models()  # doctest: +SKIP
@@ -46,6 +49,9 @@ class Client:
     Args:
         target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+
+    Raises:
+        ValueError: `target` is no address, or `timeout_seconds` not more than 0.
     """
 
     def __init__(self, target: str, *, timeout_seconds: float = 120.0) -> None:

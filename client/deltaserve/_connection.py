@@ -35,6 +35,8 @@ _RECONNECT_MOST_SECONDS = 0.5
 
 _ON_ITS_WAY = None, "RECOVERING"
 
+_PORT_MOST = 65_535
+
 _KEEPALIVE_MS = 20_000
 _STREAM_SECONDS = 86_400
 """No call is without a deadline."""
@@ -73,6 +75,17 @@ METHODS: dict[str, MethodDescriptor] = {
 """Every RPC by its name."""
 
 _ANSWERS: dict[str, Any] = {name: GetMessageClass(method.output_type) for name, method in METHODS.items()}
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError where an address is neither HOST:PORT nor unix:PATH."""
+    host, _, port = target.rpartition(":")
+    if target.startswith("unix:"):
+        valid = target != "unix:"
+    else:
+        valid = bool(host) and "/" not in host and port.isdecimal() and int(port) <= _PORT_MOST
+    if not valid:
+        raise ValueError(f"{target!r} is no address; write HOST:PORT, as in localhost:50051, or unix:PATH")
 
 
 class _Closable(Protocol):
@@ -116,11 +129,15 @@ class Connection:
         target: HOST:PORT, or unix:PATH.
         timeout_seconds: How long a call may take in all, retries included.
 
+    Raises:
+        ValueError: Either cannot be used.
+
     Attributes:
         sessions: What was opened over it and is closed with it.
     """
 
     def __init__(self, target: str, timeout_seconds: float) -> None:
+        check_target(target)
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds: expected more than 0, got {timeout_seconds}")
         self.target = target

@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaserve._aside import Aside
 from deltaserve._connection import Connection
-from deltaserve._errors import Error, UnavailableError
+from deltaserve._errors import Error, SessionError, UnavailableError
 from deltaserve._failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
 
@@ -90,6 +90,11 @@ class Session:
         except (Error, ValueError) as error:
             _log.info("worker %s: the session ends with its lease: %s", self._worker, error)
 
+    def lose(self) -> None:
+        """Ends the renewals of a session that the server does not know any more."""
+        self._open = False
+        self._closed.put(None)
+
     def renew(self, timeout_seconds: float) -> bool:
         """Renews the lease in the background; returns whether that is to go on."""
         failpoint("worker.renewing")
@@ -97,6 +102,9 @@ class Session:
             self.keep(timeout_seconds)
         except (Error, ValueError) as error:
             if not self._open:
+                return False
+            if isinstance(error, SessionError) and error.reason == "SESSION_UNKNOWN":
+                _log.info("worker %s: the session has ended; the next step goes on in a new one", self._worker)
                 return False
             passes = _passes(error)
             level = logging.INFO if passes else logging.WARNING

@@ -444,6 +444,7 @@ class Worker:
             self._lineage = known.lineage  # nothing that this worker knows is lost there
             return None
         finalize, lineage, next_number = self._finalize, self._lineage, self._sequence
+        self._session.lose()
         try:
             self._join()
         except Error as error:

@@ -69,7 +69,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """Ends the process if it has not ended, and lets go of its port."""
-        if self._process.poll() is None:
+        if self._process.stdout and not self._process.stdout.closed:
             self.kill()
         self._port.close()
 

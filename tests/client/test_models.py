@@ -201,6 +201,17 @@ def test_a_client_that_is_closed_says_so(client: Client) -> None:
     worker.close()
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["", "localhost", "localhost:", ":50051", "http://localhost:50051", "localhost:50051/", "a:65536", "unix:"],
+)
+def test_an_address_is_a_host_and_a_port_or_a_path(target: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{target!r} is no address; write HOST:PORT, as in localhost:50051, or unix:"
+    ):
+        deltaserve.connect(target)
+
+
 @pytest.mark.parametrize("seconds", [0, -1.0])
 def test_a_timeout_is_positive(seconds: float) -> None:
     with pytest.raises(ValueError, match="timeout_seconds: expected more than 0"):

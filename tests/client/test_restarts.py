@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -233,6 +234,28 @@ def test_a_clean_stop_loses_nothing_under_snapshot_either(start_server: "StartSe
         steps(kept.worker, SMALL, range(8, 10))
         assert kept.worker.version == kept.model.info().version == 9
         assert [session.epoch for session in kept.model.info().sessions] == [1]
+
+
+def test_renewals_of_the_session_before_are_quiet(
+    start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is renewed all the time, before the worker knows that the server has lost it and after."""
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        model = client.create_model("m", SMALL)
+        worker = model.worker("a", lease_seconds=1.0)
+        for _ in range(3):
+            model.save_snapshot()  # which has the session too
+            worker.step(gradient(SMALL, 1))
+            server.kill()
+            server.start()
+            before = worker._session
+            with pytest.raises(RolledBackError):
+                worker.step(gradient(SMALL, 1))
+            assert not before.renew(1.0)
+            assert worker._session.renew(1.0)
+        sleep(1.0)
+    assert not [record for record in caplog.records if "lease" in record.getMessage()]
 
 
 def test_a_layout_that_is_lost_is_told_of(start_server: "StartServer", tmp_path: Path) -> None:
