@@ -146,17 +146,22 @@ class Server:
         """Returns when the server has stopped."""
         self._grpc.wait_for_termination()
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
-        """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops."""
+    def stop(self, grace_seconds: float = 5.0) -> bool:
+        """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops.
+
+        Returns:
+            Whether each model that is to be kept has its last snapshot; the log says what is in the way of it.
+        """
         with self._stopping:
             deadline = monotonic() + grace_seconds
             self._health.enter_graceful_shutdown()  # every service and every model: NOT_SERVING
             self._registry.drain()
             while self._registry.waiting() and monotonic() < deadline:
                 sleep(0.02)
-            self._registry.stop()
+            kept = self._registry.stop()
             self._grpc.stop(max(deadline - monotonic(), 0.5)).wait()
             _log.info("stopped")
+            return kept
 
     def __enter__(self) -> Self:
         self.start()

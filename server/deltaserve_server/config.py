@@ -102,10 +102,17 @@ class ServerConfig:
             raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
         if self.snapshot_seconds is not None and self.snapshot_seconds <= 0:
             raise ValueError(f"snapshot_seconds: expected more than 0, got {self.snapshot_seconds}")
-        if self.data_dir is None and self.keeps != "none":
-            raise ValueError(f"durability {self.durability} takes a data directory")
-        if self.copy_to is not None and self.keeps == "none":
-            raise ValueError("copies take a data directory, and a durability other than none")
+        if self.data_dir is not None and self.keeps == "none":
+            raise ValueError("with durability none nothing is kept: leave out the data directory, or choose another")
+        if self.data_dir is None:
+            asked = {
+                f"durability {self.durability}": self.keeps != "none",
+                "snapshot_updates": self.snapshot_updates is not None,
+                "copy_to": self.copy_to is not None,
+                "accept_data_loss": self.accept_data_loss,
+            }
+            for name in (name for name, given in asked.items() if given):
+                raise ValueError(f"{name}: there is no data directory; say where, as in --data-dir DIR")
 
     @property
     def keeps(self) -> DurabilityKind:

@@ -130,8 +130,18 @@ def test_a_directory_has_one_server(process: Process, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--durability", "journal"], "durability journal takes a data directory"),
-        (["--copy-to", "file:///tmp/copies"], "copies take a data directory"),
+        (
+            ["--durability", "journal"],
+            "durability journal: there is no data directory; say where, as in --data-dir DIR",
+        ),
+        (["--copy-to", "file:///tmp/copies"], "copy_to: there is no data directory"),
+        (["--snapshot-updates", "5"], "snapshot_updates: there is no data directory"),
+        (["--accept-data-loss"], "accept_data_loss: there is no data directory"),
+        (
+            ["--data-dir", ".", "--durability", "none"],
+            "with durability none nothing is kept: leave out the data directory",
+        ),
+        (["--data-dir", ""], "'' is no folder"),
     ],
 )
 def test_settings_that_need_a_directory_say_so(process: Process, options: list[str], text: str) -> None:

@@ -173,6 +173,16 @@ def test_a_server_that_dies_ends_the_workers_with_its_address(process: Process) 
     assert all_gone(workers)
 
 
+def test_a_server_that_comes_later_is_waited_for(process: Process) -> None:
+    with held_port() as held:
+        port = held.getsockname()[1]
+        child = process("train", "digits", "--workers", "2", "--target", f"127.0.0.1:{port}")
+        assert child.stderr is not None
+        assert "trying for" in child.stderr.readline()
+        serve(process, port)
+        until_training(child)
+
+
 def test_a_server_that_was_restarted_tells_what_was_lost(process: Process) -> None:
     with held_port() as held:
         port = held.getsockname()[1]

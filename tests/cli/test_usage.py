@@ -92,13 +92,18 @@ def test_wrong_usage_is_one_line_and_status_2(command: Command, arguments: list[
         ["watch", "m", "--target", "127.0.0.1:9"],
         ["export", "m", "-o", "file", "--target", "127.0.0.1:9"],
         ["health", "127.0.0.1:9"],
-        ["train", "digits", "--target", "127.0.0.1:9"],
     ],
 )
 def test_no_server_is_one_line_and_status_1(command: Command, arguments: list[str]) -> None:
     ended = command(*arguments)
     assert ended.returncode == 1
     assert ended.stderr == "deltaserve: 127.0.0.1:9 does not answer (UNAVAILABLE): is the server running there?\n"
+
+
+def test_training_waits_for_a_server_as_long_as_it_is_told_to(command: Command) -> None:
+    ended = command("train", "digits", "--target", "127.0.0.1:9", "--timeout", "0.5")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("deltaserve: cannot reach a server at 127.0.0.1:9: is it running there?")
 
 
 def test_an_unforeseen_error_is_one_line_too(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import deltaserve
 from deltaserve.v1.model_service_pb2 import DeleteModelRequest, SaveSnapshotRequest, Snapshot
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.durability import directory, keeper
+from deltaserve_server.durability import directory, journal, keeper
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.model import Refused
 
@@ -151,6 +151,42 @@ def test_without_a_journal_training_goes_on_where_the_disk_is_full(tmp_path: Pat
             ballast.unlink()
             wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
             assert durable(wire) == 39 == check_restart(place / "data", quick / "copy", wire, "snapshot")
+
+
+def test_a_stop_on_a_full_disk_tells_that_there_is_no_last_snapshot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_file_system(tmp_path / "small", "1m") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        kept: Any
+        for kept, rest in (("snapshot", "what came after version 0 is lost"), ("journal", "the journal has what came")):
+            server = LocalServer(
+                ServerConfig(device="cpu", data_dir=place / kept, durability=kept, snapshot_seconds=None)
+            )
+            server.start()
+            with Wire(server.target) as wire:
+                begin(wire)
+                ballast = fill(place)
+                assert not server.stop(0)
+            assert f"there is no last snapshot, {rest}" in caplog.text
+            ballast.unlink()
+
+
+def test_where_there_is_less_room_than_a_journal_asks_for_it_takes_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_ALLOCATED", 16 << 20)
+    with small_file_system(tmp_path / "small", "2m") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        with serving(place / "data", "journal") as wire:
+            session = begin(wire)
+            for number in range(4, 60):
+                assert wire.step(session.header(number), gradient(number)).result.version == number
+            wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
+        with serving(place / "data", "journal") as wire:
+            assert wire.snapshot("m").version == 59
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Scene:
     threads: ThreadPoolExecutor
     a: Session
     models: list[str] = field(default_factory=lambda: ["m"])
-    pending: list[Future[None]] = field(default_factory=list)
+    pending: list[Future[bool]] = field(default_factory=list)
     calls: list[object] = field(default_factory=list)
 
     def other(self, name: str, shape: tuple[int, ...] = (4,), policy: pb.Policy | None = None) -> None:

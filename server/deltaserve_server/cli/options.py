@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,17 +24,29 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
+def parse_folder(text: str) -> Path:
+    """Reads a folder's name.
+
+    Raises:
+        typer.BadParameter: it is empty, as an unset variable of a shell is.
+    """
+    if not text:
+        raise typer.BadParameter("'' is no folder")
+    return Path(text)
+
+
 def parse_address(text: str) -> str:
     """Checks an address, HOST:PORT or unix:PATH.
 
     Raises:
         typer.BadParameter: it is no such thing.
     """
-    if text.startswith("unix:") and text != "unix:":
-        return text
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise typer.BadParameter(f"{text!r} is no address; write HOST:PORT, as in localhost:50051, or unix:PATH")
+    from deltaserve._connection import check_target
+
+    try:
+        check_target(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return text
 
 

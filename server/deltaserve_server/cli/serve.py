@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltaserve_server.cli.errors import INTERRUPTED, CommandError, UsageError
-from deltaserve_server.cli.options import parse_address, parse_bytes
+from deltaserve_server.cli.options import parse_address, parse_bytes, parse_folder
 
 if TYPE_CHECKING:
     from deltaserve_server import Server, ServerConfig
@@ -125,6 +125,7 @@ DataDir = Annotated[
     typer.Option(
         metavar="DIR",
         envvar="DELTASERVE_DATA_DIR",
+        parser=parse_folder,
         help="Where models are kept safe; one server, one directory.",
         show_default="nowhere",
     ),
@@ -223,8 +224,8 @@ def serve(
     number = signals.wait()
     then = "" if config.keeps == "none" else ", then last snapshots are written"
     log.info("%s: stopping; rounds go on for at most %g s%s", number.name, grace_seconds, then)
-    server.stop(grace_seconds=grace_seconds)
-    raise typer.Exit(_STATUS[number])
+    kept = server.stop(grace_seconds=grace_seconds)
+    raise typer.Exit(_STATUS[number] if kept else 1)
 
 
 def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":

@@ -8,17 +8,22 @@ import typer
 from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.display import format_bytes, table
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
-from deltaserve_server.cli.output import TRANSFER_SECONDS
 
 if TYPE_CHECKING:
     import deltaserve
 
 Save = Annotated[bool, typer.Option("--save", help="Take one first, of the model as it is now.")]
+Timeout = Annotated[
+    float,
+    typer.Option(min=0.1, metavar="SECONDS", help="How long it may take, the wait for a disk without room included."),
+]
 
 
-def snapshots(model: ModelArgument, target: Target = DEFAULT_TARGET, save: Save = False) -> None:
+def snapshots(
+    model: ModelArgument, target: Target = DEFAULT_TARGET, save: Save = False, timeout: Timeout = 60.0
+) -> None:
     """List a model's snapshots, oldest first, or take one."""
-    with connected(target, TRANSFER_SECONDS) as client:
+    with connected(target, timeout) as client:
         held = client.model(model)
         if save:
             held.save_snapshot()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.errors import UsageError
 from deltaserve_server.cli.options import POLICY_HELP, parse_address
 from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
@@ -157,7 +156,7 @@ def _train(
     chosen = _policy(policy, workers, alone=target is None)
     # The workers share the machine's cores. They inherit this, and it is set before there are threads that read it.
     os.environ.update(ONE_THREAD)
-    with _leaving_on_sigterm(), _server(target) as address:
+    with _leaving_on_sigterm(), _server(target, timeout) as address:
         kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(chosen)}, batches of {recipe.batch_size} each"
         typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")
         with shown(workers) as observer:
@@ -193,10 +192,12 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _server(target: str | None) -> "Iterator[str]":
+def _server(target: str | None, timeout: float) -> "Iterator[str]":
     """Yields a server's address: the one that was asked for, or that of one which lives as long as this block."""
+    import deltaserve
+
     if target is not None:
-        with connected(target) as client:
+        with deltaserve.connect(target, timeout_seconds=timeout) as client:  # which waits for it as workers do
             version = client.server_info().version
         typer.echo(f"server: {target}, deltaserve {version}")
         yield target

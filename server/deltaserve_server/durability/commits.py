@@ -133,6 +133,7 @@ class Journaled(Commits):
         self._journal = journal
         self._sync = sync
         self._safe = index
+        self._refusing = False
         self._waiting: deque[_Item] = deque()
         self._added = self._settled = 0
         self._writing = threading.Lock()
@@ -144,13 +145,19 @@ class Journaled(Commits):
 
     def ready(self, records: int, elements: int, entries: int) -> None:
         """Sets space aside."""
-        if self.error:
-            raise StorageError(self.error.strerror or str(self.error))
         try:
+            if self.error:
+                raise self.error.with_traceback(None)
             journal, end = self._end()
             journal.reserve(end + records * record_bytes(elements, entries) + _SPARE_BYTES)
         except OSError as error:
+            if not self._refusing:
+                _log.warning("%s: pushes are refused until they can be written there: %s", self._journal.where, error)
+            self._refusing = True
             raise StorageError(error.strerror or str(error)) from None
+        if self._refusing:
+            _log.warning("%s: it can be written to again", journal.where)
+        self._refusing = False
 
     def add(self, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
         """Has it written with the next `settle`."""

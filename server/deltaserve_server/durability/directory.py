@@ -117,10 +117,12 @@ class DataDirectory:
             raise
         shutil.rmtree(gone, ignore_errors=True)
 
-    def set_aside(self, name: str) -> None:
-        """Keeps a model's folder under another name, which no model has."""
-        (self._models / name).rename(self._models / f".{name}.{secrets.token_hex(4)}.corrupt")
+    def set_aside(self, name: str) -> Path:
+        """Keeps a model's folder under another name, which no model has; returns it."""
+        aside = self._models / f".{name}.{secrets.token_hex(4)}.corrupt"
+        (self._models / name).rename(aside)
         Files(self._models).sync()
+        return aside
 
     def close(self) -> None:
         """Lets others use it; once."""

@@ -119,11 +119,13 @@ class Journal:
 
     Attributes:
         number: As above.
+        where: The file.
         size: How many bytes of it are written.
     """
 
     def __init__(self, files: Files, number: int) -> None:
         self.number = number
+        self.where = str(files.folder / journal_name(number))
         self.size = _LINE
         self._nonce = secrets.token_bytes(8)
         self._file = files.create(journal_name(number))

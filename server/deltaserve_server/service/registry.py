@@ -88,6 +88,7 @@ class Registry:
         self._draining = False
         self._watchers = threading.BoundedSemaphore(config.watchers)
         self._stopped = False
+        self._kept = True
         self._ticker = Ticker(self.all, config.models)
         self._saver = Saver(self.all, self._saved) if directory else None
 
@@ -198,8 +199,7 @@ class Registry:
                 if not accept_data_loss:
                     why = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
                     raise DataDirectoryError(f"corrupt: {error}; {why}") from error
-                _log.error("model %s is set aside: %s", name, error)
-                directory.set_aside(name)
+                _log.error("model %s is set aside, as %s: %s", name, directory.set_aside(name), error)
             else:
                 with self._lock:
                     self._add(applier)
@@ -331,11 +331,11 @@ class Registry:
         """Whether some push waits for its round."""
         return any(applier.waiting for applier in self.all())
 
-    def stop(self) -> None:
-        """Ends every model; once."""
+    def stop(self) -> bool:
+        """Ends every model, once; returns whether each that is to be kept has its last snapshot."""
         self._draining = True
         if self._stopped:
-            return
+            return self._kept
         self._stopped = True
         self._ticker.stop()
         for applier in self.all():
@@ -348,12 +348,17 @@ class Registry:
             self._copies.close(_COPIES_SECONDS)
         if self._directory:
             self._directory.close()
+        return self._kept
 
     def _finish(self, applier: Applier) -> None:
         try:
             applier.finish()
         except (OSError, BudgetExceeded, Refused) as error:
-            _log.error("model %s: there is no last snapshot: %s", applier.machine.name, error)
+            self._kept, keeper = False, applier.keeper
+            assert keeper
+            after = f"what came after version {keeper.last.version}"
+            rest = f"the journal has {after}" if keeper.commits.journals else f"{after} is lost"
+            _log.error("model %s: there is no last snapshot, %s: %s", applier.machine.name, rest, error)
         else:
             self._saved(applier)
 
