@@ -27,7 +27,8 @@ server.start()
 told = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: told.set())
 print(server.target, flush=True)
-told.wait()
+while not told.wait(0.2):  # as `deltaserve serve` does: a signal may wake another thread than this one
+    pass
 server.stop()
 """
 
@@ -47,7 +48,7 @@ class ServerProcess:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _SERVE, self.target, self._settings],
+            [sys.executable, "-X", "faulthandler", "-W", "error", "-c", _SERVE, self.target, self._settings],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -65,7 +66,11 @@ class ServerProcess:
     def end(self) -> None:
         """Has it stop in good order."""
         self._process.terminate()
-        self._process.communicate(timeout=20)
+        try:
+            self._process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGABRT)  # where its threads are then stands in the standard error stream
+            raise
 
     def close(self) -> None:
         """Ends the process if it has not ended, and lets go of its port."""
