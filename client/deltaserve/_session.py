@@ -82,8 +82,7 @@ class Session:
         """Ends the session, once; in a forked child it does nothing: the session is the parent's."""
         if not self._open or self._process != os.getpid():
             return
-        self._open = False
-        self._closed.put(None)
+        self.lose()
         request = rpc.CloseSessionRequest(**self.id)
         try:
             self._connection.call("CloseSession", request, timeout_seconds=_GOODBYE_SECONDS)
@@ -91,7 +90,7 @@ class Session:
             _log.info("worker %s: the session ends with its lease: %s", self._worker, error)
 
     def lose(self) -> None:
-        """Ends the renewals of a session that the server does not know any more."""
+        """Ends the renewals alone, as of a session that the server does not know any more."""
         self._open = False
         self._closed.put(None)
 

@@ -13,7 +13,7 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.folder import Folder, Head, Served
 from deltaserve_server.durability.journal import END, Reading, journal_name
-from deltaserve_server.durability.keeper import Durability, Kept
+from deltaserve_server.durability.keeper import Kept
 from deltaserve_server.durability.plausible import Implausible, check_record
 from deltaserve_server.durability.records import (
     Changed,
@@ -239,7 +239,7 @@ def _replay(
 
 def _begun(manifest: Manifest, served: Served | None) -> set[int]:
     """Returns the numbers of journals that must be there after a snapshot, though its server has died."""
-    if served is None or served.durability not in (Durability.JOURNAL, Durability.FSYNC):
+    if served is None or served.journal is None:  # it kept none, or ended in good order
         return set()
     known = manifest.journal, served.journal
     return {number for number in known if number is not None and number >= manifest.follows}
