@@ -1,5 +1,6 @@
 """What tests of several rooms begin with: a server in this process, and ways to reach it."""
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let all that it starts ignore it
 
 if TYPE_CHECKING:  # the packages are imported by the tests that need them
     import grpc

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram
 
 PROGRAM = """
-import signal, sys
+import sys
 import numpy as np
 import deltaserve
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let this process ignore it
 size = int(sys.argv[2])
 client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
 worker = client.model("m").worker("a", transport=sys.argv[3])
@@ -128,11 +127,10 @@ def test_a_program_that_gives_up_leaves_at_once_and_its_push_counts(
 
 
 OUT = """
-import signal, sys
+import sys
 import numpy as np
 import deltaserve
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
 size = int(sys.argv[2])
 client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
 worker = client.model("m").worker("a", transport=sys.argv[3])

@@ -97,7 +97,6 @@ def test_after_a_lost_answer_messages_hold_what_the_memory_held(
 
 
 INTERRUPTED = """
-signal.signal(signal.SIGINT, signal.default_int_handler)
 client, model = connect()
 worker = model.worker("a", transport="shared")
 worker.pull()

@@ -111,11 +111,10 @@ def test_a_storm_of_signals_over_unary_steps_loses_nothing_and_pushes_nothing_tw
 
 
 WAITS = """
-import signal, sys, time
+import sys, time
 import numpy as np
 import deltaserve
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
 client = deltaserve.connect(sys.argv[1], timeout_seconds=60)
 worker = client.model("m").worker("a")
 worker.pull()

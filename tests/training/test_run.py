@@ -93,7 +93,6 @@ def test_a_killed_worker_ends_the_run_and_the_other_worker(target: str, model: s
 
 def test_an_interrupt_stops_the_workers_which_close_their_sessions(target: str, model: str, digits: Digits) -> None:
     recipe = replace(digits, epochs=1000)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let this process ignore it
 
     def interrupt(progress: Progress) -> None:
         if progress.step > 20:
