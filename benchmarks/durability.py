@@ -7,11 +7,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import create_server
 from tempfile import TemporaryDirectory
-from threading import Thread
+from threading import Barrier
 from time import perf_counter, sleep
 
 import numpy as np
@@ -184,20 +185,21 @@ def group_commit(rounds: int, seconds: float, counts: Sequence[int] = (1, 4, 16)
 def _rate(target: str, count: int, seconds: float) -> float:
     """Returns how many steps a second so many workers make together, each a thread of this process."""
     gradients = named(gradients_of(SHAPES_B))
-    steps, deadline = [0] * count, perf_counter() + seconds
+    rates, all_there = [0.0] * count, Barrier(count, timeout=60)
 
     def run(index: int) -> None:
         with deltaserve.connect(target) as client, client.model("bench").worker() as worker:
-            while perf_counter() < deadline:
+            worker.pull()
+            all_there.wait()
+            steps, begin = 0, perf_counter()
+            while (took := perf_counter() - begin) < seconds or not steps:
                 worker.step(gradients)
-                steps[index] += 1
+                steps += 1
+            rates[index] = steps / took
 
-    threads = [Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(steps) / seconds
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(run, range(count)))
+    return sum(rates)
 
 
 def _syncs(seconds: float) -> float:

@@ -27,7 +27,7 @@ Health = Callable[[str], int]
 
 @pytest.fixture
 def slow_to_come_back(start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "ServerProcess":
-    """A server whose next life takes a quarter of a second for each of 12 records."""
+    """A server whose next life takes half a second for each of 12 records."""
     server = start_server(data_dir=str(tmp_path), durability="journal")
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         with client.create_model("m", ONE).worker("a") as worker:
@@ -35,7 +35,7 @@ def slow_to_come_back(start_server: "StartServer", tmp_path: Path, monkeypatch: 
                 worker.step(ONE)
         client.create_model("quick", {"w": np.ones(1)})
     server.kill()
-    monkeypatch.setenv("DELTASERVE_FAILPOINTS", "recovery.replay=sleep(0.25)")
+    monkeypatch.setenv("DELTASERVE_FAILPOINTS", "recovery.replay=sleep(0.5)")
     return server
 
 
@@ -62,19 +62,17 @@ def test_it_says_how_far_it_is_and_is_waited_for(
 
 def test_who_has_no_time_gets_that_as_an_error(slow_to_come_back: "ServerProcess") -> None:
     with _impatient(slow_to_come_back) as client:
-        with pytest.raises(deltaserve.UnavailableError) as caught:
-            client.create_model("m", ONE)
-        assert caught.value.reason == "RECOVERING"
-        assert caught.value.metadata["model"] == "m"
-        assert 0 <= int(caught.value.metadata["percent"]) <= 100
+        error = _refusal(lambda: client.create_model("m", ONE))
+        assert error.reason == "RECOVERING"
+        assert error.metadata["model"] == "m"
+        assert 0 <= int(error.metadata["percent"]) <= 100
 
 
 def test_a_list_of_models_is_a_whole_one(slow_to_come_back: "ServerProcess") -> None:
     """Whoever finds a model missing makes a new one, or takes its version for 0."""
     with _impatient(slow_to_come_back) as client:
-        with pytest.raises(deltaserve.UnavailableError) as caught:
-            client.models()
-        assert (caught.value.reason, caught.value.metadata["model"]) == ("RECOVERING", "m")
+        error = _refusal(client.models)
+        assert (error.reason, error.metadata["model"]) == ("RECOVERING", "m")
         with deltaserve.connect(slow_to_come_back.target, timeout_seconds=30) as patient:
             assert [model.name for model in patient.models()] == ["m", "quick"]
 
@@ -102,9 +100,20 @@ def _impatient(server: "ServerProcess") -> Iterator[deltaserve.Client]:
     started = threading.Thread(target=server.start)
     started.start()
     _until_reachable(server.target)
-    with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
-        yield client
-    started.join()
+    try:
+        with deltaserve.connect(server.target, timeout_seconds=0.5) as client:
+            yield client
+    finally:
+        started.join()
+
+
+def _refusal(call: Callable[[], object]) -> deltaserve.Error:
+    """Returns what the server refuses a call with; on a busy machine it may first not answer in time."""
+    while True:
+        with pytest.raises(deltaserve.UnavailableError) as caught:
+            call()
+        if caught.value.reason:
+            return caught.value
 
 
 def _until_reachable(target: str) -> None:

@@ -41,7 +41,7 @@ def interrupt(number, frame):
     if armed:  # a thread may get the signal late, when nobody waits for it any more
         raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
-while time.monotonic() < end:
+while time.monotonic() < end or interrupts < 20:
     pushed, number = gradient(), worker._sequence
     while worker._sequence == number:
         try:
@@ -57,7 +57,6 @@ while time.monotonic() < end:
         except deltaserve.StaleGradientError:
             pass
 assert signal.getsignal(signal.SIGALRM) is interrupt
-assert interrupts > 20, interrupts
 """
 
 RETURNING = """
@@ -76,12 +75,12 @@ def disturb():
             time.sleep(0.0001)
 thread = threading.Thread(target=disturb)
 thread.start()
-while time.monotonic() < end:
+while time.monotonic() < end or sent < 100:
     worker.step(gradient())
 over.set()
 thread.join()
 assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
-assert caught.qsize() == sent > 100, (caught.qsize(), sent)
+assert caught.qsize() == sent, (caught.qsize(), sent)
 """
 
 
