@@ -14,7 +14,8 @@ from deltaserve_server.cli.options import parse_bytes
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 COMMANDS = [
-    "serve", "train", "models", "status", "watch", "update", "pull", "export", "import", "delete", "health", "doctor",
+    "serve", "train", "models", "status", "watch", "update", "pull", "snapshots", "export", "import", "delete",
+    "health", "doctor",
 ]  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def test_version(command: Command) -> None:
     ("arguments", "text"),
     [
         (["frobnicate"], "No such command 'frobnicate'; see deltaserve --help"),
+        (["serve", "--durability", "most"], "): 'most' is not one of 'none', 'snapshot', 'journal', 'fsync'; see"),
         (["train"], "say what to train: deltaserve train digits, or deltaserve train airfoil"),
         (["train", "digits", "--foo"], "No such option: --foo; see deltaserve train digits --help"),
         (["train", "digits", "--workers", "0"], "--workers"),

@@ -3,6 +3,9 @@
 import typer
 
 INTERRUPTED = 130
+_OF_A_LIBRARY = "Value error, "
+"""What typer's newest releases leave in front of some messages."""
+
 EXTRAS = {
     "torch": "torch",
     "triton": "cuda",
@@ -61,4 +64,5 @@ def _text(error: Exception) -> str:
 def _usage(error: Exception, message: str) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "deltaserve"
-    return f"{message.rstrip('.')}; see {path} --help"
+    plain = message.replace(_OF_A_LIBRARY, "").rstrip(".")
+    return f"{plain}; see {path} --help"
