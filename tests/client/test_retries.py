@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import pytest
+from tests.ports import held_port
 
 import deltaserve
 from deltaserve import Client, Sync
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 SIZES = [5, 700_000]
 """Elements of a model that travels in one message, and of one that takes a stream."""
+
+SLACK = 10.0
+"""What a busy machine may add. The default budget is a minute."""
 
 every_size = pytest.mark.parametrize("size", SIZES, ids=["unary", "stream"])
 
@@ -166,22 +171,18 @@ def test_a_call_waits_for_a_server_that_comes_back(start_server: "StartServer") 
         back.join()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def test_where_nobody_listens_the_budget_is_kept_and_the_message_says_so() -> None:
-    target = f"127.0.0.1:{free_port()}"
-    with deltaserve.connect(target, timeout_seconds=1.0) as client:
-        began = monotonic()
-        with pytest.raises(
-            deltaserve.UnavailableError, match=f"cannot reach a server at {target}: is it running"
-        ) as caught:
-            client.models()
-        assert monotonic() - began < 2.0
-        assert caught.value.reason is None
-        assert "\n" not in str(caught.value)
+    with held_port() as nobody:
+        target = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with deltaserve.connect(target, timeout_seconds=3.0) as client:
+            began = monotonic()
+            with pytest.raises(
+                deltaserve.UnavailableError, match=f"cannot reach a server at {target}: is it running"
+            ) as caught:
+                client.models()
+            assert monotonic() - began < 3.0 + SLACK
+            assert caught.value.reason is None
+            assert "\n" not in str(caught.value)
 
 
 def test_where_a_name_means_nothing_the_message_says_so() -> None:
@@ -200,7 +201,7 @@ def test_where_nobody_answers_the_budget_is_kept_and_the_message_says_so() -> No
             began = monotonic()
             with pytest.raises(deltaserve.UnavailableError, match=rf"{target}.*(did not answer within 1 s|timed out)"):
                 client.models()
-            assert monotonic() - began < 2.0
+            assert monotonic() - began < 1.0 + SLACK
 
 
 def test_a_port_that_speaks_something_else_is_no_hang() -> None:
@@ -219,7 +220,7 @@ def test_a_port_that_speaks_something_else_is_no_hang() -> None:
             began = monotonic()
             with pytest.raises(deltaserve.Error, match=target):
                 client.models()
-            assert monotonic() - began < 2.0
+            assert monotonic() - began < 1.0 + SLACK
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -249,7 +250,8 @@ def test_a_server_that_drains_is_tried_until_the_budget_is_spent(
     server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no sooner than it asks for."""
-    with deltaserve.connect(server.target, timeout_seconds=1.5) as client:
+    budget = 3.5
+    with deltaserve.connect(server.target, timeout_seconds=budget) as client:
         model = client.create_model("m", {"w": np.zeros(3)})
         server._registry.drain()
         refuse, attempts = server._registry.check_open, list[float]()
@@ -263,6 +265,7 @@ def test_a_server_that_drains_is_tried_until_the_budget_is_spent(
         with pytest.raises(deltaserve.UnavailableError, match="about to stop") as caught:
             model.worker()
         assert caught.value.reason == "DRAINING"
-        assert 0.9 < monotonic() - began < 2.5
-        assert len(attempts) == 2
-        assert attempts[1] - attempts[0] > 0.99, "the server asks for a second's patience"
+        assert budget - 1.5 < monotonic() - began < budget + SLACK
+        assert 2 <= len(attempts) <= 4
+        gaps = [later - before for before, later in pairwise(attempts)]
+        assert min(gaps) > 0.99, "the server asks for a second's patience"

@@ -45,7 +45,7 @@ def _end(wire: Wire, session: Session, way: str, worker: str = "a") -> None:
 @pytest.fixture
 def brief() -> Iterator[Wire]:
     """A server with short leases."""
-    config = ServerConfig(bind="127.0.0.1:0", device="cpu", lease_seconds=0.3, lease_seconds_min=0.2)
+    config = ServerConfig(bind="127.0.0.1:0", device="cpu", lease_seconds=1.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         yield wire
 
@@ -91,7 +91,10 @@ def test_half_a_push_is_not_accepted(wire: Wire) -> None:
 @pytest.mark.parametrize("way", ENDS)
 def test_a_push_that_waits_does_so_beyond_its_session_s_end_and_is_applied(brief: Wire, way: str) -> None:
     brief.create("m", policy=sync(2))
-    a, b = brief.open("m", "a"), brief.open("m", "b", lease_seconds=60.0)
+    a, b = (
+        brief.open("m", "a", lease_seconds=None if way == "lease" else 60.0),
+        brief.open("m", "b", lease_seconds=60.0),
+    )
     call = brief.begin(a.header(1), gradient(0, SIZE))
     assert _fate(brief, a, 1) == (PUSH_STATE_WAITING, False)
     if way == "lease":
@@ -108,7 +111,7 @@ def test_a_push_that_waits_does_so_beyond_its_session_s_end_and_is_applied(brief
 @pytest.mark.parametrize("way", ENDS)
 def test_a_push_that_never_came_never_will_once_its_session_has_ended(brief: Wire, way: str) -> None:
     brief.create("m")
-    a = brief.open("m", "a")
+    a = brief.open("m", "a", lease_seconds=None if way == "lease" else 60.0)
     brief.step(a.header(1), gradient(0, SIZE))
     _end(brief, a, way)
     assert _fate(brief, a, 1) == (PUSH_STATE_APPLIED, True)
@@ -117,10 +120,11 @@ def test_a_push_that_never_came_never_will_once_its_session_has_ended(brief: Wir
 
 
 def test_a_push_of_a_round_that_failed_is_not_accepted_and_may_come_again(wire: Wire) -> None:
-    wire.create("m", policy=sync(2, round_timeout_seconds=0.2))
+    wire.create("m", policy=sync(2))
     a = wire.open("m", "a")
     call = wire.begin(a.header(1), gradient(0, SIZE))
     assert _fate(wire, a, 1) == (PUSH_STATE_WAITING, False)
+    wire.update("m", policy=sync(2, round_timeout_seconds=0.2))
     eventually(call.done, "the round does not fail")
     assert _fate(wire, a, 1) == (PUSH_STATE_NOT_ACCEPTED, False)
     wire.close(a)

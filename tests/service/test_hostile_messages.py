@@ -23,7 +23,9 @@ from deltaserve_server import LocalServer, ServerConfig
 SIZE = 24
 SHAPES = {"w": (4, 5), "none": (0,), "b": (4,)}
 GROUPS = [Hyperparameters(lr=0.5), Hyperparameters(rho=0.8)]
-CONFIG = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, models=8, sessions=16)
+CONFIG = ServerConfig(
+    bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, models=8, sessions=16, lease_seconds=3600
+)
 CODES = {row.code for row in TABLE.values()} - {grpc.StatusCode.INTERNAL}
 READS = (
     "GetModel",
@@ -91,9 +93,9 @@ class Target:
             "GetServerInfo": [system.GetServerInfoRequest()],
         }
 
-    def send(self, method: str, messages: Messages) -> bool:
+    def send(self, method: str, messages: Messages, pull_seconds: float = WAITS) -> bool:
         """Makes a call; returns whether it was answered."""
-        call = self._wire.start(method, messages, seconds=WAITS if method == "Pull" else 10.0)
+        call = self._wire.start(method, messages, seconds=pull_seconds if method == "Pull" else 20.0)
         try:
             for _ in call:
                 if method == "WatchModel":  # it has no end
@@ -148,7 +150,8 @@ KINDS: dict[str, tuple[Mutate, int]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_good_requests_are_answered(target: Target, method: str) -> None:
     """Or else the mutations of them would show nothing."""
-    assert target.send(method, [message.SerializeToString() for message in target.requests()[method]])
+    good = [message.SerializeToString() for message in target.requests()[method]]
+    assert target.send(method, good, pull_seconds=20.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -133,10 +133,11 @@ def test_a_quorum_above_the_number_of_workers_waits_for_all_of_them(wire: Wire) 
 
 
 def test_a_round_closes_with_what_it_has_when_its_time_is_up(wire: Wire) -> None:
-    wire.create("m", policy=sync(2, round_timeout_seconds=0.3))
+    wire.create("m", policy=sync(2, round_timeout_seconds=LONG))
     sessions = _open(wire, "abc")
     began = monotonic()
     calls = [wire.begin(session.header(1), gradient(k, SIZE)) for k, session in enumerate(sessions[:2])]
+    wire.update("m", policy=sync(2, round_timeout_seconds=0.3))
     assert [_result(streamed(call)) for call in calls] == [(1, 2, False)] * 2
     assert 0.29 < monotonic() - began < 5.0
     assert _refused(wire, sessions[2], 1, 2, base_version=0) == "ROUND_CLOSED"
@@ -149,12 +150,15 @@ def test_a_round_closes_with_what_it_has_when_its_time_is_up(wire: Wire) -> None
 def test_a_round_without_enough_workers_fails_whole_and_the_same_pushes_are_taken_again(
     wire: Wire, reduction: int | None
 ) -> None:
-    wire.create("m", policy=sync(3, round_timeout_seconds=0.2, reduction=reduction))
+    brief, long = (sync(3, round_timeout_seconds=seconds, reduction=reduction) for seconds in (0.2, LONG))
+    wire.create("m", policy=brief)
     free = wire.info().limits.memory_available_bytes
     a, b = _open(wire, "ab")
     before = wire.snapshot("m")
     for _ in range(2):
+        wire.update("m", policy=long)
         calls = [wire.begin(session.header(1), gradient(k, SIZE)) for k, session in enumerate((a, b))]
+        wire.update("m", policy=brief)
         for call in calls:
             assert _failure(call) == ("ROUND_FAILED", {"got": "2", "need": "3"})
         assert wire.snapshot("m") == before
@@ -163,7 +167,7 @@ def test_a_round_without_enough_workers_fails_whole_and_the_same_pushes_are_take
             fate = wire.fate(session, 1)
             assert (fate.state, fate.final) == (PUSH_STATE_NOT_ACCEPTED, False)
         eventually(lambda: wire.info().limits.memory_available_bytes == free, "a push that was given up is still held")
-    wire.update("m", policy=sync(3, round_timeout_seconds=LONG, reduction=reduction))
+    wire.update("m", policy=long)
     calls = [wire.begin(session.header(1), gradient(k, SIZE)) for k, session in enumerate((a, b))]
     assert _result(wire.step(wire.open("m", "c").header(1), gradient(2, SIZE))) == (1, 3, False)
     assert [_result(streamed(call)) for call in calls] == [(1, 3, False)] * 2
@@ -207,15 +211,18 @@ def test_the_time_of_a_round_runs_anew_with_each_first_push(wire: Wire) -> None:
 
 
 def test_one_who_waits_for_the_next_round_has_it_when_this_one_fails(wire: Wire) -> None:
-    wire.create("m", policy=sync(3, quorum=3, round_timeout_seconds=0.5))
+    brief, long = (sync(3, quorum=3, round_timeout_seconds=seconds) for seconds in (0.2, LONG))
+    wire.create("m", policy=long)
     a, b, _c = _open(wire, "abc")
     calls = [wire.begin(session.header(1), gradient(k, SIZE)) for k, session in enumerate((a, b))]
     late = wire.open("m", "d")
+    wire.update("m", policy=brief)
     assert late.opened.first_version == 1
     header, weights = wire.pull("m", wait_for_version=1)
     assert (header.position.version, bool(weights.any())) == (1, False)
     for call in calls:
         assert _failure(call)[0] == "ROUND_FAILED"
+    wire.update("m", policy=long)
     calls = [wire.begin(s.header(1), gradient(k, SIZE)) for k, s in enumerate((a, b, late))]
     assert [_result(streamed(call)) for call in calls] == [(2, 3, False)] * 3
 
