@@ -34,8 +34,8 @@ def check_transport(transport: Transport) -> None:
 _UNARY_BYTES = 1 << 20
 """Up to this size a vector travels in one message: quicker than a stream, and than shared memory."""
 
-Arriving = Callable[[common_pb2.ModelPosition], None]
-"""Is called when an answer has come, before its weights are written."""
+Look = Callable[[common_pb2.ModelPosition], None]
+"""Is called with where the model stands."""
 
 
 class Exchange:
@@ -89,7 +89,8 @@ class Exchange:
         pushed: FlatVector,
         absent: Collection[int],
         target: FlatVector,
-        arriving: Arriving,
+        check: Look,
+        arriving: Look,
         *,
         unsure: bool,
     ) -> tuple[rpc.PushResult, common_pb2.ModelPosition]:
@@ -100,7 +101,8 @@ class Exchange:
             pushed: The gradient.
             absent: Indices of its tensors that are left out.
             target: Where the weights go.
-            arriving: See there.
+            check: Is called where the server has said where it stands, before a push is sent again.
+            arriving: Is called when an answer has come, before its weights are written.
             unsure: What became of the push before is not known: shared memory may still be read on its behalf.
         """
         if self._shared and not unsure:
@@ -114,8 +116,10 @@ class Exchange:
                 self._shared = None
         header.gradient_type = header.weights_type = self._wire.data_type
         header.shared_memory = False
-        unary = pushed.size * ELEMENT_BYTES <= _UNARY_BYTES
-        answer = (self._step_unary if unary else self._step_stream)(header, pushed, absent, target, arriving)
+        if pushed.size * ELEMENT_BYTES <= _UNARY_BYTES:
+            answer = self._step_unary(header, pushed, absent, target, arriving)
+        else:
+            answer = self._step_stream(header, pushed, absent, target, check, arriving)
         if not self._shared:
             self._wire = self._asked  # the push that may have gone through shared memory before is settled
         return answer
@@ -128,7 +132,7 @@ class Exchange:
         push.begin(self._connection, header, self._wire)
         return True
 
-    def pull(self, request: rpc.PullRequest, target: FlatVector, arriving: Arriving) -> common_pb2.ModelPosition:
+    def pull(self, request: rpc.PullRequest, target: FlatVector, arriving: Look) -> common_pb2.ModelPosition:
         """Writes the weights to `target`.
 
         Where an attempt fails, the next one does not wait for a version: a server that was started anew may have gone
@@ -151,7 +155,7 @@ class Exchange:
         pushed: FlatVector,
         absent: Collection[int],
         target: FlatVector,
-        arriving: Arriving,
+        arriving: Look,
     ) -> tuple[Any, Any]:
         parts = [part for _, parts in pushed.chunks(absent) for part in parts]
         request = rpc.StepRequest(header=header, gradient=b"".join(self._wire.encoded(parts)))
@@ -167,7 +171,8 @@ class Exchange:
         pushed: FlatVector,
         absent: Collection[int],
         target: FlatVector,
-        arriving: Arriving,
+        check: Look,
+        arriving: Look,
     ) -> tuple[Any, Any]:
         codec = StreamCodec(rpc.StreamStepRequest)
 
@@ -186,12 +191,10 @@ class Exchange:
 
         early, self.early = self.early, None
         begun = partial(early.take, header, pushed) if early else None
-        return self._connection.receive(
-            "StreamStep", messages, take, begun, probe=partial(self._look, header, arriving)
-        )
+        return self._connection.receive("StreamStep", messages, take, begun, probe=partial(self._look, header, check))
 
     def _step_shared(
-        self, shared: SharedMemory, header: rpc.PushHeader, pushed: FlatVector, target: FlatVector, arriving: Arriving
+        self, shared: SharedMemory, header: rpc.PushHeader, pushed: FlatVector, target: FlatVector, arriving: Look
     ) -> tuple[Any, Any]:
         codec = StreamCodec(rpc.StreamStepRequest)
         header.ClearField("gradient_type")
@@ -232,10 +235,10 @@ class Exchange:
             for read in reads:
                 read.set()
 
-    def _look(self, header: rpc.PushHeader, arriving: Arriving, seconds: float) -> None:
+    def _look(self, header: rpc.PushHeader, check: Look, seconds: float) -> None:
         """Asks where the session stands: what a server has to say that was started anew, it says without a vector."""
         request = rpc.KeepSessionRequest(model=header.model, session_id=header.session_id, epoch=header.epoch)
-        arriving(self._connection.call_once("KeepSession", request, seconds).position)
+        check(self._connection.call_once("KeepSession", request, seconds).position)
 
     def _write(self, pieces: Iterable[Piece], target: FlatVector) -> None:
         for piece in pieces:

@@ -356,7 +356,9 @@ class Worker:
         unsure, self._sent = self._sent, True
         self._take_note(None)
         try:
-            result, position = self._exchange.step(header, pushed, absent, target, self._arriving, unsure=unsure)
+            result, position = self._exchange.step(
+                header, pushed, absent, target, self._check, self._arriving, unsure=unsure
+            )
             self._torn = False
         except StaleGradientError as error:
             self._catch_up(error, target)
@@ -431,15 +433,15 @@ class Worker:
         """Opens a new session where the old one is not known any more.
 
         Its lease ran out, as after a pause or a long silence; or the server was started anew from an older state. A
-        push that the old session had accepted is still answered there. A server that was started anew has that answer
-        too: then the worker stays, and takes it.
+        push that the old session had accepted is still answered there, also by a server that was started anew: then the
+        worker stays, and takes that.
 
         Returns:
             What to raise where the weights that the worker has are lost, or where the server does not know any more
             which pushes the old session made. It is owed until `_refresh` returns it.
         """
         known = self._ask(self._sequence)
-        if known and known.state == rpc.PUSH_STATE_APPLIED:
+        if known and known.state != rpc.PUSH_STATE_NOT_ACCEPTED:
             self._position = known.position
             self._lineage = known.lineage  # nothing that this worker knows is lost there
             return None
@@ -515,18 +517,22 @@ class Worker:
         self._sequence += counts
         self._sent = False
 
-    def _arriving(self, position: common_pb2.ModelPosition) -> None:
-        """Looks at an answer before its weights are written; until the last of them is, they are of two versions.
+    def _check(self, position: common_pb2.ModelPosition) -> None:
+        """Looks at where the model stands, as an answer has it.
 
         Raises:
-            _RestartedError: They are of another incarnation than what came before.
-            Error: They are not of the model that the session was opened with.
+            _RestartedError: It is of another incarnation than what came before.
+            Error: It is not of the model that the session was opened with.
         """
         before = self._position
         if position.incarnation != before.incarnation:
             raise _RestartedError
         if position.version < before.version:
             raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
+
+    def _arriving(self, position: common_pb2.ModelPosition) -> None:
+        """Looks at an answer before its weights are written; until the last of them is, they are of two versions."""
+        self._check(position)
         self._torn = True
 
     def _take_note(self, result: rpc.PushResult | None) -> None:

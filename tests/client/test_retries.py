@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -169,6 +169,47 @@ def test_a_call_waits_for_a_server_that_comes_back(start_server: "StartServer") 
         back.start()
         client.server_info()
         back.join()
+
+
+@every_size
+def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_answered(
+    client: Client,
+    far: Client,
+    proxy: "Proxy",
+    size: int,
+    eventually: "Eventually",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its session is over by then; the push counts, and the worker is not told to leave it out."""
+    model, asked = client.create_model("m", {"w": np.zeros(size)}, policy=Sync()), threading.Event()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        far.model("m").worker("a", transport="stream", lease_seconds=1.0) as a,
+        model.worker("b") as b,
+    ):
+        a.pull()
+        b.pull()
+        step = pool.submit(a.step, gradient(size, 0))
+        eventually(lambda: any(session.waiting for session in model.info().sessions))
+        proxy.refusing = True
+        proxy.cut()
+        eventually(lambda: [session.worker for session in model.info().sessions] == ["b"])
+        ask = a._ask
+
+        def answered(number: int) -> Any:
+            answer = ask(number)
+            asked.set()
+            return answer
+
+        monkeypatch.setattr(a, "_ask", answered)
+        proxy.refusing = False
+        if size > SIZES[0]:  # a small one is sent again, and not asked for
+            assert asked.wait(20)
+        b.step(gradient(size, 1))
+        step.result()
+        assert a.last_result is not None
+        assert (a.last_result.version, a.last_result.contributors) == (1, 2)
+        assert model.info().version == 1
 
 
 def test_where_nobody_listens_the_budget_is_kept_and_the_message_says_so() -> None:

@@ -1,5 +1,7 @@
 """Weights that arrived in part: nothing that was computed on them is pushed."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,9 @@ import deltaserve
 from deltaserve import Client
 from deltaserve._flat import FlatVector
 from deltaserve._wire import Wire
+
+if TYPE_CHECKING:
+    from tests.client.conftest import StartProxy
 
 SIZE = 700_000  # three chunks
 ONES = {"w": np.ones(SIZE)}
@@ -108,3 +113,21 @@ def test_weights_that_arrived_in_part_are_fetched_again_before_they_are_shown(
     a = pulled_in_part(workers, monkeypatch)
     assert np.ptp(a.weights["w"]) == 0
     assert a.version == 1
+
+
+def test_a_push_that_is_sent_again_and_refused_leaves_the_weights_whole(
+    client: Client, start_proxy: "StartProxy"
+) -> None:
+    """Where the session stands is asked first; that is no answer with weights."""
+    client.create_model("m", {"w": np.zeros(SIZE)})
+    proxy, bad = start_proxy(client.target), np.ones(SIZE)
+    bad[-1] = np.nan
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far:
+        worker = far.model("m").worker("a", transport="stream")
+        worker.pull()
+        proxy.cut_after("up", 1 << 20)
+        with pytest.raises(deltaserve.RequestError, match="NaN"):
+            worker.step({"w": bad})
+        assert proxy.cuts == 1
+        worker.step(ONES)
+        assert worker.version == 1
