@@ -35,6 +35,9 @@ _RECONNECT_MOST_SECONDS = 0.2
 
 _ON_ITS_WAY = None, "RECOVERING"
 
+_FATE_UNKNOWN = None, "STORAGE_UNAVAILABLE", "DRAINING"
+"""Reasons after which a request may have been taken, as errors.proto says."""
+
 _PORT_MOST = 65_535
 
 _KEEPALIVE_MS = 20_000
@@ -197,14 +200,28 @@ class Connection:
         self._soon = monotonic() - begun < _SOON_SECONDS
         return _ANSWERS[method].FromString(answer)
 
-    def send(self, method: str, messages: Callable[[], Iterable[bytes]]) -> Any:
+    def send(self, method: str, messages: Callable[[], Iterable[bytes]], *, once: bool = False) -> Any:
         """Makes a client-streaming call of the messages that each call of `messages` gives anew; returns the response.
+
+        Args:
+            method: The RPC.
+            messages: What it sends.
+            once: Whether a call that may have been taken is not made again, since a second one would do something else.
 
         Raises:
             Error: The server refused, or was not reached in time.
         """
-        answer = self.retry(lambda seconds: self._call(method)(iter(messages()), timeout=seconds))
-        return _ANSWERS[method].FromString(answer)
+        whole = threading.Event()
+
+        def sent() -> Iterator[bytes]:
+            yield from messages()
+            whole.set()  # what a server has not got whole, it does not take
+
+        def attempt(seconds: float) -> Any:
+            whole.clear()
+            return self._call(method)(sent(), timeout=seconds)
+
+        return _ANSWERS[method].FromString(self.retry(attempt, taken=whole.is_set if once else None))
 
     def begin(self, method: str, messages: Iterator[bytes]) -> Any:
         """Begins a call of a stream of messages, which gRPC asks for in a thread of its own; returns the call."""
@@ -295,6 +312,7 @@ class Connection:
         timeout_seconds: float | None = None,
         cancel: Callable[[], object] | None = None,
         begun: float | None = None,
+        taken: Callable[[], bool] | None = None,
     ) -> T:
         """Calls `attempt` with the seconds that are left until it succeeds.
 
@@ -303,6 +321,7 @@ class Connection:
             timeout_seconds: How long to try; None means the connection's timeout.
             cancel: Makes an attempt end soon; None where one that was interrupted may go on by itself.
             begun: When that time began; None means now.
+            taken: Says whether an attempt may have been taken: where that is not known for sure, none follows it.
 
         Raises:
             Error: The server refused in a way that a retry does not mend, or time is up.
@@ -329,7 +348,8 @@ class Connection:
             limit = _RECONNECT_MOST_SECONDS if reason in _ON_ITS_WAY else _BACKOFF_MOST_SECONDS
             most = min(_BACKOFF_FIRST_SECONDS * 2 ** min(tries, 10), limit)
             delay = max(wait_seconds or 0.0, random.uniform(0, most))  # noqa: S311
-            if wait_seconds is None or monotonic() + delay >= deadline:
+            unsure = taken is not None and taken() and reason in _FATE_UNKNOWN
+            if wait_seconds is None or monotonic() + delay >= deadline or unsure:
                 raise error
             level = logging.WARNING if total == _PATIENCE else logging.INFO
             _log.log(level, "%s; trying for %.0f s more", error, deadline - monotonic())

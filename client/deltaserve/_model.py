@@ -125,12 +125,14 @@ class Model:
         Raises:
             ValueError: A tensor is missing, or has another shape.
             RequestError: A value is not finite, or a square negative.
+            UnavailableError: It may be in place all the same, and is not put there again by itself: workers may have
+                gone on from it. `info().version` tells.
         """
         vectors = {name: self._arrays(getattr(state, name), name) for name in _VECTORS}
         counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
         codec = StreamCodec(model_service_pb2.PutStateRequest)
-        self._connection.send("PutState", lambda: _messages(codec, header, vectors))
+        self._connection.send("PutState", lambda: _messages(codec, header, vectors), once=True)
 
     def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
         """Changes the hyperparameters, the policy or both, for all workers, from the next update on.

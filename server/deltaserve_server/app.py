@@ -34,6 +34,7 @@ from deltaserve_server.config import (
 )
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory
+from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.keeper import Durability, Schedule
 from deltaserve_server.memory import Budget, Store, heap
 from deltaserve_server.memory.host import HostStore
@@ -132,10 +133,12 @@ class Server:
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
             self._registry.restore(check, accept_data_loss=self.config.accept_data_loss)
-        except BaseException:
-            self._registry.stop()
+        except BaseException as error:
+            kept = self._registry.stop()
             self._grpc.stop(0).wait()
-            raise
+            if kept or isinstance(error, DataDirectoryError):
+                raise
+            raise DataDirectoryError("a model that was served already has no last snapshot, as the log says") from error
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         host = bind.rpartition(":")[0]
         listens = bind if bind.startswith("unix:") else f"{host}:{port}"

@@ -212,6 +212,24 @@ def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_a
         assert model.info().version == 1
 
 
+def test_a_state_is_not_put_in_place_a_second_time_over_what_came_after_it(
+    client: Client, far: Client, proxy: "Proxy", eventually: "Eventually"
+) -> None:
+    """Nobody but its caller knows whether that is still wanted."""
+    model = far.create_model("m", {"w": np.zeros(3)})
+    here, state = client.model("m"), model.pull_state()
+    proxy.hold_answers()
+    with ThreadPoolExecutor(1) as pool, here.worker() as worker:
+        put = pool.submit(model.put_state, state)
+        eventually(lambda: here.info().version == 1)
+        worker.step({"w": np.ones(3)})
+        proxy.cut()
+        with pytest.raises(deltaserve.UnavailableError) as caught:
+            put.result()
+        assert caught.value.reason is None
+        assert here.info().version == 2
+
+
 def test_where_nobody_listens_the_budget_is_kept_and_the_message_says_so() -> None:
     with held_port() as nobody:
         target = f"127.0.0.1:{nobody.getsockname()[1]}"

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import fsspec
 import pytest
@@ -38,7 +41,7 @@ def copy(url: str, applier: Applier) -> None:
     """Copies a model's newest snapshot; returns when that is done."""
     assert applier.keeper
     copies = Copies(url)
-    copies.offer("m", applier.keeper.folder, applier.keeper.last.number)
+    copies.offer("m", applier.keeper.folder)
     copies.close(20.0)
 
 
@@ -219,31 +222,137 @@ def test_what_the_place_for_copies_does_not_find_is_told_and_tried_again(
     assert applier.keeper
     number = applier.keeper.last.number
     with caplog.at_level("INFO", room.__name__):
-        copies.offer("m", applier.keeper.folder, number)
+        copies.offer("m", applier.keeper.folder)
         _wait(lambda: "is at" in caplog.text)
     copies.close(20.0)
     house.die()
-    assert caplog.text.count(f"snapshot {number} of model m was not copied: ") == 2
+    assert caplog.text.count("the newest snapshot of model m was not copied: ") == 2
     assert names(url, "m") == snapshot_files(number)
 
 
-@pytest.mark.parametrize("gone", ["snapshot", "model"])
-def test_a_snapshot_that_is_gone_by_then_is_no_trouble(
-    quick: Path, clock: Clock, caplog: pytest.LogCaptureFixture, gone: str
+def test_a_model_that_is_gone_by_then_is_no_trouble(
+    quick: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 10, clock)
-    assert applier.keeper
-    first = applier.keeper.last.number
-    for _ in range(2):
-        push_and_save(crowd, 1)
-    if gone == "model":
-        house.directory.remove("m")
+    push_and_save(Crowd(applier := house.create(), 10, clock), 1)
+    house.directory.remove("m")
     copies = Copies((quick / "copies").as_uri())
-    copies.offer("m", applier.keeper.folder, first)
+    assert applier.keeper
+    copies.offer("m", applier.keeper.folder)
     copies.close(20.0)
     house.die()
     assert caplog.text == ""
+
+
+def test_a_place_that_is_slower_than_snapshots_come_has_whole_ones(
+    quick: Path, clock: Clock, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being copied stays here until it is, whatever comes after it; the next is the newest by then."""
+    house = House(quick / "data")
+    crowd = Crowd(applier := house.create(), 11, clock)
+    copies = Copies(url)
+    really, waits, go_on = copies._system.put_file, threading.Event(), threading.Event()
+
+    def put_file(*given: object) -> None:
+        waits.set()
+        assert go_on.wait(20)
+        really(*given)
+
+    monkeypatch.setattr(copies._system, "put_file", put_file)
+    assert applier.keeper
+    numbers: list[int] = []
+    for _ in range(4):
+        push_and_save(crowd, 1)
+        numbers.append(applier.keeper.last.number)
+        copies.offer("m", applier.keeper.folder)
+        assert waits.wait(20)
+    assert applier.keeper.folder.snapshots() == [numbers[0], *numbers[-2:]]
+    go_on.set()
+    copies.close(20.0)
+    push_and_save(crowd, 1)
+    assert applier.keeper.folder.snapshots() == [numbers[-1], applier.keeper.last.number]
+    house.die()
+    assert names(url, "m") == snapshot_files(numbers[0], numbers[-1])
+
+
+def test_what_is_there_already_is_not_written_again(
+    quick: Path, clock: Clock, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop copies the last snapshot, which is likely to be there; if it is broken off, what was whole stays so."""
+    house = House(quick / "data")
+    push_and_save(Crowd(applier := house.create(), 12, clock), 1)
+    copy(url, applier)
+    system, _ = fsspec.core.url_to_fs(url)
+    written: list[object] = []
+    monkeypatch.setattr(type(system), "put_file", lambda *given, **_: written.append(given))
+    copy(url, applier)
+    house.die()
+    assert not written
+    assert applier.keeper
+    assert names(url, "m") == snapshot_files(applier.keeper.last.number)
+
+
+@pytest.mark.parametrize("broken", ["tensors", "manifest"])
+def test_a_copy_that_is_broken_off_is_none_and_is_removed_with_the_next(
+    quick: Path, clock: Clock, url: str, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    house = House(quick / "data")
+    crowd = Crowd(applier := house.create(), 13, clock)
+    wanted = push_and_save(crowd, 1)
+    copy(url, applier)
+    assert applier.keeper
+    first = applier.keeper.last.number
+    push_and_save(crowd, 1)
+    system, _ = fsspec.core.url_to_fs(url)
+    method = {"tensors": "put_file", "manifest": "mv"}[broken]
+    really = getattr(type(system), method)
+
+    def breaks_off(place: Any, one: str, other: str, **options: object) -> None:
+        if HEAD in other:
+            really(place, one, other, **options)
+        elif broken == "tensors":
+            place.pipe_file(other, Path(one).read_bytes()[:100])
+            raise OSError(errno.EPIPE, "gone")
+        else:
+            raise OSError(errno.EPIPE, "gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_RETRY_SECONDS", ())
+        patch.setattr(type(system), method, breaks_off)
+        copy(url, applier)
+    again = House(put_back(url, quick / "back"))
+    came = again.restore()
+    again.die()
+    assert (came.machine.version, seen(came).vectors) == (wanted.version, wanted.vectors)
+    push_and_save(crowd, 1)
+    copy(url, applier)
+    house.die()
+    assert names(url, "m") == snapshot_files(first, applier.keeper.last.number)
+
+
+def test_copies_of_a_course_that_was_left_make_way_for_those_of_the_present_one(
+    quick: Path, clock: Clock, url: str
+) -> None:
+    """As where the data directory is put back from an older image of it: numbers are given again."""
+    house = House(quick / "data")
+    crowd = Crowd(applier := house.create(), 14, clock)
+    push_and_save(crowd, 1)
+    older = shutil.copytree(quick / "data", quick / "older")
+    for _ in range(5):
+        push_and_save(crowd, 1)
+        copy(url, applier)
+    house.die()
+    again = House(older)
+    crowd = Crowd(came := again.restore(), 15, clock)
+    wanted = push_and_save(crowd, 3)
+    copy(url, came)
+    again.die()
+    assert came.keeper
+    assert names(url, "m") == snapshot_files(came.keeper.last.number)
+    once_more = House(put_back(url, quick / "back"))
+    last = once_more.restore()
+    once_more.die()
+    assert (last.machine.version, seen(last).vectors) == (wanted.version, wanted.vectors)
 
 
 def _wait(happened: Callable[[], bool]) -> None:

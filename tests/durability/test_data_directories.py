@@ -1,5 +1,6 @@
 """A data directory is one server's at a time, and says in one line why it cannot be used."""
 
+import errno
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from house import House, machine, read, recovered, seen
 
 import deltaserve
 from deltaserve_server import LocalServer, Server, ServerConfig
-from deltaserve_server.durability import snapshot
+from deltaserve_server.durability import recovery, snapshot
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
-from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.durability.keeper import Durability, Keeper, Schedule
+from deltaserve_server.memory.host import HostStore
 from deltaserve_server.model import Refused
 from deltaserve_server.service.applier import Applier
 from deltaserve_server.service.recovering import Recovering
@@ -339,6 +342,69 @@ def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: 
         with pytest.raises(Refused, match="RECOVERING"):
             registry.get("m")
         assert registry.get("m") is applier
+
+
+def test_who_comes_while_models_are_read_does_not_get_what_they_need(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the server could not bring them back, and neither could the next one."""
+    size, really = 1000, recovery.recover
+    tight = config(quick / "data", memory_bytes=2 * 32 * size + 100, models=2)
+    with LocalServer(tight) as server, deltaserve.connect(server.target) as client:
+        for name in "ab":
+            client.create_model(name, {"w": np.zeros(size, np.float32)})
+    again, asked = LocalServer(tight), []
+
+    def recover(*given: Any, **more: Any) -> Any:
+        asked.append(again._registry.memory.available)
+        with pytest.raises(Refused, match="MODEL_LIMIT"):
+            again._registry.check_room()
+        return really(*given, **more)
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    with again, deltaserve.connect(again.target) as client:
+        assert asked == [100, 100]
+        assert [model.name for model in client.models()] == ["a", "b"]
+        client.delete_model("a")
+        assert again._registry.memory.available == 32 * size + 100
+
+
+def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(*_: object) -> None:
+        raise ZeroDivisionError
+
+    server = LocalServer(config(quick / "data"))
+    server.start()
+    with deltaserve.connect(server.target) as client:
+        worker = client.create_model("m", {"w": np.zeros(3, np.float32)}).worker()
+        worker.step({"w": np.ones(3, np.float32)})
+        monkeypatch.setattr(HostStore, "update", fault)
+        with pytest.raises(deltaserve.ServerError):
+            worker.step({"w": np.ones(3, np.float32)})
+        assert not server.stop(0)
+    assert "model m: there is no last snapshot, " in caplog.text
+
+
+def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
+        for name in "ab":
+            client.create_model(name, {"w": np.zeros(3, np.float32)})
+    again = LocalServer(config(quick / "data"))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def check() -> None:
+        if again._registry.all():
+            monkeypatch.setattr(Keeper, "close", fails)
+            raise KeyboardInterrupt
+
+    with pytest.raises(DataDirectoryError, match="no last snapshot"):
+        again.start(check)
 
 
 def test_a_server_that_does_not_start_lets_go_of_its_directory(quick: Path) -> None:

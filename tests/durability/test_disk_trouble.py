@@ -17,10 +17,17 @@ from trouble import Trouble, fill, small_file_system
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Refusal, Session, Wire, asynchronous, eventually, sync
+from wire import Refusal, Session, Wire, asynchronous, eventually, pieces, sync
 
 import deltaserve
-from deltaserve.v1.model_service_pb2 import DeleteModelRequest, SaveSnapshotRequest, Snapshot
+from deltaserve.v1.common_pb2 import TensorSpec
+from deltaserve.v1.model_service_pb2 import (
+    DeleteModelRequest,
+    ExtendModelHeader,
+    ExtendModelRequest,
+    SaveSnapshotRequest,
+    Snapshot,
+)
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, journal, keeper
@@ -240,6 +247,42 @@ def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, t
     applier.open_session("b", 100.0)
     assert len(recovered(copied(quick / "data", quick / "copy"), durability="fsync").image) > 100
     house.die()
+
+
+def test_a_snapshot_whose_manifest_finds_no_room_leaves_no_tensors(quick: Path, trouble: Trouble) -> None:
+    """They would take what the next try needs."""
+    house = House(quick / "data", "fsync")
+    applier = house.create()
+    names = {path.name for path in (quick / "data" / "models" / "m").iterdir()}
+    trouble.errors["allocate"] = errno.ENOSPC
+    trouble.only = ".json"
+    applier.open_session("a", 100.0)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            applier.save()
+        assert {path.name for path in (quick / "data" / "models" / "m").iterdir()} == names
+    trouble.lift()
+    applier.save()
+    house.die()
+
+
+def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Path, trouble: Trouble) -> None:
+    config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
+    with LocalServer(config) as server, Wire(server.target) as wire:
+        begin(wire)
+        available = server._registry.memory.available
+        trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
+        extension = ExtendModelHeader(
+            model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[9])]
+        )
+        messages = [
+            ExtendModelRequest(header=extension),
+            *(ExtendModelRequest(weights=piece) for piece in pieces(np.zeros(9), SIZE)),
+        ]
+        assert wire.refused("ExtendModel", *messages).reason == "STORAGE_UNAVAILABLE"
+        assert len(server._registry.get("m").machine.layout.tensors) == 2
+        assert available - server._registry.memory.available == 8 * 4 * 9
+        trouble.lift()
 
 
 def test_a_client_gets_over_a_disk_that_fails_for_a_while(quick: Path, trouble: Trouble) -> None:

@@ -11,7 +11,7 @@ from house import Clock, House, Seen, copied, machine, seen
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
-from deltaserve_server.durability.recovery import total_bytes
+from deltaserve_server.durability.recovery import Expected
 
 DURABILITIES = ("snapshot", "journal", "fsync")
 
@@ -110,4 +110,4 @@ def test_how_much_is_to_be_read_is_told(quick: Path, clock: Clock) -> None:
     path = made(quick / "data", clock, "journal") / "models" / "a"
     journals, tensors = sorted(path.glob("journal-*")), sorted(path.glob("*.safetensors"))
     assert len(journals) > 1
-    assert total_bytes(Folder(Files(path))) == journals[-1].stat().st_size + tensors[-1].stat().st_size
+    assert Expected.of(Folder(Files(path))).bytes == journals[-1].stat().st_size + tensors[-1].stat().st_size

@@ -5,18 +5,22 @@ They have the names that they have here, so a data directory is made of them by 
 
 import logging
 import queue
+import re
 import secrets
+import sys
 import threading
 from typing import Any
 
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.files import UNFINISHED
 from deltaserve_server.durability.folder import HEAD, LINEAGE_BYTES, Folder, Head
 
 _log = logging.getLogger(__name__)
 
 _KEPT = 2
+_MANIFEST = re.compile(r"snapshot-(\d{8,})\.json", re.ASCII)
 _RETRY_SECONDS = (1.0, 5.0, 25.0)
 
 
@@ -39,17 +43,17 @@ class Copies:
         except (ImportError, ValueError) as error:
             raise ValueError(f"copies: {url}: {error}") from None
         self._url = url
-        self._waiting: dict[str, tuple[Folder, int]] = {}
+        self._waiting: dict[str, Folder] = {}
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="copies", daemon=True)
         self._thread.start()
 
-    def offer(self, model: str, folder: Folder, number: int) -> None:
-        """Has a snapshot copied, in place of an older one of the model that still waits."""
+    def offer(self, model: str, folder: Folder) -> None:
+        """Has a model's newest snapshot copied, as of when its turn comes."""
         with self._lock:
-            self._waiting[model] = folder, number
+            self._waiting[model] = folder
         self._wake.put(True)
 
     def close(self, timeout_seconds: float) -> None:
@@ -66,25 +70,28 @@ class Copies:
             going_on = self._wake.get()
             with self._lock:
                 waiting, self._waiting = self._waiting, {}
-            for model, (folder, number) in waiting.items():
-                self._copy_for_sure(model, folder, number)
+            for model, folder in waiting.items():
+                self._copy_for_sure(model, folder)
 
-    def _copy_for_sure(self, model: str, folder: Folder, number: int) -> None:
-        """Copies a snapshot; tries again where that fails, unless the next one does."""
+    def _copy_for_sure(self, model: str, folder: Folder) -> None:
+        """Copies the newest snapshot; tries again where that fails, with the one that is the newest by then."""
         for seconds in (*_RETRY_SECONDS, None):
             try:
-                self._copy(model, folder, number)
+                with folder.newest() as number:
+                    copied = self._copy(model, folder, number)
             except Exception as error:
-                if _is_gone(folder, number):
-                    return  # a newer one has taken its place, and waits to be copied
-                _log.warning("copies: snapshot %d of model %s was not copied: %s", number, model, error)
+                if _is_gone(folder):
+                    return
+                _log.warning("copies: the newest snapshot of model %s was not copied: %s", model, error)
                 if seconds is None or self._closed.wait(seconds):
                     return
             else:
-                _log.info("copies: snapshot %d of model %s is at %s", number, model, self._url)
+                if copied:
+                    _log.info("copies: snapshot %d of model %s is at %s", number, model, self._url)
                 return
 
-    def _copy(self, model: str, folder: Folder, number: int) -> None:
+    def _copy(self, model: str, folder: Folder, number: int) -> bool:
+        """Copies a snapshot; returns False where it is there already."""
         models, head = f"{self._root.rstrip('/')}/models", folder.read_head()
         target = f"{models}/{model}"
         other = self._lineage(target)
@@ -92,14 +99,33 @@ class Copies:
             self._system.mv(target, f"{models}/.{model}.{other.hex()}", recursive=True)
         self._system.makedirs(target, exist_ok=True)
         # Who puts it back has an older state than somebody may have been told of.
-        self._system.pipe_file(f"{target}/{HEAD}", packed(head.doubtful()))
-        # The manifest last: without it a snapshot is none.
-        for name in (snapshot.tensors_name(number), snapshot.manifest_name(number)):
-            self._system.put_file(str(folder.files.folder / name), f"{target}/{name}")
-        kept = sorted(name for name in self._names(target) if name.endswith(".json") and name != HEAD)[-_KEPT:]
-        for name in self._names(target):
-            if name != HEAD and f"{name.rsplit('.', 1)[0]}.json" not in kept:
-                self._system.rm_file(f"{target}/{name}")
+        self._place(f"{target}/{HEAD}", packed(head.doubtful()))
+        tensors, name = snapshot.tensors_name(number), snapshot.manifest_name(number)
+        manifest = folder.files.read(name)
+        self._tidy(target, sys.maxsize)  # what an attempt has left that failed takes space
+        there = name in self._names(target)
+        if there and self._system.cat_file(f"{target}/{name}") == manifest:
+            return False
+        if there:  # of a course that was left: without it nobody takes what is written next for a whole snapshot
+            self._system.rm_file(f"{target}/{name}")
+        self._system.put_file(str(folder.files.folder / tensors), f"{target}/{tensors}")
+        self._place(f"{target}/{name}", manifest)  # the last: without it a snapshot is none
+        self._tidy(target, number)
+        return True
+
+    def _place(self, path: str, content: bytes) -> None:
+        """Puts a small file there, whole or not at all."""
+        self._system.pipe_file(path + UNFINISHED, content)
+        self._system.mv(path + UNFINISHED, path)
+
+    def _tidy(self, target: str, number: int) -> None:
+        """Removes all but the last two snapshots up to a number: later ones are of a course that was left."""
+        names = self._names(target)
+        found = sorted((int(match[1]), name) for name in names if (match := _MANIFEST.fullmatch(name)))
+        kept = [name for found_number, name in found if found_number <= number][-_KEPT:]
+        whole = {HEAD, *kept, *(name.replace(".json", ".safetensors") for name in kept)}
+        for name in sorted(set(names) - whole, key=lambda name: not name.endswith(".json")):  # a manifest comes first
+            self._system.rm_file(f"{target}/{name}")
 
     def _lineage(self, target: str) -> bytes | None:
         """Returns the lineage of the copies that are there; None where there are none."""
@@ -115,11 +141,12 @@ class Copies:
         return [str(path).rsplit("/", 1)[-1] for path in found]
 
 
-def _is_gone(folder: Folder, number: int) -> bool:
-    """Whether there is no such snapshot here any more."""
+def _is_gone(folder: Folder) -> bool:
+    """Whether the model was deleted."""
     try:
-        return number not in folder.snapshots()
-    except FileNotFoundError:  # the model was deleted
+        folder.files.names()
+    except FileNotFoundError:
         return True
     except OSError:
         return False
+    return False

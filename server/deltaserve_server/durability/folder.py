@@ -5,14 +5,15 @@
     snapshot-N.json
     journal-N                 see `journal`
 
-Numbers only grow. The last two snapshots stay, and the journals since the older of them.
+Numbers only grow. The last two snapshots stay, with one that is being copied, and the journals since the older of them.
 """
 
 import logging
 import re
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -112,6 +113,8 @@ class Folder:
 
     def __init__(self, files: Files) -> None:
         self.files = files
+        self._held: list[int] = []
+        self._removing = threading.Lock()
 
     def snapshots(self) -> list[int]:
         """Returns the numbers of the snapshots that have a manifest, in ascending order."""
@@ -142,15 +145,32 @@ class Folder:
         """Puts a head in place, for good."""
         self.files.put(HEAD, [packed(head)])
 
+    @contextmanager
+    def newest(self) -> Iterator[int]:
+        """Gives the number of the newest snapshot, which stays meanwhile, whatever comes after it.
+
+        Raises:
+            FileNotFoundError: The model is gone.
+        """
+        with self._removing:
+            number = self.snapshots()[-1]
+            self._held.append(number)
+        try:
+            yield number
+        finally:
+            self._held.remove(number)
+
     def tidy(self) -> None:
         """Removes what is not needed: all but the last two snapshots, and the journals since the older of them."""
-        kept = self.snapshots()[-_SNAPSHOTS_KEPT:]
-        old = [snapshot.manifest_name(number) for number in self.snapshots() if number not in kept]
-        old += [snapshot.tensors_name(n) for n, kind in self._snapshot_files() if kind != "json" and n not in kept]
-        old += [journal_name(number) for number in self.journals() if number < self._first_journal(kept)]
-        for name in old:
-            failpoint("snapshot.removing")
-            self.files.remove(name)
+        with self._removing:
+            last = self.snapshots()[-_SNAPSHOTS_KEPT:]
+            kept = {*last, *self._held}
+            old = [snapshot.manifest_name(number) for number in self.snapshots() if number not in kept]
+            old += [snapshot.tensors_name(n) for n, kind in self._snapshot_files() if kind != "json" and n not in kept]
+            old += [journal_name(number) for number in self.journals() if number < self._first_journal(last)]
+            for name in old:
+                failpoint("snapshot.removing")
+                self.files.remove(name)
         if old:
             self.files.sync()
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from deltaserve_server.durability.records import (
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
 from deltaserve_server.memory import Range, State, Store
 from deltaserve_server.memory.store import Vector, zeros_like
-from deltaserve_server.model import Machine
+from deltaserve_server.model import Layout, Machine
 
 _log = logging.getLogger(__name__)
 
@@ -69,15 +70,26 @@ class _Found:
     bad: dict[int, CorruptError] = field(default_factory=dict)
 
 
-def total_bytes(folder: Folder) -> int:
-    """Returns how much `recover` is going to read, about: the newest snapshot, and the journals that follow it."""
-    files = folder.files
-    for number in folder.snapshots()[-1:]:
-        with suppress(CorruptError, OSError):
-            manifest = snapshot.read_manifest(files, number)
-            journals = (number for number in folder.journals() if number >= manifest.follows)
-            return manifest.bytes + sum(files.size(journal_name(number)) for number in journals)
-    return 0
+class Expected(NamedTuple):
+    """How much `recover` is going to read, about, and elements of the model that it is going to bring back, at least.
+
+    The newest snapshot says so, and the journals that follow it; nothing does where that is bad.
+    """
+
+    bytes: int = 0
+    elements: int = 0
+
+    @classmethod
+    def of(cls, folder: Folder) -> "Expected":
+        """Returns what a folder lets expect."""
+        files = folder.files
+        for number in folder.snapshots()[-1:]:
+            with suppress(CorruptError, OSError):
+                manifest = snapshot.read_manifest(files, number)
+                journals = (number for number in folder.journals() if number >= manifest.follows)
+                size = manifest.bytes + sum(files.size(journal_name(number)) for number in journals)
+                return cls(size, Layout(manifest.model.tensors).size)
+        return cls()
 
 
 def recover(

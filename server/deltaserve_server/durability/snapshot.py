@@ -8,6 +8,7 @@ checksum of the first. A snapshot without a manifest is none.
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,7 +101,8 @@ def write(
     for part in parts:
         check = crc32c(part, check)
     failpoint("snapshot.cut")
-    files.put(tensors_name(number), parts)
+    with _whole(files, number):
+        files.put(tensors_name(number), parts)
     failpoint("snapshot.tensors")
     manifest = Manifest(
         format=_FORMAT,
@@ -113,9 +115,22 @@ def write(
         model=model,
     )
     content = packed(manifest)
-    files.put(manifest_name(number), [content])
+    with _whole(files, number):
+        files.put(manifest_name(number), [content])
     failpoint("snapshot.manifest")
     return Entry(number, model.version, manifest.bytes + len(content), taken_at)
+
+
+@contextmanager
+def _whole(files: Files, number: int) -> Iterator[None]:
+    """Removes tensors that have no manifest where the disk refuses: tried often, they would fill it."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            if manifest_name(number) not in files.names():
+                files.remove(tensors_name(number))
+        raise
 
 
 def read_manifest(files: Files, number: int) -> Manifest:

@@ -389,20 +389,25 @@ class Applier(Owned):
         """Ends in good order, once `end` was called: whatever has happened is safe.
 
         Raises:
+            Refused: A fault has ended the model before.
             BudgetExceeded: There is no memory for a last snapshot.
             OSError: It cannot be written.
         """
-        if self.keeper and not self._lost:
+        if self.keeper:
+            self._check_whole()
             self.keeper.close(self._cut)
 
     def _cut(self, switch: Callable[[], None]) -> Cut:
         with self.lock:
-            if self._lost:
-                assert self._ended
-                raise self._ended.with_traceback(None)
+            self._check_whole()
             frozen = self._store.freeze()
             switch()
             return Cut(MachineImage.of(self.machine), frozen, self._commits.index)
+
+    def _check_whole(self) -> None:
+        if self._lost:
+            assert self._ended
+            raise self._ended.with_traceback(None)
 
     def _hurry(self) -> None:
         if self.keeper:

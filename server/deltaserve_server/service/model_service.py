@@ -70,20 +70,16 @@ class ModelServicer:
                 return rpc.ExtendModelResponse(extended=False, position=applier.position)
         layout = extension.machine.layout.extended(extension.tensors)
         start = extension.machine.layout.size
-        reservation = self._registry.reserve_model(layout.size - start)
-        try:
+        with ExitStack() as undo:
+            reservation = undo.enter_context(self._registry.reserve_model(layout.size - start))
             weights = admission.admit_weights(messages, layout, start)
             admission.require_end(messages)
             with applier.event():
-                extended = not extension.present()
+                extended = not extension.present()  # or else another caller was quicker
                 if extended:
                     applier.extend(extension.tensors, extension.groups, weights, reservation)
-                else:  # another caller was quicker
-                    reservation.release()
+                    undo.pop_all()  # it has it, whatever becomes of its journal
                 return rpc.ExtendModelResponse(extended=extended, position=applier.position)
-        except BaseException:
-            reservation.release()
-            raise
 
     def GetModel(self, request: rpc.GetModelRequest, _: grpc.ServicerContext) -> rpc.GetModelResponse:
         """A model without its numbers."""

@@ -25,6 +25,9 @@ class Recovering:
         self._began = monotonic()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._left)
+
     def __contains__(self, name: str) -> bool:
         return name in self._left
 

@@ -15,6 +15,7 @@ from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory, Prepared
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
 from deltaserve_server.durability.keeper import Durability, Keeper
+from deltaserve_server.durability.recovery import Expected
 from deltaserve_server.durability.snapshot import Entry, Progress
 from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
 from deltaserve_server.memory.shared import Handle
@@ -82,7 +83,9 @@ class Registry:
         self._models: dict[str, Applier] = {}
         self._directory = directory
         self._copies = copies
-        self._recovering = Recovering(self._sizes())
+        expected = self._expected()
+        self._recovering = Recovering({name: one.bytes for name, one in expected.items()})
+        self._promised = {name: self._promise(one.elements) for name, one in expected.items()}
         self._lock = threading.Lock()
         self._opening, self._lock_opening = 0, threading.Lock()
         self._draining = False
@@ -128,7 +131,14 @@ class Registry:
 
     def reserve_model(self, elements: int) -> Reservation:
         """Takes the memory that a model, or an extension, of so many elements needs; raises BudgetExceeded."""
-        return self.memory.reserve(_model_bytes(elements, durable=self._directory is not None))
+        return self.memory.reserve(self._model_bytes(elements))
+
+    def _model_bytes(self, elements: int) -> int:
+        """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum.
+
+        While a snapshot of it is written, both averages are there twice.
+        """
+        return (8 if self._directory else 6) * ELEMENT_BYTES * elements
 
     def all(self) -> list[Applier]:
         """Returns all models by name."""
@@ -138,7 +148,7 @@ class Registry:
     def check_room(self) -> None:
         """Raises Refused MODEL_LIMIT or DRAINING where no further model is taken."""
         self.check_open()
-        if len(self._models) >= self.config.models:
+        if len(self._models) + len(self._recovering) >= self.config.models:
             raise Refused("MODEL_LIMIT", limit=self.config.models)
 
     def check_open(self) -> None:
@@ -190,12 +200,13 @@ class Registry:
             self._recovering.progress(count)
             check()
 
-        for name in directory.names():
+        for name, promised in self._promised.items():
             check()
             began = monotonic()
             try:
-                applier = self._restored(directory, name, progress, accept_data_loss)
+                applier = self._restored(directory, name, promised, progress, accept_data_loss)
             except CorruptError as error:
+                promised.release()
                 if not accept_data_loss:
                     why = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
                     raise DataDirectoryError(f"corrupt: {error}; {why}") from error
@@ -364,11 +375,18 @@ class Registry:
 
     # --- the data directory
 
-    def _sizes(self) -> dict[str, int]:
+    def _expected(self) -> dict[str, Expected]:
         directory = self._directory
         if directory is None:
             return {}
-        return {name: recovery.total_bytes(directory.folder(name)) for name in directory.names()}
+        return {name: Expected.of(directory.folder(name)) for name in directory.names()}
+
+    def _promise(self, elements: int) -> Reservation:
+        """Takes the memory of a model that is still to come, lest others have it by then."""
+        try:
+            return self.reserve_model(elements)
+        except BudgetExceeded:  # which is said when it comes
+            return self.reserve_model(0)
 
     def _prepare(self, machine: Machine, weights: Vector) -> Prepared | None:
         """Writes a new model down, not yet under its name; raises Refused STORAGE_UNAVAILABLE."""
@@ -394,7 +412,14 @@ class Registry:
         except OSError as error:
             raise storage_refused(error) from error
 
-    def _restored(self, directory: DataDirectory, name: str, progress: Progress, accept_data_loss: bool) -> Applier:
+    def _restored(
+        self,
+        directory: DataDirectory,
+        name: str,
+        reservation: Reservation,
+        progress: Progress,
+        accept_data_loss: bool,
+    ) -> Applier:
         folder = directory.folder(name)
         try:
             came = recovery.recover(
@@ -404,7 +429,9 @@ class Registry:
                 accept_data_loss=accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
             )
-            reservation = self.reserve_model(came.machine.layout.size)
+            if reservation.size != self._model_bytes(came.machine.layout.size):  # its journal has extended it
+                reservation.release()
+                reservation = self.reserve_model(came.machine.layout.size)
             keeper = directory.keeper(name, came.kept)
         except BudgetExceeded as error:
             text = f"model {name} takes {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
@@ -427,16 +454,8 @@ class Registry:
 
     def _saved(self, applier: Applier) -> None:
         if self._copies and applier.keeper:
-            self._copies.offer(applier.machine.name, applier.keeper.folder, applier.keeper.last.number)
+            self._copies.offer(applier.machine.name, applier.keeper.folder)
 
     def _tell_health(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         if not name.startswith(_SERVICES):  # a model of a service's name must not speak for the service
             self._health.set(name, status)
-
-
-def _model_bytes(elements: int, *, durable: bool) -> int:
-    """Returns what a model needs: weights, the next, one older that is read, both averages, and a round's sum.
-
-    While a snapshot of a `durable` one is written, both averages are there twice.
-    """
-    return (8 if durable else 6) * ELEMENT_BYTES * elements
