@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.ports import held_port
+
+if TYPE_CHECKING:
+    from deltaserve import Worker
 
 _SERVE = """
 import json, signal, sys, threading
@@ -239,6 +242,33 @@ def start_program() -> Iterator[StartProgram]:
         yield start
 
 
+@pytest.fixture
+def frequent_renewals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Has leases renewed every tenth of a second; gives the seconds after which they would have been."""
+    from deltaserve import _session
+
+    renew, meant = _session._renew, list[float]()
+
+    def often(session: Any, closed: Any, seconds: float) -> None:
+        meant.append(seconds)
+        renew(session, closed, 0.1)
+
+    monkeypatch.setattr(_session, "_renew", often)
+    return meant
+
+
+@pytest.fixture
+def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Puts the clients' clock on: of a call that is under way, the attempt that fails next is the last."""
+    return lambda: monkeypatch.setattr("deltaserve._connection.monotonic", lambda: monotonic() + 3600)
+
+
+@pytest.fixture
+def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a step of the main thread sent again only where it fails, and not soon: its result would be a duplicate."""
+    monkeypatch.setattr("deltaserve._connection._SOON_SECONDS", 20.0)
+
+
 Eventually = Callable[[Callable[[], Any]], Any]
 
 
@@ -254,3 +284,28 @@ def eventually() -> Eventually:
         return met
 
     return wait
+
+
+GiveUp = Callable[["Worker", Any], None]
+
+
+@pytest.fixture
+def give_up(eventually: Eventually) -> GiveUp:
+    """Has a worker push a gradient, and not wait for its round; the push waits there."""
+    from deltaserve import UnavailableError
+
+    def step(worker: "Worker", gradient: Any) -> None:
+        worker.pull()
+        connection = worker._connection
+        patience = connection.timeout_seconds
+
+        def waits() -> bool:
+            connection.timeout_seconds = 0.3
+            with pytest.raises(UnavailableError, match="did not answer"):
+                worker.step(gradient)
+            connection.timeout_seconds = patience
+            return worker.get_push().state == "waiting"  # on a busy machine it may not even have arrived
+
+        eventually(waits)
+
+    return step

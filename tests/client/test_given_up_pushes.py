@@ -1,6 +1,7 @@
 """A push whose answer was lost, and whose round then failed: it does not count, and its number is free."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import deltaserve
 from deltaserve import Client, Sync, UnavailableError
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Eventually
+    from tests.client.conftest import Eventually, GiveUp
 
 
 def gradient(value: float) -> dict[str, np.ndarray]:
@@ -18,21 +19,21 @@ def gradient(value: float) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["alone", "with one who waits for the next round"])
-def test_the_worker_goes_on_with_another_gradient(late: bool, client: Client, eventually: "Eventually") -> None:
-    policy = Sync(min_workers=2, round_timeout_seconds=1.5)
-    model = client.create_model("m", gradient(0), policy=policy)
-    hasty = deltaserve.connect(client.target, timeout_seconds=0.5)
-    with model.worker("c") as c, hasty, hasty.model("m").worker("a") as a, ThreadPoolExecutor() as threads:
+def test_the_worker_goes_on_with_another_gradient(
+    late: bool, client: Client, give_up: "GiveUp", eventually: "Eventually"
+) -> None:
+    patient = Sync(min_workers=2)
+    model = client.create_model("m", gradient(0), policy=patient)
+    with model.worker("c") as c, model.worker("a") as a, ThreadPoolExecutor() as threads:
         c.pull()
-        a.pull()
-        with pytest.raises(UnavailableError, match="did not answer"):
-            a.step(gradient(1))
-        a._connection.timeout_seconds = 20
+        give_up(a, gradient(1))
         if late:
             model.worker("d").close()  # it was told to join the next round
+        model.update(policy=replace(patient, round_timeout_seconds=1.0))
         with pytest.raises(UnavailableError) as caught:
             a.step(gradient(2))  # waits until the first has failed, and then for a round of its own
         assert caught.value.reason == "ROUND_FAILED"
+        model.update(policy=patient)
         resumed = threads.submit(a.step, gradient(2))
         eventually(lambda: any(session.waiting for session in model.info().sessions))
         c.step(gradient(4))

@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,49 +28,66 @@ def workers(model: deltaserve.Model) -> list[str]:
     return [session.worker for session in model.info().sessions]
 
 
-def test_the_lease_of_an_idle_worker_is_renewed(model: deltaserve.Model) -> None:
-    with model.worker("a", lease_seconds=1.0) as worker:
+def renewed(model: deltaserve.Model, eventually: "Eventually") -> None:
+    """Waits until the lease of the one session has more time left than when it was looked at before."""
+    left: list[float] = []
+
+    def grows() -> bool:
+        (session,) = model.info().sessions
+        left.append(session.lease_left_seconds)
+        return len(left) > 1 and left[-1] > left[-2]
+
+    eventually(grows)
+
+
+def test_the_lease_of_an_idle_worker_is_renewed(
+    model: deltaserve.Model, frequent_renewals: list[float], eventually: "Eventually"
+) -> None:
+    with model.worker("a", lease_seconds=60.0) as worker:
         worker.step(ONE)
-        least = 1.0
-        for _ in range(30):
-            sleep(0.1)
-            (session,) = model.info().sessions
-            least = min(least, session.lease_left_seconds)
-        assert least > 0.2, "it is renewed at a third"
-        assert session.epoch == 1
+        for _ in range(3):
+            renewed(model, eventually)
+        assert frequent_renewals == [20.0], "it is renewed at a third"
+        assert [session.epoch for session in model.info().sessions] == [1]
         worker.step(ONE)
         assert worker.version == 2
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_the_lease_is_renewed_after_a_disturbance(
-    server: LocalServer, model: deltaserve.Model, start_proxy: "StartProxy"
+    server: LocalServer,
+    model: deltaserve.Model,
+    start_proxy: "StartProxy",
+    eventually: "Eventually",
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     proxy = start_proxy(server.target)
-    with deltaserve.connect(proxy.target, timeout_seconds=20) as far, far.model("m").worker("a", lease_seconds=1.5):
+    with deltaserve.connect(proxy.target, timeout_seconds=20) as far, far.model("m").worker("a", lease_seconds=20.0):
         proxy.refusing = True
         proxy.cut()
-        sleep(0.8)
+        with caplog.at_level(logging.INFO, "deltaserve"):
+            eventually(lambda: "the lease was not renewed" in caplog.text)
         proxy.refusing = False
-        sleep(1.5)
-        assert workers(model) == ["a"]
+        renewed(model, eventually)
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_a_renewal_that_fails_on_the_way_is_not_the_last(
-    model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
+    model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch, eventually: "Eventually"
 ) -> None:
     """Also where the transport fails in a way that no call is retried for."""
-    with model.worker("a", lease_seconds=1.0) as worker:
-        failed: list[float | None] = []
+    with model.worker("a", lease_seconds=60.0) as worker:
+        keep, failed = worker._session.keep, list[float | None]()
 
-        def fail(timeout_seconds: float | None = None) -> None:
+        def fail_once(timeout_seconds: float | None = None) -> Any:
+            if failed:
+                return keep(timeout_seconds)
             failed.append(timeout_seconds)
-            monkeypatch.undo()
             raise deltaserve.Error("INTERNAL: Received RST_STREAM with error code 2")
 
-        monkeypatch.setattr(worker._session, "keep", fail)
-        sleep(1.7)
-        assert len(failed) == 1
-        assert workers(model) == ["a"]
+        monkeypatch.setattr(worker._session, "keep", fail_once)
+        eventually(lambda: failed)
+        renewed(model, eventually)
 
 
 def test_a_renewal_that_is_refused_is_told_and_is_the_last(
@@ -131,14 +148,14 @@ def test_a_worker_that_is_not_closed_ends_with_its_program(
 def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
     server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
-    program = start_program(OPEN, server.target, "", "1.5")
+    program = start_program(OPEN, server.target, "", "4")
     assert program.line() == "open"
     program.process.send_signal(signal.SIGKILL)
     killed = monotonic()
     program.process.wait()
     assert workers(model) == ["a"]
     eventually(lambda: not workers(model))
-    assert 0.8 < monotonic() - killed < 4
+    assert monotonic() - killed > 0.8
 
 
 def test_a_program_that_was_stopped_for_longer_than_its_lease_goes_on(
@@ -184,4 +201,4 @@ def test_closing_a_worker_after_its_server_is_gone_takes_no_error(server: LocalS
     server.stop(grace_seconds=0)
     began = monotonic()
     worker.close()
-    assert monotonic() - began < 3
+    assert monotonic() - began < 15, "it does not try for as long as a call may take"

@@ -1,7 +1,7 @@
 """A worker whose lease ran out, as that of a machine that slept: it goes on in a new session, and no push is lost."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import Async, Client, Model, StaleGradientError, Sync, Worker
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve import Async, Client, StaleGradientError, Sync, Worker
+from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Eventually
+    from tests.client.conftest import Eventually, GiveUp
 
-LEASE_SECONDS = 0.3
+Sleeps = Callable[[Worker], None]
 
 
 def gradient(value: float) -> dict[str, np.ndarray]:
@@ -24,30 +24,31 @@ def gradient(value: float) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def server() -> Iterator[LocalServer]:
-    with LocalServer(ServerConfig(device="cpu", lease_seconds_min=LEASE_SECONDS)) as server:
-        yield server
+def sleeps(server: LocalServer, eventually: "Eventually") -> Sleeps:
+    """Lets a worker's lease run out, as if its process had been stopped."""
 
+    def sleep(worker: Worker) -> None:
+        worker._session._closed.put(None)  # ends its thread of renewals, and no more
+        sessions = server._registry.get("m").machine.sessions
 
-@pytest.fixture
-def client(server: LocalServer) -> Iterator[Client]:
-    with deltaserve.connect(server.target, timeout_seconds=20) as client:
-        yield client
+        def gone() -> bool:
+            session = sessions.find(worker._session.id["session_id"])
+            if session:  # set again, should a call whose end is not known yet have renewed it
+                session.expires = 0.0
+            return session is None
 
+        eventually(gone)
 
-def sleeps(model: Model, worker: Worker, eventually: "Eventually") -> None:
-    """Lets the worker's lease run out, as if its process had been stopped."""
-    worker._session._closed.put(None)  # ends its thread of renewals, and no more
-    eventually(lambda: worker.name not in [session.worker for session in model.info().sessions])
+    return sleep
 
 
 def test_the_gradient_is_pushed_in_a_new_session(
-    client: Client, eventually: "Eventually", caplog: pytest.LogCaptureFixture
+    client: Client, sleeps: Sleeps, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = client.create_model("m", gradient(0))
-    with model.worker("a", lease_seconds=LEASE_SECONDS) as a, model.worker("b") as b:
+    with model.worker("a") as a, model.worker("b") as b:
         a.step(gradient(1))
-        sleeps(model, a, eventually)
+        sleeps(a)
         b.step(gradient(2))
         with caplog.at_level(logging.WARNING, "deltaserve"):
             weights = a.step(gradient(3))
@@ -58,11 +59,11 @@ def test_the_gradient_is_pushed_in_a_new_session(
         assert [session.epoch for session in model.info().sessions] == [2, 1]
 
 
-def test_a_gradient_that_is_too_old_by_then_is_left_out(client: Client, eventually: "Eventually") -> None:
+def test_a_gradient_that_is_too_old_by_then_is_left_out(client: Client, sleeps: Sleeps) -> None:
     model = client.create_model("m", gradient(0), policy=Async(max_staleness=0))
-    with model.worker("a", lease_seconds=LEASE_SECONDS) as a, model.worker("b") as b:
+    with model.worker("a") as a, model.worker("b") as b:
         a.step(gradient(1))
-        sleeps(model, a, eventually)
+        sleeps(a)
         b.step(gradient(2))
         with pytest.raises(StaleGradientError) as caught:
             a.step(gradient(3))
@@ -73,13 +74,13 @@ def test_a_gradient_that_is_too_old_by_then_is_left_out(client: Client, eventual
         assert (a.last_result.version, a.last_result.staleness) == (3, 0)
 
 
-def test_a_push_that_had_been_applied_counts_once(client: Client, eventually: "Eventually") -> None:
+def test_a_push_that_had_been_applied_counts_once(client: Client, sleeps: Sleeps) -> None:
     model = client.create_model("m", gradient(0))
-    with model.worker("a", lease_seconds=LEASE_SECONDS) as a:
+    with model.worker("a") as a:
         a.step(gradient(1))
         first = a.last_result
         a._sequence, a._sent = 1, True  # as if its answer had been lost
-        sleeps(model, a, eventually)
+        sleeps(a)
         weights = a.step(gradient(1))
         assert first
         assert a.last_result == replace(first, duplicate=True)
@@ -87,15 +88,11 @@ def test_a_push_that_had_been_applied_counts_once(client: Client, eventually: "E
         np.testing.assert_array_equal(weights["w"], model.pull_state().weights["w"])
 
 
-def test_a_push_that_waits_for_its_round_counts_once(client: Client, eventually: "Eventually") -> None:
+def test_a_push_that_waits_for_its_round_counts_once(client: Client, sleeps: Sleeps, give_up: "GiveUp") -> None:
     model = client.create_model("m", gradient(0), policy=Sync(min_workers=2))
-    patient = deltaserve.connect(client.target, timeout_seconds=1)
-    with model.worker("b") as b, patient, patient.model("m").worker("a", lease_seconds=LEASE_SECONDS) as a:
-        a.pull()
-        with pytest.raises(deltaserve.UnavailableError, match="did not answer within"):
-            a.step(gradient(1))
-        patient._connection.timeout_seconds = 20
-        sleeps(model, a, eventually)
+    with model.worker("b") as b, model.worker("a") as a:
+        give_up(a, gradient(1))
+        sleeps(a)
         b.pull()
 
         with ThreadPoolExecutor() as threads:
@@ -107,12 +104,13 @@ def test_a_push_that_waits_for_its_round_counts_once(client: Client, eventually:
         assert model.info().version == 1
 
 
-def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Client, eventually: "Eventually") -> None:
+@pytest.mark.usefixtures("sent_once")
+def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Client, sleeps: Sleeps) -> None:
     model = client.create_model("m", gradient(0))
-    with model.worker("a", lease_seconds=LEASE_SECONDS) as a:
+    with model.worker("a") as a:
         a.step(gradient(1))
         a._sequence, a._sent = 1, True  # as if its answer had been lost, and the caller had gone on
-        sleeps(model, a, eventually)
+        sleeps(a)
         a.step(gradient(-1))
         assert a.last_result
         assert (a.last_result.version, a.last_result.duplicate) == (2, False)
@@ -121,12 +119,12 @@ def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Cl
 
 @pytest.mark.parametrize("broken", ["GetPush", "OpenSession"])
 def test_going_on_that_is_broken_off_pushes_nothing_twice(
-    broken: str, client: Client, eventually: "Eventually", monkeypatch: pytest.MonkeyPatch
+    broken: str, client: Client, sleeps: Sleeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = client.create_model("m", gradient(0))
-    with model.worker("a", lease_seconds=LEASE_SECONDS) as a:
+    with model.worker("a") as a:
         a.step(gradient(1))
-        sleeps(model, a, eventually)
+        sleeps(a)
         call = client._connection.call
 
         def fail(method: str, *arguments: Any, **options: Any) -> Any:

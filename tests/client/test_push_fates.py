@@ -1,6 +1,6 @@
 """What became of a push: asked by the worker itself, after an answer was lost, a session ended, or a timeout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import Client, Model, SessionError, Sync, Worker
+from deltaserve import Client, SessionError, Sync, Worker
 from deltaserve._exchange import Transport
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Eventually, Proxy, StartProxy
+    from tests.client.conftest import Eventually, GiveUp, Proxy, StartProxy
 
 every_way = pytest.mark.parametrize(
     ("size", "transport"), [(5, "auto"), (700_000, "stream"), (700_000, "shared")], ids=["unary", "stream", "shared"]
@@ -58,6 +58,7 @@ def test_before_the_first_push_there_is_nothing_to_ask_for(client: Client) -> No
                 worker.get_push(sequence)
 
 
+@pytest.mark.usefixtures("sent_once")
 def test_each_of_the_last_pushes_has_its_first_result(client: Client) -> None:
     with client.create_model("m", gradient(0)).worker() as worker:
         results = []
@@ -89,6 +90,7 @@ def test_after_a_lost_answer_the_truth_is_to_be_had(
     size: int,
     transport: Transport,
     eventually: "Eventually",
+    time_is_up: Callable[[], None],
     threads: ThreadPoolExecutor,
 ) -> None:
     """The push is applied, its answer cut, and the client gives up before it has tried again."""
@@ -96,18 +98,15 @@ def test_after_a_lost_answer_the_truth_is_to_be_had(
     with deltaserve.connect(proxy.target, timeout_seconds=20) as far:
         worker = far.model("m").worker("a", transport=transport)
         worker.step(gradient(1, size))
-        far._connection.timeout_seconds = 1.0
         proxy.hold_answers()
         step = threads.submit(worker.step, gradient(2, size))
         eventually(lambda: model.info().version == 2)
-        proxy.refusing = True
+        time_is_up()
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError) as caught:
             step.result()
         assert caught.value.reason is None
         assert not known(worker)
-        proxy.refusing = False
-        far._connection.timeout_seconds = 20.0
         status = worker.get_push()
         assert (status.state, status.final) == ("applied", True)
         assert status.result is not None
@@ -135,23 +134,18 @@ def test_an_upload_that_never_arrived_is_not_accepted(client: Client, proxy: "Pr
         assert model.info().version == 1
 
 
-def timed_out(model: Model, target: str) -> tuple[Client, Worker]:
-    """Returns a worker that did not wait for its round, and its client."""
-    short = deltaserve.connect(target, timeout_seconds=20)
-    worker = short.model(model.name).worker("a")
-    worker.pull()
-    short._connection.timeout_seconds = 0.3
-    with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
-        worker.step(gradient(1))
-    short._connection.timeout_seconds = 20
-    return short, worker
+@pytest.fixture
+def a(client: Client, give_up: "GiveUp") -> Iterator[Worker]:
+    """A worker of model "m" that did not wait for its round."""
+    with client.create_model("m", gradient(0), policy=Sync(min_workers=2)).worker("a") as worker:
+        give_up(worker, gradient(1))
+        yield worker
 
 
 @pytest.mark.parametrize("ends", ["stays", "closed", "fenced"])
-def test_a_push_that_waits_is_told_as_such_until_its_round_closes(client: Client, ends: str) -> None:
-    model = client.create_model("m", gradient(0), policy=Sync(min_workers=2))
-    short, a = timed_out(model, client.target)
-    with short, model.worker("b") as b:
+def test_a_push_that_waits_is_told_as_such_until_its_round_closes(client: Client, a: Worker, ends: str) -> None:
+    model = client.model("m")
+    with model.worker("b") as b:
         assert fate(a) == ("waiting", False)
         if ends == "closed":
             a.close()
@@ -171,12 +165,11 @@ def test_a_push_that_waits_is_told_as_such_until_its_round_closes(client: Client
 
 
 def test_going_on_with_another_gradient_tells_what_became_of_the_first(
-    client: Client, threads: ThreadPoolExecutor, eventually: "Eventually"
+    client: Client, a: Worker, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> None:
     """The first waits in its round; the second is of the next one, whenever the first round closes."""
-    model = client.create_model("m", gradient(0), policy=Sync(min_workers=2))
-    short, a = timed_out(model, client.target)
-    with short, model.worker("b") as b:
+    model = client.model("m")
+    with model.worker("b") as b:
         b.pull()
         ask, closed = a._ask, list[object]()
 
@@ -219,10 +212,9 @@ def test_the_note_of_a_session_error_says_what_became_of_the_last_push(client: C
 
 
 @pytest.mark.parametrize("closes", [False, True], ids=["waiting", "applied"])
-def test_the_note_of_a_worker_that_was_replaced_while_its_push_waited(client: Client, closes: bool) -> None:
-    model = client.create_model("m", gradient(0), policy=Sync(min_workers=2))
-    short, a = timed_out(model, client.target)
-    with short, model.worker("b") as b, model.worker("a"):
+def test_the_note_of_a_worker_that_was_replaced_while_its_push_waited(client: Client, a: Worker, closes: bool) -> None:
+    model = client.model("m")
+    with model.worker("b") as b, model.worker("a"):
         if closes:
             b.step(gradient(3))
         with pytest.raises(SessionError) as caught:

@@ -236,6 +236,7 @@ def test_a_clean_stop_loses_nothing_under_snapshot_either(start_server: "StartSe
         assert [session.epoch for session in kept.model.info().sessions] == [1]
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_renewals_of_the_session_before_are_quiet(
     start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,7 +244,7 @@ def test_renewals_of_the_session_before_are_quiet(
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
         model = client.create_model("m", SMALL)
-        worker = model.worker("a", lease_seconds=1.0)
+        worker = model.worker("a")
         for _ in range(3):
             model.save_snapshot()  # which has the session too
             worker.step(gradient(SMALL, 1))
@@ -252,9 +253,9 @@ def test_renewals_of_the_session_before_are_quiet(
             before = worker._session
             with pytest.raises(RolledBackError):
                 worker.step(gradient(SMALL, 1))
-            assert not before.renew(1.0)
-            assert worker._session.renew(1.0)
-        sleep(1.0)
+            assert not before.renew(20.0)
+            assert worker._session.renew(20.0)
+        sleep(0.5)
     assert not [record for record in caplog.records if "lease" in record.getMessage()]
 
 

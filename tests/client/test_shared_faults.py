@@ -1,6 +1,7 @@
 """Steps in shared memory whose answer is lost, or that are interrupted: nothing is lost and nothing applied twice."""
 
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -44,23 +45,25 @@ def test_a_line_that_is_cut_during_a_step_loses_and_doubles_nothing(
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "another"])
 def test_after_a_lost_answer_the_next_gradient_is_not_taken_for_the_first(
-    client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually", same: bool
+    client: Client,
+    server: LocalServer,
+    start_proxy: "StartProxy",
+    eventually: "Eventually",
+    time_is_up: Callable[[], None],
+    same: bool,
 ) -> None:
     proxy = start_proxy(server.target)
     model = client.create_model("m", ones(0))
     with deltaserve.connect(proxy.target, timeout_seconds=20) as far, ThreadPoolExecutor(1) as pool:
         worker = far.model("m").worker("a", transport="shared")
         worker.pull()
-        far._connection.timeout_seconds = 1.0
         proxy.hold_answers()
         step = pool.submit(worker.step, ones())
         eventually(lambda: model.info().version == 1)
-        proxy.refusing = True
+        time_is_up()
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()
-        proxy.refusing = False
-        far._connection.timeout_seconds = 20.0
         worker.step(ones(1.0 if same else 2.0))
         worker.step(ones(3.0))
         assert model.info().version == (2 if same else 3)
@@ -70,7 +73,12 @@ def test_after_a_lost_answer_the_next_gradient_is_not_taken_for_the_first(
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 def test_after_a_lost_answer_messages_hold_what_the_memory_held(
-    client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually", wire: Any
+    client: Client,
+    server: LocalServer,
+    start_proxy: "StartProxy",
+    eventually: "Eventually",
+    time_is_up: Callable[[], None],
+    wire: Any,
 ) -> None:
     """Rounded to 16 bits it would be another gradient: not found, and applied as well."""
     third = float(np.float32(1 / 3))
@@ -79,16 +87,13 @@ def test_after_a_lost_answer_messages_hold_what_the_memory_held(
     with deltaserve.connect(proxy.target, timeout_seconds=20) as far, ThreadPoolExecutor(1) as pool:
         worker = far.model("m").worker("a", transport="shared", wire=wire)
         worker.pull()
-        far._connection.timeout_seconds = 1.0
         proxy.hold_answers()
         step = pool.submit(worker.step, ones(third))
         eventually(lambda: model.info().version == 1)
-        proxy.refusing = True
+        time_is_up()
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()
-        proxy.refusing = False
-        far._connection.timeout_seconds = 20.0
         worker.step(ones(third))
         assert worker.last_result is not None
         assert (worker.last_result.duplicate, model.info().version) == (True, 1)

@@ -46,6 +46,7 @@ def test_with_the_same_gradient_it_is_found_again(client: Client, server: LocalS
         assert model.info().version == 1
 
 
+@pytest.mark.usefixtures("sent_once")
 def test_with_another_gradient_the_first_counts_and_so_does_the_second(
     client: Client, server: LocalServer, model: deltaserve.Model
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(
         assert a.last_result.version == 2
 
 
+@pytest.mark.usefixtures("sent_once")
 def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
     server: LocalServer,
     client: Client,
@@ -122,6 +124,7 @@ def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
         assert (result.version, result.duplicate, result.staleness) == (2, False, 1)
 
 
+@pytest.mark.usefixtures("sent_once")
 def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
     with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
         for _ in range(3):
@@ -132,6 +135,7 @@ def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
         assert (worker.last_result.version, worker.last_result.duplicate) == (1, False)
 
 
+@pytest.mark.usefixtures("sent_once")
 def test_an_interrupt_between_answer_and_bookkeeping_leaves_the_worker_able_to_go_on(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,10 +110,10 @@ def test_a_round_closes_without_one_who_leaves(wire: Wire) -> None:
 def test_a_round_closes_without_one_whose_lease_runs_out(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a = wire.open("m", "a")
-    wire.open("m", "b", lease_seconds=1.0)
     began = monotonic()
+    wire.open("m", "b", lease_seconds=1.0)
     _check(wire.step(a.header(1), _gradient(0)), 1, 1)
-    assert 0.9 < monotonic() - began < 3.0
+    assert monotonic() - began > 0.9
 
 
 def test_a_round_closes_without_one_who_dies_in_the_middle_of_its_push(wire: Wire) -> None:
@@ -139,11 +139,18 @@ def test_a_round_closes_without_one_who_dies_in_the_middle_of_its_push(wire: Wir
 
 def test_a_lease_does_not_run_out_while_a_push_waits(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
-    a = wire.open("m", "a", lease_seconds=1.0)
+    a = wire.open("m", "a", lease_seconds=60.0)
     call = wire.begin(a.header(1), _gradient(0))
-    sleep(1.6)
+
+    def renewed() -> bool:
+        left = {session.worker: session.lease_left_seconds for session in wire.model("m").sessions}
+        return left["a"] > left["b"]
+
+    for _ in range(2):
+        b = wire.open("m", "b", lease_seconds=60.0)  # takes over: its lease is the newest
+        eventually(renewed, "a push that waits does not renew the lease")
     assert wire.waiting("m") == {"a"}
-    _check(wire.step(wire.open("m", "b").header(1), _gradient(1)), 1, 2)
+    _check(wire.step(b.header(1), _gradient(1)), 1, 2)
     _check(streamed(call), 1, 2)
     assert wire.keep(a).last_applied_sequence == 1
 
@@ -155,8 +162,9 @@ def test_a_push_whose_caller_has_gone_still_counts(wire: Wire, ends: str) -> Non
     if ends == "cancel":
         wire.begin(a.header(1), _gradient(0)).cancel()
     else:
-        with pytest.raises(grpc.RpcError):
-            wire.step(a.header(1), _gradient(0), seconds=0.3)
+        while wire.keep(a).last_accepted_sequence == 0:  # on a busy machine it may not even have arrived
+            with pytest.raises(grpc.RpcError):
+                wire.step(a.header(1), _gradient(0), seconds=0.3)
     kept = wire.keep(a)
     assert (kept.last_accepted_sequence, kept.last_applied_sequence) == (1, 0)
     answer = wire.step(b.header(1), _gradient(1))
@@ -224,7 +232,7 @@ def test_one_who_waits_for_the_next_round_takes_the_place_of_a_member_who_leaves
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), _gradient(0))
     c = wire.open("m", "c")
-    pull = wire.start("Pull", [PullRequest(model="m", wait_for_version=c.opened.first_version)], seconds=1.0)
+    pull = wire.start("Pull", [PullRequest(model="m", wait_for_version=c.opened.first_version)])
     wire.close(b)
     header, _weights = pulled(pull)
     wire.step(c.header(1, base_version=header.position.version), _gradient(1))
@@ -275,11 +283,10 @@ def test_leases_run_out_also_after_a_fault_has_ended_another_model(wire: Wire, m
         raise ZeroDivisionError
 
     wire.create("broken", policy=sync())
-    call = wire.begin(_with_a_silent_other(wire, "broken").header(1), _gradient(0))
     with monkeypatch.context() as patch:
         patch.setattr(HostStore, "update", fault)
         with pytest.raises(grpc.RpcError) as caught:
-            list(call)
+            wire.step(_with_a_silent_other(wire, "broken").header(1), _gradient(0))
     assert refusal(caught.value).reason == "INTERNAL"
     wire.create("m", policy=sync())
     _check(wire.step(_with_a_silent_other(wire, "m").header(1), _gradient(0)), 1, 1)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
-from time import sleep
 
 import grpc
 import numpy as np
@@ -190,34 +189,40 @@ def test_a_push_that_was_being_sent_when_its_session_was_fenced_is_refused(wire:
 
 def test_every_call_of_a_session_renews_its_lease(wire: Wire) -> None:
     wire.create("m")
-    pushing = wire.open("m", "pushing", lease_seconds=1.0)
-    keeping = wire.open("m", "keeping", lease_seconds=1.0)
-    wire.open("m", "silent", lease_seconds=1.0)
-    number = 0
-
-    def pushed() -> bool:
-        nonlocal number
-        number += 1
+    pushing = wire.open("m", "pushing", lease_seconds=60.0)
+    keeping = wire.open("m", "keeping", lease_seconds=60.0)
+    for number in (1, 2, 3):
+        wire.open("m", "silent", lease_seconds=60.0)  # takes over: the newest lease, until others are renewed
         wire.step(pushing.header(number), ONES)
         wire.keep(keeping)
-        return "silent" not in {session.worker for session in wire.model("m").sessions}
+        left = _lease_left(wire)
+        assert left["keeping"] > left["pushing"] > left["silent"]
 
-    eventually(pushed, "the silent worker's lease does not run out")
-    assert {session.worker for session in wire.model("m").sessions} == {"pushing", "keeping"}
+
+def _lease_left(wire: Wire) -> dict[str, float]:
+    return {session.worker: session.lease_left_seconds for session in wire.model("m").sessions}
 
 
 def test_each_chunk_renews_the_lease_of_a_slow_worker(wire: Wire) -> None:
     wire.create("m")
-    slow = wire.open("m", "slow", lease_seconds=1.0)
-    wire.open("m", "silent", lease_seconds=1.0)
+    slow = wire.open("m", "slow", lease_seconds=60.0)
+    renewals = 0
+
+    def renewed() -> bool:
+        left = _lease_left(wire)
+        return left["slow"] > left["silent"]
 
     def feed() -> Iterator[bytes]:
+        nonlocal renewals
         for message in push(slow.header(1), cut(ONES, 1)):
+            wire.open("m", "silent", lease_seconds=60.0)
+            assert not renewed()
             yield message
-            sleep(0.35)
+            eventually(renewed, "a chunk does not renew the lease")
+            renewals += 1
 
     assert streamed(wire.start("StreamStep", feed())).result.version == 1
-    assert [session.worker for session in wire.model("m").sessions] == ["slow"]
+    assert renewals == 6, "of the header and each chunk"
 
 
 def test_what_a_push_contains_is_its_values_not_its_hyperparameters(wire: Wire) -> None:

@@ -79,7 +79,7 @@ def _holds(sharer: Sharer) -> bool:
 def test_a_push_that_waits_in_its_round_outlives_its_session(wire: Wire, end: str) -> None:
     wire.create("m", {"w": (SIZE,)}, policy=sync(2))
     before = free(wire)
-    sharer = Sharer(wire, "m", "a", lease_seconds=1.0)
+    sharer = Sharer(wire, "m", "a", lease_seconds=4.0)
     other = wire.open("m", "b")
     pushed = gradient(1, SIZE), gradient(2, SIZE)
     step = sharer.begin(1, pushed[0])
