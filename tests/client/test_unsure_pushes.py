@@ -12,22 +12,9 @@ from deltaserve import Client, Hyperparameters, Sync
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Eventually, StartProxy
+    from tests.client.conftest import Eventually, GiveUp, StartProxy
 
 ONE, TWO = {"w": np.ones(3)}, {"w": np.full(3, 2.0)}
-
-
-def timed_out(client: Client, target: str, name: str) -> tuple[Client, deltaserve.Worker]:
-    """Returns a worker whose push waits in a round that its client did not wait for, and the client."""
-    short = deltaserve.connect(target, timeout_seconds=20)
-    worker = short.model(client.models()[0].name).worker(name)
-    worker.pull()
-    while not worker._sent or worker.get_push().state != "waiting":
-        short._connection.timeout_seconds = 0.5
-        with pytest.raises(deltaserve.UnavailableError, match=r"did not answer within 0\.5 s"):
-            worker.step(ONE)
-        short._connection.timeout_seconds = 20
-    return short, worker
 
 
 @pytest.fixture
@@ -35,9 +22,10 @@ def model(client: Client) -> deltaserve.Model:
     return client.create_model("m", {"w": np.zeros(3)}, policy=Sync(min_workers=2))
 
 
-def test_with_the_same_gradient_it_is_found_again(client: Client, server: LocalServer, model: deltaserve.Model) -> None:
-    short, a = timed_out(client, server.target, "a")
-    with short, model.worker("b") as b:
+def test_with_the_same_gradient_it_is_found_again(model: deltaserve.Model, give_up: "GiveUp") -> None:
+    a = model.worker("a")
+    give_up(a, ONE)
+    with a, model.worker("b") as b:
         assert model.info().sessions[0].waiting
         b.step(ONE)
         a.step(ONE)
@@ -48,10 +36,11 @@ def test_with_the_same_gradient_it_is_found_again(client: Client, server: LocalS
 
 @pytest.mark.usefixtures("sent_once")
 def test_with_another_gradient_the_first_counts_and_so_does_the_second(
-    client: Client, server: LocalServer, model: deltaserve.Model
+    client: Client, model: deltaserve.Model, give_up: "GiveUp"
 ) -> None:
-    short, a = timed_out(client, server.target, "a")
-    with short, model.worker("b") as b, ThreadPoolExecutor(1) as pool:
+    a = model.worker("a")
+    give_up(a, ONE)
+    with a, model.worker("b") as b, ThreadPoolExecutor(1) as pool:
         b.step(ONE)
         with pytest.raises(deltaserve.ConflictError) as stale:
             a.step(TWO)
@@ -69,12 +58,11 @@ def test_with_another_gradient_the_first_counts_and_so_does_the_second(
         np.testing.assert_array_equal(worker.step(TWO)["w"], a.weights["w"])
 
 
-def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(
-    client: Client, server: LocalServer, model: deltaserve.Model
-) -> None:
+def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(model: deltaserve.Model, give_up: "GiveUp") -> None:
     """The first waits in a round; the second is refused for its hyperparameters; the third finds the first."""
-    short, a = timed_out(client, server.target, "a")
-    with short, model.worker("b") as b:
+    a = model.worker("a")
+    give_up(a, ONE)
+    with a, model.worker("b") as b:
         with pytest.raises(deltaserve.RequestError, match="lr"):
             a.step(TWO, hyperparameters=[Hyperparameters(lr=-1.0)])
         b.step(ONE)
