@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from socket import create_server
 from tempfile import TemporaryDirectory
 from threading import Barrier
 from time import perf_counter, sleep
@@ -45,8 +45,11 @@ class _Program:
     """`deltaserve serve` in a process of its own, on a data directory of its own."""
 
     def __init__(self, folder: str, durability: str, *options: str) -> None:
-        with create_server(("127.0.0.1", 0)) as free:
-            self.target = f"127.0.0.1:{free.getsockname()[1]}"
+        # Held until `close`, without listening: while no server is there, nobody else gets the port.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._port.getsockname()[1]}"
         command = f"-m deltaserve serve --bind {self.target} --device cpu --log-level warning --durability {durability}"
         kept = [] if durability == NONE else ["--data-dir", str(Path(folder) / durability)]
         self._command = [sys.executable, *command.split(), *kept, *options]
@@ -66,6 +69,11 @@ class _Program:
             self._process.send_signal(number)
         self._process.wait()
 
+    def close(self) -> None:
+        """Has it end in good order, and lets go of its port."""
+        self.signal(signal.SIGTERM)
+        self._port.close()
+
     @property
     def written_bytes(self) -> int:
         """How many bytes the process has handed to files since it began."""
@@ -81,7 +89,7 @@ def _training(durability: str, shapes: Sequence[Shape], *options: str) -> Iterat
             with deltaserve.connect(program.target, timeout_seconds=_PATIENCE_SECONDS) as client:
                 yield program, _Training(client, shapes)
         finally:
-            program.signal(signal.SIGTERM)
+            program.close()
 
 
 class _Training:

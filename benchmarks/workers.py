@@ -123,7 +123,7 @@ def _work(connection: Connection, target: str, transport: Transport, count: int,
                 worker.step(gradients)
             ready.wait()
             go.wait()
-            while perf_counter() < deadline:
+            while perf_counter() < deadline or not steps[index]:
                 worker.step(gradients)
                 steps[index] += 1
             ended[index] = perf_counter()

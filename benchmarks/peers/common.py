@@ -149,9 +149,9 @@ def timed(client: Client, workload: str, quick: bool, root: int) -> Record:
 
 
 def work(client: Client, deadline: float) -> tuple[int, float]:
-    """Steps until a time of the monotonic clock; returns how many steps, and when the last was done."""
+    """Steps until a time of the monotonic clock, at least once; returns how many steps, and when the last was done."""
     count = 0
-    while monotonic() < deadline:
+    while monotonic() < deadline or not count:
         client.step()
         count += 1
     return count, monotonic()

@@ -18,6 +18,9 @@ from deltaserve_server.adadelta import Hyperparameters, _compiled, cpu, values
 
 ROOM = Path(deltaserve_server.adadelta.__file__).parent
 
+compiles_all = pytest.mark.timeout(400)
+"""Of tests without a cache that is of use: on a busy machine that takes long."""
+
 # The room alone, without the package around it, prints what it computes.
 ALONE = """
 import sys, types
@@ -119,6 +122,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     return folder, run(COMPUTES, NUMBA_CACHE_DIR=str(folder))
 
 
+@compiles_all
 def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cache, first = first_run
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
@@ -143,6 +147,7 @@ type(os.environ).__iter__ = interrupted
     assert run(another_thread + COMPUTES, TAKEN_OUT="now").stdout == "now\ngone before\n" + expected()
 
 
+@compiles_all
 @pytest.mark.parametrize(("kind", "damage"), [("nbi", b"\x80"), ("nbc", b"")])
 def test_a_damaged_cache_is_no_reason_not_to_start(
     first_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, kind: str, damage: bytes
@@ -155,6 +160,7 @@ def test_a_damaged_cache_is_no_reason_not_to_start(
     assert "cache is of no use" in again.stderr
 
 
+@compiles_all
 def test_no_folder_for_a_cache_is_no_reason_not_to_start(tmp_path: Path) -> None:
     """No folder can be made beside the code, as in a read-only image, nor in the home folder."""
     shutil.copytree(ROOM, tmp_path / "adadelta", ignore=shutil.ignore_patterns("__pycache__"))
@@ -195,6 +201,7 @@ for sent in (rng.standard_normal(size, dtype=np.float32), bits, bits.view(np.flo
 """
 
 
+@compiles_all
 def test_a_processor_without_vector_extensions_gives_the_same_bits(tmp_path: Path) -> None:
     """Neither fused multiply-add nor conversions of float16 nor vectors of more than 16 bytes."""
     here = run(PLAIN_PROCESSOR)

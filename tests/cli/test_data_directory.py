@@ -87,7 +87,7 @@ def test_it_stops_while_it_still_reads(process: Process, tmp_path: Path, number:
     while "model first came back" not in (line := child.stderr.readline()):
         assert line
     child.send_signal(number)
-    out, err = child.communicate(timeout=6)
+    out, err = child.communicate(timeout=30)
     assert (child.returncode, out) == (status, "")
     assert f"{signal.Signals(number).name}: stopping, before all models were read" in err
     assert "Traceback" not in err

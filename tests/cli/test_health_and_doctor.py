@@ -38,18 +38,19 @@ def test_health_of_a_server(command: Command, target: str) -> None:
 
 
 def test_health_of_a_draining_server(command: Command) -> None:
-    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=4.0) as client:
+    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=60.0) as client:
         model = client.create_model("m", {"w": [1.0]}, policy=deltaserve.Sync(min_workers=2))
         with ThreadPoolExecutor(2) as threads, model.worker() as worker:
             worker.pull()
             threads.submit(worker.step, {"w": np.ones(1, np.float32)})
             while not client.model("m").info().sessions[0].waiting:
                 pass
-            stopping = threads.submit(server.stop, grace_seconds=3.0)
+            stopping = threads.submit(server.stop, grace_seconds=30.0)
             ended = command("health", server.target)
             while ended.returncode == 0:
                 ended = command("health", server.target)
             assert "NOT_SERVING" in ended.stderr
+            model.update(policy=deltaserve.Async())  # nothing waits any more, so it stops
             stopping.result()
 
 

@@ -103,7 +103,7 @@ def test_no_server_is_one_line_and_status_1(command: Command, arguments: list[st
 
 
 def test_training_waits_for_a_server_as_long_as_it_is_told_to(command: Command) -> None:
-    ended = command("train", "digits", "--target", "127.0.0.1:9", "--timeout", "0.5")
+    ended = command("train", "digits", "--target", "127.0.0.1:9", "--timeout", "3")
     assert ended.returncode == 1
     assert ended.stderr.startswith("deltaserve: cannot reach a server at 127.0.0.1:9: is it running there?")
 

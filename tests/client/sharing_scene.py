@@ -45,6 +45,6 @@ def connect():
 
 SHARES = """
 client, model = connect()
-worker = model.worker("a", lease_seconds=1.0)
+worker = model.worker("a", lease_seconds=5.0)  # the default is longer than tests wait for its end
 assert worker._exchange._shared is not None
 """

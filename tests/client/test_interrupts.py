@@ -65,7 +65,7 @@ class Interrupted:
         began = monotonic()
         self.program.process.send_signal(signal.SIGINT)
         assert self.program.line() == "interrupted"
-        assert monotonic() - began < 3
+        assert monotonic() - began < 10
 
     def twin(self, client: Client, size: int, *values: float) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
         with client.create_model("twin", {"w": np.zeros(size)}).worker() as worker:

@@ -23,7 +23,7 @@ def test_weights_that_were_let_go_of_while_they_were_read_are_not_taken(monkeypa
     with (
         LocalServer() as server,
         deltaserve.connect(server.target, timeout_seconds=30) as patient,
-        deltaserve.connect(server.target, timeout_seconds=1.0) as hasty,
+        deltaserve.connect(server.target, timeout_seconds=30) as hasty,
     ):
         model = patient.create_model("m", {"w": np.zeros(SIZE)})
         other, late = model.worker("other", transport="shared"), hasty.model("m").worker("late", transport="shared")
@@ -33,14 +33,16 @@ def test_weights_that_were_let_go_of_while_they_were_read_are_not_taken(monkeypa
 
         def slow(self: SharedMemory, weights: rpc.SharedMemory, target: FlatVector) -> None:
             count = next(updates, 0)
-            sleep(1.5 * bool(count))
+            sleep(4.0 * bool(count))
             for _ in range(count):
                 other.step(ONES)
             read(self, weights, target)
 
         monkeypatch.setattr(SharedMemory, "read_weights", slow)
+        hasty._connection.timeout_seconds = 3.0
         with pytest.raises(deltaserve.UnavailableError):
             late.step(ONES)
+        hasty._connection.timeout_seconds = 30
         late.step(ONES)
         assert late.last_result is not None
         assert (late.last_result.duplicate, late.last_result.version) == (True, 3)

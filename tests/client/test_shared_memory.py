@@ -196,9 +196,10 @@ def test_the_push_after_one_of_which_nothing_is_known_goes_through_messages(
 
         monkeypatch.setattr(Exchange, way, traced)
     model: Model = client.create_model("m", {"w": np.zeros(SIZE)}, policy=Sync(min_workers=2))
-    with deltaserve.connect(server.target, timeout_seconds=0.4) as short, model.worker("b", transport="stream") as b:
+    with deltaserve.connect(server.target, timeout_seconds=20) as short, model.worker("b", transport="stream") as b:
         a = short.model("m").worker("a", transport="shared")
         a.pull()
+        short._connection.timeout_seconds = 0.4
         with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
             a.step({"w": np.ones(SIZE)})
         short._connection.timeout_seconds = 20.0

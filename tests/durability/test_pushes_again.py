@@ -30,9 +30,11 @@ def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
     clock.ahead += 2
     threads = [threading.Thread(target=applier.tick), threading.Thread(target=push, args=(applier, a, 1))]
     with applier._commits.quiet():
-        for thread in threads:
+        for thread, waiting in zip(threads, (False, True), strict=True):  # given up, then taken again
             thread.start()
-            time.sleep(0.2)
+            deadline = time.monotonic() + 10
+            while a.waiting is not waiting and time.monotonic() < deadline:
+                time.sleep(0.005)
     for thread in threads:
         thread.join(10)
     assert a.waiting, "it was taken for the next round"

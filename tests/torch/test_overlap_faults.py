@@ -90,14 +90,19 @@ def test_a_connection_that_is_cut_while_the_answer_comes(behind: Behind, proxy: 
     assert behind.optimizer.version == 5, "each push counted once"
 
 
-def test_an_answer_that_is_lost(behind: Behind, proxy: Proxy) -> None:
+def test_an_answer_that_is_lost(behind: Behind, proxy: Proxy, target: str, eventually: "Eventually") -> None:
     """The server has the push, and knows it again when it comes a second time."""
     duplicates = []
+
+    def cut() -> None:
+        with deltaserve.connect(target, timeout_seconds=20) as client:
+            eventually(lambda: client.model(behind.optimizer._model.name).info().version == 3)
+        proxy.cut()
 
     def hold(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if behind.optimizer.version == 2:
             proxy.hold_answers()
-            threading.Timer(0.5, proxy.cut).start()
+            threading.Thread(target=cut).start()
 
     def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert behind.optimizer.last_result

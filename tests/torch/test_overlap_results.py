@@ -156,6 +156,11 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Returns what the client has said: the server, which is in this process too, may warn of something else."""
+    return [record.getMessage() for record in caplog.records if record.name == "deltaserve"]
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_gradients_that_are_changed(
     change: Callable[[nn.Module], object], make_twins: "MakeTwins", caplog: pytest.LogCaptureFixture
@@ -167,7 +172,7 @@ def test_gradients_that_are_changed(
     assert twins.fates[0] == "not begun"
     assert all(fate.startswith(CHANGED) for fate in twins.fates[1:4])
     assert twins.fates[4:] == ["not begun"] * 2
-    (warning,) = caplog.messages
+    (warning,) = told(caplog)
     assert "overlap=True does not help here and is off from now on" in warning
     assert CHANGED in warning
     assert all(not param._post_accumulate_grad_hooks for param in twins.nets[0].parameters())
@@ -190,7 +195,7 @@ def test_it_goes_on_where_only_some_steps_change_them(
     twins = make_twins()
     twins.train(12, between(clip_often))
     assert twins.fates[3::3] == ["taken"] * 3
-    assert not caplog.messages
+    assert not told(caplog)
 
 
 def test_a_change_when_all_but_the_last_chunk_has_been_sent(make_twins: "MakeTwins", eventually: "Eventually") -> None:
@@ -209,7 +214,7 @@ def test_gradients_accumulated_over_two_passes(make_twins: "MakeTwins", caplog: 
     with caplog.at_level(logging.WARNING, "deltaserve"):
         twins.train(6, between(lambda net, optimizer, step: backward(net, 100 + step)))
     assert twins.fates[1:4] == [AGAIN] * 3
-    (warning,) = caplog.messages
+    (warning,) = told(caplog)
     assert AGAIN in warning
 
 
@@ -271,7 +276,7 @@ def test_hyperparameters_changed_after_backward(make_twins: "MakeTwins", caplog:
     twins = make_twins()
     twins.train(5, between(lambda net, optimizer, step: optimizer.param_groups[0].update(lr=1 / (step + 1))))
     assert twins.fates[1:4] == ["the hyperparameters were changed"] * 3
-    assert "the hyperparameters were changed" in caplog.messages[0]
+    assert "the hyperparameters were changed" in told(caplog)[0]
 
 
 def test_weights_of_pushes(make_twins: "MakeTwins") -> None:

@@ -145,11 +145,11 @@ def test_steps_that_lead_nowhere_are_refused_and_taken_back(remote: "Remote") ->
 
 def test_a_difference_whose_answer_was_lost_is_pushed_again_as_it_was(remote: "Remote", target: str) -> None:
     param = parameter(1.0)
-    optimizer = remote(
-        [param], model="two", local_steps=1, local_optimizer=SGD, policy=Sync(min_workers=2), timeout_seconds=1.0
-    )
+    optimizer = remote([param], model="two", local_steps=1, local_optimizer=SGD, policy=Sync(min_workers=2))
+    optimizer._client._connection.timeout_seconds = 1.0
     with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
         descend(optimizer, param)
+    optimizer._client._connection.timeout_seconds = 30
     with deltaserve.connect(target) as client, ThreadPoolExecutor() as threads:
         with client.model("two").worker("other") as other:
             other.pull()

@@ -257,12 +257,13 @@ def test_a_stale_gradient_is_left_out(target: str, model: str, made_up: Examples
 
 def test_a_round_that_failed_is_tried_again_until_time_is_up(target: str, model: str, made_up: Examples) -> None:
     policy = deltaserve.Sync(min_workers=2, round_timeout_seconds=0.1)
-    where = Seat(target=target, model=model, policy=policy, timeout_seconds=1.0)
+    where = seat(target, model, policy)
     work = jobs(AirfoilScratch(train=made_up), where, 2)
     with work[0].recipe.learner(where) as one, ThreadPoolExecutor(1) as threads:
         share = next(work[0].plan(0).shares())
+        hasty = replace(work[0], seat=replace(where, timeout_seconds=1.0))
         with pytest.raises(deltaserve.UnavailableError, match="the round's time was up with 1 of the 2 pushes"):
-            Trainer(work[0], one).take(1, share)
+            Trainer(hasty, one).take(1, share)
         with work[1].recipe.learner(where) as other:
             waiting = threads.submit(Trainer(work[0], one).take, 1, share)
             Trainer(work[1], other).take(1, share)

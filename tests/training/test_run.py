@@ -73,24 +73,33 @@ def test_digits_are_learned_under_every_policy(target: str, model: str, digits: 
         assert outcome.late
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time for workers to leave on a busy machine: who is killed after it leaves a session."""
+    monkeypatch.setattr("deltaserve_server.training.run.LEAVE_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("patience")
 def test_a_killed_worker_ends_the_run_and_the_other_worker(target: str, model: str, digits: Digits) -> None:
     recipe = replace(digits, epochs=1000)
+    killed: list[float] = []
 
     def kill(progress: Progress) -> None:
-        if progress.worker == 1 and progress.step > 20:
+        if progress.worker == 1 and progress.step > 20 and not killed:
             victim = next(child for child in multiprocessing.active_children() if child.name == "worker 1")
+            killed.append(time.monotonic())
             victim.kill()
 
-    began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^worker 1 was ended by signal 9 \(Killed\); the others were stopped$"):
         run(recipe, target=target, model=model, workers=2, policy=deltaserve.Sync(min_workers=2), observer=kill)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - killed[0] < 30
     assert not multiprocessing.active_children()
     # The survivor has closed its session; the victim's ends with its lease.
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         assert len(client.model(model).info().sessions) <= 1
 
 
+@pytest.mark.usefixtures("patience")
 def test_an_interrupt_stops_the_workers_which_close_their_sessions(target: str, model: str, digits: Digits) -> None:
     recipe = replace(digits, epochs=1000)
 
