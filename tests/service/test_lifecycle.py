@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier, Event
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,6 +17,7 @@ from deltaserve.v1.common_pb2 import Hyperparameters, ModelConfig
 from deltaserve.v1.model_service_pb2 import CreateModelRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest
 from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server.service.reception import Reception
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -148,6 +150,34 @@ def test_a_push_under_way_when_its_model_is_deleted_is_refused(wire: Wire) -> No
         list(wire.start("StreamStep", feed()))
     assert refusal(caught.value).reason == "MODEL_NOT_FOUND"
     eventually(lambda: wire.info().limits.memory_available_bytes == available, "the push is still held")
+
+
+def test_a_push_that_was_applied_is_answered_though_the_server_stops_before_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    applied, stopped, really_wait = Event(), Event(), Reception._wait
+
+    def wait(*given: Any) -> Any:
+        result = really_wait(*given)
+        applied.set()
+        assert stopped.wait(20)
+        return result
+
+    with LocalServer() as server, Wire(server.target) as wire, ThreadPoolExecutor(1) as threads:
+        wire.create("m")
+        monkeypatch.setattr(Reception, "_wait", wait)
+        step = threads.submit(wire.step, wire.open("m", "a").header(1), np.ones(5))
+        assert applied.wait(20)
+        really_stop = server._registry.stop
+
+        def stop() -> bool:
+            kept = really_stop()
+            stopped.set()
+            return kept
+
+        monkeypatch.setattr(server._registry, "stop", stop)
+        server.stop(20)
+        assert step.result().result.version == 1
 
 
 def test_extended_models_are_not_joined_by_their_old_layout(wire: Wire) -> None:

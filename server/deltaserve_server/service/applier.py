@@ -258,17 +258,18 @@ class Applier(Owned):
 
     @contextmanager
     def reading(
-        self, still_wanted: Callable[[], bool] = lambda: False
+        self, answer_wanted: Callable[[], bool] | None = None
     ) -> Iterator[tuple[common_pb2.ModelPosition, Vector]]:
         """Gives the current version's weights and keeps them as they are meanwhile.
 
         Args:
-            still_wanted: Where there is no memory to keep them, some is waited for as long as this says so.
+            answer_wanted: Given for a push that was applied: it is answered also where the model has ended in good
+                order since; where there is no memory for it, some is waited for as long as this says so.
 
         Raises:
             BudgetExceeded: There is no memory, and it is not waited for.
         """
-        version, position = self._acquire(still_wanted)
+        version, position = self._acquire(answer_wanted)
         try:
             yield position, version.weights
         finally:
@@ -421,15 +422,16 @@ class Applier(Owned):
 
     # --- decisions
 
-    def _acquire(self, still_wanted: Callable[[], bool]) -> tuple[Version, common_pb2.ModelPosition]:
+    def _acquire(self, answer_wanted: Callable[[], bool] | None) -> tuple[Version, common_pb2.ModelPosition]:
         while True:
-            with Glance(self):
+            with self.lock if answer_wanted else Glance(self):
+                self._check_whole()
                 version, position = self._store.current, self.position
                 try:
                     version.acquire()
                     break
                 except BudgetExceeded:
-                    if not still_wanted():
+                    if not (answer_wanted and answer_wanted()):
                         raise
             sleep(_RETRY_SECONDS)
         try:
