@@ -30,7 +30,7 @@ _log = logging.getLogger("deltaserve")
 _MIB = 1 << 20
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MOST_SECONDS = 5.0
-_RECONNECT_MOST_SECONDS = 0.2
+_RECONNECT_MOST_SECONDS = 0.5
 """The most where a server is on its way: nobody answers, which costs nothing, or it says that it still reads."""
 
 _ON_ITS_WAY = None, "RECOVERING"

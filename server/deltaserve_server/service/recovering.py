@@ -7,8 +7,6 @@ from time import monotonic
 from deltaserve_server.model import Refused
 
 _RETRY_SECONDS = 0.25
-_RETRY_SOON_SECONDS = 0.05
-"""Between these a retry is to come, when all may be here."""
 
 
 class Recovering:
@@ -49,11 +47,10 @@ class Recovering:
         """Returns what whoever asks for a model is told meanwhile."""
         read = max(min(self._read, self._total), 1)
         seconds = (monotonic() - self._began) * (self._total - read) / read
-        known = read > 1
         return Refused(
             "RECOVERING",
-            round(max(min(seconds, _RETRY_SECONDS), _RETRY_SOON_SECONDS), 3) if known else _RETRY_SECONDS,
+            _RETRY_SECONDS,
             model=name,
             percent=100 * read // self._total,
-            seconds=f"{max(seconds, 0.1):.1f}" if known else "?",
+            seconds=f"{max(seconds, 0.1):.1f}" if read > 1 else "?",
         )
