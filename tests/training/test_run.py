@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import deltaserve
+from deltaserve_server.training import run as run_module
 from deltaserve_server.training.data import load_airfoil, load_digits
 from deltaserve_server.training.errors import WorkerError
 from deltaserve_server.training.recipes import AirfoilScratch, Digits, Policy
@@ -42,6 +44,21 @@ def test_digits_are_learned_under_both_policies(
     assert [one.step for one in told if one.worker == 0] == sorted(one.step for one in told if one.worker == 0)
     assert outcome.samples_per_second > 100
     assert not multiprocessing.active_children()
+
+
+def test_workers_that_are_done_end_by_themselves(
+    target: str, model: str, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that came into the end of one was told on the terminal, though nothing was wrong."""
+    stop, statuses = run_module._stop, list[int | None]()
+
+    def stopping(processes: Any) -> None:
+        statuses.extend(process.exitcode for process in processes.values())
+        stop(processes)
+
+    monkeypatch.setattr(run_module, "_stop", stopping)
+    run(replace(digits, epochs=1), target=target, model=model, workers=2, policy=deltaserve.Async())
+    assert statuses == [0, 0]
 
 
 @pytest.mark.parametrize(

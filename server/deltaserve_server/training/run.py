@@ -122,7 +122,10 @@ def _work(jobs: Sequence[Job], observer: Observer) -> list[Done]:
                 processes[pipe] = process
         for job, (pipe, process) in zip(jobs, processes.items(), strict=True):
             _send(job, pipe, process)
-        return _follow(processes, observer)
+        done = _follow(processes, observer)
+        for process in processes.values():  # a signal could break into its end, and leave a traceback
+            process.join(LEAVE_SECONDS)
+        return done
     finally:
         _stop(processes)
 
