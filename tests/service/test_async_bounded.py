@@ -234,12 +234,8 @@ def test_a_worker_whose_call_waits_keeps_its_lease(wire: Wire) -> None:
     wire.open("m", "b")
     call = _held(wire, quick, 1)
 
-    def renewed() -> bool:
-        left = {session.worker: session.lease_left_seconds for session in wire.model("m").sessions}
-        return left["a"] > left["b"]
-
     for _ in range(2):
         slow = wire.open("m", "b", lease_seconds=60.0)  # takes over: its lease is the newest
-        eventually(renewed, "a call that waits does not renew its lease")
+        eventually(lambda: wire.outlives("m", "a", "b"), "a call that waits does not renew its lease")
     wire.step(slow.header(1), gradient(0, SIZE))
     assert streamed(call).result.version == 1

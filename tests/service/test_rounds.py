@@ -142,13 +142,9 @@ def test_a_lease_does_not_run_out_while_a_push_waits(wire: Wire) -> None:
     a = wire.open("m", "a", lease_seconds=60.0)
     call = wire.begin(a.header(1), _gradient(0))
 
-    def renewed() -> bool:
-        left = {session.worker: session.lease_left_seconds for session in wire.model("m").sessions}
-        return left["a"] > left["b"]
-
     for _ in range(2):
         b = wire.open("m", "b", lease_seconds=60.0)  # takes over: its lease is the newest
-        eventually(renewed, "a push that waits does not renew the lease")
+        eventually(lambda: wire.outlives("m", "a", "b"), "a push that waits does not renew the lease")
     assert wire.waiting("m") == {"a"}
     _check(wire.step(b.header(1), _gradient(1)), 1, 2)
     _check(streamed(call), 1, 2)

@@ -195,12 +195,8 @@ def test_every_call_of_a_session_renews_its_lease(wire: Wire) -> None:
         wire.open("m", "silent", lease_seconds=60.0)  # takes over: the newest lease, until others are renewed
         wire.step(pushing.header(number), ONES)
         wire.keep(keeping)
-        left = _lease_left(wire)
+        left = wire.lease_left("m")
         assert left["keeping"] > left["pushing"] > left["silent"]
-
-
-def _lease_left(wire: Wire) -> dict[str, float]:
-    return {session.worker: session.lease_left_seconds for session in wire.model("m").sessions}
 
 
 def test_each_chunk_renews_the_lease_of_a_slow_worker(wire: Wire) -> None:
@@ -209,8 +205,7 @@ def test_each_chunk_renews_the_lease_of_a_slow_worker(wire: Wire) -> None:
     renewals = 0
 
     def renewed() -> bool:
-        left = _lease_left(wire)
-        return left["slow"] > left["silent"]
+        return wire.outlives("m", "slow", "silent")
 
     def feed() -> Iterator[bytes]:
         nonlocal renewals

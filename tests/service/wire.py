@@ -354,6 +354,15 @@ class Wire:
         answer = self.one("KeepSession", worker_service_pb2.KeepSessionRequest(**session))
         return bool(answer.last_accepted_sequence >= header.sequence)
 
+    def lease_left(self, model: str) -> dict[str, float]:
+        """How many seconds of its lease each worker has left."""
+        return {session.worker: session.lease_left_seconds for session in self.model(model).sessions}
+
+    def outlives(self, model: str, worker: str, other: str) -> bool:
+        """Whether the lease of a worker has more time left than that of another."""
+        left = self.lease_left(model)
+        return left[worker] > left[other]
+
     def waiting(self, model: str) -> set[str]:
         """The workers whose pushes wait for their round."""
         return {session.worker for session in self.model(model).sessions if session.waiting}

@@ -101,9 +101,6 @@ def write(
     for part in parts:
         check = crc32c(part, check)
     failpoint("snapshot.cut")
-    with _whole(files, number):
-        files.put(tensors_name(number), parts)
-    failpoint("snapshot.tensors")
     manifest = Manifest(
         format=_FORMAT,
         number=number,
@@ -116,6 +113,8 @@ def write(
     )
     content = packed(manifest)
     with _whole(files, number):
+        files.put(tensors_name(number), parts)
+        failpoint("snapshot.tensors")
         files.put(manifest_name(number), [content])
     failpoint("snapshot.manifest")
     return Entry(number, model.version, manifest.bytes + len(content), taken_at)
