@@ -22,8 +22,8 @@ from benchmarks.convergence_figures import draw
 from benchmarks.convergence_runs import Point, Run, train_all
 from benchmarks.convergence_tables import tables
 from deltaserve_server import Server, ServerConfig
-from deltaserve_server.training.data import find_airfoil, load_airfoil, load_digits
-from deltaserve_server.training.recipes import AirfoilScratch, Digits, NumpyRecipe
+from deltaserve_server.recipes.data import find_airfoil, load_airfoil, load_digits
+from deltaserve_server.recipes.recipes import AirfoilScratch, Digits, NumpyRecipe
 
 
 def add_arguments(parser: ArgumentParser) -> None:

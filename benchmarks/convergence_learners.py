@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 import deltaserve
 from deltaserve import StaleGradientError, StepResult
 from deltaserve.torch import RemoteAdadelta
-from deltaserve_server.training.batches import Share
-from deltaserve_server.training.recipes import Digits, NumpyRecipe, Policy
+from deltaserve_server.recipes.batches import Share
+from deltaserve_server.recipes.recipes import Digits, NumpyRecipe, Policy
 
 Rows = NDArray[np.intp]
 Weights = Mapping[str, NDArray[np.float32]]

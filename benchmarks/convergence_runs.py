@@ -18,7 +18,7 @@ import numpy as np
 import deltaserve
 from benchmarks.convergence_learners import TIMEOUT_SECONDS, Learner, LocalLearner, PlainLearner, Rows, Weights
 from deltaserve import StepResult
-from deltaserve_server.training.recipes import NumpyRecipe, Policy
+from deltaserve_server.recipes.recipes import NumpyRecipe, Policy
 
 JITTER = 0.2
 

@@ -13,7 +13,7 @@ from benchmarks.models import SHAPES_A, SHAPES_B, Shape, Tensors, elements, grad
 from benchmarks.processes import BFLOAT16, TCP, TRANSPORTS, Transport, server
 from benchmarks.results import Figures, Result, Timings
 from benchmarks.timing import REST_SECONDS, by_turns
-from deltaserve.torch._wires import TORCH_WIRES
+from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
 from deltaserve_server.config import DeviceKind
 
 SIZES = (1, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -128,5 +128,5 @@ def worker_step(target: str, transport: Transport, shapes: Sequence[Shape], grad
 def _worker(model: deltaserve.Model, transport: Transport) -> deltaserve.Worker:
     """Returns a worker; torch converts what is narrower on the wire, as it does for RemoteAdadelta."""
     settings = dict(transport.worker)
-    wire = TORCH_WIRES[settings.pop("wire", "float32")]
+    wire = TORCH_ELEMENT_TYPES[settings.pop("wire", "float32")]
     return model._worker(None, None, settings.pop("transport"), wire)

@@ -6,8 +6,8 @@ from typing import Self
 
 from numpy.typing import ArrayLike
 
+from deltaserve._common.flat_vector import contiguous
 from deltaserve._connection import Connection
-from deltaserve._flat import contiguous
 from deltaserve._model import Model, tensor_specs, weight_messages
 from deltaserve._types import (
     Async,

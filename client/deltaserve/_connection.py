@@ -17,9 +17,10 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from deltaserve._aside import Aside
-from deltaserve._codec import Piece, StreamCodec
-from deltaserve._errors import Error, from_call
+from deltaserve._background import BackgroundCall
+from deltaserve._common.codec import Chunk, StreamCodec
+from deltaserve._common.error_table import from_call
+from deltaserve._errors import Error
 from deltaserve._signals import undisturbed
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
 
@@ -231,7 +232,7 @@ class Connection:
         self,
         method: str,
         request: Message | Callable[[], Iterable[bytes]],
-        take: Callable[[Any, Iterator[Piece]], T],
+        take: Callable[[Any, Iterator[Chunk]], T],
         begun: Callable[[], Any] | None = None,
         again: Message | None = None,
         probe: Callable[[float], object] | None = None,
@@ -358,7 +359,7 @@ class Connection:
 
     def _uninterrupted(self, attempt: Callable[[], T], cancel: Callable[[], object] | None) -> T:
         """Makes an attempt; an interrupt ends the wait for it, and cancels it if it can."""
-        return Aside(attempt, cancel).run() if self._in_main_thread() else attempt()
+        return BackgroundCall(attempt, cancel).run() if self._in_main_thread() else attempt()
 
     def _in_main_thread(self) -> bool:
         return threading.get_ident() == threading.main_thread().ident and self._process == os.getpid()

@@ -13,12 +13,12 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
-from deltaserve._codec import Piece, StreamCodec
+from deltaserve._common.codec import Chunk, StreamCodec
+from deltaserve._common.element_types import ELEMENT_TYPES, Array, ElementType, WireType, named
+from deltaserve._common.flat_vector import FlatVector, contiguous
 from deltaserve._connection import Connection
-from deltaserve._exchange import Transport, check_transport
-from deltaserve._flat import FlatVector, contiguous
+from deltaserve._transport.exchange import Transport, check_transport
 from deltaserve._types import (
-    Array,
     Hyperparameters,
     ModelEvent,
     ModelInfo,
@@ -35,7 +35,6 @@ from deltaserve._types import (
     to_snapshot,
     to_tensors,
 )
-from deltaserve._wire import WIRES, Wire, WireType, named
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
 
@@ -100,9 +99,9 @@ class Model:
             UnavailableError: The server has its number of sessions.
         """
         check_transport(transport)
-        return self._worker(name, lease_seconds, transport, named(wire, WIRES))
+        return self._worker(name, lease_seconds, transport, named(wire, ELEMENT_TYPES))
 
-    def _worker(self, name: str | None, lease_seconds: float | None, transport: Transport, wire: Wire) -> Worker:
+    def _worker(self, name: str | None, lease_seconds: float | None, transport: Transport, wire: ElementType) -> Worker:
         name = name or worker_name()
         groups = len(self.groups)
         return Worker(self._connection, self.name, name, lease_seconds, self.tensors, groups, transport, wire)
@@ -288,7 +287,7 @@ def _messages(codec: StreamCodec[Any], header: Message, vectors: Mapping[str, Se
             yield codec.chunk(name, offset, parts)
 
 
-def _take_state(header: model_service_pb2.PullStateHeader, pieces: Iterable[Piece]) -> ModelState:
+def _take_state(header: model_service_pb2.PullStateHeader, pieces: Iterable[Chunk]) -> ModelState:
     specs = to_tensors(header.config)
     vectors: dict[str, dict[str, Array]] = {}
     flat: dict[str, FlatVector] = {}

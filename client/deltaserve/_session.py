@@ -8,10 +8,10 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from deltaserve._aside import Aside
+from deltaserve._background import BackgroundCall
+from deltaserve._common.failpoints import failpoint
 from deltaserve._connection import Connection
 from deltaserve._errors import Error, SessionError, UnavailableError
-from deltaserve._failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
@@ -69,7 +69,7 @@ class Session:
         connection.sessions.add(self)
         renewal = weakref.ref(self), self._closed, self.opened.lease_seconds / 3
         thread = threading.Thread(target=_renew, args=renewal, name=f"lease of {worker}", daemon=True)
-        Aside(thread.start, None).run()
+        BackgroundCall(thread.start, None).run()
 
     def keep(self, timeout_seconds: float | None = None) -> rpc.KeepSessionResponse:
         """Renews the lease; returns what the server has of this session."""

@@ -4,12 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deltaserve._common.element_types import Array
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, worker_service_pb2
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from deltaserve._common.element_types import Array, ElementType
+from deltaserve._common.failpoints import failpoint
+from deltaserve._common.flat_vector import FlatVector, contiguous
 from deltaserve._connection import Connection
-from deltaserve._early import EarlyPush
 from deltaserve._errors import (
     ConflictError,
     Error,
@@ -22,21 +24,11 @@ from deltaserve._errors import (
     StaleGradientError,
     UnavailableError,
 )
-from deltaserve._exchange import Exchange, Transport
-from deltaserve._failpoints import failpoint
-from deltaserve._flat import FlatVector, contiguous
 from deltaserve._restarts import explained, rolled_back
 from deltaserve._session import Session
-from deltaserve._types import (
-    Array,
-    Hyperparameters,
-    PushStatus,
-    StepResult,
-    TensorSpec,
-    to_push_status,
-    to_step_result,
-)
-from deltaserve._wire import Wire
+from deltaserve._transport.exchange import Exchange, Transport
+from deltaserve._transport.overlapped import OverlappedPush
+from deltaserve._types import Hyperparameters, PushStatus, StepResult, TensorSpec, to_push_status, to_step_result
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
@@ -70,7 +62,7 @@ class Worker:
         tensors: tuple[TensorSpec, ...],
         group_count: int,
         transport: Transport,
-        wire: Wire,
+        wire: ElementType,
     ) -> None:
         self._connection = connection
         self._model = model
@@ -270,7 +262,7 @@ class Worker:
     # --- a step that begins early, as `RemoteAdadelta(overlap=True)` makes it
 
     def _begin(
-        self, push: EarlyPush, absent: list[int], hyperparameters: Sequence[Hyperparameters], weight: float
+        self, push: OverlappedPush, absent: list[int], hyperparameters: Sequence[Hyperparameters], weight: float
     ) -> bool:
         """Begins to send the next push, in any thread, while its gradient is still being made.
 
@@ -289,7 +281,7 @@ class Worker:
         size = sum(prod(spec.shape) for index, spec in enumerate(self.tensors) if index not in missing)
         return self._exchange.begin(push, self._header(absent, hyperparameters, weight), size)
 
-    def _take_over(self, push: EarlyPush | None) -> None:
+    def _take_over(self, push: OverlappedPush | None) -> None:
         """Has the next step take over a push that was begun, if it is the one to be made."""
         self._exchange.early = push
 

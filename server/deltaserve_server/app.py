@@ -35,15 +35,15 @@ from deltaserve_server.config import (
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
-from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.durability.model_storage import Durability, Schedule
+from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.memory import Budget, Store, heap
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
-from deltaserve_server.service.model_service import ModelServicer
-from deltaserve_server.service.registry import Registry
 from deltaserve_server.service.rpc import handler
-from deltaserve_server.service.system_service import SystemServicer
-from deltaserve_server.service.worker_service import WorkerServicer
+from deltaserve_server.service.servicers.model_service import ModelServicer
+from deltaserve_server.service.servicers.system_service import SystemServicer
+from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Server:
         place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(executor, threads)
         self.device = place.device
         memory_bytes = self.config.memory_bytes or place.memory_bytes
-        self._registry = Registry(
+        self._catalog = ModelCatalog(
             self.config,
             memory_bytes,
             self.incarnation,
@@ -125,16 +125,16 @@ class Server:
         except RuntimeError:
             port = 0
         if not port:
-            self._registry.stop()
+            self._catalog.stop()
             raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._grpc.start()
         # Before models are read, and not after: to make their updates again takes the kernels too.
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
-            self._registry.restore(check, accept_data_loss=self.config.accept_data_loss)
+            self._catalog.restore(check, accept_data_loss=self.config.accept_data_loss)
         except BaseException as error:
-            kept = self._registry.stop()
+            kept = self._catalog.stop()
             self._grpc.stop(0).wait()
             if kept or isinstance(error, DataDirectoryError):
                 raise
@@ -158,10 +158,10 @@ class Server:
         with self._stopping:
             deadline = monotonic() + grace_seconds
             self._health.enter_graceful_shutdown()  # every service and every model: NOT_SERVING
-            self._registry.drain()
-            while self._registry.waiting() and monotonic() < deadline:
+            self._catalog.drain()
+            while self._catalog.waiting() and monotonic() < deadline:
                 sleep(0.02)
-            kept = self._registry.stop()
+            kept = self._catalog.stop()
             self._grpc.stop(max(deadline - monotonic(), 0.5)).wait()
             _log.info("stopped")
             return kept
@@ -177,11 +177,9 @@ class Server:
 
     def _add_services(self) -> None:
         servicers = {
-            model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]: ModelServicer(self._registry),
-            worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"]: WorkerServicer(self._registry),
-            system_service_pb2.DESCRIPTOR.services_by_name["SystemService"]: SystemServicer(
-                self._registry, self.device
-            ),
+            model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]: ModelServicer(self._catalog),
+            worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"]: WorkerServicer(self._catalog),
+            system_service_pb2.DESCRIPTOR.services_by_name["SystemService"]: SystemServicer(self._catalog, self.device),
         }
         self._grpc.add_generic_rpc_handlers([handler(service, servicer) for service, servicer in servicers.items()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

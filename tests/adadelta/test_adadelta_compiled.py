@@ -179,7 +179,8 @@ def test_a_fault_in_the_function_itself_is_raised() -> None:
 PLAIN_PROCESSOR = """
 import sys
 import numpy as np
-from deltaserve_server.adadelta import Hyperparameters, cpu, halves, values
+from deltaserve_server.adadelta import float16
+from deltaserve_server.adadelta import Hyperparameters, cpu, values
 rng = np.random.default_rng(0)
 size = 1003
 bits = rng.integers(0, 1 << 16, size, np.uint16)

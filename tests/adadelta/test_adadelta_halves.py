@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta import cpu, halves, values
+from deltaserve_server.adadelta import cpu, float16, values
 from deltaserve_server.adadelta.formats import Halves, Values, widened
 
 TORCHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,7 +32,7 @@ def torchs(vector: NDArray[np.float32], name: str) -> Halves:
 
 def assert_rounded_as_by_torch(vector: NDArray[np.float32], name: str) -> None:
     out = np.full(vector.size, 0x1234, np.uint16).view(DTYPES[name])
-    halves.narrow(vector, out)
+    float16.narrow(vector, out)
     nan = np.isnan(vector)
     assert np.isnan(widened(out)[nan]).all()
     np.testing.assert_array_equal(out.view(np.uint16)[~nan], torchs(vector, name).view(np.uint16)[~nan])
@@ -100,11 +100,11 @@ def test_what_does_not_fit_is_refused() -> None:
     read_only.flags.writeable = False
     for out in (np.zeros(5, np.float32), np.zeros(5, np.int16), np.zeros(10, np.uint16)[::2], read_only):
         with pytest.raises(TypeError):
-            halves.narrow(source, out)  # type: ignore[arg-type]
+            float16.narrow(source, out)  # type: ignore[arg-type]
         assert not out.any()
     for vector in (np.ones(6, np.float32), np.ones(5), np.ones(10, np.float32)[::2]):
         with pytest.raises((TypeError, ValueError)):
-            halves.narrow(vector, kept)  # type: ignore[arg-type]
+            float16.narrow(vector, kept)  # type: ignore[arg-type]
     assert not kept.any()
 
 

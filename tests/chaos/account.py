@@ -20,10 +20,10 @@ from typing import Any
 
 from deltaserve_server.durability import recovery, snapshot
 from deltaserve_server.durability.commits import Commits, Effect, Journaled
-from deltaserve_server.durability.records import Event, Piece, Renumbered
+from deltaserve_server.durability.records import Event, Piece, VersionBumped
 from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Update
-from deltaserve_server.service.applier import Applier
 
 
 class Account:
@@ -44,27 +44,32 @@ class Account:
         self._note_recovery()
 
     def _note_updates(self) -> None:
-        update = Applier._update
+        update = ModelEngine._update
 
-        def noted(applier: Applier, decision: Update) -> None:
-            made = decision.made
+        def noted(engine: ModelEngine, decision: Update) -> None:
+            summary = decision.summary
             sessions = [session.hex() for session, _ in decision.sources]
-            pushes = [[*astuple(share), session] for share, session in zip(made.shares, sessions, strict=True)]
-            self.write(made=made.version, pushes=pushes, hyperparameters=list(map(astuple, made.hyperparameters)))
-            update(applier, decision)
-            applier._commits.then(partial(self.write, told=made.version))
+            pushes = [
+                [*astuple(contribution), session]
+                for contribution, session in zip(summary.contributions, sessions, strict=True)
+            ]
+            self.write(
+                summary=summary.version, pushes=pushes, hyperparameters=list(map(astuple, summary.hyperparameters))
+            )
+            update(engine, decision)
+            engine._commits.on_durable(partial(self.write, told=summary.version))
 
-        Applier._update = noted  # type: ignore[method-assign, assignment]
+        ModelEngine._update = noted  # type: ignore[method-assign, assignment]
 
     def _note_numbers(self, kind: type[Commits]) -> None:
         add = kind.add
 
         def noted(commits: Commits, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
-            if isinstance(event, Renumbered):
+            if isinstance(event, VersionBumped):
                 self.write(numbered=event.version)
             add(commits, event, pieces, done)
-            if isinstance(event, Renumbered):
-                commits.then(partial(self.write, told=event.version))
+            if isinstance(event, VersionBumped):
+                commits.on_durable(partial(self.write, told=event.version))
 
         kind.add = noted  # type: ignore[method-assign, assignment]
 

@@ -10,13 +10,13 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve_server.durability import recovery
 from deltaserve_server.durability.commits import Effect, Journaled
 from deltaserve_server.durability.journal import Reading
-from deltaserve_server.durability.keeper import Keeper
+from deltaserve_server.durability.model_storage import ModelStorage
 from deltaserve_server.durability.records import Record, Updated
 from deltaserve_server.memory.host import HostStore, _HostFrozen
 from deltaserve_server.memory.store import State
 from deltaserve_server.model import Answer, Machine, Push, PushResult
 from deltaserve_server.model.sessions import Session
-from deltaserve_server.service.worker_service import WorkerServicer
+from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
 _TITLE_BYTES = 64
 """What a journal begins with."""
@@ -64,7 +64,7 @@ def _tell_early() -> None:
     def tell(commits: Journaled, effect: Effect) -> None:
         effect()
 
-    Journaled.then = tell  # type: ignore[method-assign, assignment]
+    Journaled.on_durable = tell  # type: ignore[method-assign, assignment]
 
 
 def _skip_records() -> None:
@@ -143,10 +143,10 @@ def _miscount_losses() -> None:
 def _promise_too_much() -> None:
     """The version that is told to be durable is that of now."""
 
-    def promising(keeper: Keeper, told: int) -> int:
+    def promising(storage: ModelStorage, told: int) -> int:
         return told
 
-    Keeper.durable_version = promising  # type: ignore[method-assign, assignment]
+    ModelStorage.durable_version = promising  # type: ignore[method-assign, assignment]
 
 
 def _come_back_older() -> None:

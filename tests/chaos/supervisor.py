@@ -18,6 +18,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
+from deltaserve._common import failpoints
+
 _LOOK_SECONDS = 0.01
 _DESCRIPTORS = 4096
 
@@ -174,7 +176,6 @@ def _take_over(heard: int, saying: int, log: int) -> None:
 
 def _arm() -> None:
     """Has failpoints be as the environment now says: it was read when they were loaded."""
-    from deltaserve import _failpoints
 
-    _failpoints._log_path = os.environ.get("DELTASERVE_FAILPOINTS_LOG")
-    _failpoints._armed = _failpoints._from_environment()
+    failpoints._log_path = os.environ.get("DELTASERVE_FAILPOINTS_LOG")
+    failpoints._armed = failpoints._from_environment()

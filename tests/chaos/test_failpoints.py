@@ -11,12 +11,12 @@ import pytest
 
 import deltaserve
 import deltaserve_server
-from deltaserve import _failpoints
-from deltaserve._failpoints import NAMES, FailpointError, failpoint
+from deltaserve._common import failpoints
+from deltaserve._common.failpoints import NAMES, FailpointError, failpoint
 
 _REACHES = """
 import sys
-from deltaserve._failpoints import failpoint, FailpointError
+from deltaserve._common.failpoints import failpoint, FailpointError
 for number in range(1, int(sys.argv[1]) + 1):
     try:
         failpoint("push.staged")
@@ -44,7 +44,7 @@ def test_every_name_is_a_place_in_the_code_and_every_place_has_a_name() -> None:
 
 
 def test_nothing_happens_unless_the_environment_says_so() -> None:
-    assert _failpoints._armed is None
+    assert failpoints._armed is None
     for name in NAMES:
         failpoint(name)
     assert happened(reach(3)) == []
@@ -96,7 +96,7 @@ def test_what_it_does_not_understand_stops_the_process_at_its_start(text: str, m
 
 
 def test_a_place_without_a_name_is_an_error_where_any_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_failpoints, "_armed", {"push.staged": _failpoints.parse("push.staged=error")})
+    monkeypatch.setattr(failpoints, "_armed", {"push.staged": failpoints.parse("push.staged=error")})
     with pytest.raises(ValueError, match=r"failpoint push\.stagd is not in the list"):
         failpoint("push.stagd")
     with pytest.raises(FailpointError, match=r"failpoint push\.staged"):

@@ -14,8 +14,9 @@ import pytest
 from host import _free_port
 
 import deltaserve
-from deltaserve import Async, RolledBackError, Worker, _failpoints
-from deltaserve._failpoints import FailpointError
+from deltaserve import Async, RolledBackError, Worker
+from deltaserve._common import failpoints
+from deltaserve._common.failpoints import FailpointError
 
 _PROGRAM = Path(__file__).with_name("server_program.py")
 _START = {"w": np.linspace(-1, 1, 5, dtype=np.float32)}
@@ -125,7 +126,7 @@ def test_a_loss_is_told_also_after_an_interrupt(
     model.save_snapshot()
     step(worker, 2, 3)
     server.restart()
-    monkeypatch.setattr(_failpoints, "_armed", {"worker.rejoined": _failpoints.parse("worker.rejoined=error@1")})
+    monkeypatch.setattr(failpoints, "_armed", {"worker.rejoined": failpoints.parse("worker.rejoined=error@1")})
     with pytest.raises(FailpointError):
         step(worker, 4)
     with pytest.raises(RolledBackError) as caught:

@@ -14,8 +14,8 @@ from scenarios import LEASE_SECONDS, MODEL, GradientName, Scenario
 
 import deltaserve
 from deltaserve import Error, RolledBackError, ServerError, SessionError, StaleGradientError, UnavailableError
-from deltaserve._exchange import Transport
-from deltaserve._failpoints import FailpointError
+from deltaserve._common.failpoints import FailpointError
+from deltaserve._transport.exchange import Transport
 from deltaserve.v1.worker_service_pb2 import PushHeader
 
 _TIMEOUT_SECONDS = 4.0

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deltaserve._codec import Piece, StreamCodec
+from deltaserve._common.codec import Chunk, StreamCodec
 from deltaserve.v1 import common_pb2, model_service_pb2, worker_service_pb2
 
 UINT64 = (1 << 64) - 1
@@ -66,7 +66,7 @@ def decoded(kind: type[Message], message: bytes) -> object:
         result = StreamCodec(kind).decode(message)
     except DecodeError:
         return DecodeError
-    return (result.vector, result.offset, bytes(result.data)) if isinstance(result, Piece) else result
+    return (result.vector, result.offset, bytes(result.data)) if isinstance(result, Chunk) else result
 
 
 def test_there_are_streams_to_test() -> None:

@@ -11,9 +11,9 @@ import pytest
 import deltaserve
 from deltaserve.v1 import model_service_pb2, system_service_pb2, worker_service_pb2
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.service.model_service import ModelServicer
-from deltaserve_server.service.system_service import SystemServicer
-from deltaserve_server.service.worker_service import WorkerServicer
+from deltaserve_server.service.servicers.model_service import ModelServicer
+from deltaserve_server.service.servicers.system_service import SystemServicer
+from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
 SERVICERS = {"ModelService": ModelServicer, "WorkerService": WorkerServicer, "SystemService": SystemServicer}
 SERVICES = [

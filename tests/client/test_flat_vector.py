@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve import _flat
-from deltaserve._flat import FlatVector, contiguous
+from deltaserve._common import flat_vector
+from deltaserve._common.flat_vector import FlatVector, contiguous
 
 Arrays = list[NDArray[np.float32]]
 
@@ -38,7 +38,7 @@ def test_chunks_are_the_arrays_in_order_without_the_absent_ones(
     arrays = counted(shapes)
     absent = data.draw(st.sets(st.integers(0, len(arrays) - 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_flat, "CHUNK_ELEMENTS", size)
+        patch.setattr(flat_vector, "CHUNK_ELEMENTS", size)
         vector = FlatVector(arrays)
         got: list[float] = []
         for offset, parts in vector.chunks(absent):
@@ -55,7 +55,7 @@ def test_chunks_are_the_arrays_in_order_without_the_absent_ones(
 def test_what_is_written_in_chunks_comes_back(shapes: list[tuple[int, ...]], size: int) -> None:
     source, target = counted(shapes), [np.full(shape, -1, np.float32) for shape in shapes]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_flat, "CHUNK_ELEMENTS", size)
+        patch.setattr(flat_vector, "CHUNK_ELEMENTS", size)
         sink = FlatVector(target)
         for offset, parts in FlatVector(source).chunks():
             sink.write(offset, memoryview(b"".join(parts)))

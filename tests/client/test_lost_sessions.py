@@ -29,7 +29,7 @@ def sleeps(server: LocalServer, eventually: "Eventually") -> Sleeps:
 
     def sleep(worker: Worker) -> None:
         worker._session._closed.put(None)  # ends its thread of renewals, and no more
-        sessions = server._registry.get("m").machine.sessions
+        sessions = server._catalog.get("m").machine.sessions
 
         def gone() -> bool:
             session = sessions.find(worker._session.id["session_id"])

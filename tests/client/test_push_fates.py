@@ -9,7 +9,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, SessionError, Sync, Worker
-from deltaserve._exchange import Transport
+from deltaserve._transport.exchange import Transport
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:

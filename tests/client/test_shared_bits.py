@@ -12,7 +12,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Async, Bounded, Client, Hyperparameters, ModelState, Sync
-from deltaserve._exchange import Transport
+from deltaserve._transport.exchange import Transport
 from deltaserve._types import Policy
 from deltaserve_server import LocalServer, ServerConfig
 

@@ -126,7 +126,7 @@ def test_a_server_that_is_killed_leaves_nothing_behind(start_server: "StartServe
 # --- forks
 
 FORK = """
-from deltaserve._exchange import Exchange
+from deltaserve._transport.exchange import Exchange
 client, model = connect()
 worker = model.worker("a", transport="shared")
 worker.step(ones())

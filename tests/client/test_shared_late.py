@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import _shared
-from deltaserve._flat import FlatVector
-from deltaserve._shared import SharedMemory
+from deltaserve._common.flat_vector import FlatVector
+from deltaserve._transport import shared_memory
+from deltaserve._transport.shared_memory import SharedMemory
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve_server import LocalServer
 
@@ -58,7 +58,7 @@ def test_where_weights_cannot_be_mapped_the_worker_goes_on_in_messages(monkeypat
         model = client.create_model("m", {"w": np.zeros(SIZE)})
         with model.worker("a", transport="shared") as worker:
             worker.pull()
-            monkeypatch.setattr(_shared, "_mapped", out_of_descriptors)
+            monkeypatch.setattr(shared_memory, "_mapped", out_of_descriptors)
             for version in (1, 2):
                 worker.step(ONES)
                 assert worker.version == model.info().version == version

@@ -9,9 +9,9 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, Model, Sync, Worker
-from deltaserve._exchange import TRANSPORTS, Exchange, Transport
+from deltaserve._transport.exchange import TRANSPORTS, Exchange, Transport
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.service.applier import Applier
+from deltaserve_server.engine.model_engine import ModelEngine
 
 if TYPE_CHECKING:
     pass
@@ -115,7 +115,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
     client: Client, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """As where process ids are another container's: a file of that number may be there, and be another."""
-    honest = Applier.share
+    honest = ModelEngine.share
 
     def misleading(*arguments: Any) -> Any:
         handle = honest(*arguments)
@@ -130,7 +130,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
         key, value = fields[field]
         return replace(handle, **{key: value})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Applier, "share", misleading)
+    monkeypatch.setattr(ModelEngine, "share", misleading)
     model = client.create_model("m", {"w": np.zeros(SIZE)})
     with model.worker("a") as worker:
         assert not shares(worker)
@@ -159,7 +159,7 @@ def test_memory_that_the_server_has_no_more_is_done_without(client: Client, serv
     model = client.create_model("m", {"w": np.zeros(SIZE)})
     with model.worker("a") as worker:
         worker.step({"w": np.ones(SIZE)})
-        server._registry.get("m")._shared.clear()
+        server._catalog.get("m")._shared.clear()
         worker.step({"w": np.ones(SIZE)})
         worker.step({"w": np.ones(SIZE)})
         assert model.info().version == 3

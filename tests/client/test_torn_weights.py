@@ -7,8 +7,8 @@ import pytest
 
 import deltaserve
 from deltaserve import Client
-from deltaserve._flat import FlatVector
-from deltaserve._wire import Wire
+from deltaserve._common.element_types import ElementType
+from deltaserve._common.flat_vector import FlatVector
 
 if TYPE_CHECKING:
     from tests.client.conftest import StartProxy
@@ -27,7 +27,7 @@ def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
     """Ctrl+C strikes while the second chunk is written."""
     write = FlatVector.write
 
-    def interrupted(self: FlatVector, offset: int, data: memoryview, wire: Wire) -> None:
+    def interrupted(self: FlatVector, offset: int, data: memoryview, wire: ElementType) -> None:
         if offset:
             raise KeyboardInterrupt
         write(self, offset, data, wire)

@@ -119,7 +119,7 @@ def test_a_line_that_is_cut_while_nothing_happens_yields_nothing_twice(
         next(events)
         for version in range(1, 4):
             proxy.cut()
-            eventually(lambda: len(server._registry.get("m")._audience._watchers) == 0)
+            eventually(lambda: len(server._catalog.get("m")._subscribers._watchers) == 0)
             worker_stepped = iter(events)
             worker.step(gradient(1))
             assert next(worker_stepped).version == version

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import deltaserve
 from deltaserve import Async, Client, Sync
-from deltaserve._wire import FLOAT32, WIRES, WireType
+from deltaserve._common.element_types import ELEMENT_TYPES, FLOAT32, WireType
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ EDGES = np.array(
 
 
 def narrowed(name: WireType, values: NDArray[np.float32]) -> NDArray[Any]:
-    wire = WIRES[name]
+    wire = ELEMENT_TYPES[name]
     out = np.empty(values.size, wire.dtype)
     wire.narrow(values, out)
     return out
@@ -44,7 +44,7 @@ def narrowed(name: WireType, values: NDArray[np.float32]) -> NDArray[Any]:
 
 def widened(name: WireType, values: NDArray[Any]) -> NDArray[np.float32]:
     out = np.empty(values.size, np.float32)
-    WIRES[name].widen(values, out)
+    ELEMENT_TYPES[name].widen(values, out)
     return out
 
 
@@ -81,7 +81,7 @@ def test_all_values_are_widened_exactly_and_rounded_back(name: WireType) -> None
     bits = np.arange(1 << 16, dtype=np.uint16)
     expected = torch.from_numpy(bits.copy()).view(getattr(torch, name)).to(torch.float32).numpy()
     with np.errstate(invalid="ignore"):  # a server sends no NaN
-        got = widened(name, bits.view(WIRES[name].dtype))
+        got = widened(name, bits.view(ELEMENT_TYPES[name].dtype))
     nan = np.isnan(expected)
     np.testing.assert_array_equal(got[~nan].view(np.uint32), expected[~nan].view(np.uint32))
     assert np.isnan(got[nan]).all()
@@ -104,9 +104,9 @@ def test_who_has_numpy_raise_everything_can_still_push(name: WireType, client: C
 def test_parts_of_a_chunk_are_joined() -> None:
     parts = [np.arange(3, dtype=np.float32).data.cast("B"), np.arange(5, dtype=np.float32).data.cast("B")]
     assert [bytes(part) for part in FLOAT32.encoded(parts)] == [bytes(part) for part in parts]
-    (joined,) = WIRES["float16"].encoded(parts)
+    (joined,) = ELEMENT_TYPES["float16"].encoded(parts)
     np.testing.assert_array_equal(np.frombuffer(joined, np.float16), [0, 1, 2, 0, 1, 2, 3, 4])
-    assert b"".join(WIRES["bfloat16"].encoded([])) == b""
+    assert b"".join(ELEMENT_TYPES["bfloat16"].encoded([])) == b""
 
 
 # --- pushes
@@ -250,7 +250,7 @@ def test_bytes_on_the_wire_halve(
     client.create_model("m", gradients(0, shapes))
     taken: dict[str, int] = {}
     with deltaserve.connect(target, timeout_seconds=20) as far:
-        for wire in WIRES:
+        for wire in ELEMENT_TYPES:
             with far.model("m").worker(transport="stream", wire=wire) as worker:
                 worker.step(gradients(1, shapes))
                 before = count()

@@ -18,8 +18,8 @@ from deltaserve_server.durability import directory, snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Refused
-from deltaserve_server.service.applier import Applier
 
 
 class Lost(NamedTuple):
@@ -28,12 +28,12 @@ class Lost(NamedTuple):
     Attributes:
         path: The data directory.
         name: The file.
-        applier: The model as it was.
+        engine: The model as it was.
     """
 
     path: Path
     name: str
-    applier: Applier
+    engine: ModelEngine
 
 
 @pytest.fixture
@@ -66,32 +66,32 @@ def bad_journal(quick: Path, clock: Clock) -> Lost:
     house.die()
     journal = path / "models" / "m" / "journal-00000002"
     flip(journal, len(journal.read_bytes().rstrip(b"\0")) * 2 // 3)
-    return Lost(path, journal.name, crowd.applier)
+    return Lost(path, journal.name, crowd.engine)
 
 
-def repaired(quick: Path, clock: Clock) -> tuple[Path, Applier]:
+def repaired(quick: Path, clock: Clock) -> tuple[Path, ModelEngine]:
     """The journal failed at a push, and a snapshot alone has what came of it."""
     path, trouble = quick / "data", Trouble()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory, "Files", trouble.files)
         house = House(path, "journal")
-        crowd = Crowd(applier := house.create(), 5, clock)
+        crowd = Crowd(engine := house.create(), 5, clock)
         push(crowd, 3)
         trouble.errors["write"], trouble.only = errno.EIO, "journal"
         with pytest.raises(Refused, match="STORAGE_UNAVAILABLE"):
             crowd.push()
         trouble.lift()
-        assert applier.save().version == 4
+        assert engine.save().version == 4
         house.die()
-    return path, applier
+    return path, engine
 
 
 def bad_repair(quick: Path, clock: Clock) -> Lost:
     """The journal failed at a push; the snapshot that made it safe is bad."""
-    path, applier = repaired(quick, clock)
+    path, engine = repaired(quick, clock)
     tensors = max((path / "models" / "m").glob("*.safetensors"))
     flip(tensors, -3)
-    return Lost(path, tensors.name, applier)
+    return Lost(path, tensors.name, engine)
 
 
 # --- a crash while a loss is being accepted
@@ -137,17 +137,17 @@ def start(path: Path, lost: Lost) -> str:
     """Starts with nothing accepted; returns what came of it. A history that is shorter without a word is a failure."""
     house = House(path, "fsync")
     try:
-        applier = house.restore()
+        engine = house.restore()
     except CorruptError as error:
         if lost.name not in error.where:
             raise
         return "refused"
     finally:
         house.die()
-    assert applier.machine.version < lost.applier.machine.version
-    assert applier.head.lineage != lost.applier.head.lineage
-    assert applier.head.knows(lost.applier.head.lineage)
-    assert not applier.machine.sessions.live()
+    assert engine.machine.version < lost.engine.machine.version
+    assert engine.head.lineage != lost.engine.head.lineage
+    assert engine.head.knows(lost.engine.head.lineage)
+    assert not engine.machine.sessions.live()
     return "a loss"
 
 
@@ -183,10 +183,10 @@ def test_a_server_that_dies_before_it_serves_what_was_accepted_has_told_of_the_l
 def test_a_bit_that_flips_in_the_manifest_of_a_repair_is_refused_and_named(
     quick: Path, clock: Clock, full: bool
 ) -> None:
-    path, applier = repaired(quick, clock)
+    path, engine = repaired(quick, clock)
     manifest, chance = max((path / "models" / "m").glob("snapshot-*.json")), random.Random(7)
     good = manifest.read_bytes()
-    assert read(copied(path, quick / "copy")).version == applier.machine.version == 4
+    assert read(copied(path, quick / "copy")).version == engine.machine.version == 4
     for at in range(len(good)) if full else chance.sample(range(len(good)), 60):
         flip(manifest, at, chance.randrange(8))
         with pytest.raises(CorruptError, match=manifest.name):
@@ -232,11 +232,11 @@ def test_after_a_bad_snapshot_two_good_ones_are_there_again_and_a_second_one_is_
     for seed in (9, 10):
         house.die()
         flip(max((quick / "data" / "models" / "m").glob(f"snapshot-*.{kind}")), -3)
-        before, house = crowd.applier, House(quick / "data")
-        applier = house.restore()
-        check_same(seen(applier), seen(before))
-        assert applier.is_due(), "another snapshot is wanted"
-        crowd = Crowd(applier, seed, clock)
+        before, house = crowd.engine, House(quick / "data")
+        engine = house.restore()
+        check_same(seen(engine), seen(before))
+        assert engine.is_due(), "another snapshot is wanted"
+        crowd = Crowd(engine, seed, clock)
         push(crowd, 2)
         crowd.save()
         assert len(good_snapshots(quick / "data")) == 2
@@ -250,16 +250,16 @@ def test_a_head_that_is_lost_ends_the_sessions(quick: Path, clock: Clock) -> Non
     house = House(path, "snapshot")
     crowd = Crowd(house.create(), 3, clock)
     push(crowd, 3)
-    house.appliers[0].save()
+    house.engines[0].save()
     push(crowd, 2)
-    assert crowd.applier.machine.sessions.live()
+    assert crowd.engine.machine.sessions.live()
     house.die()
     flip(path / "models" / "m" / "head.json", 5)
     house = House(path, "snapshot")
     with pytest.raises(CorruptError, match=r"head\.json"):
         house.restore()
-    applier = house.restore(accept_data_loss=True)
-    assert not applier.machine.sessions.live()
-    assert applier.machine.version < crowd.applier.machine.version
-    assert not applier.head.knows(crowd.applier.head.lineage)
+    engine = house.restore(accept_data_loss=True)
+    assert not engine.machine.sessions.live()
+    assert engine.machine.version < crowd.engine.machine.version
+    assert not engine.head.knows(crowd.engine.head.lineage)
     house.die()

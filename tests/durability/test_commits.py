@@ -13,7 +13,7 @@ import pytest
 from deltaserve_server.durability.commits import Commits, Journaled, StorageError
 from deltaserve_server.durability.files import File, Files
 from deltaserve_server.durability.journal import Journal, Reading
-from deltaserve_server.durability.records import Ended, Record, Renumbered
+from deltaserve_server.durability.records import Ended, Record, VersionBumped
 
 
 class Slow(Files):
@@ -85,9 +85,9 @@ def written(files: Files, number: int = 1, after: int = 0) -> list[int]:
 def test_nothing_is_told_before_it_is_on_the_disk(files: Slow, commits: Journaled) -> None:
     told: list[str] = []
     files.gate.clear()
-    commits.add(Renumbered(1))
-    commits.then(lambda: told.append("answer"))
-    thread = threading.Thread(target=commits.settle)
+    commits.add(VersionBumped(1))
+    commits.on_durable(lambda: told.append("answer"))
+    thread = threading.Thread(target=commits.flush)
     thread.start()
     time.sleep(0.1)
     assert told == []
@@ -101,8 +101,8 @@ def test_nothing_is_told_before_it_is_on_the_disk(files: Slow, commits: Journale
 def test_without_fsync_it_is_told_once_the_system_has_it(files: Slow, commits: Journaled) -> None:
     quick = Journaled(Journal(files, 2), 0, sync=False)
     files.syncs = 0
-    quick.add(Renumbered(1))
-    quick.settle()
+    quick.add(VersionBumped(1))
+    quick.flush()
     assert files.syncs == 0
     assert written(files, 2) == [1]
     quick.close()
@@ -110,9 +110,9 @@ def test_without_fsync_it_is_told_once_the_system_has_it(files: Slow, commits: J
 
 def test_without_a_journal_all_is_told_at_once() -> None:
     commits, told = Commits(5), []
-    commits.add(Renumbered(1), done=lambda: told.append("done"))
-    commits.then(lambda: told.append("then"))
-    commits.settle()
+    commits.add(VersionBumped(1), done=lambda: told.append("done"))
+    commits.on_durable(lambda: told.append("then"))
+    commits.flush()
     commits.ready(1 << 40, 1 << 40, 0)
     assert (told, commits.index) == (["done", "then"], 6)
 
@@ -138,7 +138,7 @@ def test_many_threads_are_told_in_order_and_share_their_writes(
         for _ in range(10):
             told = threading.Event()
             with owner:
-                commits.add(Renumbered(commits.index + 1))
+                commits.add(VersionBumped(commits.index + 1))
                 mine = commits.index
 
                 def tell(index: int = mine, told: threading.Event = told) -> None:
@@ -146,8 +146,8 @@ def test_many_threads_are_told_in_order_and_share_their_writes(
                     order.append(index)
                     told.set()
 
-                commits.then(tell)
-            commits.settle()
+                commits.on_durable(tell)
+            commits.flush()
             assert told.is_set()
             time.sleep(files.seconds)  # as if it computed: those who were told with it get their turn
 
@@ -165,11 +165,11 @@ def test_what_is_not_needed_any_more_is_given_back_before_what_follows_is_told(c
     told: list[str] = []
     values = np.arange(6, dtype=np.float32)
     commits.add(Ended(()), [(0, values)], lambda: told.append("values"))
-    commits.then(lambda: told.append("answer"))
+    commits.on_durable(lambda: told.append("answer"))
     assert told == []
-    commits.settle()
+    commits.flush()
     assert told == ["values", "answer"]
-    commits.settle()
+    commits.flush()
     assert told == ["values", "answer"], "once"
 
 
@@ -178,33 +178,33 @@ def test_what_cannot_be_written_is_not_told_until_a_snapshot_has_it(
     files: Slow, commits: Journaled, at: str, number: int
 ) -> None:
     told: list[int] = []
-    commits.add(Renumbered(1))
-    commits.then(lambda: told.append(1))
-    commits.settle()
+    commits.add(VersionBumped(1))
+    commits.on_durable(lambda: told.append(1))
+    commits.flush()
     files.error, files.at = number, at
     for index in (2, 3):
-        commits.add(Renumbered(index))
-        commits.then(lambda index=index: told.append(index))  # type: ignore[misc]
+        commits.add(VersionBumped(index))
+        commits.on_durable(lambda index=index: told.append(index))  # type: ignore[misc]
         with pytest.raises(StorageError, match=os.strerror(number)):
-            commits.settle()
+            commits.flush()
     with pytest.raises(StorageError):
         commits.ready(1, 1, 0)
     files.error = None
     syncs = files.syncs
     with pytest.raises(StorageError):
-        commits.settle()
+        commits.flush()
     assert files.syncs == syncs, "after an error nothing is tried again on this file"
     assert told == [1]
     journal = Journal(files, 2)
-    commits.switch(journal)
-    commits.add(Renumbered(4))
-    commits.then(lambda: told.append(4))
+    commits.rotate(journal)
+    commits.add(VersionBumped(4))
+    commits.on_durable(lambda: told.append(4))
     with pytest.raises(StorageError):
-        commits.settle()
+        commits.flush()
     commits.adopt(journal)
     assert told == [1, 2, 3]
     commits.adopt(journal)
-    commits.settle()
+    commits.flush()
     assert told == [1, 2, 3, 4]
     assert written(files, 2, 3) == [4]
     commits.ready(1, 1, 0)
@@ -216,18 +216,18 @@ def test_after_several_snapshots_that_failed_the_one_that_did_not_is_gone_on_wit
     told: list[int] = []
     files.error = errno.EIO
     for index in (1, 2, 3):
-        commits.add(Renumbered(index))
-        commits.then(lambda index=index: told.append(index))  # type: ignore[misc]
+        commits.add(VersionBumped(index))
+        commits.on_durable(lambda index=index: told.append(index))  # type: ignore[misc]
         with pytest.raises(StorageError):
-            commits.settle()
+            commits.flush()
         files.error = None
-        commits.switch(journal := Journal(files, index + 1))
+        commits.rotate(journal := Journal(files, index + 1))
         files.error = errno.EIO
     files.error = None
     commits.adopt(journal)
     assert told == [1, 2, 3]
-    commits.add(Renumbered(4))
-    commits.settle()
+    commits.add(VersionBumped(4))
+    commits.flush()
     assert [written(files, number) for number in (2, 3)] == [[], []]
     assert written(files, 4, 3) == [4]
 
@@ -235,23 +235,23 @@ def test_after_several_snapshots_that_failed_the_one_that_did_not_is_gone_on_wit
 def test_a_snapshot_does_not_spare_what_waits_its_journal(files: Slow, commits: Journaled) -> None:
     """Should that snapshot turn out to be bad, the one before it and the journals lead to the same."""
     told: list[int] = []
-    commits.add(Renumbered(1))
-    commits.then(lambda: told.append(1))
-    commits.switch(journal := Journal(files, 2))
-    commits.add(Renumbered(2))
+    commits.add(VersionBumped(1))
+    commits.on_durable(lambda: told.append(1))
+    commits.rotate(journal := Journal(files, 2))
+    commits.add(VersionBumped(2))
     commits.adopt(journal)
-    commits.settle()
+    commits.flush()
     assert told == [1]
     assert (written(files, 1), written(files, 2, 1)) == ([1], [2])
 
 
 def test_a_journal_is_switched_to_between_two_records(files: Slow, commits: Journaled) -> None:
     for index in range(1, 4):
-        commits.add(Renumbered(index))
-    commits.switch(Journal(files, 2))
+        commits.add(VersionBumped(index))
+    commits.rotate(Journal(files, 2))
     for index in range(4, 7):
-        commits.add(Renumbered(index))
-    commits.settle()
+        commits.add(VersionBumped(index))
+    commits.flush()
     assert (written(files, 1), written(files, 2, 3)) == ([1, 2, 3], [4, 5, 6])
 
 
@@ -262,18 +262,18 @@ def test_space_is_set_aside_before_anything_happens(files: Slow, commits: Journa
     files.error = None
     commits.ready(1, 1 << 16, 0)
     assert files.folder.joinpath("journal-00000001").stat().st_size >= 1 << 18
-    commits.add(Renumbered(1), [(0, np.zeros(1 << 16, np.float32))])
+    commits.add(VersionBumped(1), [(0, np.zeros(1 << 16, np.float32))])
     files.error = errno.ENOSPC
-    commits.settle()
+    commits.flush()
     assert written(files) == [1]
 
 
 def test_who_looks_meanwhile_keeps_effects_from_being_told(commits: Journaled) -> None:
     told: list[int] = []
-    commits.add(Renumbered(1))
-    commits.then(lambda: told.append(1))
+    commits.add(VersionBumped(1))
+    commits.on_durable(lambda: told.append(1))
     with commits.quiet():
-        thread = threading.Thread(target=commits.settle)
+        thread = threading.Thread(target=commits.flush)
         thread.start()
         time.sleep(0.05)
         assert told == []
@@ -285,15 +285,15 @@ def test_a_journal_that_has_ended_is_not_written_to(files: Slow, quick: Path) ->
     """Its descriptor's number may be another file's by then."""
     commits = Journaled(Journal(files, 7), 0, sync=True)
     switched = Journal(files, 8)
-    commits.add(Renumbered(1))
-    commits.then(lambda: pytest.fail("it was told"))
-    commits.switch(switched)
+    commits.add(VersionBumped(1))
+    commits.on_durable(lambda: pytest.fail("it was told"))
+    commits.rotate(switched)
     descriptors = {commits._journal._file._descriptor, switched._file._descriptor}
     commits.close()
     others = [os.open(quick / f"other-{k}", os.O_RDWR | os.O_CREAT) for k in range(2)]
     assert set(others) == descriptors
     with pytest.raises(StorageError):
-        commits.settle()
+        commits.flush()
     with pytest.raises(StorageError):
         commits.ready(1, 1, 0)
     commits.close()
@@ -307,12 +307,12 @@ def test_an_effect_may_bring_more_effects(commits: Journaled) -> None:
 
     def first() -> None:
         told.append("first")
-        commits.then(lambda: told.append("second"))
+        commits.on_durable(lambda: told.append("second"))
 
-    commits.add(Renumbered(1))
-    commits.then(first)
-    commits.settle()
-    commits.settle()
+    commits.add(VersionBumped(1))
+    commits.on_durable(first)
+    commits.flush()
+    commits.flush()
     assert told == ["first", "second"]
 
 
@@ -328,17 +328,17 @@ def test_a_journal_that_cannot_be_made_leaves_nothing(files: Slow) -> None:
 
 def test_a_journal_that_was_to_be_switched_to_is_taken_back(files: Slow, commits: Journaled) -> None:
     told: list[int] = []
-    commits.add(Renumbered(1))
-    commits.switch(journal := Journal(files, 2))
-    commits.add(Renumbered(2))
-    commits.then(lambda: told.append(2))
+    commits.add(VersionBumped(1))
+    commits.rotate(journal := Journal(files, 2))
+    commits.add(VersionBumped(2))
+    commits.on_durable(lambda: told.append(2))
     assert commits.take_back(journal)
-    commits.settle()
+    commits.flush()
     assert told == [2]
     assert written(files) == [1, 2]
-    commits.switch(journal)
-    commits.add(Renumbered(3))
-    commits.settle()
+    commits.rotate(journal)
+    commits.add(VersionBumped(3))
+    commits.flush()
     assert not commits.take_back(journal), "it is written to already"
     assert written(files, 2, 2) == [3]
 
@@ -347,8 +347,8 @@ def test_a_write_that_dies_between_two_calls_of_the_system_is_torn(
     files: Slow, commits: Journaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system takes 1,024 buffers at a time; a record of more is a part of itself if the process dies between."""
-    commits.add(Renumbered(1))
-    commits.settle()
+    commits.add(VersionBumped(1))
+    commits.flush()
     values = np.arange(5, dtype=np.float32) + 1
     commits.add(Ended(()), [(5 * k, values) for k in range(1023)])  # with its head, the first call takes them all
 
@@ -359,5 +359,5 @@ def test_a_write_that_dies_between_two_calls_of_the_system_is_torn(
 
     monkeypatch.setattr(os, "pwritev", dying)
     with pytest.raises(KeyboardInterrupt):
-        commits.settle()
+        commits.flush()
     assert written(files) == [1]

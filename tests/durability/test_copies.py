@@ -17,7 +17,7 @@ from house import Clock, House, Seen, check_same, seen
 from deltaserve_server.durability import copies as room
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.folder import HEAD, Ancestor
-from deltaserve_server.service.applier import Applier
+from deltaserve_server.engine.model_engine import ModelEngine
 
 DURABILITIES = ("snapshot", "journal", "fsync")
 
@@ -37,11 +37,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def copy(url: str, applier: Applier) -> None:
+def copy(url: str, engine: ModelEngine) -> None:
     """Copies a model's newest snapshot; returns when that is done."""
-    assert applier.keeper
+    assert engine.storage
     copies = Copies(url)
-    copies.offer("m", applier.keeper.folder)
+    copies.offer("m", engine.storage.folder)
     copies.close(20.0)
 
 
@@ -69,13 +69,13 @@ def push_and_save(crowd: Crowd, pushes: int) -> Seen:
     for _ in range(pushes):
         crowd.push()
     crowd.save()
-    return seen(crowd.applier)
+    return seen(crowd.engine)
 
 
-def end(house: House, applier: Applier) -> None:
+def end(house: House, engine: ModelEngine) -> None:
     """Ends a model in good order."""
-    assert applier.keeper
-    applier.keeper.close(applier._cut)
+    assert engine.storage
+    engine.storage.close(engine._cut)
     house.directory.close()
 
 
@@ -87,41 +87,41 @@ def test_a_copy_that_is_put_back_goes_on_under_another_lineage_and_without_its_s
     quick: Path, clock: Clock, url: str, durability: str
 ) -> None:
     house = House(quick / "data", durability)
-    crowd = Crowd(applier := house.create(), 1, clock)
+    crowd = Crowd(engine := house.create(), 1, clock)
     saved = push_and_save(crowd, 3)
-    assert applier.machine.sessions.live()
-    copy(url, applier)
+    assert engine.machine.sessions.live()
+    copy(url, engine)
     crowd.push()
     house.die()
     again = House(put_back(url, quick / "back"), durability)
     came = again.restore()
     again.die()
     assert (came.machine.version, seen(came).vectors) == (saved.version, saved.vectors)
-    assert came.head.lineage != applier.head.lineage
-    assert came.head.ancestors == (Ancestor(applier.head.lineage, saved.version),)
+    assert came.head.lineage != engine.head.lineage
+    assert came.head.ancestors == (Ancestor(engine.head.lineage, saved.version),)
     assert not came.machine.sessions.live()
 
 
 def test_so_does_one_of_a_model_that_has_ended_in_good_order(quick: Path, clock: Clock, url: str) -> None:
     """Whoever puts it back may do so after the model has gone on from where it ended."""
     house = House(quick / "data", "fsync")
-    crowd = Crowd(applier := house.create(), 2, clock)
+    crowd = Crowd(engine := house.create(), 2, clock)
     crowd.push()
-    end(house, applier)
-    copy(url, applier)
+    end(house, engine)
+    copy(url, engine)
     again = House(put_back(url, quick / "back"), "fsync")
     came = again.restore()
     again.die()
-    assert came.machine.version == applier.machine.version == 1
-    assert came.head.lineage != applier.head.lineage
-    assert came.head.knows(applier.head.lineage)
+    assert came.machine.version == engine.machine.version == 1
+    assert came.head.lineage != engine.head.lineage
+    assert came.head.knows(engine.head.lineage)
 
 
 def test_a_copy_that_was_put_back_goes_on_like_any_other_model(quick: Path, clock: Clock, url: str) -> None:
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 3, clock)
+    crowd = Crowd(engine := house.create(), 3, clock)
     push_and_save(crowd, 2)
-    copy(url, applier)
+    copy(url, engine)
     house.die()
     again = House(put_back(url, quick / "back"))
     crowd = Crowd(came := again.restore(), 4, clock)
@@ -141,13 +141,13 @@ def test_a_copy_that_was_put_back_goes_on_like_any_other_model(quick: Path, cloc
 
 def test_two_copies_are_kept(quick: Path, clock: Clock, url: str) -> None:
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 5, clock)
+    crowd = Crowd(engine := house.create(), 5, clock)
     numbers: list[int] = []
     for _ in range(4):
         push_and_save(crowd, 1)
-        copy(url, applier)
-        assert applier.keeper
-        numbers.append(applier.keeper.last.number)
+        copy(url, engine)
+        assert engine.storage
+        numbers.append(engine.storage.last.number)
         assert names(url, "m") == snapshot_files(*numbers[-2:])
     house.die()
 
@@ -169,8 +169,8 @@ def test_copies_of_a_model_that_was_deleted_are_moved_aside_for_the_next_one_of_
     aside = f".m.{old.head.lineage.hex()}"
     assert names(url) == [aside, "m"]
     assert names(url, aside) == kept
-    assert new.keeper
-    assert names(url, "m") == snapshot_files(new.keeper.last.number)
+    assert new.storage
+    assert names(url, "m") == snapshot_files(new.storage.last.number)
     again = House(put_back(url, quick / "back"))
     assert again.directory.names() == ["m"]
     came = again.restore()
@@ -181,14 +181,14 @@ def test_copies_of_a_model_that_was_deleted_are_moved_aside_for_the_next_one_of_
 
 def test_copies_that_nobody_can_tell_whose_they_are_are_moved_aside(quick: Path, clock: Clock, url: str) -> None:
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 8, clock)
+    crowd = Crowd(engine := house.create(), 8, clock)
     push_and_save(crowd, 2)
-    copy(url, applier)
+    copy(url, engine)
     kept = names(url, "m")
     system, root = fsspec.core.url_to_fs(url)
     system.pipe_file(f"{root}/models/m/{HEAD}", b"nonsense")
     wanted = push_and_save(crowd, 1)
-    copy(url, applier)
+    copy(url, engine)
     house.die()
     aside, name = names(url)
     assert (aside[:3], name) == (".m.", "m")
@@ -207,7 +207,7 @@ def test_what_the_place_for_copies_does_not_find_is_told_and_tried_again(
 ) -> None:
     """An object store without the bucket, for instance: the snapshot is there all the same."""
     house = House(quick / "data")
-    push_and_save(Crowd(applier := house.create(), 9, clock), 1)
+    push_and_save(Crowd(engine := house.create(), 9, clock), 1)
     monkeypatch.setattr(room, "_RETRY_SECONDS", (0.01, 0.01, 0.01))
     copies = Copies(url)
     really, refusals = copies._system.put_file, [1, 2]
@@ -219,10 +219,10 @@ def test_what_the_place_for_copies_does_not_find_is_told_and_tried_again(
         really(*given)
 
     monkeypatch.setattr(copies._system, "put_file", put_file)
-    assert applier.keeper
-    number = applier.keeper.last.number
+    assert engine.storage
+    number = engine.storage.last.number
     with caplog.at_level("INFO", room.__name__):
-        copies.offer("m", applier.keeper.folder)
+        copies.offer("m", engine.storage.folder)
         _wait(lambda: "is at" in caplog.text)
     copies.close(20.0)
     house.die()
@@ -234,11 +234,11 @@ def test_a_model_that_is_gone_by_then_is_no_trouble(
     quick: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     house = House(quick / "data")
-    push_and_save(Crowd(applier := house.create(), 10, clock), 1)
+    push_and_save(Crowd(engine := house.create(), 10, clock), 1)
     house.directory.remove("m")
     copies = Copies((quick / "copies").as_uri())
-    assert applier.keeper
-    copies.offer("m", applier.keeper.folder)
+    assert engine.storage
+    copies.offer("m", engine.storage.folder)
     copies.close(20.0)
     house.die()
     assert caplog.text == ""
@@ -249,7 +249,7 @@ def test_a_place_that_is_slower_than_snapshots_come_has_whole_ones(
 ) -> None:
     """What is being copied stays here until it is, whatever comes after it; the next is the newest by then."""
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 11, clock)
+    crowd = Crowd(engine := house.create(), 11, clock)
     copies = Copies(url)
     really, waits, go_on = copies._system.put_file, threading.Event(), threading.Event()
 
@@ -259,18 +259,18 @@ def test_a_place_that_is_slower_than_snapshots_come_has_whole_ones(
         really(*given)
 
     monkeypatch.setattr(copies._system, "put_file", put_file)
-    assert applier.keeper
+    assert engine.storage
     numbers: list[int] = []
     for _ in range(4):
         push_and_save(crowd, 1)
-        numbers.append(applier.keeper.last.number)
-        copies.offer("m", applier.keeper.folder)
+        numbers.append(engine.storage.last.number)
+        copies.offer("m", engine.storage.folder)
         assert waits.wait(20)
-    assert applier.keeper.folder.snapshots() == [numbers[0], *numbers[-2:]]
+    assert engine.storage.folder.snapshots() == [numbers[0], *numbers[-2:]]
     go_on.set()
     copies.close(20.0)
     push_and_save(crowd, 1)
-    assert applier.keeper.folder.snapshots() == [numbers[-1], applier.keeper.last.number]
+    assert engine.storage.folder.snapshots() == [numbers[-1], engine.storage.last.number]
     house.die()
     assert names(url, "m") == snapshot_files(numbers[0], numbers[-1])
 
@@ -280,16 +280,16 @@ def test_what_is_there_already_is_not_written_again(
 ) -> None:
     """A stop copies the last snapshot, which is likely to be there; if it is broken off, what was whole stays so."""
     house = House(quick / "data")
-    push_and_save(Crowd(applier := house.create(), 12, clock), 1)
-    copy(url, applier)
+    push_and_save(Crowd(engine := house.create(), 12, clock), 1)
+    copy(url, engine)
     system, _ = fsspec.core.url_to_fs(url)
     written: list[object] = []
     monkeypatch.setattr(type(system), "put_file", lambda *given, **_: written.append(given))
-    copy(url, applier)
+    copy(url, engine)
     house.die()
     assert not written
-    assert applier.keeper
-    assert names(url, "m") == snapshot_files(applier.keeper.last.number)
+    assert engine.storage
+    assert names(url, "m") == snapshot_files(engine.storage.last.number)
 
 
 @pytest.mark.parametrize("broken", ["tensors", "manifest"])
@@ -297,11 +297,11 @@ def test_a_copy_that_is_broken_off_is_none_and_is_removed_with_the_next(
     quick: Path, clock: Clock, url: str, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 13, clock)
+    crowd = Crowd(engine := house.create(), 13, clock)
     wanted = push_and_save(crowd, 1)
-    copy(url, applier)
-    assert applier.keeper
-    first = applier.keeper.last.number
+    copy(url, engine)
+    assert engine.storage
+    first = engine.storage.last.number
     push_and_save(crowd, 1)
     system, _ = fsspec.core.url_to_fs(url)
     method = {"tensors": "put_file", "manifest": "mv"}[broken]
@@ -319,15 +319,15 @@ def test_a_copy_that_is_broken_off_is_none_and_is_removed_with_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(room, "_RETRY_SECONDS", ())
         patch.setattr(type(system), method, breaks_off)
-        copy(url, applier)
+        copy(url, engine)
     again = House(put_back(url, quick / "back"))
     came = again.restore()
     again.die()
     assert (came.machine.version, seen(came).vectors) == (wanted.version, wanted.vectors)
     push_and_save(crowd, 1)
-    copy(url, applier)
+    copy(url, engine)
     house.die()
-    assert names(url, "m") == snapshot_files(first, applier.keeper.last.number)
+    assert names(url, "m") == snapshot_files(first, engine.storage.last.number)
 
 
 def test_copies_of_a_course_that_was_left_make_way_for_those_of_the_present_one(
@@ -335,20 +335,20 @@ def test_copies_of_a_course_that_was_left_make_way_for_those_of_the_present_one(
 ) -> None:
     """As where the data directory is put back from an older image of it: numbers are given again."""
     house = House(quick / "data")
-    crowd = Crowd(applier := house.create(), 14, clock)
+    crowd = Crowd(engine := house.create(), 14, clock)
     push_and_save(crowd, 1)
     older = shutil.copytree(quick / "data", quick / "older")
     for _ in range(5):
         push_and_save(crowd, 1)
-        copy(url, applier)
+        copy(url, engine)
     house.die()
     again = House(older)
     crowd = Crowd(came := again.restore(), 15, clock)
     wanted = push_and_save(crowd, 3)
     copy(url, came)
     again.die()
-    assert came.keeper
-    assert names(url, "m") == snapshot_files(came.keeper.last.number)
+    assert came.storage
+    assert names(url, "m") == snapshot_files(came.storage.last.number)
     once_more = House(put_back(url, quick / "back"))
     last = once_more.restore()
     once_more.die()

@@ -19,11 +19,11 @@ from crowd import Crowd
 from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
 from house import Clock, House, Seen, awaited, machine
 
-from deltaserve_server.durability import directory, folder, keeper
+from deltaserve_server.durability import directory, folder, model_storage
 from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Async, Refused, Sync
-from deltaserve_server.service.applier import Applier
 
 
 class Told(NamedTuple):
@@ -66,25 +66,25 @@ class Story:
 
     def restore(self, states: dict[int, Seen]) -> None:
         """Brings the model back, of which there are states that it had."""
-        applier = self.house.restore()
-        self.states = {index: state for index, state in states.items() if index <= applier._commits.index}
-        self._begin(applier)
+        engine = self.house.restore()
+        self.states = {index: state for index, state in states.items() if index <= engine._commits.index}
+        self._begin(engine)
         self.act(self.crowd.open)
 
-    def _begin(self, applier: Applier) -> None:
-        self.applier = applier
-        self.crowd.__init__(applier, self._seed, self._clock)  # type: ignore[misc]
+    def _begin(self, engine: ModelEngine) -> None:
+        self.engine = engine
+        self.crowd.__init__(engine, self._seed, self._clock)  # type: ignore[misc]
         self.note()
         self.told()
 
     def note(self) -> None:
         """Keeps what the model now is."""
-        self.states[self.applier._commits.index] = awaited(self.applier)
+        self.states[self.engine._commits.index] = awaited(self.engine)
 
     def told(self) -> None:
-        assert self.applier.keeper
+        assert self.engine.storage
         self.recorder.log.append(
-            Told(self.applier._commits.index, self.applier.keeper.durable_version(self.applier.machine.version))
+            Told(self.engine._commits.index, self.engine.storage.durable_version(self.engine.machine.version))
         )
 
     def push(self, times: int = 1) -> None:
@@ -104,7 +104,7 @@ class Story:
 
     def together(self, times: int) -> None:
         """Several pushes that are written in one go."""
-        with self.applier.event():
+        with self.engine.event():
             for _ in range(times):
                 with suppress(Refused):
                     self.crowd.push()
@@ -112,14 +112,14 @@ class Story:
         self.told()
 
     def save(self) -> None:
-        entry = self.applier.save()
+        entry = self.engine.save()
         self.recorder.log.append(Saved(entry.version))
         self.told()
 
     def end(self) -> None:
         """Ends in good order."""
-        assert self.applier.keeper
-        self.applier.keeper.close(self.applier._cut)
+        assert self.engine.storage
+        self.engine.storage.close(self.engine._cut)
         self.house.die()
 
     def life(self) -> None:
@@ -133,7 +133,7 @@ class Story:
         self.act(self.crowd.put_state)
         self.save()
         self.act(self.crowd.open)
-        self.act(lambda: self.applier.change(self.applier.machine.groups, Sync()))
+        self.act(lambda: self.engine.change(self.engine.machine.groups, Sync()))
         self.push(2)
         self.together(2)
         self.act(self.crowd.close)
@@ -194,7 +194,7 @@ class Boots:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.number = 1
-        for module in (keeper, folder):
+        for module in (model_storage, folder):
             patch.setattr(module, "boot", lambda: f"boot {self.number}")
 
     @contextmanager
@@ -227,8 +227,8 @@ def came_back(left: Path, durability: str) -> tuple[int, Seen] | None:
     try:
         if "m" not in house.directory.names():
             return None
-        applier = house.restore()
-        return applier._commits.index, awaited(applier)
+        engine = house.restore()
+        return engine._commits.index, awaited(engine)
     finally:
         house.die()
 
@@ -242,7 +242,7 @@ def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path,
         whole: Whether all that was told of has to be there; otherwise the last snapshot.
     """
 
-    def then(left: Path, index: int, version: int) -> None:
+    def on_durable(left: Path, index: int, version: int) -> None:
         came = came_back(left, story.durability)
         if came is None:
             assert index < 0, "a model is gone of which somebody was told"
@@ -260,7 +260,7 @@ def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path,
             assert found.image.splitlines() == story.states[at].image.splitlines()
         counts["all there" if at >= index else "the last snapshot"] += 1
 
-    return then
+    return on_durable
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
@@ -415,7 +415,7 @@ def test_a_bit_that_flips_in_a_last_record_with_zeros_in_it_is_told_of_after_a_l
     """It cannot be told from one that the loss has torn: whoever reads the log decides."""
     story = Story(quick / "data", "fsync", Clock(monkeypatch))
     story.create()
-    story.act(lambda: story.applier.put_state(State(*(np.zeros(117, np.float32) for _ in range(3))), [0, 0, 0]))
+    story.act(lambda: story.engine.put_state(State(*(np.zeros(117, np.float32) for _ in range(3))), [0, 0, 0]))
     story.house.die()
     journal = max((quick / "data" / "models" / "m").glob("journal-*"))
     content = bytearray(journal.read_bytes())

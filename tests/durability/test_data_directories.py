@@ -20,11 +20,11 @@ from deltaserve_server import LocalServer, Server, ServerConfig
 from deltaserve_server.durability import recovery, snapshot
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
-from deltaserve_server.durability.keeper import Durability, Keeper, Schedule
+from deltaserve_server.durability.model_storage import Durability, ModelStorage, Schedule
+from deltaserve_server.engine.model_engine import ModelEngine
+from deltaserve_server.engine.recovery_progress import RecoveryProgress
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.model import Refused
-from deltaserve_server.service.applier import Applier
-from deltaserve_server.service.recovering import Recovering
 
 PROGRAM = """
 import sys
@@ -45,7 +45,7 @@ import os, sys
 from pathlib import Path
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
-from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.durability.model_storage import Durability, Schedule
 os.setgid(65534)
 os.setuid(65534)
 try:
@@ -58,7 +58,7 @@ import os, sys
 from pathlib import Path
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
-from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.durability.model_storage import Durability, Schedule
 def take():
     return DataDirectory(Path(sys.argv[1]), Schedule(durability=Durability.JOURNAL, updates=None, seconds=None))
 held = take()
@@ -197,11 +197,11 @@ def test_unknown_files_are_left_alone(quick: Path) -> None:
         path.write_bytes(b"mine")
     (quick / "data" / "lost+found").mkdir()
     house = House(quick / "data")
-    applier = house.restore()
-    assert seen(applier) == wanted
+    engine = house.restore()
+    assert seen(engine) == wanted
     for _ in range(3):
-        applier.change(applier.machine.groups, applier.machine.policy)
-        applier.save()
+        engine.change(engine.machine.groups, engine.machine.policy)
+        engine.save()
     house.die()
     assert all(path.read_bytes() == b"mine" for path in unknown)
     assert recovered(quick / "data").vectors == wanted.vectors
@@ -239,16 +239,16 @@ def test_with_data_loss_accepted_a_model_without_anything_good_is_set_aside(quic
 def test_with_data_loss_accepted_a_journal_ends_where_it_is_bad(quick: Path, later: str) -> None:
     """And so do those after it, also one that nothing was written to."""
     house = House(quick / "data")
-    applier = house.create()
-    states = [seen(applier)]
+    engine = house.create()
+    states = [seen(engine)]
     for _ in range(6):
-        applier.put_state(applier.state(), [0, 0, 0])
-        states.append(seen(applier))
+        engine.put_state(engine.state(), [0, 0, 0])
+        states.append(seen(engine))
     house.die()
     house = House(quick / "data")
-    applier = house.restore()
+    engine = house.restore()
     if later == "full":
-        applier.put_state(applier.state(), [0, 0, 0])
+        engine.put_state(engine.state(), [0, 0, 0])
     house.die()
     name = quick / "data" / "models" / "m" / "journal-00000002"
     content = bytearray(name.read_bytes())
@@ -304,11 +304,11 @@ def test_a_snapshot_of_a_deleted_model_does_not_get_into_the_next_one_of_its_nam
     with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
         model = client.create_model("m", {"w": np.zeros(3, np.float32)})
         model.update(policy=deltaserve.Async())
-        old = server._registry.get("m")
+        old = server._catalog.get("m")
 
         def save() -> None:
             try:
-                server._registry.save(old)
+                server._catalog.save(old)
             except Refused:
                 go_on.set()
 
@@ -327,21 +327,21 @@ def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: 
     """It is there the moment after it was looked for."""
     with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
         client.create_model("m", {"w": np.zeros(3, np.float32)})
-        registry = server._registry
-        recovering, applier = Recovering({"m": 1}), registry.get("m")
+        catalog = server._catalog
+        recovering, engine = RecoveryProgress({"m": 1}), catalog.get("m")
 
-        class Late(dict[str, Applier]):
-            def get(self, name: str, *_: object) -> Applier | None:  # type: ignore[override]
+        class Late(dict[str, ModelEngine]):
+            def get(self, name: str, *_: object) -> ModelEngine | None:  # type: ignore[override]
                 found = dict.get(self, name)
                 if found is None:
-                    self[name] = applier
+                    self[name] = engine
                     recovering.came(name)
                 return found
 
-        registry._models, registry._recovering = Late(), recovering
+        catalog._models, catalog._recovery = Late(), recovering
         with pytest.raises(Refused, match="RECOVERING"):
-            registry.get("m")
-        assert registry.get("m") is applier
+            catalog.get("m")
+        assert catalog.get("m") is engine
 
 
 def test_who_comes_while_models_are_read_does_not_get_what_they_need(
@@ -356,9 +356,9 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
     again, asked = LocalServer(tight), []
 
     def recover(*given: Any, **more: Any) -> Any:
-        asked.append(again._registry.memory.available)
+        asked.append(again._catalog.memory.available)
         with pytest.raises(Refused, match="MODEL_LIMIT"):
-            again._registry.check_room()
+            again._catalog.check_room()
         return really(*given, **more)
 
     monkeypatch.setattr(recovery, "recover", recover)
@@ -366,7 +366,7 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
         assert asked == [100, 100]
         assert [model.name for model in client.models()] == ["a", "b"]
         client.delete_model("a")
-        assert again._registry.memory.available == 32 * size + 100
+        assert again._catalog.memory.available == 32 * size + 100
 
 
 def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
@@ -399,8 +399,8 @@ def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def check() -> None:
-        if again._registry.all():
-            monkeypatch.setattr(Keeper, "close", fails)
+        if again._catalog.all():
+            monkeypatch.setattr(ModelStorage, "close", fails)
             raise KeyboardInterrupt
 
     with pytest.raises(DataDirectoryError, match="no last snapshot"):

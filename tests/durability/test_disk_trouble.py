@@ -15,6 +15,8 @@ import pytest
 from house import House, copied, recovered
 from trouble import Trouble, fill, small_file_system
 
+from deltaserve_server.durability import model_storage
+
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
 from wire import Refusal, Session, Wire, asynchronous, eventually, pieces, sync
@@ -30,7 +32,7 @@ from deltaserve.v1.model_service_pb2 import (
 )
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.durability import directory, journal, keeper
+from deltaserve_server.durability import directory, journal
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.model import Refused
 
@@ -42,7 +44,7 @@ JOURNALS = ("journal", "fsync")
 def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     made = Trouble()
     monkeypatch.setattr(directory, "Files", made.files)
-    monkeypatch.setattr(keeper, "_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(model_storage, "_RETRY_SECONDS", 0.2)
     yield made
     made.lift()
 
@@ -230,21 +232,21 @@ def test_a_disk_that_fails(quick: Path, trouble: Trouble, durability: str, error
 def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, trouble: Trouble, broken: bool) -> None:
     """Nor do they keep files open."""
     house = House(quick / "data", "fsync")
-    applier = house.create()
+    engine = house.create()
     trouble.errors["sync"] = errno.ENOSPC
     trouble.only = "" if broken else "snapshot"
     with suppress(Refused):
-        applier.open_session("a", 100.0)
+        engine.open_session("a", 100.0)
     trouble.only = "snapshot"
     descriptors, names = len(list(Path("/proc/self/fd").iterdir())), len(list((quick / "data").rglob("*")))
     for _ in range(20):
         with pytest.raises(OSError, match="No space"):
-            applier.save()
+            engine.save()
     assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 1
     assert len(list((quick / "data").rglob("*"))) <= names + 1
     trouble.lift()
-    applier.save()
-    applier.open_session("b", 100.0)
+    engine.save()
+    engine.open_session("b", 100.0)
     assert len(recovered(copied(quick / "data", quick / "copy"), durability="fsync").image) > 100
     house.die()
 
@@ -252,17 +254,17 @@ def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, t
 def test_a_snapshot_whose_manifest_finds_no_room_leaves_no_tensors(quick: Path, trouble: Trouble) -> None:
     """They would take what the next try needs."""
     house = House(quick / "data", "fsync")
-    applier = house.create()
+    engine = house.create()
     names = {path.name for path in (quick / "data" / "models" / "m").iterdir()}
     trouble.errors["allocate"] = errno.ENOSPC
     trouble.only = ".json"
-    applier.open_session("a", 100.0)
+    engine.open_session("a", 100.0)
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):
-            applier.save()
+            engine.save()
         assert {path.name for path in (quick / "data" / "models" / "m").iterdir()} == names
     trouble.lift()
-    applier.save()
+    engine.save()
     house.die()
 
 
@@ -270,7 +272,7 @@ def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Pat
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
         begin(wire)
-        available = server._registry.memory.available
+        available = server._catalog.memory.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         extension = ExtendModelHeader(
             model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[9])]
@@ -280,8 +282,8 @@ def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Pat
             *(ExtendModelRequest(weights=piece) for piece in pieces(np.zeros(9), SIZE)),
         ]
         assert wire.refused("ExtendModel", *messages).reason == "STORAGE_UNAVAILABLE"
-        assert len(server._registry.get("m").machine.layout.tensors) == 2
-        assert available - server._registry.memory.available == 8 * 4 * 9
+        assert len(server._catalog.get("m").machine.layout.tensors) == 2
+        assert available - server._catalog.memory.available == 8 * 4 * 9
         trouble.lift()
 
 
@@ -341,7 +343,7 @@ def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Troub
     config = ServerConfig(device="cpu", data_dir=data, durability="fsync", snapshot_seconds=None, lease_seconds=900.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         session = begin(wire)
-        staged = server._registry.staged
+        staged = server._catalog.staged
         free = staged.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
@@ -353,13 +355,13 @@ def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Troub
 
 def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    really = keeper.Keeper.save
+    really = model_storage.ModelStorage.save
 
     def save(*given: Any) -> Any:
         asked.append(given)
         return really(*given)
 
-    monkeypatch.setattr(keeper.Keeper, "save", save)
+    monkeypatch.setattr(model_storage.ModelStorage, "save", save)
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="journal")
     with LocalServer(config) as server, ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.target)) for _ in range(8)]
@@ -446,7 +448,7 @@ def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
         for _ in range(3):
             assert wire.watch("m").refused().reason == "STORAGE_UNAVAILABLE"
             assert wire.refused("Pull", PullRequest(model="m", wait_for_version=4)).reason == "STORAGE_UNAVAILABLE"
-        audience = server._registry.get("m")._audience
+        audience = server._catalog.get("m")._subscribers
         assert not audience.watches
         assert not audience._awaited
         trouble.lift()
@@ -455,14 +457,14 @@ def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
 def test_a_model_that_is_deleted_gives_back_what_could_not_be_written_down(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
-        memory, staged = server._registry.memory.available, server._registry.staged.available
+        memory, staged = server._catalog.memory.available, server._catalog.staged.available
         session = begin(wire)
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
         trouble.lift()
         wire.one("DeleteModel", DeleteModelRequest(model="m"))
-        assert server._registry.staged.available == staged
-        assert server._registry.memory.available == memory
+        assert server._catalog.staged.available == staged
+        assert server._catalog.memory.available == memory
 
 
 def test_a_file_system_that_sets_no_space_aside(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from deltaserve_server.durability.commits import Journaled, StorageError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder, Head
 from deltaserve_server.durability.journal import Journal, Reading
-from deltaserve_server.durability.records import Ended, Renumbered
+from deltaserve_server.durability.records import Ended, VersionBumped
 
 JOURNALS = ("journal", "fsync")
 
@@ -75,19 +75,19 @@ def test_what_is_told_after_a_manifest_that_may_be_found_comes_back(
     quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str, found: bool
 ) -> None:
     data, house = quick / "data", House(quick / "data", durability)
-    crowd = Crowd(applier := house.create(), 1, Clock(monkeypatch))
+    crowd = Crowd(engine := house.create(), 1, Clock(monkeypatch))
     crowd.open()
     push(crowd, 3)
     fail_once_in_place(monkeypatch)
     with pytest.raises(OSError, match="Too many open files"):
-        applier.save()
+        engine.save()
     manifest = newest_manifest(data).name
     push(crowd, 3)
     left = copied(data, quick / "copy")
     assert newest_manifest(left).name == manifest != "snapshot-00000001.json"
     if not found:
         newest_manifest(left).unlink()
-    check_comes_back(recovered(left, durability=durability), applier)
+    check_comes_back(recovered(left, durability=durability), engine)
     house.die()
 
 
@@ -96,21 +96,21 @@ def test_after_a_manifest_that_may_be_found_the_lineage_stays_and_snapshots_go_o
     quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
     house = House(quick / "data", durability)
-    crowd = Crowd(applier := house.create(), 2, Clock(monkeypatch))
+    crowd = Crowd(engine := house.create(), 2, Clock(monkeypatch))
     push(crowd, 2)
     fail_once_in_place(monkeypatch)
     with pytest.raises(OSError, match="Too many open files"):
-        applier.save()
+        engine.save()
     push(crowd, 2)
     left = copied(quick / "data", quick / "copy")
-    assert applier.save().version == 4
+    assert engine.save().version == 4
     push(crowd, 2)
     house.die()
     for path, version in ((left, 4), (quick / "data", 6)):
         house = House(path, durability)
         came = house.restore()
         house.die()
-        assert (came.head.lineage, came.machine.version) == (applier.head.lineage, version)
+        assert (came.head.lineage, came.machine.version) == (engine.head.lineage, version)
 
 
 # --- a model whose deletion fails
@@ -190,11 +190,11 @@ def test_what_waits_is_written_before_its_answer_though_a_journal_is_taken_back_
     commits = Journaled(Journal(files, 1), 0, sync=True)
     late = Late(commits._writing)
     monkeypatch.setattr(commits, "_writing", late)
-    commits.add(Renumbered(1))
-    thread = threading.Thread(target=commits.settle, name="late")
+    commits.add(VersionBumped(1))
+    thread = threading.Thread(target=commits.flush, name="late")
     thread.start()
     assert late.arrived.wait(10)
-    commits.switch(journal := Journal(files, 2))
+    commits.rotate(journal := Journal(files, 2))
     assert commits.take_back(journal)
     late.go.set()
     thread.join(10)
@@ -206,9 +206,9 @@ def test_what_waits_is_written_before_its_answer_though_a_journal_is_taken_back_
 def test_a_journal_that_is_taken_back_leaves_what_was_counted_as_it_was(quick: Path) -> None:
     """A long journal is cut by a snapshot; one that failed does not make it shorter."""
     commits = Journaled(Journal(Files(quick), 1), 7, sync=False, before=(7, 1000))
-    commits.add(Renumbered(8))
+    commits.add(VersionBumped(8))
     before = commits.records, commits.bytes
-    commits.switch(journal := Journal(Files(quick), 2))
+    commits.rotate(journal := Journal(Files(quick), 2))
     assert commits.take_back(journal)
     assert (commits.records, commits.bytes) == before
     journal.close()
@@ -219,8 +219,8 @@ def test_a_journal_that_is_taken_back_leaves_what_was_counted_as_it_was(quick: P
 def switching(quick: Path, trouble: Trouble) -> Iterator[Journaled]:
     """A record waits to be written to one journal; the next one goes to another."""
     commits = Journaled(Journal(trouble.files(quick), 1), 0, sync=True)
-    commits.add(Renumbered(1))
-    commits.switch(Journal(trouble.files(quick), 2))
+    commits.add(VersionBumped(1))
+    commits.rotate(Journal(trouble.files(quick), 2))
     yield commits
     commits.close()
 
@@ -232,7 +232,7 @@ def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
     assert (quick / "journal-00000001").stat().st_size < 1 << 18 <= (quick / "journal-00000002").stat().st_size
     trouble.errors["allocate"] = errno.ENOSPC
     switching.add(Ended(()), [(0, np.zeros(1 << 16, np.float32))])
-    switching.settle()
+    switching.flush()
     assert (written(quick, 1), written(quick, 2, 1)) == ([1], [2])
 
 
@@ -240,5 +240,5 @@ def test_where_that_journal_has_no_space_nothing_happens(trouble: Trouble, switc
     trouble.errors["allocate"], trouble.only = errno.ENOSPC, "journal-00000002"
     with pytest.raises(StorageError, match="No space left"):
         switching.ready(1, 1 << 16, 0)
-    switching.settle()
+    switching.flush()
     assert not switching.error

@@ -62,7 +62,7 @@ def come_back(path: Path, durability: str, check: Callable[[], None] = lambda: N
     kept: Any = {"durability": durability, **more}
     server = LocalServer(ServerConfig(device="cpu", data_dir=path, snapshot_seconds=None, **kept))
     server.start(check)
-    came = {applier.machine.name: seen(applier) for applier in server._registry.all()}
+    came = {engine.machine.name: seen(engine) for engine in server._catalog.all()}
     server.stop(grace_seconds=0)
     return came
 

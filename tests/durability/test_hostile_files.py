@@ -27,7 +27,7 @@ from deltaserve_server.durability.records import Header
 from deltaserve_server.durability.snapshot import Manifest
 from deltaserve_server.memory.store import Vector, allocate_host
 from deltaserve_server.model import Async, Bounded, Refused, Sync
-from deltaserve_server.service import convert
+from deltaserve_server.service import conversion
 
 EVIL: tuple[Any, ...] = (
     None, "", "x", [], {}, True, -1, 0, 1, 7, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30), 0.5, -0.5, 1e308, 1e-320,
@@ -50,7 +50,7 @@ def past(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     crowd.close()
     crowd.save()
     for policy in (Bounded(slack=3), Async()):
-        crowd.applier.change(crowd.applier.machine.groups, policy)
+        crowd.engine.change(crowd.engine.machine.groups, policy)
         crowd.open()
         _push_all(crowd)
     crowd.put_state()
@@ -107,17 +107,17 @@ def outcome(left: Path, clock: Clock) -> str:
     """Brings a model back and uses it: it is refused, or it is of use. Whatever else is raised fails the test."""
     house = House(left)
     try:
-        applier = house.restore()
-        with applier.event():
-            applier.position.SerializeToString()
-            convert.from_machine(applier.machine).SerializeToString()
-        crowd = Crowd(applier, 5, clock)
+        engine = house.restore()
+        with engine.event():
+            engine.position.SerializeToString()
+            conversion.from_machine(engine.machine).SerializeToString()
+        crowd = Crowd(engine, 5, clock)
         for call in (crowd.open, crowd.push, crowd.push, crowd.tick, crowd.extend, crowd.push, crowd.save):
             with suppress(Refused):
                 call()
         for _ in range(25):
             crowd.act()
-        assert all(np.isfinite(vector).all() for vector in (applier.state().weights, applier.state().square_avg))
+        assert all(np.isfinite(vector).all() for vector in (engine.state().weights, engine.state().square_avg))
         return "of use"
     except CorruptError as error:
         if str(left) not in error.where:

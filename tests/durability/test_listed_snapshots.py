@@ -57,7 +57,7 @@ def test_snapshots_that_have_made_way_for_newer_ones_by_then(
 ) -> None:
     def save() -> None:
         for _ in range(2):
-            server._registry.save(server._registry.get("m"))
+            server._catalog.save(server._catalog.get("m"))
 
     assert numbers(wire) == [1]
     before(monkeypatch, snapshot, "read_manifest", save)
@@ -68,7 +68,7 @@ def test_snapshots_that_have_made_way_for_newer_ones_by_then(
 def test_a_model_that_was_deleted_by_then(
     server: LocalServer, wire: Wire, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    before(monkeypatch, Folder, place, lambda: server._registry.delete("m"))
+    before(monkeypatch, Folder, place, lambda: server._catalog.delete("m"))
     assert wire.refused("ListSnapshots", ASKED).reason == "MODEL_NOT_FOUND"
 
 
@@ -82,7 +82,7 @@ def test_a_model_that_is_being_deleted(server: LocalServer, wire: Wire, monkeypa
         go_on.wait(0.5)  # whoever lists waits for this
 
     monkeypatch.setattr(DataDirectory, "remove", remove)
-    deletion = threading.Thread(target=server._registry.delete, args=("m",))
+    deletion = threading.Thread(target=server._catalog.delete, args=("m",))
 
     def delete() -> None:
         deletion.start()

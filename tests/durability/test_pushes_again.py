@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from house import MEMORY, Clock, House, machine, random
 
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Push, PushResult, Refused, Session, Sync
-from deltaserve_server.service.applier import Applier
 
 
-def push(applier: Applier, session: Session, sequence: int) -> "Future[PushResult]":
-    staging = applier.stage()
-    staging.add(0, random(applier.machine.layout.size, sequence))
+def push(engine: ModelEngine, session: Session, sequence: int) -> "Future[PushResult]":
+    staging = engine.stage()
+    staging.add(0, random(engine.machine.layout.size, sequence))
     given = Push(session_id=session.id, epoch=session.epoch, sequence=sequence, fingerprint=sequence)
-    return applier.push(given, staging, MEMORY.reserve(0))
+    return engine.push(given, staging, MEMORY.reserve(0))
 
 
 def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
@@ -24,12 +24,12 @@ def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
 ) -> None:
     """Its round has failed; nobody was told yet, for another record is being written; its worker sends it anew."""
     clock, house = Clock(monkeypatch), House(quick / "data")
-    applier = house.create(machine(policy=Sync(min_workers=2, round_timeout_seconds=1.0)))
-    a, b = applier.open_session("a", 100.0), applier.open_session("b", 100.0)
-    push(applier, a, 1)
+    engine = house.create(machine(policy=Sync(min_workers=2, round_timeout_seconds=1.0)))
+    a, b = engine.open_session("a", 100.0), engine.open_session("b", 100.0)
+    push(engine, a, 1)
     clock.ahead += 2
-    threads = [threading.Thread(target=applier.tick), threading.Thread(target=push, args=(applier, a, 1))]
-    with applier._commits.quiet():
+    threads = [threading.Thread(target=engine.tick), threading.Thread(target=push, args=(engine, a, 1))]
+    with engine._commits.quiet():
         for thread, waiting in zip(threads, (False, True), strict=True):  # given up, then taken again
             thread.start()
             deadline = time.monotonic() + 10
@@ -38,20 +38,20 @@ def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
     for thread in threads:
         thread.join(10)
     assert a.waiting, "it was taken for the next round"
-    push(applier, b, 1)
-    assert applier.machine.version == 1
-    with applier.event():  # raises where the model is lost
+    push(engine, b, 1)
+    assert engine.machine.version == 1
+    with engine.event():  # raises where the model is lost
         assert a.last_applied == 1
     house.die()
 
 
 def test_a_push_that_comes_again_while_its_answer_waits_for_the_disk(quick: Path) -> None:
     house = House(quick / "data")
-    applier = house.create()
-    session = applier.open_session("a", 100.0)
+    engine = house.create()
+    session = engine.open_session("a", 100.0)
     got: list[PushResult] = []
-    with applier._commits.quiet():
-        threads = [threading.Thread(target=lambda: got.append(push(applier, session, 1).result(10))) for _ in range(3)]
+    with engine._commits.quiet():
+        threads = [threading.Thread(target=lambda: got.append(push(engine, session, 1).result(10))) for _ in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(0.2)
@@ -59,28 +59,28 @@ def test_a_push_that_comes_again_while_its_answer_waits_for_the_disk(quick: Path
     for thread in threads:
         thread.join(10)
     assert [result.version for result in got] == [1, 1, 1]
-    assert applier.machine.version == 1
+    assert engine.machine.version == 1
     house.die()
 
 
 def test_a_model_that_ends_while_a_push_waits_for_the_disk_tells_it(quick: Path) -> None:
     """Whether it was written down or not: nobody waits for ever."""
     house = House(quick / "data")
-    applier = house.create()
-    session = applier.open_session("a", 100.0)
+    engine = house.create()
+    session = engine.open_session("a", 100.0)
     got: list[object] = []
 
     def work() -> None:
         try:
-            got.append(push(applier, session, 1).result(10))
+            got.append(push(engine, session, 1).result(10))
         except Refused as refusal:
             got.append(refusal.reason)
 
-    with applier._commits.quiet():
+    with engine._commits.quiet():
         thread = threading.Thread(target=work)
         thread.start()
         time.sleep(0.2)
-        ending = threading.Thread(target=applier.lose, args=(Refused("MODEL_NOT_FOUND", model="m"),))
+        ending = threading.Thread(target=engine.lose, args=(Refused("MODEL_NOT_FOUND", model="m"),))
         ending.start()
         time.sleep(0.1)
     thread.join(10)

@@ -24,7 +24,7 @@ from deltaserve.v1.model_service_pb2 import (
 )
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
-from deltaserve_server.durability.keeper import Keeper
+from deltaserve_server.durability.model_storage import ModelStorage
 
 SIZE = 4
 GRADIENT = (MAGNITUDE_MAX, -MAGNITUDE_MAX, 1.0, 0.0)
@@ -113,7 +113,7 @@ def _seen(wire: Wire) -> list[tuple[str, Snapshot]]:
 @pytest.fixture(params=["journal", "snapshot"])
 def lives(request: pytest.FixtureRequest, quick: Path, monkeypatch: pytest.MonkeyPatch) -> Lives:
     # Some changes ask for a snapshot at once: here there is none but those that a test takes.
-    monkeypatch.setattr(Keeper, "due", lambda *_: False)
+    monkeypatch.setattr(ModelStorage, "due", lambda *_: False)
     return Lives(quick, request.param)
 
 

@@ -14,8 +14,8 @@ from benchmarks.convergence_tables import tables
 
 from deltaserve import Async, Bounded, Sync
 from deltaserve_server import LocalServer
-from deltaserve_server.training.data import Examples
-from deltaserve_server.training.recipes import AirfoilScratch, Digits, NumpyRecipe, Policy
+from deltaserve_server.recipes.data import Examples
+from deltaserve_server.recipes.recipes import AirfoilScratch, Digits, NumpyRecipe, Policy
 
 # The study's shape with made-up examples: neither scikit-learn nor the airfoil file is needed.
 _random = np.random.default_rng(3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, Staging, State, Store
+from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, Staging, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
 
@@ -236,7 +236,6 @@ def test_what_a_journal_keeps_of_an_update_stays_until_it_is_given_back(
 
 def test_a_sum_that_a_journal_gives_back_late_is_no_version_where_those_are_shared(stage: Stage) -> None:
     """Versions lie where workers can map them; a sum from before that began does not."""
-    from deltaserve_server.memory import shared
 
     with ThreadPoolExecutor(1) as executor:
         store = HostStore(vector(4096, 0), 0, Budget(BUDGET), executor, 1)
@@ -249,4 +248,4 @@ def test_a_sum_that_a_journal_gives_back_late_is_no_version_where_those_are_shar
         for number in range(2, 6):
             store.fold(stage(store, vector(4096, number)), 1.0)
             store.update([Range(0, 4096, PLAIN)], 1.0, number)
-            assert shared.handle(store.current.weights)
+            assert shared_memory.handle(store.current.weights)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.memory import Budget, Range, Staging, State, Store, shared
+from deltaserve_server.memory import Budget, Range, Staging, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
-from deltaserve_server.memory.shared import Handle
+from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.memory.store import Vector
 
 FUTURE_WRITE = 0x10
@@ -28,7 +28,7 @@ def path(handle: Handle) -> Path:
 
 
 def handle_of(vector: Vector) -> Handle:
-    handle = shared.handle(vector)
+    handle = shared_memory.handle(vector)
     assert handle is not None
     return handle
 
@@ -45,7 +45,7 @@ def opened(handle: Handle, *, write: bool = False) -> Vector:
 @pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 300_001])
 @pytest.mark.parametrize("others_write", [True, False])
 def test_both_sides_see_the_same_values(size: int, others_write: bool) -> None:
-    vector = shared.allocate(size, others_write=others_write)
+    vector = shared_memory.allocate(size, others_write=others_write)
     assert vector.size == size
     assert vector.dtype == np.float32
     assert not vector.any()
@@ -65,7 +65,7 @@ def test_both_sides_see_the_same_values(size: int, others_write: bool) -> None:
 
 @pytest.mark.parametrize("others_write", [True, False])
 def test_the_file_is_the_owners_and_sealed(others_write: bool) -> None:
-    vector = shared.allocate(10, others_write=others_write)
+    vector = shared_memory.allocate(10, others_write=others_write)
     handle = handle_of(vector)
     status = path(handle).stat()
     assert stat.S_IMODE(status.st_mode) == 0o600
@@ -77,7 +77,7 @@ def test_the_file_is_the_owners_and_sealed(others_write: bool) -> None:
 
 
 def test_names_are_of_chance() -> None:
-    names = [handle_of(shared.allocate(1, others_write=False)).name for _ in range(100)]
+    names = [handle_of(shared_memory.allocate(1, others_write=False)).name for _ in range(100)]
     assert len(set(names)) == 100
     numbers = [int(name.removeprefix("deltaserve-"), 16) for name in names]
     for bit in range(128):
@@ -85,19 +85,19 @@ def test_names_are_of_chance() -> None:
 
 
 def test_only_a_whole_shared_vector_has_a_handle() -> None:
-    vector = shared.allocate(10, others_write=False)
-    assert shared.handle(np.zeros(10, np.float32)) is None
-    assert shared.handle(np.zeros(20, np.float32)[:10]) is None
-    assert shared.handle(vector) == shared.handle(vector)
+    vector = shared_memory.allocate(10, others_write=False)
+    assert shared_memory.handle(np.zeros(10, np.float32)) is None
+    assert shared_memory.handle(np.zeros(20, np.float32)[:10]) is None
+    assert shared_memory.handle(vector) == shared_memory.handle(vector)
 
 
 def test_it_is_gone_with_the_last_reference() -> None:
     gc.collect()
     gc.disable()
     try:
-        vector = shared.allocate(1000, others_write=True)
+        vector = shared_memory.allocate(1000, others_write=True)
         gone: list[int] = []
-        shared.when_gone(vector, lambda: gone.append(1))
+        shared_memory.when_gone(vector, lambda: gone.append(1))
         handle, part = handle_of(vector), vector[10:20]
         del vector
         assert path(handle).exists()
@@ -124,7 +124,7 @@ def descriptors() -> list[str]:
 def test_thousands_come_and_go() -> None:
     before = descriptors()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: shared.allocate(100, others_write=True).sum(), range(3000)))
+        list(pool.map(lambda _: shared_memory.allocate(100, others_write=True).sum(), range(3000)))
     assert descriptors() == before
 
 
@@ -137,14 +137,14 @@ def test_what_cannot_be_had_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, call, fails)
     for _ in range(5):
         with pytest.raises(OSError, match="No space left"):
-            shared.allocate(10, others_write=True)
+            shared_memory.allocate(10, others_write=True)
     assert descriptors() == before
 
 
 def test_where_the_system_has_no_such_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(OSError, match="only Linux"):
-        shared.allocate(10, others_write=True)
+        shared_memory.allocate(10, others_write=True)
 
 
 # --- stores
@@ -179,7 +179,7 @@ def test_every_version_can_be_mapped_and_has_the_same_bits(stores: tuple[HostSto
         for store in stores:
             update(store, stage, number)
         np.testing.assert_array_equal(opened(handle_of(mine.current.weights)), plain.current.weights)
-        assert shared.handle(plain.current.weights) is None
+        assert shared_memory.handle(plain.current.weights) is None
     state = plain.state()
     mine.put(State(state.weights.copy(), state.square_avg.copy(), state.acc_delta.copy()), 6)
     np.testing.assert_array_equal(opened(handle_of(mine.current.weights)), state.weights)
@@ -248,7 +248,7 @@ def test_where_files_run_out_a_version_is_not_shared(
             update(held, stage, number)
         versions.append(store.current)
         store.current.acquire()
-    assert shared.handle(store.current.weights) is None
+    assert shared_memory.handle(store.current.weights) is None
     assert "weights are not shared: [Errno 24] Too many open files" in caplog.text
     np.testing.assert_array_equal(store.current.weights, plain.current.weights)
     for version in versions:
@@ -292,14 +292,14 @@ def test_a_round_under_way_is_moved_too(stage: Stage) -> None:
                 if (number, push) == (1, 1):
                     store.share()
             store.update([Range(0, size, Hyperparameters())], 3.0, number)
-            assert shared.handle(store.current.weights)
+            assert shared_memory.handle(store.current.weights)
 
 
 def test_memory_that_garbage_held_may_come_back_while_a_budget_is_counting() -> None:
     """Python collects garbage whenever it allocates, also inside the budget's own lock."""
     budget = Budget(1000)
-    vector = shared.allocate(10, others_write=True)
-    shared.when_gone(vector, budget.reserve(400).release)
+    vector = shared_memory.allocate(10, others_write=True)
+    shared_memory.when_gone(vector, budget.reserve(400).release)
     garbage: list[object] = [vector]
     garbage.append(garbage)
 

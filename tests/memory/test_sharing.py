@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deltaserve_server.memory.sharing import share
+from deltaserve_server.memory.parallel import run_parallel
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -13,7 +13,7 @@ from deltaserve_server.memory.sharing import share
 def test_every_item_once(threads: int, count: int) -> None:
     done: list[int] = []
     with ThreadPoolExecutor(4) as executor:
-        share(done.append, range(count), executor, threads)
+        run_parallel(done.append, range(count), executor, threads)
     assert sorted(done) == list(range(count))
 
 
@@ -25,7 +25,7 @@ def test_the_calling_thread_works_too_and_at_most_so_many_others() -> None:
         together.wait()
 
     with ThreadPoolExecutor(8) as executor:
-        share(run, range(30), executor, 3)
+        run_parallel(run, range(30), executor, 3)
     assert len(seen) == 3
     assert threading.current_thread() in seen
 
@@ -34,7 +34,7 @@ def test_a_busy_executor_is_not_waited_for() -> None:
     release, done = threading.Event(), list[int]()
     with ThreadPoolExecutor(1) as executor:
         executor.submit(release.wait, 60)
-        share(done.append, range(10), executor, 4)
+        run_parallel(done.append, range(10), executor, 4)
         assert done == list(range(10))
         release.set()
 
@@ -55,11 +55,11 @@ def test_a_failure_ends_the_work_and_is_raised_when_nobody_works_any_more(thread
 
     with ThreadPoolExecutor(2) as executor:
         with pytest.raises(KeyError):
-            share(run, range(10_000), executor, threads)
+            run_parallel(run, range(10_000), executor, threads)
         assert running == [0]
     assert len(begun) < 1000
 
 
 def test_an_index_error_of_an_item_is_none_of_ours() -> None:
     with ThreadPoolExecutor(2) as executor, pytest.raises(IndexError):
-        share([1, 2].__getitem__, [0, 1, 2], executor, 2)
+        run_parallel([1, 2].__getitem__, [0, 1, 2], executor, 2)

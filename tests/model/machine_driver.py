@@ -7,7 +7,9 @@ import pytest
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import (
     Answer,
+    BumpVersion,
     Combine,
+    Contribution,
     Decision,
     Fold,
     Key,
@@ -19,9 +21,7 @@ from deltaserve_server.model import (
     PushStatus,
     Refuse,
     Refused,
-    Renumber,
     Session,
-    Share,
     Tensor,
     Update,
 )
@@ -40,7 +40,7 @@ class Driver:
         self.factors: dict[Key, float] = {}
         self.combined: list[Combine] = []
         self.updates: list[Update] = []
-        self.renumbered: list[int] = []
+        self.version_bumped: list[int] = []
         self.answers: dict[Key, PushResult] = {}
         self.given_up: dict[Key, Refused] = {}
         self._ids = itertools.count()
@@ -114,26 +114,26 @@ class Driver:
                     self.combined.append(decision)
                 case Update():
                     self.updates.append(decision)
-                case Renumber(version):
-                    self.renumbered.append(version)
+                case BumpVersion(version):
+                    self.version_bumped.append(version)
                 case Answer(key, result):
                     self.answers[key] = result
                 case Refuse(key, refusal):
                     self.given_up[key] = refusal
 
 
-def shares(result: PushResult | None) -> tuple[Share, ...]:
+def contributions(result: PushResult | None) -> tuple[Contribution, ...]:
     """Returns what the pushes of a result's update were."""
     assert result
-    assert result.made
-    return result.made.shares
+    assert result.summary
+    return result.summary.contributions
 
 
-def share(result: PushResult | None) -> Share:
+def contribution(result: PushResult | None) -> Contribution:
     """Returns what the push itself was in its update."""
     assert result
-    assert result.share
-    return result.share
+    assert result.contribution
+    return result.contribution
 
 
 def refused(reason: str, **metadata: object) -> "pytest.RaisesExc[Refused]":

@@ -1,7 +1,7 @@
 """The state machine: sessions and sequence numbers. Time is whatever the test says."""
 
 import pytest
-from machine_driver import LEASE, Driver, refused, share, shares
+from machine_driver import LEASE, Driver, contribution, contributions, refused
 
 from deltaserve_server.model import Async, PushResult, Refused, Sync
 
@@ -44,7 +44,7 @@ class TestSequence:
         assert driver.push(session, 1) == PushResult(version=9, duplicate=True)
         second = driver.push(session, 2)
         assert second
-        assert (second.version, len(shares(second))) == (2, 1)
+        assert (second.version, len(contributions(second))) == (2, 1)
 
     def test_a_number_with_other_content_is_refused(self) -> None:
         driver = Driver(Async())
@@ -63,7 +63,7 @@ class TestSequence:
         first, second = driver.open("a"), driver.open("b")
         for _ in range(3):
             driver.push(first)
-        assert share(driver.push(second, base=1)).staleness == 2
+        assert contribution(driver.push(second, base=1)).staleness == 2
 
 
 class TestSessions:

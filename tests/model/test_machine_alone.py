@@ -1,7 +1,7 @@
 """The state machine: policies under which every push is an update at once, and answers that wait for slower workers."""
 
 import pytest
-from machine_driver import LEASE, Driver, refused, share
+from machine_driver import LEASE, Driver, contribution, refused
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import Async, Bounded, Session, Tensor
@@ -17,13 +17,13 @@ class TestMaxStaleness:
         with refused("STALE_BASE", base=4 - bound, current=5, bound=bound):
             driver.push(b, base=4 - bound)
         assert (b.last_accepted, driver.version) == (0, 5)
-        assert share(driver.push(b, 1, base=5 - bound)).staleness == bound
+        assert contribution(driver.push(b, 1, base=5 - bound)).staleness == bound
 
     def test_an_unset_base_is_never_stale(self) -> None:
         driver = Driver(Async(max_staleness=0))
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
-        assert share(driver.push(b)).staleness == 0
+        assert contribution(driver.push(b)).staleness == 0
 
     def test_a_duplicate_is_not_judged_again(self) -> None:
         driver = Driver(Async(max_staleness=0))
@@ -50,7 +50,7 @@ class TestDamping:
             driver.push(a)
         driver.push(b, base=0)
         driver.push(b, base=3, hyperparameters=Hyperparameters(lr=0.5, rho=0.8))
-        used = [update.made.hyperparameters for update in driver.updates[2:]]
+        used = [update.summary.hyperparameters for update in driver.updates[2:]]
         assert used == [
             (Hyperparameters(),),
             (Hyperparameters(lr=0.25),),
@@ -64,7 +64,7 @@ class TestDamping:
         driver.push(a)
         driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(lr=0.5)])
         driver.push(a, base=0, hyperparameters=Hyperparameters(lr=3.0))
-        assert driver.updates[-1].made.hyperparameters == (Hyperparameters(lr=1.5), Hyperparameters(lr=0.25))
+        assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(lr=1.5), Hyperparameters(lr=0.25))
 
 
 class TestBounded:

@@ -1,7 +1,7 @@
 """The state machine: other hyperparameters and other policies, at once or when the open round has closed."""
 
 import pytest
-from machine_driver import Driver, refused, share, shares
+from machine_driver import Driver, contribution, contributions, refused
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import Async, Bounded, Key, Policy, Sync, Tensor
@@ -17,7 +17,7 @@ class TestAtOnce:
         assert driver.change(None, SLOW) == 2
         driver.push(a)
         driver.push(a, hyperparameters=Hyperparameters(lr=3.0))  # a push's own go on counting
-        used = [update.made.hyperparameters[0].lr for update in driver.updates]
+        used = [update.summary.hyperparameters[0].lr for update in driver.updates]
         assert used == [1.0, 0.25, 3.0]
 
     def test_hyperparameters_count_for_a_round_that_is_reduced_in_part(self) -> None:
@@ -27,7 +27,7 @@ class TestAtOnce:
         assert driver.folds
         assert driver.change(None, SLOW) == 1
         driver.push(b)
-        assert driver.updates[0].made.hyperparameters == (SLOW,)
+        assert driver.updates[0].summary.hyperparameters == (SLOW,)
 
     def test_what_it_was_created_as_stays(self) -> None:
         driver = Driver(Sync())
@@ -54,7 +54,7 @@ class TestAtOnce:
         driver.now = 2.0
         assert driver.version == 0
         assert driver.change(after) == 1
-        assert len(shares(driver.answers[b.id, 1])) == 2
+        assert len(contributions(driver.answers[b.id, 1])) == 2
 
     def test_a_new_reduction_counts_for_what_is_not_reduced_yet(self) -> None:
         driver = Driver(Sync())
@@ -73,7 +73,7 @@ class TestAtOnce:
         assert c.first_version == 0
         driver.push(a)
         assert driver.version == 0
-        assert len(shares(driver.push(c))) == 3
+        assert len(contributions(driver.push(c))) == 3
 
 
 class TestDeferred:
@@ -89,7 +89,7 @@ class TestDeferred:
         assert (driver.machine.policy, driver.machine.groups) == (Sync(), (Hyperparameters(),))
         assert driver.machine.configuration() == ((SLOW,), after)
         driver.push(b, norm=4.0)
-        assert driver.updates[0].made.hyperparameters == (Hyperparameters(),)
+        assert driver.updates[0].summary.hyperparameters == (Hyperparameters(),)
         assert driver.factors == {(a.id, 1): 1.0, (b.id, 1): 1.0}
         assert (driver.machine.policy, driver.machine.groups) == (after, (SLOW,))
 
@@ -144,7 +144,7 @@ class TestOutOfRounds:
         assert driver.change(Async()) == 1
         assert driver.folds == keys
         assert [driver.answers[key].version for key in keys] == [1, 2]
-        assert [share(driver.answers[key]).staleness for key in keys] == [0, 1]
+        assert [contribution(driver.answers[key]).staleness for key in keys] == [0, 1]
 
     def test_to_async_what_is_too_stale_by_then_is_given_up(self) -> None:
         driver, (first, second) = self.waiting()
@@ -154,12 +154,12 @@ class TestOutOfRounds:
         assert (refusal.reason, refusal.metadata) == ("STALE_BASE", {"base": "0", "current": "1", "bound": "0"})
         session = driver.machine.sessions.named("c")
         assert session
-        assert share(driver.push(session, 1, base=1)).staleness == 0  # its number is free
+        assert contribution(driver.push(session, 1, base=1)).staleness == 0  # its number is free
 
     def test_to_async_with_damping_each_has_its_own_lr(self) -> None:
         driver, _ = self.waiting()
         driver.change(Async(damping=True))
-        assert [update.made.hyperparameters[0].lr for update in driver.updates] == [1.0, 0.5]
+        assert [update.summary.hyperparameters[0].lr for update in driver.updates] == [1.0, 0.5]
 
     def test_to_bounded_each_is_a_step_and_may_be_held(self) -> None:
         driver, keys = self.waiting()
@@ -177,7 +177,7 @@ class TestOutOfRounds:
         assert late.first_version == 1
         driver.change(Async())
         assert driver.push(late, base=1)
-        assert driver.renumbered == []
+        assert driver.version_bumped == []
 
     def test_a_version_is_made_for_who_was_promised_one(self) -> None:
         driver = Driver(Sync())
@@ -188,7 +188,7 @@ class TestOutOfRounds:
         assert late.first_version == 2
         driver.change(Async(max_staleness=0))
         assert (b.id, 1) in driver.given_up
-        assert driver.renumbered == [2]
+        assert driver.version_bumped == [2]
 
     def test_the_push_of_a_session_that_ended_counts(self) -> None:
         driver, keys = self.waiting()
@@ -210,7 +210,7 @@ class TestIntoRounds:
         with refused("ROUND_CLOSED", base=1, current=2):
             driver.push(a, base=1)
         assert driver.push(a, base=2) is None
-        assert len(shares(driver.push(b, base=2))) == 2
+        assert len(contributions(driver.push(b, base=2))) == 2
 
     @pytest.mark.parametrize("after", [Sync(), Async(), Sync(min_workers=5)])
     def test_answers_that_bounded_held_are_given(self, after: Policy) -> None:

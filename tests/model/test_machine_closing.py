@@ -1,10 +1,10 @@
 """The state machine: rounds that close without all, by quorum and by timeout, and rounds that fail."""
 
 import pytest
-from machine_driver import LEASE, Driver, refused, share, shares
+from machine_driver import LEASE, Driver, contribution, contributions, refused
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.model import Renumber, Sync
+from deltaserve_server.model import BumpVersion, Sync
 
 LONG = 1000.0
 
@@ -14,7 +14,7 @@ class TestQuorum:
         driver = Driver(Sync(quorum=2))
         a, b, c = (driver.open(name) for name in "abc")
         assert driver.push(c) is None
-        assert [held.worker for held in shares(driver.push(a))] == ["a", "c"]
+        assert [held.worker for held in contributions(driver.push(a))] == ["a", "c"]
         assert driver.folds == [(a.id, 1), (c.id, 1)]
         assert b.member
 
@@ -30,7 +30,7 @@ class TestQuorum:
         assert driver.version == 0
         driver.tick(0.25)
         assert (driver.version, driver.machine.due()) == (1, None)
-        assert [held.worker for held in driver.updates[0].made.shares] == ["a", "b"]
+        assert [held.worker for held in driver.updates[0].summary.contributions] == ["a", "b"]
 
     def test_within_the_grace_the_rest_still_comes_and_ends_it(self) -> None:
         driver = Driver(Sync(quorum=2, grace_seconds=3.0))
@@ -38,7 +38,7 @@ class TestQuorum:
         driver.push(a)
         driver.push(b)
         driver.tick(1.0)
-        assert len(shares(driver.push(c))) == 3
+        assert len(contributions(driver.push(c))) == 3
         assert driver.now == 1.0
 
     def test_any_event_sees_that_the_time_is_up(self) -> None:
@@ -57,7 +57,7 @@ class TestQuorum:
         b = driver.open("b")
         assert (driver.version, b.member, b.first_version) == (1, True, 1)
         assert driver.push(b, base=b.first_version) is None
-        assert len(shares(driver.push(a))) == 2
+        assert len(contributions(driver.push(a))) == 2
 
     def test_a_straggler_is_told_which_version_to_compute_on(self) -> None:
         driver = Driver(Sync(quorum=2))
@@ -67,7 +67,7 @@ class TestQuorum:
         with refused("ROUND_CLOSED", base=0, current=1):
             driver.push(c, base=0)
         assert driver.push(c, 1, base=1) is None  # the same number
-        assert len(shares(driver.push(a, base=1))) == 2
+        assert len(contributions(driver.push(a, base=1))) == 2
 
     def test_it_is_no_less_than_min_workers_that_closes(self) -> None:
         driver = Driver(Sync(min_workers=2, quorum=3))
@@ -75,7 +75,7 @@ class TestQuorum:
         driver.push(a)
         driver.close(c)
         assert driver.version == 0
-        assert len(shares(driver.push(b))) == 2  # all that are awaited, though no quorum
+        assert len(contributions(driver.push(b))) == 2  # all that are awaited, though no quorum
 
 
 class TestTimeout:
@@ -89,7 +89,7 @@ class TestTimeout:
         driver.push(a, base=0)
         assert (driver.version, driver.machine.due()) == (0, 8.0)
         driver.tick(1.0)
-        assert [held.worker for held in shares(driver.answers[a.id, 1])] == ["a", "b"]
+        assert [held.worker for held in contributions(driver.answers[a.id, 1])] == ["a", "b"]
         with refused("ROUND_CLOSED", base=0, current=1):
             driver.push(c, base=0)
 
@@ -132,7 +132,7 @@ class TestFailure:
         assert driver.machine.due() is None
         b = driver.open("b")
         assert driver.push(b, base=0) is None
-        assert len(shares(driver.push(a, 1, base=0, fingerprint=7))) == 2
+        assert len(contributions(driver.push(a, 1, base=0, fingerprint=7))) == 2
         assert driver.folds == [(a.id, 1), (b.id, 1)]
 
     def test_another_push_may_have_the_number(self) -> None:
@@ -169,10 +169,10 @@ class TestFailure:
         assert late.first_version == 1
         driver.close(b)
         driver.machine.renew(late.id, driver.now)
-        assert driver.renumbered == [1]  # nobody but it is awaited, so it is taken in
+        assert driver.version_bumped == [1]  # nobody but it is awaited, so it is taken in
         driver.tick(5.0)
         assert driver.given_up
-        assert driver.renumbered == [1]
+        assert driver.version_bumped == [1]
         driver.push(a, 1, base=1)
         assert driver.push(late, base=1)
 
@@ -182,13 +182,13 @@ class TestFailure:
         driver.push(a, base=0)
         late = driver.open("c", LONG)
         driver.tick(5.0)
-        assert driver.decisions[0] == Renumber(1)
+        assert driver.decisions[0] == BumpVersion(1)
         assert (late.member, late.first_version, driver.version) == (True, 1, 1)
         assert driver.push(late, base=1) is None
         result = driver.push(a, 1, base=0)  # the same push, on the same weights
         assert result is None  # b is awaited
         driver.tick(5.0)
-        assert share(driver.answers[a.id, 1]).staleness == 1
+        assert contribution(driver.answers[a.id, 1]).staleness == 1
 
     def test_duplicates_of_the_last_eight_are_known_after_it(self) -> None:
         driver = Driver(Sync(round_timeout_seconds=5.0))

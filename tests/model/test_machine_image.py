@@ -16,7 +16,7 @@ from simulator import Simulation
 
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.model import Async, Bounded, Machine, Sync
-from deltaserve_server.model.image import MachineImage
+from deltaserve_server.model.state import MachineState
 
 EVENTS = 600
 SWAP_EVERY = 5
@@ -24,13 +24,13 @@ SWAP_EVERY = 5
 
 def again(machine: Machine, now: float = 0.0) -> Machine:
     """The machine as it is after being written down and read."""
-    return unpacked(packed(MachineImage.of(machine)), MachineImage, "image").machine(now)
+    return unpacked(packed(MachineState.of(machine)), MachineState, "image").machine(now)
 
 
 def text(machine: Machine) -> str:
     """A machine's image, its updates in order of versions."""
-    image = MachineImage.of(machine)
-    ordered = replace(image, made=tuple(sorted(image.made, key=lambda update: update.version)))
+    image = MachineState.of(machine)
+    ordered = replace(image, summary=tuple(sorted(image.summary, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered)).decode()
 
 
@@ -48,9 +48,9 @@ def take_over(simulation: Simulation) -> None:
         assert found
         found.expires = session.expires
         for number, record in found.window.items():
-            made, read = session.window[number].result, record.result
-            assert msgspec.json.encode(made) == msgspec.json.encode(read)
-            record.result = made
+            summary, read = session.window[number].result, record.result
+            assert msgspec.json.encode(summary) == msgspec.json.encode(read)
+            record.result = summary
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -63,7 +63,7 @@ def test_a_machine_that_was_read_does_what_the_reference_says(name: str) -> None
             if count % SWAP_EVERY == 0 and not simulation.waiting:
                 take_over(simulation)
                 swaps += 1
-        simulation.settle()
+        simulation.flush()
     assert swaps > 20
 
 
@@ -131,8 +131,8 @@ def test_a_duplicate_is_answered_after_a_restart_as_before_it() -> None:
         before, after = results[number - 1], driver.push(found, number, fingerprint=number)
         assert before
         assert after
-        assert (after.version, after.duplicate, after.share) == (before.version, True, before.share)
-        assert msgspec.json.encode(after.made) == msgspec.json.encode(before.made)
+        assert (after.version, after.duplicate, after.contribution) == (before.version, True, before.contribution)
+        assert msgspec.json.encode(after.summary) == msgspec.json.encode(before.summary)
     assert driver.push(found, 2, fingerprint=2) is not None, "an older one is known by its number alone"
     with refused("SEQUENCE_REUSED"):
         driver.push(found, 11, fingerprint=0)
@@ -194,4 +194,4 @@ def test_a_long_history_makes_no_long_image() -> None:
         session = driver.open("a")
         for _ in range(50):
             driver.push(session)
-    assert len(packed(MachineImage.of(driver.machine))) < 16_000
+    assert len(packed(MachineState.of(driver.machine))) < 16_000

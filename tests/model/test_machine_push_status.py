@@ -1,7 +1,7 @@
 """The state machine: what became of a push, in every state that it can be in."""
 
 import pytest
-from machine_driver import LEASE, Driver, refused, share
+from machine_driver import LEASE, Driver, contribution, refused
 
 from deltaserve_server.model import Async, Bounded, PushResult, PushStatus, Sync
 
@@ -34,7 +34,7 @@ def test_what_waits_for_its_round_waits_until_it_is_applied() -> None:
     status = driver.status(a)
     assert (status.state, status.final) == ("applied", True)
     assert status.result == driver.answers[a.id, 1]  # the first result, and no duplicate
-    assert share(status.result).worker == "a"
+    assert contribution(status.result).worker == "a"
 
 
 def test_it_waits_when_its_session_has_ended_and_is_applied_after_all() -> None:
@@ -63,7 +63,7 @@ def test_before_the_last_eight_the_current_version_is_told() -> None:
     for _ in range(9):
         driver.push(a)
     assert driver.status(a, 1).result == PushResult(version=9)
-    assert share(driver.status(a, 2).result).sequence == 2
+    assert contribution(driver.status(a, 2).result).sequence == 2
 
 
 def test_what_became_of_it_is_told_of_fenced_closed_and_expired_sessions() -> None:

@@ -21,7 +21,10 @@ def test_weights_are_factors_and_their_sum_the_divisor() -> None:
         Answer((b.id, 1), driver.answers[b.id, 1]),
     ]
     assert driver.updates[0].weight == 40.0
-    assert [(share.worker, share.weight) for share in driver.updates[0].made.shares] == [("a", 8.0), ("b", 32.0)]
+    assert [(contribution.worker, contribution.weight) for contribution in driver.updates[0].summary.contributions] == [
+        ("a", 8.0),
+        ("b", 32.0),
+    ]
 
 
 @pytest.mark.parametrize(("norm", "factor"), [(0.0, 3.0), (2.0, 3.0), (2.5, 2.4), (8.0, 0.75)])
@@ -31,7 +34,7 @@ def test_what_is_longer_than_clip_norm_is_scaled_down_to_it(norm: float, factor:
     driver.push(a, weight=3.0, norm=norm)
     assert driver.factors[a.id, 1] == pytest.approx(factor, rel=1e-15)
     assert driver.updates[0].weight == 3.0  # the mean of clipped pushes, not a mean clipped
-    assert driver.updates[0].made.shares[0].norm == norm  # as it came
+    assert driver.updates[0].summary.contributions[0].norm == norm  # as it came
 
 
 @pytest.mark.parametrize(("workers", "trim"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)])
@@ -70,7 +73,7 @@ def test_a_push_alone_is_itself_whatever_its_weight(policy: Policy) -> None:
     a = driver.open("a")
     driver.push(a, weight=7.0)
     assert driver.factors[a.id, 1] == driver.updates[0].weight
-    assert driver.updates[0].made.shares[0].weight == 7.0
+    assert driver.updates[0].summary.contributions[0].weight == 7.0
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))

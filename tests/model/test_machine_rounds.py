@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from machine_driver import LEASE, Driver, refused, share, shares
+from machine_driver import LEASE, Driver, contribution, contributions, refused
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import Sync, Tensor
@@ -16,7 +16,7 @@ def test_an_update_when_all_have_pushed() -> None:
     assert driver.push(sessions[0]) is None
     result = driver.push(sessions[1])
     assert result
-    assert (result.version, len(shares(result)), share(result).staleness) == (1, 3, 0)
+    assert (result.version, len(contributions(result)), contribution(result).staleness) == (1, 3, 0)
     assert len(driver.answers) == 3
 
 
@@ -72,7 +72,7 @@ def test_who_leaves_is_not_waited_for() -> None:
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
     driver.close(b)
-    assert len(shares(driver.answers[a.id, 1])) == 1
+    assert len(contributions(driver.answers[a.id, 1])) == 1
 
 
 def test_a_push_of_one_who_leaves_still_counts() -> None:
@@ -81,7 +81,7 @@ def test_a_push_of_one_who_leaves_still_counts() -> None:
     driver.push(a)
     driver.close(a)
     assert driver.version == 0
-    assert len(shares(driver.push(b))) == 2
+    assert len(contributions(driver.push(b))) == 2
 
 
 def test_a_lease_that_runs_out_ends_the_wait_but_not_that_of_who_waits() -> None:
@@ -99,7 +99,7 @@ def test_a_push_of_one_whose_lease_runs_out_still_counts() -> None:
     driver = Driver(Sync(min_workers=2))
     driver.push(driver.open("a"))
     assert driver.tick(LEASE) == ["a"]
-    assert len(shares(driver.push(driver.open("b")))) == 2
+    assert len(contributions(driver.push(driver.open("b")))) == 2
 
 
 def test_a_round_waits_for_min_workers() -> None:
@@ -134,7 +134,7 @@ def test_a_worker_that_is_fenced_before_it_pushed_has_its_place_taken() -> None:
     with refused("SESSION_FENCED"):
         driver.push(a)
     assert driver.push(successor, base=0)
-    assert len(shares(driver.answers[b.id, 1])) == 2
+    assert len(contributions(driver.answers[b.id, 1])) == 2
 
 
 def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers() -> None:
@@ -149,8 +149,8 @@ def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers() -> 
     assert not driver.updates
     result = driver.push(late, base=1)
     assert result
-    assert (result.version, len(shares(result)), share(result).staleness) == (2, 2, 0)
-    assert share(driver.answers[a.id, 1]).staleness == 1
+    assert (result.version, len(contributions(result)), contribution(result).staleness) == (2, 2, 0)
+    assert contribution(driver.answers[a.id, 1]).staleness == 1
 
 
 def test_a_round_that_still_waits_for_someone_takes_nobody_in() -> None:
@@ -187,7 +187,7 @@ def test_a_duplicate_of_a_waiting_push_waits() -> None:
     with refused("SEQUENCE_REUSED"):
         driver.push(a, 1, fingerprint=4)
     driver.push(b)
-    assert len(shares(driver.answers[a.id, 1])) == 2
+    assert len(contributions(driver.answers[a.id, 1])) == 2
 
 
 def test_hyperparameters_of_a_round_must_agree() -> None:
@@ -198,10 +198,10 @@ def test_hyperparameters_of_a_round_must_agree() -> None:
         driver.push(b, hyperparameters=Hyperparameters(lr=0.25))
     driver.push(b, hyperparameters=Hyperparameters(lr=0.5))
     driver.push(c)
-    assert driver.updates[-1].made.hyperparameters == (Hyperparameters(lr=0.5),)
+    assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(lr=0.5),)
     for session in (a, b, c):
         driver.push(session)
-    assert driver.updates[-1].made.hyperparameters == (Hyperparameters(),)
+    assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(),)
 
 
 def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:
@@ -221,7 +221,7 @@ def test_a_new_state_does_not_close_the_round() -> None:
     assert driver.version == 1
     result = driver.push(b, base=0)
     assert result
-    assert (result.version, share(result).staleness) == (2, 1)
+    assert (result.version, contribution(result).staleness) == (2, 1)
     assert driver.machine.update_counts == [6, 6]
 
 
@@ -231,7 +231,7 @@ def test_older_sessions_go_on_after_an_extension() -> None:
     driver.push(a, hyperparameters=Hyperparameters(lr=0.5))
     driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(lr=0.1)])
     driver.push(b)
-    assert driver.updates[0].made.hyperparameters == (Hyperparameters(lr=0.5), Hyperparameters(lr=0.1))
+    assert driver.updates[0].summary.hyperparameters == (Hyperparameters(lr=0.5), Hyperparameters(lr=0.1))
     assert driver.updates[0].absent == {2}
     assert driver.machine.update_counts == [1, 1, 0]
     assert driver.open("c").tensor_count == 3

@@ -11,9 +11,9 @@ from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
 from deltaserve.v1 import worker_service_pb2 as workers
 from deltaserve_server.durability.commits import StorageError
+from deltaserve_server.engine.recovery_progress import RecoveryProgress
 from deltaserve_server.memory.host import HostStore
-from deltaserve_server.service import worker_service
-from deltaserve_server.service.recovering import Recovering
+from deltaserve_server.service.servicers import worker_service
 
 ID = b"0123456789abcdef"
 
@@ -220,7 +220,7 @@ def a_push_in_memory_that_was_never_opened(scene: Scene) -> Request:
 @case("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
 def memory_of_a_server_that_shares_none(scene: Scene) -> Request:
     closed = replace(scene.server.config, shared_memory=False)
-    scene.monkeypatch.setattr(scene.server._registry, "config", closed)
+    scene.monkeypatch.setattr(scene.server._catalog, "config", closed)
     return "OpenSharedMemory", [workers.OpenSharedMemoryRequest(**scene.a.id)]
 
 
@@ -409,8 +409,8 @@ def a_snapshot_of_what_is_not_there(scene: Scene) -> Request:
 
 
 def _coming(scene: Scene) -> None:
-    scene.monkeypatch.setattr(scene.server._registry, "_recovering", Recovering({"coming": 400, "further": 600}))
-    scene.server._registry._recovering.progress(250)
+    scene.monkeypatch.setattr(scene.server._catalog, "_recovering", RecoveryProgress({"coming": 400, "further": 600}))
+    scene.server._catalog._recovery.progress(250)
 
 
 @case("RECOVERING", retry=True, model="coming", percent="25")
@@ -436,7 +436,7 @@ def _full(*_: object) -> None:
 
 
 def _on_a_full_disk(scene: Scene) -> None:
-    scene.monkeypatch.setattr(scene.server._registry.get("m")._commits, "ready", _full)
+    scene.monkeypatch.setattr(scene.server._catalog.get("m")._commits, "ready", _full)
 
 
 @case("STORAGE_UNAVAILABLE", retry=True, why="No space left on device")

@@ -18,7 +18,8 @@ from error_scene import CASES, CONFIG, Case, Scene
 from wire import Wire, refusal, unchanged
 
 import deltaserve
-from deltaserve._errors import DOMAIN, TABLE, Error, from_call
+from deltaserve._common.error_table import DOMAIN, TABLE, from_call
+from deltaserve._errors import Error
 from deltaserve.v1.errors_pb2 import ErrorReason
 from deltaserve_server import LocalServer
 

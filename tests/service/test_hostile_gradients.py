@@ -149,7 +149,9 @@ def _moves(attack: Attack) -> None:
     assert (attack.state().weights < before).all()
 
 
-def test_what_is_refused_changes_nothing_and_what_follows_has_the_bits_of_a_model_that_never_saw_it(wire: Wire) -> None:
+def test_what_is_refused_changes_nothing_and_what_follows_has_the_bits_of_a_model_that_never_saw_it(
+    wire: Wire,
+) -> None:
     for name, bad in (("calm", ()), ("attacked", BAD)):
         wire.create(name, {"w": (SIZE,)})
         session = wire.open(name, "a")

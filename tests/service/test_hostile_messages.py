@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from mutations import Messages, Mutator
 from wire import METHODS, Session, Wire, creation, cut, floats, pieces, push, refusal, sync
 
-from deltaserve._errors import TABLE
+from deltaserve._common.error_table import TABLE
 from deltaserve.v1 import model_service_pb2 as models
 from deltaserve.v1 import system_service_pb2 as system
 from deltaserve.v1 import worker_service_pb2 as workers

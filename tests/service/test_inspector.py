@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.model import Layout, Refused, Tensor
-from deltaserve_server.service.admission import Inspector
+from deltaserve_server.service.admission import ValueChecker
 
 SIZE = 3_000_001
 LAYOUT = Layout((Tensor("a", (700_000,)), Tensor("b", (1,)), Tensor("c", (SIZE - 700_001,))))
@@ -26,7 +26,7 @@ def gradient(dtype: Any = np.float32) -> NDArray[Any]:
 
 
 def in_chunks(values: NDArray[Any], runs: Runs, chunk: int = 1 << 18) -> tuple[int, float]:
-    inspector = Inspector(LAYOUT)
+    inspector = ValueChecker(LAYOUT)
     for first, stop in runs:
         for start in range(first, stop, chunk):
             inspector.check(start, values[start : min(start + chunk, stop)])
@@ -34,7 +34,7 @@ def in_chunks(values: NDArray[Any], runs: Runs, chunk: int = 1 << 18) -> tuple[i
 
 
 def as_a_whole(values: NDArray[Any], runs: Runs, threads: int) -> tuple[int, float]:
-    inspector = Inspector(LAYOUT)
+    inspector = ValueChecker(LAYOUT)
     with ThreadPoolExecutor(4) as executor:
         inspector.check_whole(values, runs, executor, threads)
     return inspector.fingerprint, inspector.norm
@@ -64,7 +64,7 @@ def test_no_run_is_a_push_of_nothing() -> None:
 
 
 def test_fingerprints_add_up_with_what_was_seen_before() -> None:
-    values, inspector = gradient(), Inspector(LAYOUT)
+    values, inspector = gradient(), ValueChecker(LAYOUT)
     inspector.check(0, values[:1000])
     with ThreadPoolExecutor(2) as executor:
         inspector.check_whole(values, [(1000, SIZE)], executor, 2)

@@ -17,7 +17,7 @@ from deltaserve.v1.common_pb2 import Hyperparameters, ModelConfig
 from deltaserve.v1.model_service_pb2 import CreateModelRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.service.reception import Reception
+from deltaserve_server.service.push_handler import PushHandler
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -155,7 +155,7 @@ def test_a_push_under_way_when_its_model_is_deleted_is_refused(wire: Wire) -> No
 def test_a_push_that_was_applied_is_answered_though_the_server_stops_before_that(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    applied, stopped, really_wait = Event(), Event(), Reception._wait
+    applied, stopped, really_wait = Event(), Event(), PushHandler._wait
 
     def wait(*given: Any) -> Any:
         result = really_wait(*given)
@@ -165,17 +165,17 @@ def test_a_push_that_was_applied_is_answered_though_the_server_stops_before_that
 
     with LocalServer() as server, Wire(server.target) as wire, ThreadPoolExecutor(1) as threads:
         wire.create("m")
-        monkeypatch.setattr(Reception, "_wait", wait)
+        monkeypatch.setattr(PushHandler, "_wait", wait)
         step = threads.submit(wire.step, wire.open("m", "a").header(1), np.ones(5))
         assert applied.wait(20)
-        really_stop = server._registry.stop
+        really_stop = server._catalog.stop
 
         def stop() -> bool:
             kept = really_stop()
             stopped.set()
             return kept
 
-        monkeypatch.setattr(server._registry, "stop", stop)
+        monkeypatch.setattr(server._catalog, "stop", stop)
         server.stop(20)
         assert step.result().result.version == 1
 

@@ -265,10 +265,10 @@ def test_a_pull_that_nobody_waits_for_any_more_is_forgotten(wire: Wire, server: 
     wire.create("m")
     a = wire.open("m", "a")
     calls = [wire.start("Pull", [PullRequest(model="m", wait_for_version=2)]) for _ in range(10)]
-    eventually(lambda: len(server._registry.get("m")._audience._awaited) == 10, "a pull does not wait")
+    eventually(lambda: len(server._catalog.get("m")._subscribers._awaited) == 10, "a pull does not wait")
     for call in calls[:9]:
         call.cancel()
-    eventually(lambda: len(server._registry.get("m")._audience._awaited) == 1, "a pull is not forgotten")
+    eventually(lambda: len(server._catalog.get("m")._subscribers._awaited) == 1, "a pull is not forgotten")
     for number in (1, 2):
         wire.step(a.header(number), _gradient(number))
     assert pulled(calls[9])[0].position.version == 2

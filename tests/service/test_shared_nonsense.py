@@ -159,14 +159,14 @@ def test_floods_of_calls_that_are_cut_leave_nothing(wire: Wire, sharer: Sharer) 
         if wire.fate(sharer.session, number - 1).state == rpc.PUSH_STATE_WAITING:
             pytest.fail("nothing waits under AsyncPolicy")
         eventually(step.call.done, "the call does not end")
-        _settle(wire, sharer)
+        _flush(wire, sharer)
         number = wire.keep(sharer.session).last_accepted_sequence + 1
     eventually(lambda: free(wire) == held, "memory is still held")
     eventually(lambda: descriptors() <= before + 8, "descriptors are lost")
     assert sharer.step(number, np.ones(SIZE))[0].version == number
 
 
-def _settle(wire: Wire, sharer: Sharer) -> None:
+def _flush(wire: Wire, sharer: Sharer) -> None:
     """Lets a call that was cut end on the server too: it may still hold the number that is next."""
     with pytest.raises(grpc.RpcError) as caught:
         sharer.begin(1 << 40, None).answer()

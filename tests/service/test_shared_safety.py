@@ -14,7 +14,7 @@ from attach import Sharer, mapped, path
 from expected import Twin, gradient, weighted_sum
 from wire import Wire, eventually, refusal, streamed, sync
 
-from deltaserve_server.service import admission, reception
+from deltaserve_server.service import admission, push_handler
 
 SIZE = 5000
 
@@ -155,7 +155,7 @@ def test_a_push_in_place_does_not_begin_to_wait_when_the_policy_changes(
             changed.append(wire.update("m", policy=sync(2)))
 
     changed: list[object] = []
-    monkeypatch.setattr(reception, "failpoint", reached)
+    monkeypatch.setattr(push_handler, "failpoint", reached)
     with pytest.raises(grpc.RpcError) as caught:
         sharer.begin(1, np.ones(SIZE)).answer()
     refused = refusal(caught.value)

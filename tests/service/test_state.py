@@ -34,7 +34,11 @@ def put(wire: Wire, model: str, vectors: Sequence[ArrayLike], counts: Sequence[i
 
 
 def extend(
-    wire: Wire, model: str, sizes: dict[str, int], at: tuple[int, int, int], groups: Sequence[Hyperparameters] = ()
+    wire: Wire,
+    model: str,
+    sizes: dict[str, int],
+    at: tuple[int, int, int],
+    groups: Sequence[Hyperparameters] = (),
 ) -> bool:
     """ExtendModel by vectors of ones; `at` says how many tensors, groups and elements there were."""
     tensors = [TensorSpec(name=name, shape=[size], group=at[1] if groups else 0) for name, size in sizes.items()]

@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from reference import Answered, GivenUp, Renumbered, Said, Updated, Worker
+from reference import Answered, GivenUp, Said, Updated, VersionBumped, Worker
 
 from deltaserve_server.model import (
     Answer,
     Async,
     Bounded,
+    BumpVersion,
     Combine,
     Decision,
     Fold,
     Key,
-    Made,
     Policy,
     Refuse,
-    Renumber,
     Sync,
     Update,
+    UpdateSummary,
 )
 
 
@@ -66,7 +66,7 @@ class Ledger:
         self.workers: dict[tuple[str, int], Worker] = {}
         self.present: set[bytes] = set()
         self.accepted: set[Key] = set()
-        self.applied: dict[Key, Made] = {}
+        self.applied: dict[Key, UpdateSummary] = {}
         self.unanswered: set[Key] = set()
         self._reduced: list[tuple[Key, float]] = []
         self._trim: int | None = None
@@ -76,7 +76,7 @@ class Ledger:
             Combine: self._combined,
             Update: self._updated,
             Answer: self._answered,
-            Renumber: self._renumbered,
+            BumpVersion: self._renumbered,
             Refuse: self._given_up,
         }
 
@@ -130,9 +130,9 @@ class Ledger:
             raise Violation("combined with a sum, or too much left out")
         self._reduced, self._trim = list(combine.pushes), combine.trim
 
-    def _renumbered(self, renumber: Renumber, should: Iterator[Said]) -> None:
+    def _renumbered(self, renumber: BumpVersion, should: Iterator[Said]) -> None:
         self.version += 1
-        if next(should, None) != Renumbered(renumber.version) or renumber.version != self.version:
+        if next(should, None) != VersionBumped(renumber.version) or renumber.version != self.version:
             raise Violation(f"unexpected: {renumber}")
 
     def _given_up(self, refuse: Refuse, should: Iterator[Said]) -> None:
@@ -147,71 +147,74 @@ class Ledger:
         self.present.discard(key[0])
 
     def _updated(self, update: Update, should: Iterator[Said]) -> None:
-        made = update.made
+        summary = update.summary
         self.totals.updates += 1
         self.version += 1
-        if made.version != self.version:
-            raise Violation(f"version {made.version} after {self.version - 1}")
-        self._check_reduced(made)
-        self._check_bounds(made)
+        if summary.version != self.version:
+            raise Violation(f"version {summary.version} after {self.version - 1}")
+        self._check_reduced(summary)
+        self._check_bounds(summary)
         self._check_expected(update, next(should, None))
         self._reduced, self._trim = [], None
 
-    def _check_reduced(self, made: Made) -> None:
+    def _check_reduced(self, summary: UpdateSummary) -> None:
         """Just before an update its pushes were reduced in their order, each for the first time."""
-        keys = [(self.workers[share.worker, share.epoch].id, share.sequence) for share in made.shares]
+        keys = [
+            (self.workers[contribution.worker, contribution.epoch].id, contribution.sequence)
+            for contribution in summary.contributions
+        ]
         if keys != [key for key, _ in self._reduced] or not keys:
             raise Violation("an update is not preceded by the reduction of its pushes in their order")
-        if any(left.worker >= right.worker for left, right in pairwise(made.shares)):
+        if any(left.worker >= right.worker for left, right in pairwise(summary.contributions)):
             raise Violation("the pushes of an update are not in order of names")
         for key in keys:
             if key not in self.accepted or key in self.applied:
                 raise Violation("a push is applied that was not accepted, or was applied before")
-            self.applied[key] = made
+            self.applied[key] = summary
 
     def _check_expected(self, update: Update, should: Said | None) -> None:
         if not isinstance(should, Updated):
             raise Violation(f"unexpected: {update}, expected {should}")
-        made, parts = update.made, should.parts
-        got = made.version, tuple(self._reduced), made.hyperparameters, update.absent, self._trim
+        summary, parts = update.summary, should.parts
+        got = summary.version, tuple(self._reduced), summary.hyperparameters, update.absent, self._trim
         if got != (should.version, tuple([part[:2] for part in parts]), *should[2:]):
             raise Violation(f"unexpected: {got}, expected {should}")
-        shares = [(s.worker, s.epoch, s.sequence, s.staleness, s.weight, s.norm) for s in made.shares]
-        if shares != [part[2:] for part in parts]:
-            raise Violation(f"unexpected: {shares}, expected {parts}")
+        contributions = [(s.worker, s.epoch, s.sequence, s.staleness, s.weight, s.norm) for s in summary.contributions]
+        if contributions != [part[2:] for part in parts]:
+            raise Violation(f"unexpected: {contributions}, expected {parts}")
         if update.weight != sum([part.weight for part in parts]):
             raise Violation("another divisor than the weights of the pushes")
 
-    def _check_bounds(self, made: Made) -> None:
+    def _check_bounds(self, summary: UpdateSummary) -> None:
         """No push of a closed round counts, and none that is too stale."""
-        policy, before = self.judged_by, made.version - 1
-        for share in made.shares:
-            if share.staleness < 0:
+        policy, before = self.judged_by, summary.version - 1
+        for contribution in summary.contributions:
+            if contribution.staleness < 0:
                 raise Violation("a push on weights that there were not yet")
-            if isinstance(policy, Sync) and before - share.staleness < self._closed:
+            if isinstance(policy, Sync) and before - contribution.staleness < self._closed:
                 raise Violation("a push of a closed round counts")
             bound = policy.max_staleness if isinstance(policy, Async) else None
-            if bound is not None and share.staleness > bound:
+            if bound is not None and contribution.staleness > bound:
                 raise Violation("a push is staler than allowed")
         if isinstance(policy, Sync):
-            if len(made.shares) < policy.min_workers:
+            if len(summary.contributions) < policy.min_workers:
                 raise Violation("an update of fewer pushes than min_workers")
-            self._closed = made.version
+            self._closed = summary.version
 
     def _answered(self, answer: Answer, said: Iterator[Said]) -> None:
         key, result = answer.key, answer.result
         should = next(said, None)
-        if Answered(key, result.version, result.duplicate, result.made is not None) != should:
+        if Answered(key, result.version, result.duplicate, result.summary is not None) != should:
             raise Violation(f"unexpected: {answer}, expected {should}")
         if key not in self.applied or (key in self.unanswered) == result.duplicate:
             raise Violation("an answer of a push that was not applied, or a second one")
         self.unanswered.discard(key)
         self.present.discard(key[0])
-        share = result.share
-        if share is None or result.made is None:
+        contribution = result.contribution
+        if contribution is None or result.summary is None:
             return
-        worker = self.workers[share.worker, share.epoch]
-        if result.made is not self.applied[key] or share not in result.made.shares:
+        worker = self.workers[contribution.worker, contribution.epoch]
+        if result.summary is not self.applied[key] or contribution not in result.summary.contributions:
             raise Violation("the answer of another update")
-        if (worker.id, share.sequence) != key:
+        if (worker.id, contribution.sequence) != key:
             raise Violation("the answer of another push")

@@ -41,7 +41,7 @@ class Worker:
 
     @property
     def applied(self) -> int:
-        waiting = self.pushes and not self.pushes[-1].made
+        waiting = self.pushes and not self.pushes[-1].summary
         return len(self.pushes) - bool(waiting)
 
 
@@ -53,7 +53,7 @@ class Sent:
     push: Push
     base: int
     at: float
-    made: int = 0
+    summary: int = 0
 
 
 class Part(NamedTuple):
@@ -79,7 +79,7 @@ class Updated(NamedTuple):
     trim: int | None
 
 
-class Renumbered(NamedTuple):
+class VersionBumped(NamedTuple):
     """A version of the same weights."""
 
     version: int
@@ -102,7 +102,7 @@ class GivenUp(NamedTuple):
     metadata: dict[str, str]
 
 
-Said = Updated | Renumbered | Answered | GivenUp
+Said = Updated | VersionBumped | Answered | GivenUp
 
 
 class Reference:
@@ -129,7 +129,7 @@ class Reference:
         for what, count, most in (("tensor", tensors, self.tensors), ("group", groups, len(self.groups))):
             if count is not None and not 1 <= count <= most:
                 raise No("PUSH_INVALID", field=f"{what}_count", allowed=f"1 to {most}")
-        self.settle(now)
+        self.flush(now)
         self.epochs[name] = self.epochs.get(name, 0) + 1
         older = next((worker for worker in self.live if worker.name == name), None)
         ranks = [worker.rank for worker in self.live]
@@ -158,7 +158,7 @@ class Reference:
             older.fenced = True
         self.live.append(new)
         self.known[session_id] = new
-        self.settle(now)
+        self.flush(now)
         return new
 
     def get(self, session_id: bytes, epoch: int) -> Worker:
@@ -182,7 +182,7 @@ class Reference:
 
     def close(self, session_id: bytes, epoch: int, now: float) -> None:
         self.end(self.get(session_id, epoch))
-        self.settle(now)
+        self.flush(now)
 
     def end(self, worker: Worker) -> None:
         worker.live = False
@@ -193,7 +193,7 @@ class Reference:
         gone = [worker for worker in self.live if worker.expires <= now]
         for worker in sorted(gone, key=lambda worker: worker.name):
             self.end(worker)
-        self.settle(now)
+        self.flush(now)
         return sorted(worker.name for worker in gone)
 
     @staticmethod
@@ -255,9 +255,9 @@ class Reference:
     def push(self, push: Push, now: float) -> None:
         worker, known = self.check(push, now)
         if known:
-            if known.made and known not in [sent for sent, _ in self.held]:
+            if known.summary and known not in [sent for sent, _ in self.held]:
                 full = push.sequence > len(worker.pushes) - 8
-                self.said.append(Answered(push.key, known.made if full else self.version, True, full))
+                self.said.append(Answered(push.key, known.summary if full else self.version, True, full))
             return
         sent = Sent(worker, push, self.version if push.base_version is None else push.base_version, now)
         worker.pushes.append(sent)
@@ -265,7 +265,7 @@ class Reference:
             self.waiting.append(sent)
         else:
             self.apply_alone(sent, now)
-        self.settle(now)
+        self.flush(now)
 
     def status(self, session_id: bytes, sequence: int) -> tuple[str, bool, int | None]:
         """A push's state, whether it is final, and the version that its result has."""
@@ -276,10 +276,10 @@ class Reference:
             raise No("SESSION_UNKNOWN")
         if sequence > len(worker.pushes):
             return "not accepted", not worker.live, None
-        made = worker.pushes[sequence - 1].made
-        if not made:
+        summary = worker.pushes[sequence - 1].summary
+        if not summary:
             return "waiting", False, None
-        return "applied", True, made if sequence > len(worker.pushes) - 8 else self.version
+        return "applied", True, summary if sequence > len(worker.pushes) - 8 else self.version
 
     # --- the whole state
 
@@ -317,7 +317,7 @@ class Reference:
                     self.apply_alone(sent, now)
             if late and self.version == version:
                 self.renumber()
-        self.settle(now)
+        self.flush(now)
 
     def partly_reduced(self) -> bool:
         """A sum is begun once the round may close and the first of its names is not preceded by an awaited one."""
@@ -351,7 +351,7 @@ class Reference:
         )
         return min(quorum + [came[0] + seconds for seconds in [policy.round_timeout_seconds] if seconds], default=None)
 
-    def settle(self, now: float) -> None:
+    def flush(self, now: float) -> None:
         """Closes, fails or fills up the round, or gives the answers that are held no longer."""
         policy, due = self.policy, self.due()
         if not isinstance(policy, Sync) or not self.waiting:
@@ -412,8 +412,8 @@ class Reference:
         parts = []
         for one, factor in zip(sent, factors, strict=True):
             worker, push = one.worker, one.push
-            share = worker.name, worker.epoch, push.sequence, self.version - one.base, push.weight, push.norm
-            parts.append(Part(push.key, factor, *share))
+            contribution = worker.name, worker.epoch, push.sequence, self.version - one.base, push.weight, push.norm
+            parts.append(Part(push.key, factor, *contribution))
         used = [(carried(sent, group) or [model])[0] for group, model in enumerate(self.groups)]
         used = [replace(group, lr=group.lr / divisor) for group in used] if divisor > 1 else used
         absent = [k for k in range(self.tensors) if all(k in s.push.absent or k >= s.worker.tensors for s in sent)]
@@ -421,7 +421,7 @@ class Reference:
         self.counts = [count + (k not in absent) for k, count in enumerate(self.counts)]
         self.said.append(Updated(self.version, tuple(parts), tuple(used), frozenset(absent), trim))
         for one in sent:
-            one.made = self.version
+            one.summary = self.version
             one.worker.expires = max(one.worker.expires, now + one.worker.lease)
             self.said.append(Answered(one.push.key, self.version, False, True))
 
@@ -432,7 +432,7 @@ class Reference:
 
     def renumber(self) -> None:
         self.version += 1
-        self.said.append(Renumbered(self.version))
+        self.said.append(VersionBumped(self.version))
 
 
 def by_name(sent: list[Sent]) -> list[Sent]:

@@ -72,7 +72,7 @@ class Simulation:
         """
         for count, event in enumerate(events):
             self.step(event, count % snapshot_every == 0)
-        self.settle()
+        self.flush()
 
     def step(self, event: Event, snapshot: bool = False) -> None:
         """Takes one event and compares.
@@ -109,7 +109,7 @@ class Simulation:
             if self._trace:
                 self._trace(self._line)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Lets all sessions end, and time pass: then nobody waits, unless for others without a timeout.
 
         Raises:
@@ -295,7 +295,7 @@ class Simulation:
             raise Violation(f"asked for a push: {status.result}, expected version {version}")
         if status.result and status.result.duplicate:
             raise Violation("asking for a push made it a duplicate")
-        if status.result and status.result.made not in (None, self.ledger.applied.get((session_id, sequence))):
+        if status.result and status.result.summary not in (None, self.ledger.applied.get((session_id, sequence))):
             raise Violation("asked for a push: another update")
 
     # --- comparison

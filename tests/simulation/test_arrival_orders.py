@@ -12,7 +12,7 @@ from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.model import Combine, Decision, Fold, Key, Layout, Machine, Push, Sync, Tensor, Update
-from deltaserve_server.model.round import Contribution, Round
+from deltaserve_server.model.round import PendingPush, Round
 
 ORDERS = 1000
 NAMES = ("a10", "B", "a9", "c", "zz", "a", "é")
@@ -130,7 +130,7 @@ def test_folds_in_the_order_of_arrival_would_give_other_bits(
 ) -> None:
     """So the test above can fail."""
 
-    def by_arrival(held: Round, awaited: set[str]) -> list[Contribution]:
+    def by_arrival(held: Round, awaited: set[str]) -> list[PendingPush]:
         return [] if awaited else list(held.contributions.values())[held.folded :]
 
     monkeypatch.setattr(Round, "foldable", by_arrival)

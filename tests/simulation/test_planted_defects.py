@@ -13,7 +13,7 @@ from shrink import violation
 from simulator import Simulation
 
 from deltaserve_server.model import machine, sessions
-from deltaserve_server.model.round import Contribution, Round
+from deltaserve_server.model.round import PendingPush, Round
 
 EVENTS = 100_000
 """Within so many events each is found."""
@@ -138,8 +138,8 @@ DEFECTS: dict[str, tuple[object, str, str, str]] = {
     "shares are in the order of arrival": (_round, "in_order", "sorted(self.contributions)", "self.contributions"),
     "a tensor that some lack is left out": (_round, "absent", "intersection", "union"),
     # versions
-    "a version is left out": (_machine, "_renumber", "self.version += 1", "self.version += 2"),
-    "staleness counts the update itself": (Contribution, "share", "version - self", "1 + version - self"),
+    "a version is left out": (_machine, "_bump_version", "self.version += 1", "self.version += 2"),
+    "staleness counts the update itself": (PendingPush, "contribution", "version - self", "1 + version - self"),
     # async
     "max_staleness is one too many": (_machine, "_check_new", "base > bound", "base > bound + 1"),
     "max_staleness is one too few": (_machine, "_check_new", "base > bound", "base >= bound"),

@@ -88,7 +88,7 @@ class Comparison(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "simulation"):
-            self.simulation.settle()
+            self.simulation.flush()
 
 
 Comparison.TestCase.settings = settings(

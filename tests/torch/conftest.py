@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import deltaserve
-from deltaserve import _exchange, _flat
+from deltaserve._common import flat_vector
+from deltaserve._transport import exchange
 from deltaserve.torch import RemoteAdadelta
 from deltaserve.torch._overlap import Overlap
 from deltaserve_server import LocalServer
@@ -155,8 +156,8 @@ def make_pair(remote: Remote) -> Callable[..., Pair]:
 
 def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = 32) -> None:
     """Lets models of any size travel as a stream, in chunks of so many elements."""
-    monkeypatch.setattr(_exchange, "_UNARY_BYTES", 0)
-    monkeypatch.setattr(_flat, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(exchange, "_UNARY_BYTES", 0)
+    monkeypatch.setattr(flat_vector, "CHUNK_ELEMENTS", chunk)
 
 
 class _Pause(torch.autograd.Function):

@@ -52,7 +52,7 @@ class Behind:
 
     def __init__(self, make_twins: "MakeTwins", proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[str] = []
-        monkeypatch.setattr("deltaserve._early.failpoint", self.sent.append)
+        monkeypatch.setattr("deltaserve._transport.overlapped.failpoint", self.sent.append)
         self.twins = make_twins(line=proxy.target)
         self.net, self.optimizer = self.twins.nets[0], self.twins.optimizers[0]
         self.twins.train(2)

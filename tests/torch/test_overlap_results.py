@@ -40,14 +40,14 @@ def between(act: Callable[[nn.Module, RemoteAdadelta, int], object]) -> "Body":
     def body(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
         optimizer.zero_grad()
         backward(net, step)
-        settle(optimizer)
+        flush(optimizer)
         act(net, optimizer, step)
         optimizer.step()
 
     return body
 
 
-def settle(optimizer: RemoteAdadelta) -> None:
+def flush(optimizer: RemoteAdadelta) -> None:
     """Waits until what backward handed over has been dealt with."""
     if optimizer._overlap and not optimizer._overlap._closed:
         over = Event()
@@ -80,7 +80,7 @@ def test_chunks_leave_while_backward_goes_on(
 ) -> None:
     """Backward does not make the lowest gradients before those above them have been handed to gRPC."""
     sent: list[str] = []
-    monkeypatch.setattr("deltaserve._early.failpoint", sent.append)
+    monkeypatch.setattr("deltaserve._transport.overlapped.failpoint", sent.append)
     twins = make_twins()
     twins.train(1)
     net = twins.nets[0]
@@ -96,7 +96,7 @@ def test_the_last_chunk_stays_until_step(
     make_twins: "MakeTwins", eventually: "Eventually", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
-    monkeypatch.setattr("deltaserve._early.failpoint", sent.append)
+    monkeypatch.setattr("deltaserve._transport.overlapped.failpoint", sent.append)
     twins = make_twins()
     twins.train(2)
     sent.clear()

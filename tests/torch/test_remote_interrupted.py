@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaserve
-from deltaserve._flat import FlatVector
+from deltaserve._common.flat_vector import FlatVector
 from deltaserve.torch import RemoteAdadelta
 from deltaserve.torch._local import LocalSteps
 

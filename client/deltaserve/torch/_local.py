@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltaserve._common.element_types import Array
 from deltaserve._errors import RequestError
-from deltaserve._types import Array
 from deltaserve.torch._tensors import to_host
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaserve._aside import Aside
-from deltaserve._early import EarlyPush
-from deltaserve._types import Array, TensorSpec
+from deltaserve._background import BackgroundCall
+from deltaserve._common.element_types import Array
+from deltaserve._transport.overlapped import OverlappedPush
+from deltaserve._types import TensorSpec
 from deltaserve.torch._tensors import is_plain, own_memory
 
 if TYPE_CHECKING:
@@ -61,15 +62,15 @@ class Overlap:
         self._process = os.getpid()
         self._closed = False
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self.push = EarlyPush(self._arrays)
+        self.push = OverlappedPush(self._arrays)
         self._finalize = weakref.finalize(remote, self.close)
         thread = Thread(target=_work, args=(self._jobs,), name=f"overlap of {remote._joined.name}", daemon=True)
-        Aside(thread.start, None).run()
+        BackgroundCall(thread.start, None).run()
         self._watch()
 
     # --- the optimizer's thread
 
-    def end(self, gradients: Mapping[str, Array | None], weight: float) -> EarlyPush | None:
+    def end(self, gradients: Mapping[str, Array | None], weight: float) -> OverlappedPush | None:
         """Returns the push that `step()` may take over; no further gradient is added to it.
 
         Args:
@@ -91,7 +92,7 @@ class Overlap:
         push = self.push
         self._jobs.put(push.drop)
         # Last: an interrupt before this leaves a push that is over, which the next step makes good.
-        self.push = EarlyPush(self._arrays)
+        self.push = OverlappedPush(self._arrays)
         if push.taken:
             self._in_vain = 0
         elif push.difference:
@@ -142,7 +143,7 @@ class Overlap:
 
     # --- the thread that adds
 
-    def _add(self, push: EarlyPush, index: int, gradient: Tensor, made: torch.cuda.Event | None) -> None:
+    def _add(self, push: OverlappedPush, index: int, gradient: Tensor, made: torch.cuda.Event | None) -> None:
         try:
             if push.over:
                 return
@@ -155,7 +156,7 @@ class Overlap:
             push.drop()
             raise
 
-    def _begin(self, push: EarlyPush) -> bool:
+    def _begin(self, push: OverlappedPush) -> bool:
         """Begins a push as the one before was, with the present hyperparameters; returns whether it is begun."""
         remote = self._remote()
         if remote is None or self._absent is None or not remote._is_current():

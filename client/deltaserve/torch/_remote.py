@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from deltaserve._client import connect
+from deltaserve._common.element_types import Array, WireType, named
 from deltaserve._errors import ConflictError, StaleGradientError
-from deltaserve._exchange import Transport, check_transport
 from deltaserve._model import Model
-from deltaserve._types import Array, Hyperparameters, Policy, StepResult
-from deltaserve._wire import WireType, named
+from deltaserve._transport.exchange import Transport, check_transport
+from deltaserve._types import Hyperparameters, Policy, StepResult
 from deltaserve._worker import Worker
+from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
 from deltaserve.torch._local import LocalOptimizer, LocalSteps
 from deltaserve.torch._overlap import Overlap
 from deltaserve.torch._states import from_torch, give_names, to_torch
 from deltaserve.torch._tensors import gradient_of, is_plain, own_memory, to_host
-from deltaserve.torch._wires import TORCH_WIRES
 
 _log = logging.getLogger("deltaserve")
 
@@ -118,7 +118,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         if overlap and local_optimizer:
             raise ValueError("overlap: a local_optimizer's steps make what is pushed, backward does not")
         check_transport(transport)
-        elements = named(wire, TORCH_WIRES)
+        elements = named(wire, TORCH_ELEMENT_TYPES)
         self._make_local = local_optimizer
         self._local: LocalSteps | None = None
         self._overlaps = overlap

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaserve._types import Array, ModelState
+from deltaserve._common.element_types import Array
+from deltaserve._types import ModelState
 from deltaserve.torch._tensors import to_host
 
 _VECTORS = ("square_avg", "acc_delta")

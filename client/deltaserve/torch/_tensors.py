@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deltaserve._types import Array
+from deltaserve._common.element_types import Array
 
 
 def is_plain(tensor: Tensor) -> bool:

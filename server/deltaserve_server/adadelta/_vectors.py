@@ -184,7 +184,7 @@ class Bits(_Lanes):
         return _folded(builder, self.value, lambda x, y: builder.select(builder.icmp_unsigned(">", x, y), x, y))
 
 
-class Kept:
+class StoredModel:
     """Lanes that are kept from one group of elements to the next.
 
     Args:

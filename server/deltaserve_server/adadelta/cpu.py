@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
-from deltaserve_server.adadelta._vectors import DOUBLES, Floats, Kept, Memory, each_group, splat, zeros
+from deltaserve_server.adadelta._vectors import DOUBLES, Floats, Memory, StoredModel, each_group, splat, zeros
+from deltaserve_server.adadelta.float16 import FORMATS, as_bits
 from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.adadelta.halves import FORMATS, as_bits
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
 
 Vector = NDArray[np.float32]
@@ -113,7 +113,7 @@ def _type_update(_context: Any, vectors: Any, streaming: Any, numbers: Any) -> A
         arrays = zip(signature.args[0], cgutils.unpack_tuple(builder, arguments[0]), strict=True)
         gradient, square_avg, acc_delta, weights, new_weights = (Memory(context, builder, *array) for array in arrays)
         lanes = [Floats(builder, splat(builder, x)) for x in cgutils.unpack_tuple(builder, arguments[2])]
-        squares = Kept(Floats(builder, zeros(DOUBLES)))
+        squares = StoredModel(Floats(builder, zeros(DOUBLES)))
         streamed = builder.and_(arguments[1], new_weights.at_line())
 
         def step(at: Any, mask: Any) -> None:

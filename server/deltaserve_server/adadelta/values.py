@@ -15,14 +15,14 @@ from deltaserve_server.adadelta._vectors import (
     WORDS,
     Bits,
     Floats,
-    Kept,
     Memory,
+    StoredModel,
     each_group,
     splat,
     zeros,
 )
+from deltaserve_server.adadelta.float16 import FORMATS, as_bits
 from deltaserve_server.adadelta.formats import Values, widened
-from deltaserve_server.adadelta.halves import FORMATS, as_bits
 from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
 
 BLOCK = 1 << 18
@@ -119,11 +119,11 @@ def _type_inspect(_context: Any, values: Any, start: Any, squares: Any) -> Any:
         chunk = Memory(context, builder, signature.args[0], arguments[0])
         array = context.make_array(signature.args[2])(context, builder, arguments[2])
         held = builder.bitcast(array.data, DOUBLES.as_pointer())
-        squares = Kept(Floats(builder, builder.load(held, align=8)))
-        mixes, largest = Kept(Bits(builder, zeros(LONGS))), Kept(Bits(builder, zeros(WORDS)))
+        squares = StoredModel(Floats(builder, builder.load(held, align=8)))
+        mixes, largest = StoredModel(Bits(builder, zeros(LONGS))), StoredModel(Bits(builder, zeros(WORDS)))
         head = builder.and_(arguments[1], ir.Constant(arguments[1].type, LANES - 1))
         first = builder.mul(builder.sub(arguments[1], head), ir.Constant(head.type, _INCREMENT))
-        offsets = Kept(Bits(builder, builder.add(splat(builder, first), steps)))
+        offsets = StoredModel(Bits(builder, builder.add(splat(builder, first), steps)))
 
         def step(at: Any, mask: Any) -> None:
             loaded = chunk.load(at, mask)

@@ -47,7 +47,7 @@ def one_line(error: Exception) -> str:
 
 def _text(error: Exception) -> str:
     import deltaserve
-    from deltaserve_server.training.errors import TrainingError
+    from deltaserve_server.recipes.errors import TrainingError
 
     if isinstance(error, CommandError | TrainingError | deltaserve.Error):
         return str(error)

@@ -12,7 +12,7 @@ import typer
 from deltaserve_server.cli.errors import CommandError
 
 if TYPE_CHECKING:
-    from deltaserve._types import Array
+    from deltaserve._common.element_types import Array
 
 TRANSFER_SECONDS = 600.0
 """How long a call may take that moves a whole model."""

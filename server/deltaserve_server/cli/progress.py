@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deltaserve_server.training.worker import Progress
+    from deltaserve_server.recipes.worker import Progress
 
 Observer = Callable[["Progress"], None]
 LINES_A_WORKER = 4

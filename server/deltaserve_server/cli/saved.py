@@ -27,7 +27,8 @@ from deltaserve_server.cli.policy import format_policy, parse_policy
 
 if TYPE_CHECKING:
     import deltaserve
-    from deltaserve._types import Array, Policy
+    from deltaserve._common.element_types import Array
+    from deltaserve._types import Policy
 
 PREFIXES = {"weights": "", "square_avg": "square_avg/", "acc_delta": "acc_delta/"}
 COUNT_PREFIX = "update_count/"

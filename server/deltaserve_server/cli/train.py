@@ -17,8 +17,8 @@ from deltaserve_server.cli.options import POLICY_HELP, parse_address
 from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
 
 if TYPE_CHECKING:
-    from deltaserve_server.training.recipes import Policy, Recipe
-    from deltaserve_server.training.run import Outcome
+    from deltaserve_server.recipes.recipes import Policy, Recipe
+    from deltaserve_server.recipes.run import Outcome
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -92,8 +92,8 @@ def digits(
     timeout: Timeout = 60.0,
 ) -> None:
     """Handwritten digits: a small network in numpy, 1437 images to learn from, 360 to test."""
-    from deltaserve_server.training.data import load_digits
-    from deltaserve_server.training.recipes import Digits
+    from deltaserve_server.recipes.data import load_digits
+    from deltaserve_server.recipes.recipes import Digits
 
     train, test = load_digits()
     _train(Digits(train=train, test=test, seed=seed), workers, policy, target, model, timeout)
@@ -114,9 +114,9 @@ def airfoil(
     timeout: Timeout = 60.0,
 ) -> None:
     """Airfoil noise: the linear regression of Dive into Deep Learning's section on Adadelta."""
-    from deltaserve_server.training import figure
-    from deltaserve_server.training.data import find_airfoil, load_airfoil
-    from deltaserve_server.training.recipes import AirfoilConcise, AirfoilScratch
+    from deltaserve_server.recipes import figure
+    from deltaserve_server.recipes.data import find_airfoil, load_airfoil
+    from deltaserve_server.recipes.recipes import AirfoilConcise, AirfoilScratch
 
     if plot is not None:
         figure.check(plot)
@@ -140,7 +140,7 @@ def cache_folder() -> Path:
 def _check_torch() -> None:
     from importlib.util import find_spec
 
-    from deltaserve_server.training.errors import MissingPackageError
+    from deltaserve_server.recipes.errors import MissingPackageError
 
     if find_spec("torch") is None:
         raise MissingPackageError("torch", "torch")
@@ -151,7 +151,7 @@ def _train(
 ) -> "Outcome":
     """Trains, shows how it goes, prints what came out."""
     from deltaserve_server.cli.progress import shown
-    from deltaserve_server.training.run import run
+    from deltaserve_server.recipes.run import run
 
     chosen = _policy(policy, workers, alone=target is None)
     # The workers share the machine's cores. They inherit this, and it is set before there are threads that read it.

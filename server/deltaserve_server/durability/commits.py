@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability.journal import Journal, record_bytes
 from deltaserve_server.durability.records import Changed, Event, Extended, Piece, Record, StatePut, Updated
 from deltaserve_server.model import Hyperparameters, Tensor
@@ -80,11 +80,11 @@ class Commits:
         if done:
             done()
 
-    def then(self, effect: Effect) -> None:
+    def on_durable(self, effect: Effect) -> None:
         """Has `effect` called when all that happened so far is safe."""
         effect()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Returns when all that happened so far is safe, and told.
 
         Raises:
@@ -96,7 +96,7 @@ class Commits:
         """Keeps effects from being called meanwhile; here it is the model's owner who calls them."""
         yield
 
-    def switch(self, journal: Journal) -> None:
+    def rotate(self, journal: Journal) -> None:
         """Has what happens from now on written to another journal."""
 
     def take_back(self, journal: Journal) -> bool:
@@ -167,11 +167,11 @@ class Journaled(Commits):
         if done:
             self._put(_Done(done))
 
-    def then(self, effect: Effect) -> None:
+    def on_durable(self, effect: Effect) -> None:
         """Has it called with the next `settle`."""
         self._put(effect)
 
-    def switch(self, journal: Journal) -> None:
+    def rotate(self, journal: Journal) -> None:
         """Has what happens from now on written to another journal."""
         self._put(_Switch(journal, self.records, self._bytes_before))
         self.records = self._bytes_before = 0
@@ -186,21 +186,21 @@ class Journaled(Commits):
                     self._bytes_before += item.bytes_before
             return self._journal is not journal
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Writes what waits, unless somebody does, and calls the effects."""
         wanted = self._added
         if self._settled >= wanted:
             return
         with self._writing:
             if self._settled < wanted:
-                self._settle(wanted)
+                self._flush(wanted)
 
     def adopt(self, journal: Journal) -> None:
         """Goes on with a journal that was switched to, all that happened before being safe in a snapshot."""
         with self._writing:
             # What can be written is: should this snapshot turn out bad, the one before it and the journals lead here.
             with suppress(StorageError):
-                self._settle(self._added)
+                self._flush(self._added)
             if not any(isinstance(item, _Switch) and item.journal is journal for item in list(self._waiting)):
                 return  # it is written to already
             self.error = None
@@ -238,7 +238,7 @@ class Journaled(Commits):
         self._waiting.append(item)
         self._added += 1
 
-    def _settle(self, wanted: int) -> None:
+    def _flush(self, wanted: int) -> None:
         failpoint("journal.recorded")
         while self._settled < wanted:
             batch = list(self._batch())
@@ -286,8 +286,8 @@ def _bytes(item: _Item) -> int:
     if not isinstance(item, Record):
         return 0
     match item.event:
-        case Updated(made=made, absent=absent):
-            entries = len(made.hyperparameters) + len(absent)
+        case Updated(summary=summary, absent=absent):
+            entries = len(summary.hyperparameters) + len(absent)
         case Extended(tensors, groups):
             entries = extension_entries(tensors, groups)
         case Changed(settings):

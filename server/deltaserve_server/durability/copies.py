@@ -99,7 +99,7 @@ class Copies:
             self._system.mv(target, f"{models}/.{model}.{other.hex()}", recursive=True)
         self._system.makedirs(target, exist_ok=True)
         # Who puts it back has an older state than somebody may have been told of.
-        self._place(f"{target}/{HEAD}", packed(head.doubtful()))
+        self._place(f"{target}/{HEAD}", packed(head.mark_uncertain()))
         tensors, name = snapshot.tensors_name(number), snapshot.manifest_name(number)
         manifest = folder.files.read(name)
         self._tidy(target, sys.maxsize)  # what an attempt has left that failed takes space

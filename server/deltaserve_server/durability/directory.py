@@ -17,10 +17,10 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.files import UNFINISHED, Files
 from deltaserve_server.durability.folder import Folder, Head
-from deltaserve_server.durability.keeper import Durability, Keeper, Kept, Schedule
+from deltaserve_server.durability.model_storage import Durability, ModelStorage, Schedule, StoredModel
 from deltaserve_server.memory import State
 from deltaserve_server.model import Machine
-from deltaserve_server.model.image import MachineImage
+from deltaserve_server.model.state import MachineState
 
 _OWNER = 0o700
 
@@ -28,7 +28,7 @@ _OWNER = 0o700
 class Prepared:
     """A new model's folder that does not have its name yet."""
 
-    def __init__(self, path: Path, kept: Kept) -> None:
+    def __init__(self, path: Path, kept: StoredModel) -> None:
         self.path = path
         self.kept = kept
 
@@ -78,9 +78,9 @@ class DataDirectory:
         """Returns a model's folder."""
         return Folder(Files(self._models / name))
 
-    def keeper(self, name: str, kept: Kept) -> Keeper:
+    def storage(self, name: str, kept: StoredModel) -> ModelStorage:
         """Returns what keeps a model safe from now on; raises OSError where it cannot be written."""
-        return Keeper(self.folder(name), self._schedule, kept)
+        return ModelStorage(self.folder(name), self._schedule, kept)
 
     def prepare(self, machine: Machine, state: State) -> Prepared:
         """Writes a new model's first snapshot; raises OSError where that is not possible."""
@@ -89,19 +89,19 @@ class DataDirectory:
         try:
             files, head = Files(path), Head.new()
             follows = 2 if self._schedule.durability.journals else None
-            entry = snapshot.write(files, 1, time.time(), 0, follows, MachineImage.of(machine), state)
+            entry = snapshot.write(files, 1, time.time(), 0, follows, MachineState.of(machine), state)
             Folder(files).write_head(head)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        return Prepared(path, Kept(head=head, last=entry))
+        return Prepared(path, StoredModel(head=head, last=entry))
 
-    def add(self, prepared: Prepared, name: str) -> Keeper:
+    def add(self, prepared: Prepared, name: str) -> ModelStorage:
         """Gives a new model its name, for good; raises OSError where one of this name is there."""
         prepared.path.rename(self._models / name)
         try:
             Files(self._models).sync()
-            return self.keeper(name, prepared.kept)
+            return self.storage(name, prepared.kept)
         except BaseException:
             (self._models / name).rename(prepared.path)
             raise

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 
 _MOST_BUFFERS = 1024
 """What one call of pwritev takes: Linux' IOV_MAX."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
@@ -86,7 +86,7 @@ class Head(msgspec.Struct, frozen=True):
         """Whether it is that of the model, now or before."""
         return lineage == self.lineage or any(lineage == one.lineage for one in self.ancestors)
 
-    def doubtful(self) -> "Head":
+    def mark_uncertain(self) -> "Head":
         """Returns this head for a folder that may lack what somebody was told of."""
         return msgspec.structs.replace(self, served=Served("snapshot", ""))
 

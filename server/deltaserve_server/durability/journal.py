@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 from crc32c import crc32c
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability.checked import decoded
 from deltaserve_server.durability.errors import CorruptError, readable
 from deltaserve_server.durability.files import Files

@@ -9,8 +9,8 @@ import numpy as np
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.model import Made, Tensor
-from deltaserve_server.model.image import SessionImage, Settings
+from deltaserve_server.model import Tensor, UpdateSummary
+from deltaserve_server.model.state import SessionState, Settings
 
 Piece = tuple[int, Values]
 """Elements from an offset on."""
@@ -20,13 +20,13 @@ class Updated(msgspec.Struct, tag="update", frozen=True, kw_only=True):
     """An update. Its vector is the gradient, in pieces.
 
     Attributes:
-        made: What was made.
+        summary: What was made.
         absent: Tensors that it left as they were.
-        sources: Session id and fingerprint of each push, in the order of `made.shares`.
+        sources: Session id and fingerprint of each push, in the order of `summary.contributions`.
         divisor: What the gradient is divided by.
     """
 
-    made: Made
+    summary: UpdateSummary
     absent: frozenset[int]
     sources: tuple[tuple[bytes, int | None], ...]
     divisor: float
@@ -35,7 +35,7 @@ class Updated(msgspec.Struct, tag="update", frozen=True, kw_only=True):
 class Opened(msgspec.Struct, tag="session", frozen=True):
     """A session was opened."""
 
-    session: SessionImage
+    session: SessionState
 
 
 class Ended(msgspec.Struct, tag="sessions ended", frozen=True):
@@ -51,7 +51,7 @@ class Changed(msgspec.Struct, tag="settings", frozen=True):
     waits: bool
 
 
-class Renumbered(msgspec.Struct, tag="version", frozen=True):
+class VersionBumped(msgspec.Struct, tag="version", frozen=True):
     """The weights as they are were given a new version."""
 
     version: int
@@ -70,7 +70,7 @@ class Extended(msgspec.Struct, tag="extension", frozen=True):
     groups: tuple[Hyperparameters, ...]
 
 
-Event = Updated | Opened | Ended | Changed | Renumbered | StatePut | Extended
+Event = Updated | Opened | Ended | Changed | VersionBumped | StatePut | Extended
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ def finite(event: Event) -> Event:
     """Returns an event that JSON can say: what is infinite is as large as a number can be, which rounds to the same."""
     if not isinstance(event, Updated):
         return event
-    made = replace(event.made, norm=min(event.made.norm, sys.float_info.max))
-    return msgspec.structs.replace(event, made=made, divisor=min(event.divisor, sys.float_info.max))
+    summary = replace(event.summary, norm=min(event.summary.norm, sys.float_info.max))
+    return msgspec.structs.replace(event, summary=summary, divisor=min(event.divisor, sys.float_info.max))
 
 
 DTYPES = {name: np.dtype(name) for name in ("<f4", "<f2", "<u2")}

@@ -9,24 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.folder import Folder, Head, Served
 from deltaserve_server.durability.journal import END, Reading, journal_name
-from deltaserve_server.durability.keeper import Kept
-from deltaserve_server.durability.plausible import Implausible, check_record
+from deltaserve_server.durability.model_storage import StoredModel
 from deltaserve_server.durability.records import (
     Changed,
     Ended,
     Extended,
     Opened,
     Record,
-    Renumbered,
     StatePut,
     Updated,
+    VersionBumped,
 )
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
+from deltaserve_server.durability.validation import InvalidRecord, check_record
 from deltaserve_server.memory import Range, State, Store
 from deltaserve_server.memory.store import Vector, zeros_like
 from deltaserve_server.model import Layout, Machine
@@ -49,7 +49,7 @@ class Recovered:
 
     machine: Machine
     store: Store
-    kept: Kept
+    kept: StoredModel
     waited: bool
 
 
@@ -132,7 +132,7 @@ def recover(
         _log.warning(
             "model %s: goes on from version %d; what came after, if anything, is lost", machine.name, machine.version
         )
-        folder.write_head(head.doubtful())
+        folder.write_head(head.mark_uncertain())
         head = head.forked(machine.version, replay.index)
         machine.lose_sessions()
     for number in found.bad:  # it is none, neither for the next who comes back nor where two are to stay
@@ -144,7 +144,7 @@ def recover(
     return Recovered(
         machine=machine,
         store=store,
-        kept=Kept(
+        kept=StoredModel(
             head=head,
             last=entry,
             saved_index=manifest.index,
@@ -163,7 +163,7 @@ def _head(folder: Folder, accept_data_loss: bool) -> Head:
         if not accept_data_loss:
             raise
         _log.error("%s; workers take the model for another one", error)
-        return Head.new().doubtful()  # how it was served is not known: sessions must not go on
+        return Head.new().mark_uncertain()  # how it was served is not known: sessions must not go on
 
 
 def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
@@ -221,7 +221,7 @@ def _replay(
             for record in reading.records():
                 try:
                     check_record(record, replay.machine)
-                except Implausible as error:
+                except InvalidRecord as error:
                     raise CorruptError(reading.where, f"record {record.index}: {error}") from None
                 replay.redo(record)
                 failpoint("recovery.replay")
@@ -234,7 +234,7 @@ def _replay(
             _log.error("%s; it ends at version %d", error, replay.machine.version)
             found.lost = True
             # Before anything is set aside: who comes back after a crash here must know of the loss too.
-            found.head = found.head.doubtful()
+            found.head = found.head.mark_uncertain()
             folder.write_head(found.head)
             for bad in numbers[place:]:
                 folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
@@ -299,7 +299,7 @@ class _Replay:
                 machine.sessions.end(ids)
             case Changed(settings, waits):
                 machine.redo_change(settings.groups, settings.policy, waits)
-            case Renumbered(version):
+            case VersionBumped(version):
                 machine.redo_version(version)
                 self._store.current.number = version
             case StatePut(counts):
@@ -317,10 +317,10 @@ class _Replay:
             staging.add(offset, values)
         self._store.fold(staging, 1.0)
         ranges = list(_ranges(self.machine, event))
-        self._store.update(ranges, event.divisor, event.made.version)
-        self.machine.redo(event.made, event.absent, event.sources, self._now)
+        self._store.update(ranges, event.divisor, event.summary.version)
+        self.machine.redo(event.summary, event.absent, event.sources, self._now)
 
 
 def _ranges(machine: Machine, event: Updated) -> Iterator[Range]:
     for start, stop, group in machine.layout.groups(event.absent):
-        yield Range(start, stop, event.made.hyperparameters[group])
+        yield Range(start, stop, event.summary.hyperparameters[group])

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import msgspec
 from crc32c import crc32c
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError, readable
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.plausible import Implausible, check_model
+from deltaserve_server.durability.validation import InvalidRecord, check_model
 from deltaserve_server.memory import State
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout
-from deltaserve_server.model.image import MachineImage
+from deltaserve_server.model.state import MachineState
 
 _FORMAT = "deltaserve snapshot 1"
 _PART = 4 << 20
@@ -58,7 +58,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     journal: int | None
     bytes: int
     check: int
-    model: MachineImage
+    model: MachineState
 
     @property
     def follows(self) -> int:
@@ -86,7 +86,7 @@ def manifest_name(number: int) -> str:
 
 
 def write(
-    files: Files, number: int, taken_at: float, index: int, journal: int | None, model: MachineImage, state: State
+    files: Files, number: int, taken_at: float, index: int, journal: int | None, model: MachineState, state: State
 ) -> Entry:
     """Writes a snapshot; it is safe when this returns.
 
@@ -147,7 +147,7 @@ def read_manifest(files: Files, number: int) -> Manifest:
         raise CorruptError(where, f"expected {_FORMAT}, number {number}")
     try:
         check_model(manifest.model)
-    except Implausible as error:
+    except InvalidRecord as error:
         raise CorruptError(where, str(error)) from None
     return manifest
 
@@ -211,7 +211,7 @@ def recorded_index(files: Files, number: int) -> int:
             return sys.maxsize
 
 
-def _head(model: MachineImage, index: int) -> bytes:
+def _head(model: MachineState, index: int) -> bytes:
     """Returns what a safetensors file begins with: the length of its JSON, and that, padded with spaces.
 
     Written here, not by the library: that takes all tensors as copies, in memory, at once.
@@ -222,7 +222,7 @@ def _head(model: MachineImage, index: int) -> bytes:
     return len(body).to_bytes(8, "little") + body
 
 
-def _entries(model: MachineImage) -> Iterator[tuple[str, Any]]:
+def _entries(model: MachineState) -> Iterator[tuple[str, Any]]:
     layout = Layout(model.tensors)
     for place, vector in enumerate(VECTORS):
         for index, tensor in enumerate(layout.tensors):

@@ -11,13 +11,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from deltaserve._failpoints import failpoint
+from deltaserve._common.failpoints import failpoint
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.adadelta.robust import trimmed_mean
-from deltaserve_server.memory import shared
+from deltaserve_server.memory import shared_memory
 from deltaserve_server.memory.budget import Allowance, Budget
-from deltaserve_server.memory.sharing import share
+from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import (
     Frozen,
     Gradient,
@@ -277,7 +277,7 @@ class HostStore(Store):
 
     def _share(self, run: Callable[[_Item], None], items: Sequence[_Item]) -> None:
         """Does all items, on several threads where there are several."""
-        share(run, items, self._executor, self._threads)
+        run_parallel(run, items, self._executor, self._threads)
 
     def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
         """Updates one range on the calling thread; returns the sum of the squares of its change."""
@@ -337,7 +337,7 @@ def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:
 def _allocate_shared(size: int) -> Vector:
     """Returns a vector that others can only read; one of ordinary memory where the system has none, or no more."""
     try:
-        return shared.allocate(size, others_write=False)
+        return shared_memory.allocate(size, others_write=False)
     except OSError as error:
         _log.warning("weights are not shared: %s", error)
         return allocate_host(size)

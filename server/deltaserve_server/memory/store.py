@@ -198,7 +198,7 @@ class Version:
 
 
 class Store(ABC):
-    """One model's vectors. Everything but `current` and `stage` is for the applier alone.
+    """One model's vectors. Everything but `current` and `stage` is for the engine alone.
 
     Attributes:
         current: The newest version.

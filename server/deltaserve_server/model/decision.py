@@ -1,8 +1,8 @@
-"""What the state machine decides, for the applier to carry out in the order given."""
+"""What the state machine decides, for the engine to carry out in the order given."""
 
 from dataclasses import dataclass
 
-from deltaserve_server.model.push import Key, Made, PushResult
+from deltaserve_server.model.push import Key, PushResult, UpdateSummary
 from deltaserve_server.model.refused import Refused
 
 
@@ -32,20 +32,20 @@ class Update:
     """Apply the gradient and publish the version.
 
     Attributes:
-        made: The update; its norm is to be entered.
+        summary: The update; its norm is to be entered.
         weight: What a sum is divided by: the weights of its pushes together.
         absent: Tensors that keep their weights and optimizer state.
-        sources: Session id and fingerprint of each push, in the order of `made.shares`.
+        sources: Session id and fingerprint of each push, in the order of `summary.contributions`.
     """
 
-    made: Made
+    summary: UpdateSummary
     weight: float
     absent: frozenset[int]
     sources: tuple[tuple[bytes, int | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Renumber:
+class BumpVersion:
     """Give the weights as they are a new version, for those who wait for it."""
 
     version: int
@@ -67,4 +67,4 @@ class Refuse:
     refusal: Refused
 
 
-Decision = Fold | Combine | Update | Renumber | Answer | Refuse
+Decision = Fold | Combine | Update | BumpVersion | Answer | Refuse

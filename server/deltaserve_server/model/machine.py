@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.model.decision import Answer, Combine, Decision, Fold, Refuse, Renumber, Update
+from deltaserve_server.model.decision import Answer, BumpVersion, Combine, Decision, Fold, Refuse, Update
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.policy import Async, Bounded, Policy, Sync, reduces_alike
-from deltaserve_server.model.push import Key, Made, Push, PushResult, PushStatus
+from deltaserve_server.model.push import Key, Push, PushResult, PushStatus, UpdateSummary
 from deltaserve_server.model.refused import Refused
-from deltaserve_server.model.round import Contribution, Round, factor, trim
+from deltaserve_server.model.round import PendingPush, Round, factor, trim
 from deltaserve_server.model.sessions import Session, Sessions
 
 _RETRY_SECONDS = 0.1
@@ -158,7 +158,7 @@ class Machine:
         if session.known(push):
             result = None if push.key in self._held else session.result(push.sequence, self.version)
             return [Answer(push.key, result)] if result else []
-        contribution = Contribution(session, push, self._base_version(push))
+        contribution = PendingPush(session, push, self._base_version(push))
         session.accept(push.sequence, push.fingerprint)
         if isinstance(self.policy, Sync):
             self.round.add(contribution, now)
@@ -219,24 +219,30 @@ class Machine:
 
     # --- going on after a restart
 
-    def redo(self, made: Made, absent: frozenset[int], sources: Sequence[tuple[bytes, int | None]], now: float) -> None:
+    def redo(
+        self, summary: UpdateSummary, absent: frozenset[int], sources: Sequence[tuple[bytes, int | None]], now: float
+    ) -> None:
         """Takes note of an update that was made before a restart.
 
         Args:
             made: The update.
             absent: Tensors that it left as they were.
-            sources: Session id and fingerprint of each of its pushes, in the order of `made.shares`.
+            sources: Session id and fingerprint of each of its pushes, in the order of `summary.contributions`.
             now: The time.
         """
-        self._count(made.version, absent)
-        for share, (session_id, fingerprint) in zip(made.shares, sources, strict=True):
+        self._count(summary.version, absent)
+        for contribution, (session_id, fingerprint) in zip(summary.contributions, sources, strict=True):
             session = self.sessions.find_any(session_id)
             if session:
-                session.accept(share.sequence, fingerprint)
-                session.apply(share.sequence, PushResult(version=made.version, share=share, made=made), now)
+                session.accept(contribution.sequence, fingerprint)
+                session.apply(
+                    contribution.sequence,
+                    PushResult(version=summary.version, contribution=contribution, summary=summary),
+                    now,
+                )
                 session.clock += not isinstance(self.policy, Sync)
         if isinstance(self.policy, Sync):
-            self._open_round(made.version)
+            self._open_round(summary.version)
             if self.next:
                 (groups, policy), self.next = self.next, None
                 self._configure(groups, policy)
@@ -347,11 +353,11 @@ class Machine:
             return []
         for session in late:
             session.member = True
-        return [self._renumber()]
+        return [self._bump_version()]
 
-    def _renumber(self) -> Renumber:
+    def _bump_version(self) -> BumpVersion:
         self.version += 1
-        return Renumber(self.version)
+        return BumpVersion(self.version)
 
     def _close_round(self, now: float) -> list[Decision]:
         """Makes the update of the open round, and opens the next."""
@@ -375,9 +381,9 @@ class Machine:
         late = any(not session.member for session in self.sessions.live())
         decisions: list[Decision] = [self._give_up(held, refusal, now) for held in self.round.in_order()]
         self._open_round(self.round.opened)
-        return [self._renumber(), *decisions] if late else decisions  # who waits for the next version has it then
+        return [self._bump_version(), *decisions] if late else decisions  # who waits for the next version has it then
 
-    def _give_up(self, contribution: Contribution, refusal: Refused, now: float) -> Refuse:
+    def _give_up(self, contribution: PendingPush, refusal: Refused, now: float) -> Refuse:
         contribution.session.give_up(contribution.push.sequence, now)
         return Refuse(contribution.push.key, refusal)
 
@@ -392,17 +398,17 @@ class Machine:
         """Makes the update of pushes that are reduced, and answers them."""
         absent = made_of.absent(len(self.layout.tensors))
         carried = made_of.hyperparameters or ()
-        shares = tuple(held.share(self.version) for held in made_of.in_order())
+        contributions = tuple(held.contribution(self.version) for held in made_of.in_order())
         self._count(self.version + 1, absent)
-        made = Made(
+        summary = UpdateSummary(
             version=self.version,
-            shares=shares,
+            contributions=contributions,
             hyperparameters=(*carried, *groups[len(carried) :]),  # for groups that the pushes do not know, the model's
         )
         sources = tuple((held.session.id, held.push.fingerprint) for held in made_of.in_order())
-        yield Update(made, sum(share.weight for share in shares), absent, sources)
-        for held, share in zip(made_of.in_order(), shares, strict=True):
-            result = PushResult(version=self.version, share=share, made=made)
+        yield Update(summary, sum(contribution.weight for contribution in contributions), absent, sources)
+        for held, contribution in zip(made_of.in_order(), contributions, strict=True):
+            result = PushResult(version=self.version, contribution=contribution, summary=summary)
             held.session.apply(held.push.sequence, result, now)
             yield from self._answer(held, result)
 
@@ -411,7 +417,7 @@ class Machine:
         for index in range(len(self.update_counts)):
             self.update_counts[index] += index not in absent
 
-    def _update_alone(self, contribution: Contribution, now: float) -> list[Decision]:
+    def _update_alone(self, contribution: PendingPush, now: float) -> list[Decision]:
         """Makes an update of one push."""
         alone = Round(opened=self.version)
         alone.add(contribution, now)
@@ -423,7 +429,7 @@ class Machine:
         contribution.session.clock += 1
         return [Fold(contribution.push.key, contribution.push.weight), *self._update(alone, groups, now)]
 
-    def _answer(self, contribution: Contribution, result: PushResult) -> Iterator[Answer]:
+    def _answer(self, contribution: PendingPush, result: PushResult) -> Iterator[Answer]:
         """Answers a push, or holds the answer while its worker is too far ahead."""
         session = contribution.session
         if isinstance(self.policy, Bounded) and self._too_far(session, self.policy):
@@ -490,7 +496,7 @@ class Machine:
             else:
                 yield from self._update_alone(held, now)
         if late and self.version == before:  # who waits for the next version has it then
-            yield self._renumber()
+            yield self._bump_version()
 
 
 def _damped(groups: tuple[Hyperparameters, ...], divisor: int) -> tuple[Hyperparameters, ...]:

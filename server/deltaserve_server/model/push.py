@@ -42,7 +42,7 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class Contribution:
     """What one push was in an update.
 
     Attributes:
@@ -63,18 +63,18 @@ class Share:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Made:
+class UpdateSummary:
     """An update that was made.
 
     Attributes:
         version: The version that it made.
-        shares: Its pushes, by worker name.
+        contributions: Its pushes, by worker name.
         hyperparameters: What it used, by group.
         norm: L2 norm of the change of the weights; who carries the update out enters it.
     """
 
     version: int
-    shares: tuple[Share, ...]
+    contributions: tuple[Contribution, ...]
     hyperparameters: tuple[Hyperparameters, ...]
     norm: float = 0.0
 
@@ -86,14 +86,14 @@ class PushResult:
     Attributes:
         version: The version that its update made; the current one where that is no longer known.
         duplicate: The push had been applied before; this is its first result.
-        share: What it was in the update; None when that is no longer known.
-        made: The update; None likewise.
+        contribution: What it was in the update; None when that is no longer known.
+        summary: The update; None likewise.
     """
 
     version: int
     duplicate: bool = False
-    share: Share | None = None
-    made: Made | None = None
+    contribution: Contribution | None = None
+    summary: UpdateSummary | None = None
 
     def again(self) -> "PushResult":
         """Returns the result as a duplicate push gets it."""

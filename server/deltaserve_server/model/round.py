@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.policy import Sync
-from deltaserve_server.model.push import Push, Share
+from deltaserve_server.model.push import Contribution, Push
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
 
 
 @dataclass(frozen=True, slots=True)
-class Contribution:
+class PendingPush:
     """A push, the session it came from, and the version it was computed on."""
 
     session: Session
@@ -24,9 +24,9 @@ class Contribution:
         """Returns the tensors without a gradient: those left out, and those that the session does not know."""
         return self.push.absent.union(range(self.session.tensor_count, tensor_count))
 
-    def share(self, version: int) -> Share:
+    def contribution(self, version: int) -> Contribution:
         """Returns what the push is in an update of `version`."""
-        return Share(
+        return Contribution(
             worker=self.session.worker,
             epoch=self.session.epoch,
             sequence=self.push.sequence,
@@ -48,7 +48,7 @@ class Round:
     """
 
     opened: int
-    contributions: dict[str, Contribution] = field(default_factory=dict)
+    contributions: dict[str, PendingPush] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameters, ...] | None = None
     folded: int = 0
     _arrivals: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Round:
         if difference:
             raise Refused("HYPERPARAMETER_CONFLICT", None, **difference)
 
-    def add(self, contribution: Contribution, now: float) -> None:
+    def add(self, contribution: PendingPush, now: float) -> None:
         """Takes a push in."""
         self.contributions[contribution.session.worker] = contribution
         self._arrivals.append(now)
@@ -82,13 +82,13 @@ class Round:
             times.append(self._arrivals[0] + policy.round_timeout_seconds)
         return min(times, default=None)
 
-    def foldable(self, awaited: Collection[str]) -> list[Contribution]:
+    def foldable(self, awaited: Collection[str]) -> list[PendingPush]:
         """Returns what can be reduced now, in order: the contributions whose names come before every awaited one."""
         first_awaited = min(awaited, default=None)
         ready = sorted(name for name in self.contributions if first_awaited is None or name < first_awaited)
         return [self.contributions[name] for name in ready[self.folded :]]
 
-    def in_order(self) -> list[Contribution]:
+    def in_order(self) -> list[PendingPush]:
         """Returns the contributions by worker name."""
         return [self.contributions[name] for name in sorted(self.contributions)]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from deltaserve._codec import Piece
-from deltaserve._failpoints import failpoint
-from deltaserve._flat import CHUNK_ELEMENTS, chunk_elements
-from deltaserve._wire import FLOAT32, Wire
+from deltaserve._common.codec import Chunk
+from deltaserve._common.element_types import FLOAT32, ElementType
+from deltaserve._common.failpoints import failpoint
+from deltaserve._common.flat_vector import CHUNK_ELEMENTS, chunk_elements
 from deltaserve_server.adadelta.formats import Values, widened
 from deltaserve_server.memory import Staging, State
-from deltaserve_server.memory.sharing import share
+from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
 
@@ -22,7 +22,7 @@ _BLOCKS = 4
 STATE_VECTORS = ("weights", "square_avg", "acc_delta")
 
 
-class Gate:
+class ChunkValidator:
     """Lets the chunks of one vector pass in their order.
 
     Args:
@@ -35,7 +35,7 @@ class Gate:
         size_bytes: What they come in.
     """
 
-    def __init__(self, runs: Iterable[tuple[int, int]], wire: Wire = FLOAT32) -> None:
+    def __init__(self, runs: Iterable[tuple[int, int]], wire: ElementType = FLOAT32) -> None:
         self.runs = list(runs)
         self._dtype = wire.dtype
         self.size = sum(stop - start for start, stop in self.runs)
@@ -89,7 +89,7 @@ class Gate:
             raise Refused("PUSH_INCOMPLETE", expected=self.size, got=self._passed)
 
 
-class Inspector:
+class ValueChecker:
     """Looks at values that are to be finite when squared, and takes their fingerprint.
 
     Args:
@@ -141,7 +141,7 @@ class Inspector:
                     return
             seen.append((fingerprint, None))
 
-        share(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
+        run_parallel(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
         self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in seen)) % (1 << 64)
         bad = min((position for _, position in seen if position is not None), default=None)
         if bad is not None:
@@ -166,13 +166,15 @@ def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[in
     return list(blocks.values())
 
 
-def admit_push(pieces: Iterable[tuple[int, Values]], gate: Gate, layout: Layout, staging: Staging) -> Inspector:
+def admit_push(
+    pieces: Iterable[tuple[int, Values]], gate: ChunkValidator, layout: Layout, staging: Staging
+) -> ValueChecker:
     """Takes a push's values, which have passed the gate, into staging; returns what has looked at them.
 
     Raises:
         Refused: For the first thing that is wrong with them.
     """
-    inspector = Inspector(layout)
+    inspector = ValueChecker(layout)
     for offset, values in pieces:
         failpoint("push.chunk")
         inspector.check(offset, values)
@@ -183,8 +185,15 @@ def admit_push(pieces: Iterable[tuple[int, Values]], gate: Gate, layout: Layout,
 
 
 def admit_shared(
-    vector: Vector, gate: Gate, layout: Layout, staging: Staging, executor: Executor, threads: int, *, in_place: bool
-) -> Inspector:
+    vector: Vector,
+    gate: ChunkValidator,
+    layout: Layout,
+    staging: Staging,
+    executor: Executor,
+    threads: int,
+    *,
+    in_place: bool,
+) -> ValueChecker:
     """Takes a push that lies in memory which somebody else can write to; otherwise as `admit_push`.
 
     Args:
@@ -206,9 +215,9 @@ def admit_shared(
         def copy(start: int) -> None:
             mine[start : start + CHUNK_ELEMENTS] = vector[start : start + CHUNK_ELEMENTS]
 
-        share(copy, range(0, vector.size, CHUNK_ELEMENTS), executor, threads)
+        run_parallel(copy, range(0, vector.size, CHUNK_ELEMENTS), executor, threads)
         vector = mine
-    inspector = Inspector(layout)
+    inspector = ValueChecker(layout)
     inspector.check_whole(vector, gate.runs, executor, threads)
     for start, stop in gate.runs:
         staging.add(start, vector[start:stop])
@@ -216,7 +225,7 @@ def admit_shared(
     return inspector
 
 
-def admit_weights(messages: Iterator[Piece], layout: Layout, start: int = 0) -> Vector:
+def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> Vector:
     """Returns the weights of a new model, or of its extension from element `start` on.
 
     Raises:
@@ -225,7 +234,7 @@ def admit_weights(messages: Iterator[Piece], layout: Layout, start: int = 0) -> 
     return _vector(messages, "weights", layout, start)
 
 
-def admit_state(messages: Iterator[Piece], layout: Layout) -> State:
+def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
     """Returns a whole state: three vectors one after the other.
 
     Raises:
@@ -238,10 +247,10 @@ def admit_state(messages: Iterator[Piece], layout: Layout) -> State:
     return State(*vectors)
 
 
-def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0) -> Vector:
+def _vector(messages: Iterator[Chunk], name: str, layout: Layout, start: int = 0) -> Vector:
     """Reads one vector up to its last element, and no message beyond."""
-    gate = Gate([(start, layout.size)] if start < layout.size else [])
-    inspector = Inspector(layout)
+    gate = ChunkValidator([(start, layout.size)] if start < layout.size else [])
+    inspector = ValueChecker(layout)
     vector = allocate_host(gate.size)  # a model may keep it
     got = 0
     while got < gate.size:
@@ -260,15 +269,15 @@ def _vector(messages: Iterator[Piece], name: str, layout: Layout, start: int = 0
     return vector
 
 
-def _chunk(messages: Iterator[Any]) -> Piece | None:
+def _chunk(messages: Iterator[Any]) -> Chunk | None:
     """Returns the next chunk, or None at the end; raises Refused MESSAGE_INVALID for a second header."""
     message = next(messages, None)
-    if message is not None and not isinstance(message, Piece):
+    if message is not None and not isinstance(message, Chunk):
         raise Refused("MESSAGE_INVALID", message="stream: chunks follow its first message")
     return message
 
 
-def _check_state(inspector: Inspector, name: str, offset: int, values: Vector, layout: Layout) -> None:
+def _check_state(inspector: ValueChecker, name: str, offset: int, values: Vector, layout: Layout) -> None:
     """Weights obey the rule for gradients; the averages of squares are finite and not negative."""
     if name == "weights":
         inspector.check(offset, values)
@@ -281,13 +290,13 @@ def _check_state(inspector: Inspector, name: str, offset: int, values: Vector, l
         raise Refused("VALUE_NOT_FINITE", tensor=tensor, index=index)
 
 
-def require_end(messages: Iterator[Piece]) -> None:
+def require_end(messages: Iterator[Chunk]) -> None:
     """Raises Refused CHUNK_SEQUENCE where the stream goes on after its last chunk."""
     if next(messages, None) is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
 
 
-def chunks(vector: Vector, count: int, wire: Wire = FLOAT32) -> Iterator[tuple[int, list[memoryview]]]:
+def chunks(vector: Vector, count: int, wire: ElementType = FLOAT32) -> Iterator[tuple[int, list[memoryview]]]:
     """Yields the first `count` elements of a vector in chunks, as offset and what travels."""
     raw, size = vector.data.cast("B"), chunk_elements(wire)
     for start in range(0, count, size):

@@ -12,8 +12,8 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from deltaserve._codec import StreamCodec
-from deltaserve._errors import to_status
+from deltaserve._common.codec import StreamCodec
+from deltaserve._common.error_table import to_status
 from deltaserve_server.memory import BudgetExceeded
 from deltaserve_server.model import Refused
 

@@ -8,9 +8,9 @@ from histories import ASYNC, BOUNDED, CARRIED, GROUPS, SYNC
 from house import MEMORY, Clock
 
 from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Policy, Push, Refused, Session, Tensor
-from deltaserve_server.service.applier import Applier
 
 POLICIES: tuple[Policy, ...] = (*SYNC, *ASYNC, *BOUNDED)
 WORKERS = ("a", "b", "c", "d")
@@ -21,17 +21,17 @@ class Crowd:
     """Workers that call a model at random.
 
     Args:
-        applier: The model.
+        engine: The model.
         seed: Chooses what happens.
         clock: Its time.
 
     Attributes:
-        applier: As above; another one where the model has come back.
+        engine: As above; another one where the model has come back.
         done: How often what was done, and not refused.
     """
 
-    def __init__(self, applier: Applier, seed: int, clock: Clock) -> None:
-        self.applier = applier
+    def __init__(self, engine: ModelEngine, seed: int, clock: Clock) -> None:
+        self.engine = engine
         self.clock = clock
         self.chance = random.Random(seed)
         self.done: dict[str, int] = {}
@@ -65,7 +65,7 @@ class Crowd:
     def push(self, sequence: int = 0) -> None:
         """A worker's next push, or one that it has made before: `sequence` is added to the next number."""
         session = self._live()
-        layout = self.applier.machine.layout
+        layout = self.engine.machine.layout
         count = session.tensor_count
         absent = frozenset(k for k in range(count) if self.chance.random() < 0.15)
         number = session.last_accepted + 1 + sequence
@@ -76,68 +76,68 @@ class Crowd:
             session_id=session.id,
             epoch=session.epoch,
             sequence=number,
-            base_version=None if age is None else max(self.applier.machine.version - age, 0),
+            base_version=None if age is None else max(self.engine.machine.version - age, 0),
             hyperparameters=(carried,) * session.group_count if carried else None,
             absent=absent,
             weight=self.chance.choice((1.0, 1.0, 3.0, 1e-9, 1e9)),
             fingerprint=seed,
             norm=self.chance.choice((0.5, 1.0, 3.0, 7.5)),
         )
-        staging = self.applier.stage()
+        staging = self.engine.stage()
         kind, length = self.chance.choice(("<f4", "<f4", "<f2", "<u2")), self.chance.choice((5, 1 << 18))
         for start, stop in layout.runs(count, absent):
             values = _values(stop - start, seed, kind)
             for at in range(0, stop - start, length):
                 staging.add(start + at, values[at : at + length])
-        self.applier.push(push, staging, MEMORY.reserve(0))
+        self.engine.push(push, staging, MEMORY.reserve(0))
 
     def push_again(self) -> None:
         self.push(self.chance.choice((-1, -1, -2, -8, -9, 1)))
 
     def open(self) -> None:
-        worker, machine = self.chance.choice(WORKERS), self.applier.machine
+        worker, machine = self.chance.choice(WORKERS), self.engine.machine
         tensors = self.chance.choice((None, None, 1, len(machine.layout.tensors)))
         lease = self.chance.choice((LEASE, 3 * LEASE))
-        self.sessions[worker] = self.applier.open_session(worker, lease, tensors)
+        self.sessions[worker] = self.engine.open_session(worker, lease, tensors)
 
     def close(self) -> None:
         session = self._live()
-        self.applier.close_session(session.id, session.epoch)
+        self.engine.close_session(session.id, session.epoch)
 
     def tick(self) -> None:
         self.clock.ahead += self.chance.choice((0.0, 0.5, 2.0, 6.0))
-        self.applier.tick()
+        self.engine.tick()
 
     def expire(self) -> None:
         self.clock.ahead += 1.1 * LEASE
-        self.applier.tick()
+        self.engine.tick()
 
     def change_policy(self) -> None:
         policy = self.chance.choice(POLICIES)
-        self.applier.change(self.applier.machine.configuration()[0], policy)
+        self.engine.change(self.engine.machine.configuration()[0], policy)
 
     def change_groups(self) -> None:
-        groups, policy = self.applier.machine.configuration()
-        self.applier.change(tuple(self.chance.choice(GROUPS) for _ in groups), policy)
+        groups, policy = self.engine.machine.configuration()
+        self.engine.change(tuple(self.chance.choice(GROUPS) for _ in groups), policy)
 
     def put_state(self) -> None:
-        layout = self.applier.machine.layout
+        layout = self.engine.machine.layout
         chance = np.random.default_rng(self.chance.randrange(1 << 30))
         vectors = [chance.random(layout.size, np.float32) for _ in range(3)]
-        self.applier.put_state(State(*vectors), [self.chance.randrange(9)] * len(layout.tensors))
+        self.engine.put_state(State(*vectors), [self.chance.randrange(9)] * len(layout.tensors))
 
     def extend(self) -> None:
-        machine = self.applier.machine
+        machine = self.engine.machine
         if len(machine.layout.tensors) > 7:
             return
         groups = GROUPS[1:2] if self.chance.random() < 0.5 else ()
         name, size = f"t{len(machine.layout.tensors)}", self.chance.choice((0, 1, 9))
         group = len(machine.groups) if groups else 0
         weights = np.full(size, 0.5, np.float32)
-        self.applier.extend([Tensor(name, (size,), group)], groups, weights, MEMORY.reserve(0))
+        self.engine.extend([Tensor(name, (size,), group)], groups, weights, MEMORY.reserve(0))
 
     def save(self) -> None:
-        self.applier.save()
+        self.engine.save()
 
     def _live(self) -> Session:
         """Returns a session, mostly one that lives; opens one where there is none."""

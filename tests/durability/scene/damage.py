@@ -120,10 +120,10 @@ def leave(path: Path, durability: str = "journal") -> Left:
     with LocalServer(config) as server, deltaserve.connect(server.target) as client:
         shapes = {"w": (7, 11), "b": (0,), "v": (40,)}
         model = client.create_model("m", {name: chance.random(shape, np.float32) for name, shape in shapes.items()})
-        applier = server._registry.get("m")
+        engine = server._catalog.get("m")
 
         def note() -> None:
-            history.append(awaited(applier))
+            history.append(awaited(engine))
 
         def step(worker: deltaserve.Worker, count: int, **more: tuple[int, ...]) -> None:
             for _ in range(count):
@@ -161,11 +161,11 @@ def leave(path: Path, durability: str = "journal") -> Left:
 
 def _settled(server: LocalServer) -> None:
     """Waits for the snapshot that a change asks for: which files there are is then always the same."""
-    keeper = server._registry.get("m").keeper
-    assert keeper
-    while keeper._saved_index != keeper.commits.index:
+    storage = server._catalog.get("m").storage
+    assert storage
+    while storage._saved_index != storage.commits.index:
         sleep(0.01)
-    with keeper._saving:
+    with storage._saving:
         pass  # what is not needed any more is removed
 
 

@@ -16,14 +16,14 @@ from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.durability import checked, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
-from deltaserve_server.durability.keeper import Durability, Schedule
+from deltaserve_server.durability.model_storage import Durability, Schedule
+from deltaserve_server.engine import model_engine as applier_module
+from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import Budget, State, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import Async, Layout, Machine, Policy, Tensor
-from deltaserve_server.model.image import MachineImage
-from deltaserve_server.service import applier as applier_module
-from deltaserve_server.service.applier import Applier
+from deltaserve_server.model.state import MachineState
 
 TENSORS = (Tensor("w", (7, 11)), Tensor("b", (0,)), Tensor("v", (40,)))
 EXECUTOR = ThreadPoolExecutor(1)
@@ -31,7 +31,7 @@ MEMORY = Budget(1 << 40)
 
 
 class Clock:
-    """The time that an applier is told: the real one, and what a test adds to it."""
+    """The time that an engine is told: the real one, and what a test adds to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead = 0.0
@@ -69,17 +69,17 @@ class House:
 
     def __init__(self, path: Path, durability: str = "journal", updates: int | None = None) -> None:
         self.directory = DataDirectory(path, Schedule(durability=Durability(durability), updates=updates, seconds=None))
-        self.appliers: list[Applier] = []
+        self.engines: list[ModelEngine] = []
 
-    def create(self, made: Machine | None = None, seed: int = 0) -> Applier:
+    def create(self, summary: Machine | None = None, seed: int = 0) -> ModelEngine:
         """Makes a model, as the registry does."""
-        made = made or machine()
-        weights = random(made.layout.size, seed)
+        summary = summary or machine()
+        weights = random(summary.layout.size, seed)
         zeros = np.zeros_like(weights)
-        prepared = self.directory.prepare(made, State(weights, zeros, zeros))
-        return self._applier(made, make_store(weights), self.directory.add(prepared, made.name))
+        prepared = self.directory.prepare(summary, State(weights, zeros, zeros))
+        return self._engine(summary, make_store(weights), self.directory.add(prepared, summary.name))
 
-    def restore(self, name: str = "m", *, accept_data_loss: bool = False) -> Applier:
+    def restore(self, name: str = "m", *, accept_data_loss: bool = False) -> ModelEngine:
         """Brings a model back, as the registry does."""
         came = recovery.recover(
             self.directory.folder(name),
@@ -88,25 +88,25 @@ class House:
             accept_data_loss=accept_data_loss,
             sync=self.directory.durability is Durability.FSYNC,
         )
-        keeper = self.directory.keeper(name, came.kept)
-        applier = self._applier(came.machine, came.store, keeper)
+        storage = self.directory.storage(name, came.kept)
+        engine = self._engine(came.machine, came.store, storage)
         if came.waited:
-            applier.renumbered()
-        return applier
+            engine.version_bumped()
+        return engine
 
     def die(self) -> None:
         """Lets go of all files, as a process that dies."""
-        for applier in self.appliers:
-            assert applier.keeper
-            commits = applier.keeper.commits
+        for engine in self.engines:
+            assert engine.storage
+            commits = engine.storage.commits
             if isinstance(commits, Journaled):
                 commits._journal._file.close()
         self.directory.close()
 
-    def _applier(self, made: Machine, store: Store, keeper: Any) -> Applier:
-        applier = Applier(made, store, MEMORY.reserve(0), "incarnation", lambda _: None, keeper)
-        self.appliers.append(applier)
-        return applier
+    def _engine(self, summary: Machine, store: Store, storage: Any) -> ModelEngine:
+        engine = ModelEngine(summary, store, MEMORY.reserve(0), "incarnation", lambda _: None, storage)
+        self.engines.append(engine)
+        return engine
 
 
 def recovered(path: Path, name: str = "m", durability: str = "journal", *, accept_data_loss: bool = False) -> Seen:
@@ -128,54 +128,54 @@ def read(path: Path, name: str = "m", *, accept_data_loss: bool = False) -> Seen
     return _seen(came.machine, came.store.state())
 
 
-def seen(applier: Applier) -> Seen:
+def seen(engine: ModelEngine) -> Seen:
     """Returns what a model is, as far as its workers were told."""
-    return _seen(applier.machine, applier.state())
+    return _seen(engine.machine, engine.state())
 
 
-def awaited(applier: Applier) -> Seen:
+def awaited(engine: ModelEngine) -> Seen:
     """Returns what is to come back of a model whose server dies now."""
-    return _seen(_resumed(applier.machine), applier.state())
+    return _seen(_resumed(engine.machine), engine.state())
 
 
-def check_comes_back(got: Seen, applier: Applier) -> None:
+def check_comes_back(got: Seen, engine: ModelEngine) -> None:
     """Fails where what came back is not what is to come back of a model.
 
     Whoever came too late for the open round, and whose first version is there by now, gets a further one where a
     snapshot says so, and none where a record of that version does. Either is right.
     """
-    wanted = awaited(applier)
-    late = [session for session in applier.machine.sessions.live() if not session.member]
-    if got.version != wanted.version and late and all(s.first_version <= applier.machine.version for s in late):
-        again = _read(applier.machine)
+    wanted = awaited(engine)
+    late = [session for session in engine.machine.sessions.live() if not session.member]
+    if got.version != wanted.version and late and all(s.first_version <= engine.machine.version for s in late):
+        again = _read(engine.machine)
         for session in again.sessions.live():
             session.member = True
         again.resume(time.monotonic())
-        wanted = _seen(again, applier.state())
+        wanted = _seen(again, engine.state())
     check_same(got, wanted)
 
 
-def _read(made: Machine) -> Machine:
+def _read(summary: Machine) -> Machine:
     """Returns a machine that was written down and read."""
-    return checked.unpacked(checked.packed(MachineImage.of(made)), MachineImage, "image").machine(time.monotonic())
+    return checked.unpacked(checked.packed(MachineState.of(summary)), MachineState, "image").machine(time.monotonic())
 
 
-def _resumed(made: Machine) -> Machine:
-    again = _read(made)
+def _resumed(summary: Machine) -> Machine:
+    again = _read(summary)
     again.resume(time.monotonic())
     return again
 
 
-def text(made: Machine) -> str:
+def text(summary: Machine) -> str:
     """Returns a machine's image as text; the updates in it are in order of versions."""
-    image = MachineImage.of(made)
-    ordered = replace(image, made=tuple(sorted(image.made, key=lambda update: update.version)))
+    image = MachineState.of(summary)
+    ordered = replace(image, summary=tuple(sorted(image.summary, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered), indent=1).decode()
 
 
-def _seen(made: Machine, state: State) -> Seen:
+def _seen(summary: Machine, state: State) -> Seen:
     vectors = state.weights.tobytes(), state.square_avg.tobytes(), state.acc_delta.tobytes()
-    return Seen(made.version, text(made), vectors)
+    return Seen(summary.version, text(summary), vectors)
 
 
 def check_same(got: Seen, wanted: Seen) -> None:

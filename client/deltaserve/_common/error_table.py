@@ -1,0 +1,193 @@
+"""The table of errors: the server turns a reason into a status, the client a status into an exception."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from deltaserve._errors import (
+    ConflictError,
+    Error,
+    RequestError,
+    ServerError,
+    SessionError,
+    StaleGradientError,
+    StateLostError,
+    UnavailableError,
+)
+
+DOMAIN = "deltaserve.dev"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What belongs to one reason.
+
+    Attributes:
+        code: The gRPC status code.
+        exception: What the client raises.
+        text: One line; the fields in braces are the metadata keys.
+    """
+
+    code: grpc.StatusCode
+    exception: type[Error]
+    text: str
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The metadata keys."""
+        return frozenset(name for _, name, _, _ in Formatter().parse(self.text) if name)
+
+
+_INVALID = grpc.StatusCode.INVALID_ARGUMENT
+_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
+_EXISTS = grpc.StatusCode.ALREADY_EXISTS
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+TABLE: Mapping[str, Row] = {
+    "MESSAGE_INVALID": Row(_INVALID, RequestError, "not a valid {message}"),
+    "NAME_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
+    "SHAPE_INVALID": Row(_INVALID, RequestError, "shape of tensor {tensor}: expected {allowed}, got {shape}"),
+    "DTYPE_UNSUPPORTED": Row(_INVALID, RequestError, "type of tensor {tensor}: expected {allowed}, got {got}"),
+    "HYPERPARAMETER_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
+    "POLICY_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
+    "CHUNK_SEQUENCE": Row(_INVALID, RequestError, "chunks: expected {expected}, got {got}"),
+    "PUSH_INCOMPLETE": Row(_INVALID, RequestError, "the stream ended early: expected {expected} elements, got {got}"),
+    "VALUE_NOT_FINITE": Row(_INVALID, RequestError, "NaN or infinity in tensor {tensor} at element {index}"),
+    "VALUE_TOO_LARGE": Row(
+        _INVALID, RequestError, "value in tensor {tensor} at element {index} is too large: its square is not finite"
+    ),
+    "PUSH_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
+    "MODEL_NOT_FOUND": Row(grpc.StatusCode.NOT_FOUND, RequestError, "no model is named '{model}'"),
+    "MODEL_MISMATCH": Row(_EXISTS, ConflictError, "model {model} exists and differs: {difference}"),
+    "SESSION_UNKNOWN": Row(
+        _PRECONDITION, SessionError, "there is no such session: it was closed, or its lease ran out; open a new one"
+    ),
+    "SESSION_FENCED": Row(
+        _PRECONDITION,
+        SessionError,
+        "a newer session of worker {worker} has taken over (epoch {current}, this one is {epoch}): "
+        "give every worker its own name",
+    ),
+    "SEQUENCE_GAP": Row(_PRECONDITION, ConflictError, "sequence number: expected {expected}, got {got}"),
+    "SEQUENCE_REUSED": Row(_EXISTS, ConflictError, "sequence number {sequence} was used for another gradient"),
+    "ROUND_CLOSED": Row(
+        _PRECONDITION,
+        StaleGradientError,
+        "the gradient is of version {base}, its round is of version {current}: pull that, compute again, push",
+    ),
+    "HYPERPARAMETER_CONFLICT": Row(
+        _PRECONDITION, ConflictError, "{field}: other workers push {round} in this round, got {got}"
+    ),
+    "MEMORY_BUDGET": Row(
+        _EXHAUSTED, UnavailableError, "needs {needed} bytes of the server's memory budget, {available} are left"
+    ),
+    "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} sessions"),
+    "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} models"),
+    "RECOVERING": Row(
+        grpc.StatusCode.UNAVAILABLE,
+        UnavailableError,
+        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s to go",
+    ),
+    "STORAGE_UNAVAILABLE": Row(
+        grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot use its data directory: {why}"
+    ),
+    "NOT_DURABLE": Row(
+        _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"
+    ),
+    "LINEAGE_UNKNOWN": Row(_PRECONDITION, StateLostError, "model {model} is another one than before, of the same name"),
+    "DRAINING": Row(grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server is about to stop"),
+    "STALE_BASE": Row(
+        grpc.StatusCode.ABORTED,
+        StaleGradientError,
+        "the gradient is of version {base}, more than {bound} before the current {current}: pull, compute again, push",
+    ),
+    "ROUND_FAILED": Row(
+        grpc.StatusCode.ABORTED,
+        UnavailableError,
+        "the round's time was up with {got} of the {need} pushes that it needs; none was applied: step again",
+    ),
+    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} watchers"),
+    "SLACK_EXCEEDED": Row(
+        _PRECONDITION,
+        UnavailableError,
+        "the worker is {ahead} steps ahead of the slowest, {slack} are allowed: the answer to its last push waits",
+    ),
+    "INTERNAL": Row(grpc.StatusCode.INTERNAL, ServerError, "a fault of the server; its log has incident {incident}"),
+    "SHARED_MEMORY_UNAVAILABLE": Row(_PRECONDITION, RequestError, "no shared memory: {why}"),
+}
+
+
+def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | None = None) -> grpc.Status:
+    """Returns the status that a server ends a call with.
+
+    Args:
+        reason: A key of TABLE.
+        metadata: Exactly the row's keys.
+        retry_seconds: When the same request may succeed; None where a retry does not help.
+    """
+    row = TABLE[reason]
+    status = status_pb2.Status(code=code_pb2.Code.Value(row.code.name), message=row.text.format_map(metadata))
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=dict(metadata))
+    status.details.add().Pack(info)
+    if "field" in row.keys and row.code is _INVALID:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=metadata["field"], description=f"expected {metadata['allowed']}"
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if retry_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(retry_seconds * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    made: grpc.Status = rpc_status.to_status(status)
+    return made
+
+
+def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error, float | None]:
+    """Returns the exception for a call that failed, and after how many seconds to try again (None: do not).
+
+    Args:
+        error: What the call raised.
+        target: The server's address, for the message.
+        seconds: How long the call was allowed to take, for the message.
+    """
+    info, retry_seconds = _details(error)
+    if info is None:
+        return _transport_error(error, target, seconds)
+    row = TABLE.get(info.reason)
+    kind = row.exception if row else Error
+    return kind(str(error.details()), reason=info.reason, metadata=info.metadata), retry_seconds
+
+
+def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
+    """Reads ErrorInfo and RetryInfo out of a status; None where it is not one of ours."""
+    try:
+        status = rpc_status.from_call(error)
+    except (DecodeError, ValueError):
+        return None, None
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    found, retry_seconds = None, None
+    for detail in status.details if status else ():
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            found = info
+        elif detail.Unpack(retry):
+            retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
+    return found, retry_seconds
+
+
+def _transport_error(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error, float | None]:
+    code, details = error.code(), error.details()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError(f"{target} did not answer within {seconds:g} s"), 0.0
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnavailableError(f"cannot reach a server at {target}: is it running there? ({details})"), 0.0
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Error(f"the server at {target} does not speak deltaserve.v1: is it the right port?"), None
+    if code is _EXHAUSTED:
+        return RequestError(f"a message is larger than {target} takes ({details})"), None
+    return Error(f"{target}: {code.name}: {details}"), None

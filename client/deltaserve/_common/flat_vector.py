@@ -1,0 +1,91 @@
+"""The flat vector over tensors that lie where the caller has them."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from deltaserve._common.element_types import FLOAT32, Array, ElementType
+
+ELEMENT_BYTES = 4
+
+CHUNK_ELEMENTS = 1 << 18
+"""float32 elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+
+
+def chunk_elements(wire: ElementType) -> int:
+    """Returns how many elements of a type make a chunk."""
+    return CHUNK_ELEMENTS * ELEMENT_BYTES // wire.dtype.itemsize
+
+
+def contiguous(values: ArrayLike) -> Array:
+    """Returns the values as a C-contiguous float32 array of the same shape; the same memory where it is one.
+
+    Raises:
+        TypeError: They are not real numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"expected real numbers, got {array.dtype}")
+    return np.asarray(array, dtype="<f4", order="C")
+
+
+class FlatVector:
+    """A flat float32 vector that consists of the memory of several arrays, one after the other.
+
+    Args:
+        arrays: float32, C-contiguous, little-endian. Their memory is read and written in place.
+    """
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self.offsets = list(accumulate((array.size for array in arrays), initial=0))
+        self._bytes = [_raw(array) for array in arrays]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.offsets[-1]
+
+    def chunks(
+        self, absent: Collection[int] = (), wire: ElementType = FLOAT32
+    ) -> Iterator[tuple[int, list[memoryview]]]:
+        """Yields chunks as offset and memory; the arrays in `absent` are left out, and no chunk reaches across them."""
+        size = chunk_elements(wire)
+        for first, last in self._runs(absent):
+            stop = self.offsets[last]
+            for start in range(self.offsets[first], stop, size):
+                yield start, list(self._parts(start, min(start + size, stop)))
+
+    def write(self, offset: int, data: memoryview, wire: ElementType = FLOAT32) -> None:
+        """Writes received elements from element `offset` on; what lies beyond the vector's end is left out."""
+        values = np.frombuffer(data, wire.dtype)[: max(self.size - offset, 0)]
+        at = 0
+        for part in self._parts(offset, offset + values.size):
+            count = part.nbytes // ELEMENT_BYTES
+            wire.widen(values[at : at + count], np.frombuffer(part, "<f4"))
+            at += count
+
+    def _parts(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Yields the memory of elements `[start, stop)`."""
+        index = bisect_right(self.offsets, start) - 1
+        while start < stop:
+            first = start - self.offsets[index]
+            last = min(stop, self.offsets[index + 1]) - self.offsets[index]
+            if first < last:
+                yield self._bytes[index][first * ELEMENT_BYTES : last * ELEMENT_BYTES]
+            start = self.offsets[index] + last
+            index += 1
+
+    def _runs(self, absent: Collection[int]) -> Iterator[tuple[int, int]]:
+        """Yields the longest runs `[first, last)` of arrays that are not absent."""
+        first = 0
+        for index in [*sorted(absent), len(self._bytes)]:
+            if first < index:
+                yield first, index
+            first = index + 1
+
+
+def _raw(array: Array) -> memoryview:
+    return array.data.cast("B") if array.size else memoryview(b"")

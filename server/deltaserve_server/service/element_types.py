@@ -1,0 +1,37 @@
+"""Element types on the wire, as the server converts them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaserve._common.element_types import ELEMENT_TYPES, FLOAT32, ElementType
+from deltaserve.v1 import common_pb2 as pb
+from deltaserve_server.model import Refused
+
+
+def _narrow(values: NDArray[np.float32], out: NDArray[Any]) -> None:
+    from deltaserve_server.adadelta.float16 import narrow  # numba: not before it is asked for
+
+    narrow(values, out)
+
+
+_BY_NUMBER: "dict[pb.DataType.ValueType, ElementType]" = {
+    pb.DATA_TYPE_UNSPECIFIED: FLOAT32,
+    pb.DATA_TYPE_FLOAT32: FLOAT32,
+    pb.DATA_TYPE_BFLOAT16: ELEMENT_TYPES["bfloat16"]._replace(narrow=_narrow),
+    pb.DATA_TYPE_FLOAT16: ELEMENT_TYPES["float16"]._replace(narrow=_narrow),
+}
+_ALLOWED = " or ".join(pb.DataType.Name(number) for number in _BY_NUMBER if number)
+
+
+def element_type_of(data_type: "pb.DataType.ValueType") -> ElementType:
+    """Returns the type of elements that a message names.
+
+    Raises:
+        Refused: DTYPE_UNSUPPORTED.
+    """
+    wire = _BY_NUMBER.get(data_type)
+    if wire is None:
+        raise Refused("DTYPE_UNSUPPORTED", tensor="(all)", got=data_type, allowed=_ALLOWED)
+    return wire

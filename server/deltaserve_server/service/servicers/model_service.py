@@ -1,0 +1,267 @@
+"""ModelService: models made, looked at, read whole, put back, deleted."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from deltaserve._common.codec import Chunk, StreamCodec
+from deltaserve.v1 import common_pb2 as pb
+from deltaserve.v1 import model_service_pb2 as rpc
+from deltaserve_server.durability.snapshot import Entry
+from deltaserve_server.engine.catalog import ModelCatalog
+from deltaserve_server.engine.model_engine import ModelEngine
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
+from deltaserve_server.model import Machine, Policy, Refused, Session, Sync
+from deltaserve_server.service import admission, conversion
+
+_UPDATES = (1 << 63) - 1
+"""Updates that a state may come with; those that follow must fit into the field too."""
+
+_PULL_STATE = StreamCodec(rpc.PullStateResponse)
+
+
+class ModelServicer:
+    """Serves ModelService.
+
+    Args:
+        registry: The server's models.
+    """
+
+    def __init__(self, catalog: ModelCatalog) -> None:
+        self._catalog = catalog
+
+    def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
+        """Creates a model, or answers that it is there."""
+        machine = conversion.to_machine(_header(messages, pb.ModelConfig))
+        self._check_fits(machine)
+        engine, created = self._catalog.find(machine.name), False
+        if engine is None:
+            engine, created = self._catalog.add(machine, lambda: _weights(messages, machine))
+        with engine.event():
+            difference = None if created else conversion.difference(engine.machine, machine)
+            if difference:
+                raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
+            return rpc.CreateModelResponse(created=created, position=engine.position)
+
+    def _check_fits(self, machine: Machine) -> None:
+        """Raises Refused for a model that no answer could describe, or a round that no number of workers closes."""
+        config = self._catalog.config
+        if conversion.from_machine(machine).ByteSize() > config.message_bytes // 2:
+            allowed = f"a layout of at most {config.message_bytes // 2} bytes in a message"
+            raise Refused("SHAPE_INVALID", tensor="(all)", shape="(all)", allowed=allowed)
+        self._check_workers(machine.policy)
+
+    def _check_workers(self, policy: Policy) -> None:
+        limit = self._catalog.config.sessions
+        if isinstance(policy, Sync) and policy.min_workers > limit:
+            allowed = f"1 to {limit}, the server's limit of sessions"
+            raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=allowed)
+
+    def ExtendModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.ExtendModelResponse:
+        """Adds tensors and groups at the end of a model's layout."""
+        header = _header(messages, rpc.ExtendModelHeader)
+        engine = self._catalog.get(header.model)
+        extension = _Extension(engine, header)
+        if extension.present():
+            with engine.event():
+                return rpc.ExtendModelResponse(extended=False, position=engine.position)
+        layout = extension.machine.layout.extended(extension.tensors)
+        start = extension.machine.layout.size
+        with ExitStack() as undo:
+            reservation = undo.enter_context(self._catalog.reserve_model(layout.size - start))
+            weights = admission.admit_weights(messages, layout, start)
+            admission.require_end(messages)
+            with engine.event():
+                extended = not extension.present()  # or else another caller was quicker
+                if extended:
+                    engine.extend(extension.tensors, extension.groups, weights, reservation)
+                    undo.pop_all()  # it has it, whatever becomes of its journal
+                return rpc.ExtendModelResponse(extended=extended, position=engine.position)
+
+    def GetModel(self, request: rpc.GetModelRequest, _: grpc.ServicerContext) -> rpc.GetModelResponse:
+        """A model without its numbers."""
+        engine = self._catalog.get(request.model)
+        now = monotonic()
+        with engine.event():
+            sessions = sorted(engine.machine.sessions.live(), key=lambda session: session.rank)
+            return rpc.GetModelResponse(
+                config=conversion.from_machine(engine.machine),
+                position=engine.position,
+                sessions=[_session(session, now) for session in sessions],
+            )
+
+    def ListModels(self, _request: rpc.ListModelsRequest, _: grpc.ServicerContext) -> rpc.ListModelsResponse:
+        """Every model in a line."""
+        return rpc.ListModelsResponse(models=map(_summary, self._catalog.whole()))
+
+    def UpdateModel(self, request: rpc.UpdateModelRequest, _: grpc.ServicerContext) -> rpc.UpdateModelResponse:
+        """Changes hyperparameters and policy."""
+        engine = self._catalog.get(request.model)
+        with engine.event():
+            groups, policy = engine.machine.configuration()
+            if request.groups:
+                if len(request.groups) != len(groups):
+                    raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"{len(groups)} groups")
+                groups = conversion.to_groups(request.groups, groups)
+            if request.HasField("policy"):
+                policy = conversion.to_policy(request.policy)
+                self._check_workers(policy)
+            first_version = engine.change(groups, policy)
+            config = conversion.from_machine(engine.machine, coming=True)
+            return rpc.UpdateModelResponse(first_version=first_version, config=config, position=engine.position)
+
+    def DeleteModel(self, request: rpc.DeleteModelRequest, _: grpc.ServicerContext) -> rpc.DeleteModelResponse:
+        """Forgets a model."""
+        return rpc.DeleteModelResponse(position=self._catalog.delete(request.model).position)
+
+    def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
+        """A model's vectors, all of one version."""
+        engine = self._catalog.get(request.model)
+        with ExitStack() as held:
+            with engine.event():
+                header = rpc.PullStateHeader(
+                    config=conversion.from_machine(engine.machine),
+                    position=engine.position,
+                    update_counts=engine.machine.update_counts,
+                )
+                vectors = self._state(engine, held, request.optimizer_state)
+            yield _PULL_STATE.header(header)
+            for name, vector in vectors.items():
+                for offset, data in admission.chunks(vector, vector.size):
+                    yield _PULL_STATE.chunk(name, offset, data)
+
+    def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
+        """Replaces weights and optimizer state."""
+        header = _header(messages, rpc.PutStateHeader)
+        engine = self._catalog.get(header.model)
+        layout = engine.machine.layout
+        counts = list(header.update_counts) or [0] * len(layout.tensors)
+        with self._catalog.staged.reserve(layout.size * ELEMENT_BYTES * (6 if engine.journals else 3)):
+            if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
+                allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
+                raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
+            state = admission.admit_state(messages, layout)
+            with engine.event():
+                if engine.machine.layout is not layout:
+                    raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
+                engine.put_state(state, counts)
+                return rpc.PutStateResponse(position=engine.position)
+
+    def WatchModel(self, request: rpc.WatchModelRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """What happens to a model, as it happens."""
+        with self._catalog.watched(request.model) as watcher:
+            if context.add_callback(watcher.close):
+                yield from watcher
+
+    def SaveSnapshot(self, request: rpc.SaveSnapshotRequest, _: grpc.ServicerContext) -> rpc.SaveSnapshotResponse:
+        """A snapshot of the model as it is now."""
+        engine = self._catalog.get(request.model)
+        entry = self._catalog.save(engine)
+        with engine.event():
+            return rpc.SaveSnapshotResponse(snapshot=_snapshot(entry), position=engine.position)
+
+    def ListSnapshots(self, request: rpc.ListSnapshotsRequest, _: grpc.ServicerContext) -> rpc.ListSnapshotsResponse:
+        """The snapshots that are kept."""
+        engine = self._catalog.get(request.model)
+        snapshots = map(_snapshot, self._catalog.entries(engine))
+        with engine.event():
+            return rpc.ListSnapshotsResponse(snapshots=snapshots, position=engine.position)
+
+    def _state(self, engine: ModelEngine, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
+        """Returns vectors that stay as they are until `held` is closed: the version's own, or copies."""
+        if not optimizer_state:
+            return {"weights": held.enter_context(engine.reading())[1]}
+        held.enter_context(self._catalog.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
+        state = engine.state()
+        return {name: getattr(state, name) for name in admission.STATE_VECTORS}
+
+
+class _Extension:
+    """What an ExtendModel asks for, checked against the model as it stood.
+
+    Raises:
+        Refused: It does not fit the model.
+    """
+
+    def __init__(self, engine: ModelEngine, header: rpc.ExtendModelHeader) -> None:
+        self.machine = engine.machine
+        self._event = engine.event
+        self._tensor_count, self._group_count = header.tensor_count, header.group_count
+        with self._event():
+            held = self.machine.layout
+            if self._tensor_count > len(held.tensors) or self._group_count > len(self.machine.groups):
+                raise self._mismatch()
+            base = held.tensors[: self._tensor_count]
+            self.groups = conversion.to_groups(header.groups, count=self._group_count)
+            self.tensors = conversion.to_tensors(
+                header.tensors,
+                self._group_count + len(self.groups),
+                [tensor.name for tensor in base],
+                held.offsets[self._tensor_count],
+            )
+
+    def present(self) -> bool:
+        """Whether the model already has these tensors and groups; raises Refused where it has others."""
+        with self._event():
+            tensors = self.machine.layout.tensors[self._tensor_count :]
+            groups = self.machine.groups[self._group_count :]
+        # Others may have added more since: an answer that was lost is still to be had.
+        if tensors[: len(self.tensors)] == self.tensors and groups[: len(self.groups)] == self.groups:
+            return True
+        if tensors or groups:
+            raise self._mismatch()
+        return False
+
+    def _mismatch(self) -> Refused:
+        tensors, groups = len(self.machine.layout.tensors), len(self.machine.groups)
+        difference = f"it has {tensors} tensors in {groups} groups"
+        return Refused("MODEL_MISMATCH", model=self.machine.name, difference=difference)
+
+
+def _weights(messages: Iterator[Any], machine: Machine) -> Any:
+    weights = admission.admit_weights(messages, machine.layout)
+    admission.require_end(messages)
+    return weights
+
+
+def _header(messages: Iterator[Any], kind: type[Any]) -> Any:
+    """Returns a stream's first message.
+
+    Raises:
+        Refused: MESSAGE_INVALID where there is none, or another.
+    """
+    first = next(messages, None)
+    if not isinstance(first, kind) or isinstance(first, Chunk):
+        raise Refused("MESSAGE_INVALID", message=f"stream: it begins with {kind.DESCRIPTOR.name}")
+    return first
+
+
+def _session(session: Session, now: float) -> rpc.SessionInfo:
+    return rpc.SessionInfo(
+        worker=session.worker,
+        epoch=session.epoch,
+        rank=session.rank,
+        last_sequence=session.last_accepted,
+        lease_left_seconds=max(session.expires - now, 0.0),
+        waiting=session.waiting,
+    )
+
+
+def _snapshot(entry: Entry) -> rpc.Snapshot:
+    return rpc.Snapshot(number=entry.number, version=entry.version, bytes=entry.bytes, taken_at=entry.taken_at)
+
+
+def _summary(engine: ModelEngine) -> rpc.ModelSummary:
+    with engine.standing() as position:
+        machine = engine.machine
+        return rpc.ModelSummary(
+            name=machine.name,
+            element_count=machine.layout.size,
+            tensor_count=len(machine.layout.tensors),
+            session_count=len(machine.sessions),
+            policy=conversion.from_policy(machine.policy),
+            position=position,
+        )
