@@ -20,7 +20,7 @@ SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-floor simulate chaos check stubs buf proto bench bench-peers clean
+.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto bench bench-peers clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +35,9 @@ demo: $(SETUP) ## train digits with a server and two workers
 # tests are done before several processes would have begun.
 test: $(SETUP) ## run the tests, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
 	@$(BIN)/pytest --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
+
+test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations, planted defects
+	@$(BIN)/pytest -m deep --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
 
 test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'

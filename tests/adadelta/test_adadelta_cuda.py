@@ -119,7 +119,7 @@ def test_a_wrong_place_for_the_squares_is_refused(wrong: torch.Tensor, error: ty
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 def test_more_than_2_to_the_31_elements() -> None:
     size = 2**31 + 2**20 + 3

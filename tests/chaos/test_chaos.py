@@ -26,7 +26,7 @@ _DEATHS = {
 }
 """Where a server dies first that has a defect: soon after it has made an update, or a snapshot."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.deep, pytest.mark.timeout(400)]
 
 
 class Ran(NamedTuple):

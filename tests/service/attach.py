@@ -17,7 +17,7 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 def path(memory: rpc.SharedMemory) -> Path:
     """Where the contract says that the memory is to be opened."""
-    return Path(f"/proc/{memory.process_id}/fd/{memory.descriptor}")
+    return Path(f"/proc/{memory.process_id}/fd/{memory.file_descriptor}")
 
 
 def mapped(memory: rpc.SharedMemory, *, write: bool = False) -> Vector:

@@ -131,7 +131,7 @@ def test_a_descriptor_that_was_closed_is_never_another_memory_of_that_name(wire:
     seen: dict[tuple[int, str], int] = {}
     for _ in range(10):
         sharer = Sharer(wire, "m", "a")
-        seen[sharer.memory.descriptor, sharer.memory.name] = 1
+        seen[sharer.memory.file_descriptor, sharer.memory.name] = 1
         wire.close(sharer.session)
         eventually(partial(_is_gone, sharer.memory), "it is still there")
     assert len(seen) == len({name for _, name in seen}) == 10

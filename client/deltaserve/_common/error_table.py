@@ -101,6 +101,11 @@ TABLE: Mapping[str, Row] = {
         _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"
     ),
     "LINEAGE_UNKNOWN": Row(_PRECONDITION, StateLostError, "model {model} is another one than before, of the same name"),
+    "LINEAGE_CHANGED": Row(
+        _PRECONDITION,
+        ConflictError,
+        "the server has restarted since the worker learned the lineage of model {model}: KeepSession tells the new one",
+    ),
     "DRAINING": Row(grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server is about to stop"),
     "STALE_BASE": Row(
         grpc.StatusCode.ABORTED,

@@ -91,7 +91,7 @@ def _mapped(memory: rpc.SharedMemory, *, writable: bool) -> Array:
     Raises:
         OSError: There is no such file, it may not be opened, or it is another one: process ids are a container's own.
     """
-    path, link = f"/proc/{memory.process_id}/fd/{memory.descriptor}", f"/memfd:{memory.name} (deleted)"
+    path, link = f"/proc/{memory.process_id}/fd/{memory.file_descriptor}", f"/memfd:{memory.name} (deleted)"
     if str(Path(path).readlink()) != link:  # whatever else it is, it is not even opened
         raise OSError(f"the server's file {memory.name} is not here")
     flags, protection = (os.O_RDWR, mmap.PROT_READ | mmap.PROT_WRITE) if writable else (os.O_RDONLY, mmap.PROT_READ)

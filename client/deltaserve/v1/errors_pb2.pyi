@@ -138,6 +138,11 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION {model}: the model is another one than that of the lineage that the worker knows: the server
     was restarted without it, and somebody has created one of the same name.
     """
+    ERROR_REASON_LINEAGE_CHANGED: _ErrorReason.ValueType  # 34
+    """FAILED_PRECONDITION {model}: the server has restarted since the worker learned the model's lineage. Nothing was
+    applied. KeepSession tells the new lineage and its ancestors: if the worker's version is not above the one in common,
+    send the same push again with the new lineage; otherwise the weights that it was computed on are lost.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Metadata keys are in braces, the gRPC code is in front."""
@@ -247,5 +252,10 @@ ERROR_REASON_NOT_DURABLE: ErrorReason.ValueType  # 32
 ERROR_REASON_LINEAGE_UNKNOWN: ErrorReason.ValueType  # 33
 """FAILED_PRECONDITION {model}: the model is another one than that of the lineage that the worker knows: the server
 was restarted without it, and somebody has created one of the same name.
+"""
+ERROR_REASON_LINEAGE_CHANGED: ErrorReason.ValueType  # 34
+"""FAILED_PRECONDITION {model}: the server has restarted since the worker learned the model's lineage. Nothing was
+applied. KeepSession tells the new lineage and its ancestors: if the worker's version is not above the one in common,
+send the same push again with the new lineage; otherwise the weights that it was computed on are lost.
 """
 global___ErrorReason = ErrorReason

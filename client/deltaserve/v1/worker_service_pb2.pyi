@@ -225,6 +225,8 @@ class KeepSessionResponse(google.protobuf.message.Message):
     LAST_APPLIED_SEQUENCE_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     LAST_ACCEPTED_SEQUENCE_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
+    ANCESTORS_FIELD_NUMBER: builtins.int
     lease_seconds: builtins.float
     """The lease from now on, in seconds."""
     last_applied_sequence: builtins.int
@@ -233,9 +235,15 @@ class KeepSessionResponse(google.protobuf.message.Message):
     """Sequence number of the session's last push that was accepted: it is part of an update, or will be when its round
     closes. 0 before the first.
     """
+    lineage: builtins.bytes
+    """The model's lineage, as in OpenSessionResponse. After a restart of the server it is a new one: compare."""
     @property
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
         """Where the model stands."""
+
+    @property
+    def ancestors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Ancestor]:
+        """The lineages before this one, as in OpenSessionResponse."""
 
     def __init__(
         self,
@@ -244,9 +252,11 @@ class KeepSessionResponse(google.protobuf.message.Message):
         last_applied_sequence: builtins.int = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
         last_accepted_sequence: builtins.int = ...,
+        lineage: builtins.bytes = ...,
+        ancestors: collections.abc.Iterable[global___Ancestor] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["last_accepted_sequence", b"last_accepted_sequence", "last_applied_sequence", b"last_applied_sequence", "lease_seconds", b"lease_seconds", "position", b"position"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ancestors", b"ancestors", "last_accepted_sequence", b"last_accepted_sequence", "last_applied_sequence", b"last_applied_sequence", "lease_seconds", b"lease_seconds", "lineage", b"lineage", "position", b"position"]) -> None: ...
 
 global___KeepSessionResponse = KeepSessionResponse
 
@@ -314,6 +324,7 @@ class PushHeader(google.protobuf.message.Message):
     GRADIENT_TYPE_FIELD_NUMBER: builtins.int
     WEIGHTS_TYPE_FIELD_NUMBER: builtins.int
     SHARED_MEMORY_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     session_id: builtins.bytes
@@ -341,6 +352,10 @@ class PushHeader(google.protobuf.message.Message):
     the answer then ends with OK; a call whose deadline passed meanwhile has let go of them. The gradient must stay as
     it is until it is known what became of the push: after a lost answer, send the same push again, and another
     gradient only in chunks.
+    """
+    lineage: builtins.bytes
+    """The lineage that base_version belongs to, from OpenSessionResponse or KeepSessionResponse. If it is not the model's
+    current lineage, the push is refused with LINEAGE_CHANGED. Unset means that the server does not check it.
     """
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
@@ -370,11 +385,14 @@ class PushHeader(google.protobuf.message.Message):
         gradient_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
         weights_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
         shared_memory: builtins.bool = ...,
+        lineage: builtins.bytes | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "base_version", b"base_version", "weight", b"weight"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "_weight", b"_weight", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "gradient_type", b"gradient_type", "hyperparameters", b"hyperparameters", "model", b"model", "sequence", b"sequence", "session_id", b"session_id", "shared_memory", b"shared_memory", "weight", b"weight", "weights_type", b"weights_type"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base_version", b"_base_version", "_lineage", b"_lineage", "_weight", b"_weight", "base_version", b"base_version", "lineage", b"lineage", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base_version", b"_base_version", "_lineage", b"_lineage", "_weight", b"_weight", "absent_tensors", b"absent_tensors", "base_version", b"base_version", "epoch", b"epoch", "gradient_type", b"gradient_type", "hyperparameters", b"hyperparameters", "lineage", b"lineage", "model", b"model", "sequence", b"sequence", "session_id", b"session_id", "shared_memory", b"shared_memory", "weight", b"weight", "weights_type", b"weights_type"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_base_version", b"_base_version"]) -> typing.Literal["base_version"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lineage", b"_lineage"]) -> typing.Literal["lineage"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
 
@@ -383,19 +401,19 @@ global___PushHeader = PushHeader
 @typing.final
 class SharedMemory(google.protobuf.message.Message):
     """Memory that the server shares: an anonymous file (Linux' memfd) that it holds open. To be opened as
-    /proc/{process_id}/fd/{descriptor}, which the kernel allows to processes of the same user on the same host; that it
+    /proc/{process_id}/fd/{file_descriptor}, which the kernel allows to processes of the same user on the same host; that it
     is the right file shows in the link there, which reads "/memfd:{name} (deleted)".
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PROCESS_ID_FIELD_NUMBER: builtins.int
-    DESCRIPTOR_FIELD_NUMBER: builtins.int
+    FILE_DESCRIPTOR_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
     process_id: builtins.int
     """The server's process."""
-    descriptor: builtins.int
+    file_descriptor: builtins.int
     """Its file descriptor."""
     name: builtins.str
     """The file's name, which cannot be guessed. The same name is the same memory, so a mapping may be kept and used
@@ -407,11 +425,11 @@ class SharedMemory(google.protobuf.message.Message):
         self,
         *,
         process_id: builtins.int = ...,
-        descriptor: builtins.int = ...,
+        file_descriptor: builtins.int = ...,
         name: builtins.str = ...,
         bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "descriptor", b"descriptor", "name", b"name", "process_id", b"process_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "file_descriptor", b"file_descriptor", "name", b"name", "process_id", b"process_id"]) -> None: ...
 
 global___SharedMemory = SharedMemory
 

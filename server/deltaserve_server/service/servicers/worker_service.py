@@ -184,7 +184,7 @@ def _await_end(messages: Iterator[Any]) -> None:
 
 def _memory(handle: Handle) -> rpc.SharedMemory:
     return rpc.SharedMemory(
-        process_id=handle.process_id, descriptor=handle.descriptor, name=handle.name, bytes=handle.size_bytes
+        process_id=handle.process_id, file_descriptor=handle.descriptor, name=handle.name, bytes=handle.size_bytes
     )
 
 
