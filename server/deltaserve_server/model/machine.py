@@ -225,7 +225,7 @@ class Machine:
         """Takes note of an update that was made before a restart.
 
         Args:
-            made: The update.
+            summary: The update.
             absent: Tensors that it left as they were.
             sources: Session id and fingerprint of each of its pushes, in the order of `summary.contributions`.
             now: The time.
