@@ -167,8 +167,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION {}: the server has no data directory and therefore no snapshots. Start it with --data-dir."""
     ERROR_REASON_LINEAGE_UNKNOWN: _ErrorReason.ValueType  # 33
     """FAILED_PRECONDITION {model}: the lineage in OpenSessionRequest is neither the model's lineage nor one of its
-    ancestors. The server was restarted without the model that the worker knows, and a model of the same name was
-    created. Stop, or start again from this model's weights.
+    ancestors. Try the earlier lineages that the worker knows, newest first: a restored backup knows only those. If the
+    server knows none of them, this is another model of the same name: stop, or start again from this model's weights.
     """
     ERROR_REASON_LINEAGE_CHANGED: _ErrorReason.ValueType  # 34
     """FAILED_PRECONDITION {model}: the lineage in PushHeader is not the model's current lineage, because the server has
@@ -313,8 +313,8 @@ ERROR_REASON_NOT_DURABLE: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION {}: the server has no data directory and therefore no snapshots. Start it with --data-dir."""
 ERROR_REASON_LINEAGE_UNKNOWN: ErrorReason.ValueType  # 33
 """FAILED_PRECONDITION {model}: the lineage in OpenSessionRequest is neither the model's lineage nor one of its
-ancestors. The server was restarted without the model that the worker knows, and a model of the same name was
-created. Stop, or start again from this model's weights.
+ancestors. Try the earlier lineages that the worker knows, newest first: a restored backup knows only those. If the
+server knows none of them, this is another model of the same name: stop, or start again from this model's weights.
 """
 ERROR_REASON_LINEAGE_CHANGED: ErrorReason.ValueType  # 34
 """FAILED_PRECONDITION {model}: the lineage in PushHeader is not the model's current lineage, because the server has

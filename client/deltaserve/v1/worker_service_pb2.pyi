@@ -82,8 +82,9 @@ class OpenSessionRequest(google.protobuf.message.Message):
     """
     lineage: builtins.bytes
     """The model's lineage as this worker knows it from an earlier session. If it is neither the model's lineage nor one
-    of its ancestors, the call is refused with LINEAGE_UNKNOWN and no session is fenced. Unset means that the server
-    does not check it.
+    of its ancestors, the call is refused with LINEAGE_UNKNOWN and no session is fenced. A worker that also knows
+    earlier lineages of the model then tries those, newest first: a restored backup knows only the older ones. Unset
+    means that the server does not check it.
     """
     def __init__(
         self,
@@ -145,12 +146,13 @@ class OpenSessionResponse(google.protobuf.message.Message):
     server begins a new lineage at every start, because it may have started from an older state, such as a restored
     backup, and may then use a version number again for other weights.
 
-    To find out whether the server still has version v that a worker knows from lineage x: if x is the model's lineage,
-    it has. Otherwise find x in `ancestors`: the server has v if v is at most that ancestor's version. If x is not
-    among the ancestors, look for the ancestors of x that the worker was told earlier, newest first: of the first one
-    that is found, the versions up to the smaller of both recorded versions still exist. If none is found, this is
-    another model of the same name. If v no longer exists, the weights of v and all pushes applied after the common
-    version are lost.
+    To find out whether the server still has version v, which a worker knows from lineage x:
+      - If x is the model's lineage, the server has v.
+      - If x is one of `ancestors`, the server has v if v is at most that ancestor's version.
+      - Otherwise take the ancestors of x that the worker received earlier, newest first, up to the first one that the
+        server knows. The server has versions up to the smaller of the two versions recorded for that lineage.
+      - If the server knows none of them, this is another model of the same name.
+    If the server no longer has v, the weights of v and all pushes applied after the last common version are lost.
     """
     @property
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
@@ -522,18 +524,18 @@ class PushResult(google.protobuf.message.Message):
     """Whether the push had been applied by an earlier call. The other fields are then the first result."""
     staleness: builtins.int
     """How many versions the model had advanced between the push's base_version and its update. 0 in a synchronous round,
-    unless a version came about without an update (see ModelPosition.version).
+    unless a version came about without an update (see ModelPosition.version). Unset if the result is no longer kept.
     """
     contributors: builtins.int
-    """The number of pushes in the update."""
+    """The number of pushes in the update. Unset if the result is no longer kept."""
     gradient_norm: builtins.float
-    """The L2 norm of the pushed gradient, before any clipping."""
+    """The L2 norm of the pushed gradient, before any clipping. Unset if the result is no longer kept."""
     update_norm: builtins.float
-    """The L2 norm of the change of the weights by the update."""
+    """The L2 norm of the change of the weights by the update. Unset if the result is no longer kept."""
     @property
     def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
         """The hyperparameters that the update used, one entry per parameter group, with all fields set. lr is the value after
-        damping.
+        damping. Empty if the result is no longer kept.
         """
 
     def __init__(
