@@ -20,7 +20,7 @@ SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto proto-languages bench bench-peers clean
+.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto languages bench bench-peers clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -73,7 +73,7 @@ buf:
 proto: $(PROTO) ## make the stubs from proto/
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py
 
-proto-languages: ## generate and compile the stubs of C++, Java and Go, with Debian's packages
+languages: ## generate and compile the stubs of C++, Java and Go, with Debian's packages
 	@proto/compile_stubs.sh
 
 bench: $(SETUP) ## run the benchmarks; BENCH_ARGS="--quick --json FILE" goes to them

@@ -51,7 +51,7 @@ def unique_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server() -> "Iterator[LocalServer]":
-    """A server on a free port, for tests that need one of their own: they restart it, count its calls, or configure it."""
+    """A server on a free port, for tests that cannot use `shared_server`: they count, restart or configure."""
     from deltaserve_server import LocalServer
 
     with LocalServer() as local:

@@ -1,8 +1,8 @@
 """Runs the deep tier: `python -m tests.support.deep [PYTEST ARGUMENTS]`, which `make test-deep` calls.
 
-Deep tests kill processes and wait for real leases, so a busy machine can fail one of them by chance. Each test that fails
-runs again, up to twice, in a process of its own and with nothing beside it. A test that passes then does not fail the run,
-but the closing lines name it: that list should be empty, and a test on it is to be mended.
+Deep tests kill processes and wait for real leases, so a busy machine can fail one of them by chance. Each test that
+fails runs again, up to twice, in a process of its own and with nothing beside it. A test that passes then does not fail
+the run, but the closing lines name it: that list should be empty, and a test on it is to be mended.
 """
 
 import subprocess

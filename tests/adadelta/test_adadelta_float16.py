@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import cpu, float16, values
-from deltaserve_server.adadelta.formats import Halves, Values, widened
+from deltaserve_server.adadelta.formats import HalfPrecision, Values, widened
 
 TORCHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16}
@@ -24,9 +24,9 @@ def unaligned(vector: Values, shift: int) -> Values:
     return np.frombuffer(message, np.uint8)[shift:].view(vector.dtype)
 
 
-def torchs(vector: NDArray[np.float32], name: str) -> Halves:
+def torchs(vector: NDArray[np.float32], name: str) -> HalfPrecision:
     """Rounded by torch."""
-    made: Halves = torch.from_numpy(vector.copy()).to(TORCHS[name]).view(torch.uint16).numpy().view(DTYPES[name])
+    made: HalfPrecision = torch.from_numpy(vector.copy()).to(TORCHS[name]).view(torch.uint16).numpy().view(DTYPES[name])
     return made
 
 
