@@ -20,7 +20,7 @@ SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto bench bench-peers clean
+.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto languages bench bench-peers clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,13 +31,15 @@ setup: $(SETUP) ## make the environment .venv and nothing else
 demo: $(SETUP) ## train digits with a server and two workers
 	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
 
-# Much of a test is waiting, or done by processes of its own: hence one more at a time than a small machine has cores. A few
-# tests are done before several processes would have begun.
-test: $(SETUP) ## run the tests, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
-	@$(BIN)/pytest --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
+# Much of a test is waiting, or done by processes of its own: hence one more at a time than a small machine has cores.
+# `worksteal` gives each process a contiguous part of the tests, so that a module's fixtures are mostly made once.
+PYTEST_JOBS = --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal --durations 15 --durations-min 1
+
+test: $(SETUP) ## run the fast tier, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
+	@$(BIN)/pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations, planted defects
-	@$(BIN)/pytest -m deep --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m tests.support.deep $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
@@ -70,6 +72,9 @@ buf:
 
 proto: $(PROTO) ## make the stubs from proto/
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py
+
+languages: ## generate and compile the stubs of C++, Java and Go, with Debian's packages
+	@proto/compile_stubs.sh
 
 bench: $(SETUP) ## run the benchmarks; BENCH_ARGS="--quick --json FILE" goes to them
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.ports import held_port
+from tests.support.ports import held_port
 
 import deltaserve
 

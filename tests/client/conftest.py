@@ -13,7 +13,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.ports import held_port
+from tests.support.ports import held_port
 
 if TYPE_CHECKING:
     from deltaserve import Worker

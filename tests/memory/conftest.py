@@ -43,7 +43,7 @@ def make_store(request: pytest.FixtureRequest) -> Iterator[Callable[[Vector, Bud
         def make(weights: Vector, budget: Budget) -> Store:
             store = HostStore(weights, 0, budget, executor, threads)
             if request.param.startswith("shared"):
-                store.share()
+                store.use_shared_memory()
             return store
 
         yield make

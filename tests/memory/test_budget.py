@@ -19,10 +19,10 @@ def test_too_much_is_refused_and_takes_nothing() -> None:
     budget.reserve(60)
     with pytest.raises(BudgetExceeded) as refused:
         budget.reserve(41)
-    assert (refused.value.needed, refused.value.available, refused.value.passing) == (41, 40, True)
+    assert (refused.value.needed, refused.value.available, refused.value.is_temporary) == (41, 40, True)
     with pytest.raises(BudgetExceeded) as never:
         budget.reserve(101)
-    assert not never.value.passing
+    assert not never.value.is_temporary
     assert budget.available == 40
 
 

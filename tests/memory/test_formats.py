@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.formats import Halves, widened
+from deltaserve_server.adadelta.formats import HalfPrecision, widened
 from deltaserve_server.memory import Budget, Range, Staging, Store
 from deltaserve_server.memory.store import Vector
 
@@ -21,7 +21,7 @@ def random(seed: int) -> Vector:
     return np.random.default_rng(seed).standard_normal(SIZE).astype(np.float32)
 
 
-def halves(seed: int, bfloat16: bool) -> Halves:
+def halves(seed: int, bfloat16: bool) -> HalfPrecision:
     if bfloat16:
         return (random(seed).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return random(seed).astype(np.float16)

@@ -75,7 +75,7 @@ class Life:
             self.size += 77
 
     def share(self) -> None:
-        self.store.share()
+        self.store.use_shared_memory()
 
     def _make(self, ranges: list[Range], weight: float) -> None:
         self.version += 1
@@ -243,7 +243,7 @@ def test_a_sum_that_a_journal_gives_back_late_is_no_version_where_those_are_shar
             store.fold(stage(store, vector(4096, push)), 1.0)
         gradient = store.gradient(2.0)
         store.update([Range(0, 4096, PLAIN)], 2.0, 1)
-        store.share()
+        store.use_shared_memory()
         gradient.done()
         for number in range(2, 6):
             store.fold(stage(store, vector(4096, number)), 1.0)

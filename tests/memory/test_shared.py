@@ -143,7 +143,7 @@ def test_what_cannot_be_had_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch
 
 def test_where_the_system_has_no_such_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(OSError, match="only Linux"):
+    with pytest.raises(OSError, match="has no memory files"):
         shared_memory.allocate(10, others_write=True)
 
 
@@ -164,7 +164,7 @@ def stores() -> tuple[HostStore, HostStore]:
     """One that is shared from the start, and one that is not, with the same weights."""
     executor = ThreadPoolExecutor(2)
     made = [HostStore(random(0), 0, Budget(1 << 24), executor, 2) for _ in range(2)]
-    made[0].share()
+    made[0].use_shared_memory()
     return made[0], made[1]
 
 
@@ -200,10 +200,10 @@ def test_sharing_in_the_middle_changes_nothing_and_twice_is_once(
     read = late.current
     held = read.acquire()
     before = held.copy()
-    late.share()
+    late.use_shared_memory()
     assert late.current.number == 1
     name = handle_of(late.current.weights).name
-    late.share()
+    late.use_shared_memory()
     assert handle_of(late.current.weights).name == name
     for store in stores:
         update(store, stage, 2)
@@ -249,7 +249,7 @@ def test_where_files_run_out_a_version_is_not_shared(
         versions.append(store.current)
         store.current.acquire()
     assert shared_memory.handle(store.current.weights) is None
-    assert "weights are not shared: [Errno 24] Too many open files" in caplog.text
+    assert "cannot put weights into shared memory, workers get them over the connection: [Errno 24] Too many open files" in caplog.text
     np.testing.assert_array_equal(store.current.weights, plain.current.weights)
     for version in versions:
         version.release()
@@ -290,7 +290,7 @@ def test_a_round_under_way_is_moved_too(stage: Stage) -> None:
             for push in range(3):
                 store.fold(stage(store, np.ones(size, np.float32)), 1.0)
                 if (number, push) == (1, 1):
-                    store.share()
+                    store.use_shared_memory()
             store.update([Range(0, size, Hyperparameters())], 3.0, number)
             assert shared_memory.handle(store.current.weights)
 

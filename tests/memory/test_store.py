@@ -151,7 +151,7 @@ def test_a_second_version_that_is_read_is_paid_for_once(make_store: MakeStore, s
     assert budget.available == 0
     with pytest.raises(BudgetExceeded) as refused:
         store.current.acquire()
-    assert (refused.value.needed, refused.value.available, refused.value.passing) == (4000, 0, True)
+    assert (refused.value.needed, refused.value.available, refused.value.is_temporary) == (4000, 0, True)
     for version in read:
         version.release()
     assert budget.available == 4000

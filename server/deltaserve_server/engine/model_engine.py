@@ -189,7 +189,7 @@ class ModelEngine(ModelLock):
         """
         with ReadLock(self):
             handle = self._shared.share(session.id, self.machine.layout.offsets[session.tensor_count], budget)
-            self._store.share()
+            self._store.use_shared_memory()
             return handle
 
     def shared_memory(self, session_id: bytes) -> Vector | None:

@@ -55,7 +55,7 @@ def refused(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, BudgetExceeded):
-        retry_seconds = _RETRY_SECONDS if error.passing else None
+        retry_seconds = _RETRY_SECONDS if error.is_temporary else None
         return Refused("MEMORY_BUDGET", retry_seconds, needed=error.needed, available=max(error.available, 0))
     incident = secrets.token_hex(8)
     _log.error("incident %s", incident, exc_info=error)

@@ -1,16 +1,16 @@
-"""Values of 16 bits: widened where they are used, and weights rounded to them."""
+"""float16 and bfloat16: their conversion to float32 in the kernels, and the rounding of float32 to them."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import cpu, float16, values
-from deltaserve_server.adadelta.formats import Halves, Values, widened
+from deltaserve_server.adadelta.formats import HalfPrecision, Values, widened
 
 TORCHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16}
@@ -24,9 +24,9 @@ def unaligned(vector: Values, shift: int) -> Values:
     return np.frombuffer(message, np.uint8)[shift:].view(vector.dtype)
 
 
-def torchs(vector: NDArray[np.float32], name: str) -> Halves:
-    """Rounded by torch."""
-    made: Halves = torch.from_numpy(vector.copy()).to(TORCHS[name]).view(torch.uint16).numpy().view(DTYPES[name])
+def torchs(vector: NDArray[np.float32], name: str) -> HalfPrecision:
+    """Rounds with torch."""
+    made: HalfPrecision = torch.from_numpy(vector.copy()).to(TORCHS[name]).view(torch.uint16).numpy().view(DTYPES[name])
     return made
 
 
@@ -39,7 +39,7 @@ def assert_rounded_as_by_torch(vector: NDArray[np.float32], name: str) -> None:
 
 
 @over_formats
-def test_every_value_widens_to_what_torch_makes_of_it(name: str) -> None:
+def test_every_value_widens_as_in_torch(name: str) -> None:
     every = EVERY.view(DTYPES[name])
     expected = torch.from_numpy(EVERY.copy()).view(TORCHS[name]).float().numpy()
     np.testing.assert_array_equal(widened(every), expected)
@@ -51,8 +51,8 @@ def test_every_value_widens_to_what_torch_makes_of_it(name: str) -> None:
 
 
 @over_formats
-def test_each_half_and_all_that_lies_between_two(name: str) -> None:
-    """Every value, its neighbours in float32, and around the middle between it and the next."""
+def test_rounding_at_every_value_and_around_every_midpoint(name: str) -> None:
+    """Every value, its neighbours in float32, and values around the midpoint to the next one."""
     exact = widened(EVERY.view(DTYPES[name])).view(np.uint32).astype(np.int64)
     last = np.uint32(1 << (13 if name == "float16" else 16)).astype(np.int64)
     for step in (0, last // 2, last // 4, 3 * last // 4):
@@ -62,8 +62,8 @@ def test_each_half_and_all_that_lies_between_two(name: str) -> None:
 
 
 @over_formats
-def test_the_middles_of_the_smallest(name: str) -> None:
-    """Denormal halves, whose distance in float32 differs: products with odd numbers are in the middle of two."""
+def test_the_midpoints_of_denormals(name: str) -> None:
+    """Odd multiples of half the smallest value are midpoints between two denormals."""
     smallest = float(widened(np.array([1], np.uint16).view(DTYPES[name]))[0])
     middles = (np.arange(4096) * (smallest / 2)).astype(np.float32)
     for vector in (middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(1))):
@@ -72,7 +72,6 @@ def test_the_middles_of_the_smallest(name: str) -> None:
 
 
 @over_formats
-@settings(max_examples=200)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), max_size=200))
 def test_any_bits(name: str, bits: list[int]) -> None:
     assert_rounded_as_by_torch(np.array(bits, np.uint32).view(np.float32), name)
@@ -94,7 +93,7 @@ def test_the_ends_of_the_range(name: str) -> None:
         assert_rounded_as_by_torch(np.full(33, bits, np.uint32).view(np.float32), name)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_vectors_are_refused_and_nothing_changes() -> None:
     source, kept = np.ones(5, np.float32), np.zeros(5, np.float16)
     read_only = kept.copy()
     read_only.flags.writeable = False
@@ -115,7 +114,7 @@ def test_what_does_not_fit_is_refused() -> None:
     factor=st.sampled_from([1.0, 0.1, 1e9]),
     shift=st.integers(0, 7),
 )
-def test_they_are_added_as_what_they_are_in_32_bits(name: str, seed: int, size: int, factor: float, shift: int) -> None:
+def test_values_are_added_as_their_float32_values(name: str, seed: int, size: int, factor: float, shift: int) -> None:
     rng = np.random.default_rng(seed)
     added = torchs(rng.standard_normal(size, dtype=np.float32), name)
     start = rng.standard_normal(size, dtype=np.float32)
@@ -131,10 +130,8 @@ def test_they_are_added_as_what_they_are_in_32_bits(name: str, seed: int, size: 
     start=st.one_of(st.integers(0, 50), st.integers(2**18 - 300, 2**18)),
     shift=st.integers(0, 7),
 )
-def test_they_are_inspected_as_what_they_are_in_32_bits(
-    name: str, seed: int, size: int, start: int, shift: int
-) -> None:
-    """Any bits: infinities and NaN, too."""
+def test_values_are_inspected_as_their_float32_values(name: str, seed: int, size: int, start: int, shift: int) -> None:
+    """With any bits, so infinities and NaN too."""
     given = np.random.default_rng(seed).integers(0, 1 << 16, size, np.uint16).view(DTYPES[name])
     ours, theirs = values.lanes(start + size), values.lanes(start + size)
     bad, fingerprint = values.inspect(unaligned(given, shift), start, 5, ours)
