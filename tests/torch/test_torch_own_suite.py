@@ -1,13 +1,14 @@
-"""The checks that PyTorch makes of its own optimizers (test/test_optim.py), made of RemoteAdadelta.
+"""The checks that PyTorch makes of its own optimizers (test/test_optim.py), applied to RemoteAdadelta.
 
-The inputs are those of the installed PyTorch: `optim_db` in torch.testing._internal.common_optimizers has, for
-Adadelta, the hyperparameters to try, the schedulers, and the inputs that must be refused. The checks are written anew,
-each after the one of its name there. "cuda" marks what is only run on a GPU there.
+The inputs are those of the installed PyTorch: for Adadelta, `optim_db` in torch.testing._internal.common_optimizers has
+the hyperparameters to try, the schedulers, and the inputs that must be refused. Each check here is rewritten after the
+one of its name there. The fast tier tries the defaults and `maximize`; the deep tier tries all sets of hyperparameters.
+"cuda" marks checks that PyTorch runs only on a GPU.
 
     there                                              here
     -------------------------------------------------  ----------------------------------------------------------------
     errors                                             the same
-    forloop_goes_right_direction                       the same; there is but one implementation
+    forloop_goes_right_direction                       the same; there is only one implementation
     param_group_with_lrscheduler_goes_right_direction  the same
     param_groups_lr, param_groups_weight_decay         the same
     tensor_lr, tensor_lr_num_dim                       the same
@@ -24,15 +25,15 @@ each after the one of its name there. "cuda" marks what is only run on a GPU the
     step_pre_hook, step_post_hook, step_all_hooks      the same
     non_empty_state                                    on the state dict: the optimizer itself holds no state
     grads_are_never_inplaced_into                      test_remote_parity.py
-    complex, complex_2d                                refused: the server holds real numbers (test_remote_optimizer.py)
+    complex, complex_2d                                refused: the server has real numbers (test_remote_optimizer.py)
     rosenbrock_sparse                                  Adadelta takes no sparse gradients, there or here
     deepcopy_copies_all_public_attrs                   refused with a TypeError: a connection cannot be copied
-    foreach_*, fused_*, peak_memory_*                  no such argument: the update is made elsewhere, and always fused
-    set_default_dtype_works_with_foreach               likewise
-    differentiable                                     no such argument: autograd ends at the network
-    capturable, cudagraphs (cuda)                      no such argument: a step waits for a network, a graph cannot
+    foreach_*, fused_*, peak_memory_*                  no such argument: the server makes the update, always fused
+    set_default_dtype_works_with_foreach               no such argument
+    differentiable                                     no such argument: autograd cannot pass through a server
+    capturable, cudagraphs (cuda)                      no such argument: a graph cannot wait for the network
     state_dict_with_cuda_params, mixed_device_dtype    cuda; test_gpu.py of the end-to-end tests steps on a GPU
-    second_order_optims_return_consistent_types        Adadelta is none
+    second_order_optims_return_consistent_types        Adadelta is a first-order optimizer
 """
 
 import functools
@@ -57,7 +58,7 @@ Scheduler = Callable[[torch.optim.Optimizer], Any]
 
 
 class Database(NamedTuple):
-    """What PyTorch has of Adadelta in its `optim_db`."""
+    """What PyTorch's `optim_db` has for Adadelta."""
 
     kwargs: Callable[[], list[dict[str, Any]]]
     errors: list[Any]
@@ -66,19 +67,20 @@ class Database(NamedTuple):
     construction_error: object
 
 
-@pytest.fixture(scope="module")
-def database() -> Database:
-    """The import has effects on the whole process, which are taken back."""
+@pytest.fixture(scope="module", params=[pytest.param(3, id="some"), pytest.param(1, id="all", marks=pytest.mark.deep)])
+def database(request: pytest.FixtureRequest) -> Database:
+    """The inputs: every third set of hyperparameters in the fast tier, all of them in the deep one."""
     profile = hypothesis.settings.get_current_profile_name()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_optimizers as common
+    # The import has effects on the whole process, which are undone here.
     hypothesis.settings.load_profile(profile)
     vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     infos: list[Any] = common.optim_db
     info = next(info for info in infos if info.optim_cls is torch.optim.Adadelta)
     return Database(
-        kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")],
+        kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")[:: request.param]],
         errors=info.optim_error_inputs_func(device="cpu", dtype=torch.float32),
         schedulers=info.scheduler_inputs,
         newer_flags=info.not_og_supported_flags,
@@ -87,7 +89,7 @@ def database() -> Database:
 
 
 class Regression:
-    """Ten outputs of a linear layer, the sum of their squares the loss."""
+    """A linear layer with ten outputs; the loss is the sum of their squares."""
 
     def __init__(self, contiguous: bool = True) -> None:
         if contiguous:
@@ -129,7 +131,7 @@ def without_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal(one: Any, two: Any) -> None:
-    """Bit for bit, and through dicts and lists."""
+    """Compares bit for bit, also inside dicts and lists."""
     assert type(one) is type(two)
     if isinstance(one, Tensor):
         assert one.dtype == two.dtype
@@ -146,6 +148,12 @@ def assert_equal(one: Any, two: Any) -> None:
         assert one == two
 
 
+@pytest.fixture
+def remote(plain_remote: "Remote") -> "Remote":
+    """Without overlap: test_overlap_results.py compares both bit for bit."""
+    return plain_remote
+
+
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
     with torch.random.fork_rng():
@@ -153,10 +161,12 @@ def seed() -> Iterator[None]:
         yield
 
 
-def test_the_database_is_the_one_expected(database: Database) -> None:
+@pytest.mark.parametrize("database", [1], indirect=True)
+def test_the_database_has_the_expected_inputs(database: Database) -> None:
     assert {} in database.kwargs()
     assert {"maximize": True} in database.kwargs()
     assert len(database.kwargs()) >= 6
+    assert database.schedulers
     assert len(database.errors) >= 5
     assert not {"foreach", "fused", "differentiable"} & set().union(*database.kwargs())
 
@@ -194,7 +204,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(database: Database, r
 def test_param_groups_lr(database: Database, remote: "Remote") -> None:
     for kwargs in database.kwargs():
         problem, irrelevant = Regression(), nn.Parameter(torch.randn(2))
-        kept = irrelevant.detach().clone()
+        before_all = irrelevant.detach().clone()
         group = {"lr": 1e-3, **kwargs, "params": [problem.weight, problem.bias]}
         optimizer = remote([group, {"params": [irrelevant]}], lr=1e-28)
         before = problem.loss(optimizer)
@@ -203,7 +213,7 @@ def test_param_groups_lr(database: Database, remote: "Remote") -> None:
             optimizer.step()
             problem.loss(optimizer)
         assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
-        assert_equal(irrelevant.detach(), kept)
+        assert_equal(irrelevant.detach(), before_all)
 
 
 def test_param_groups_weight_decay(database: Database, remote: "Remote") -> None:
@@ -268,7 +278,7 @@ def test_state_dict_deterministic(first_named: bool, second_named: bool, databas
             two.run(second, 1)
             assert_equal((one.weight, one.bias), (two.weight, two.bias))
         assert_equal(without_names(first.state_dict()), without_names(second.state_dict()))
-        # A group twice has the same form twice.
+        # A group that is there twice has the same form twice.
         second.param_groups.extend(second.param_groups)
         assert_equal(
             without_names(first.state_dict())["param_groups"][-1],
@@ -391,7 +401,7 @@ def test_load_state_dict_hooks(database: Database, remote: "Remote") -> None:
         assert optimizer.param_groups[0]["lr"] == 0.002
         optimizer.register_load_state_dict_pre_hook(replace, prepend=True)
         optimizer.load_state_dict(state)
-        assert optimizer.param_groups[0]["lr"] == 0.002, "the one that came first runs last"
+        assert optimizer.param_groups[0]["lr"] == 0.002, "the hook that was registered first runs last"
         optimizer.register_load_state_dict_post_hook(note)
         optimizer.load_state_dict(optimizer.state_dict())
         assert optimizer.state["replaced"] is False  # type: ignore[index]
