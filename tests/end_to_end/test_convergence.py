@@ -14,8 +14,11 @@ from benchmarks.convergence_tables import tables
 
 from deltaserve import Async, Bounded, Sync
 from deltaserve_server import LocalServer
+from deltaserve_server.recipes.airfoil import AirfoilScratch
 from deltaserve_server.recipes.data import Examples
-from deltaserve_server.recipes.recipes import AirfoilScratch, Digits, NumpyRecipe, Policy
+from deltaserve_server.recipes.digits import Digits
+from deltaserve_server.recipes.numpy_learner import NumpyRecipe
+from deltaserve_server.recipes.recipe import Policy
 
 # Made-up examples of the study's shapes: the tests need neither scikit-learn nor the airfoil file.
 _random = np.random.default_rng(3)

@@ -22,12 +22,12 @@ def train_airfoil(*arguments: str, **environment: str) -> "subprocess.CompletedP
 
 @pytest.mark.parametrize(("recipe", "epochs"), [("scratch", 2), ("concise", 4)])
 def test_it_prints_the_books_line_and_draws_its_figure(
-    made_up_file: Path, tmp_path: Path, recipe: str, epochs: int
+    synthetic_file: Path, tmp_path: Path, recipe: str, epochs: int
 ) -> None:
     figure = tmp_path / "figure.png"
     ended = train_airfoil(
         *("--recipe", recipe, "--workers", "2", "--seed", "3", "--plot", str(figure)),
-        DELTASERVE_DATA=str(made_up_file.parent),
+        DELTASERVE_DATA=str(synthetic_file.parent),
     )
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"^loss: 0\.\d{3}, \d+\.\d{3} sec/epoch$", ended.stdout, re.MULTILINE)
@@ -51,9 +51,9 @@ def test_the_real_file_gives_the_published_loss(real_file: Path, recipe: str, lo
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--data", "/no/such/file"], "no file /no/such/file: give the file with --data FILE or DELTASERVE_DATA=FILE"),
-        (["--plot", "figure.docx"], "end its name with one of"),
-        (["--plot", "/no/such/folder/figure.png"], "there is no folder /no/such/folder"),
+        (["--data", "/no/such/file"], "no such file: /no/such/file; give the file with --data FILE or DELTASERVE_DATA=FILE"),
+        (["--plot", "figure.docx"], "end the name with one of"),
+        (["--plot", "/no/such/folder/figure.png"], "the folder /no/such/folder does not exist"),
     ],
 )
 def test_what_is_wrong_is_told_before_the_training(arguments: list[str], text: str) -> None:
@@ -65,9 +65,9 @@ def test_what_is_wrong_is_told_before_the_training(arguments: list[str], text: s
     assert text in ended.stderr
 
 
-def test_on_a_terminal_each_worker_has_a_bar(made_up_file: Path) -> None:
+def test_on_a_terminal_each_worker_has_a_bar(synthetic_file: Path) -> None:
     ours, theirs = pty.openpty()
-    arguments = ["--workers", "2", "--data", str(made_up_file)]
+    arguments = ["--workers", "2", "--data", str(synthetic_file)]
     with subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,

@@ -17,8 +17,8 @@ from deltaserve_server.cli.options import POLICY_HELP, parse_address
 from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
 
 if TYPE_CHECKING:
-    from deltaserve_server.recipes.recipes import Policy, Recipe
-    from deltaserve_server.recipes.run import Outcome
+    from deltaserve_server.recipes.recipe import Policy, Recipe
+    from deltaserve_server.recipes.training import RunResult
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -93,7 +93,7 @@ def digits(
 ) -> None:
     """Handwritten digits: a small network in numpy, 1437 images to learn from, 360 to test."""
     from deltaserve_server.recipes.data import load_digits
-    from deltaserve_server.recipes.recipes import Digits
+    from deltaserve_server.recipes.digits import Digits
 
     train, test = load_digits()
     _train(Digits(train=train, test=test, seed=seed), workers, policy, target, model, timeout)
@@ -114,19 +114,19 @@ def airfoil(
     timeout: Timeout = 60.0,
 ) -> None:
     """Airfoil noise: the linear regression of Dive into Deep Learning's section on Adadelta."""
-    from deltaserve_server.recipes import figure
+    from deltaserve_server.recipes import loss_figure
+    from deltaserve_server.recipes.airfoil import AirfoilConcise, AirfoilScratch
     from deltaserve_server.recipes.data import find_airfoil, load_airfoil
-    from deltaserve_server.recipes.recipes import AirfoilConcise, AirfoilScratch
 
     if plot is not None:
-        figure.check(plot)
+        loss_figure.check(plot)
     if recipe is AirfoilRecipe.CONCISE:
         _check_torch()
     examples = load_airfoil(find_airfoil(data, cache_folder()))
     kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
     outcome = _train(kind(train=examples, seed=seed), workers, policy, target, model, timeout)
     if plot is not None:
-        figure.draw(outcome.curve, kind.epochs, plot)
+        loss_figure.draw(outcome.curve, kind.epochs, plot)
         typer.echo(f"figure: {plot}")
 
 
@@ -148,10 +148,10 @@ def _check_torch() -> None:
 
 def _train(
     recipe: "Recipe", workers: int, policy: PolicyText, target: str | None, model: str | None, timeout: float
-) -> "Outcome":
+) -> "RunResult":
     """Trains, shows how it goes, prints what came out."""
     from deltaserve_server.cli.progress import shown
-    from deltaserve_server.recipes.run import run
+    from deltaserve_server.recipes.training import run
 
     chosen = _policy(policy, workers, alone=target is None)
     # The workers share the machine's cores. They inherit this, and it is set before there are threads that read it.
@@ -231,12 +231,12 @@ def _policy(written: PolicyText, workers: int, alone: bool) -> "Policy":
     return policy
 
 
-def _print(outcome: "Outcome") -> None:
+def _print(outcome: "RunResult") -> None:
     if outcome.accuracy is not None:
         typer.echo(f"test accuracy: {outcome.accuracy:.3f}")
     typer.echo(f"loss: {outcome.loss:.3f}, {outcome.epoch_seconds:.3f} sec/epoch")
     typer.echo(f"updates applied: {outcome.updates} (the model is at version {outcome.version})")
-    if outcome.late or outcome.passed:
-        passed = f"; {outcome.passed} parts of batches were skipped to keep up" if outcome.passed else ""
+    if outcome.late or outcome.skipped:
+        passed = f"; {outcome.skipped} parts of batches were skipped to keep up" if outcome.skipped else ""
         typer.echo(f"came too late: {outcome.late} of {outcome.pushes} gradients{passed}")
     typer.echo(f"samples/s: {outcome.samples_per_second:.0f}")

@@ -1,4 +1,4 @@
-"""The book's figure: loss against epoch."""
+"""Draws the loss against the epoch, as the figure in the book."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from deltaserve_server.recipes.errors import MissingPackageError, TrainingError
 
 
 def check(file: Path) -> None:
-    """Says before the training, rather than after it, that the figure could not be drawn or written.
+    """Raises before the training what would prevent the figure after it.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TrainingError: the folder is missing, or matplotlib does not write such a format.
+        TrainingError: The folder does not exist, or matplotlib does not write files of this format.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,21 +19,21 @@ def check(file: Path) -> None:
         raise MissingPackageError("matplotlib", "train") from error
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if file.suffix.lstrip(".").lower() not in formats:
-        raise TrainingError(f"cannot draw {file.name}: end its name with one of {', '.join(formats)}")
+        raise TrainingError(f"cannot write a figure named {file.name}: end the name with one of {', '.join(formats)}")
     if not file.absolute().parent.is_dir():
-        raise TrainingError(f"cannot draw {file}: there is no folder {file.parent}")
+        raise TrainingError(f"cannot write {file}: the folder {file.parent} does not exist")
 
 
 def draw(curve: Sequence[tuple[float, float]], epochs: int, file: Path) -> None:
-    """Draws the figure with the book's limits.
+    """Draws the figure, its axes limited as in the book.
 
     Args:
-        curve: (epoch, loss) in the order they were measured.
-        epochs: Right end of the axis.
-        file: Where to write; the suffix says the format.
+        curve: Pairs of epoch and loss, in the order of measurement.
+        epochs: The right end of the x axis.
+        file: The file to write; its suffix selects the format.
 
     Raises:
-        TrainingError: the file cannot be written.
+        TrainingError: The file cannot be written.
     """
     from matplotlib.figure import Figure
 
