@@ -131,7 +131,7 @@ def test_folds_in_the_order_of_arrival_would_give_other_bits(
     """So the test above can fail."""
 
     def by_arrival(held: Round, awaited: set[str]) -> list[PendingPush]:
-        return [] if awaited else list(held.contributions.values())[held.folded :]
+        return [] if awaited else list(held.pushes.values())[held.folded :]
 
     monkeypatch.setattr(Round, "foldable", by_arrival)
     assert len({_train(Sync(), gradients, seed, executor)[0] for seed in range(20)}) > 1
