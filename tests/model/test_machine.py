@@ -33,7 +33,7 @@ class TestSequence:
         first = driver.push(session, 1)
         driver.push(session, 2)
         assert first
-        assert driver.push(session, 1) == first.again()
+        assert driver.push(session, 1) == first.as_duplicate()
         assert (driver.version, len(driver.updates)) == (2, 2)
 
     def test_beyond_the_window_a_duplicate_gets_the_current_version(self) -> None:

@@ -32,7 +32,7 @@ class TestAtOnce:
     def test_what_it_was_created_as_stays(self) -> None:
         driver = Driver(Sync())
         driver.change(Async(), SLOW)
-        assert driver.machine.created_as == ((Hyperparameters(),), Sync())
+        assert driver.machine.initial_settings == ((Hyperparameters(),), Sync())
         assert driver.machine.configuration() == ((SLOW,), Async())
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from histories import GROUPS, LEASES, NAMES, Event, Scenario
 from ledger import Ledger, Violation
 from reference import No, Reference, Worker
 
-from deltaserve_server.model import Bounded, Decision, Hyperparameters, Layout, Machine, Push, Refused, Tensor
+from deltaserve_server.model import Bounded, Decision, Hyperparameters, Layout, Machine, Policy, Push, Refused, Tensor
 
 SNAPSHOT_EVERY = 97
 """Before one event in so many the machine's whole state is kept, to see that a refusal left it as it was."""
@@ -29,14 +29,20 @@ class Simulation:
     """A machine and a reference that see the same events.
 
     Args:
-        scenario: Which policies there are.
-        trace: Takes a line for each event, where one wants to read along.
+        scenario: The policies, and what happens often.
+        trace: Receives a line for each event; None means that nobody reads along.
+        machine: Builds the machine; planted defects build one of their own.
     """
 
-    def __init__(self, scenario: Scenario, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        trace: Callable[[str], None] | None = None,
+        machine: Callable[[str, Layout, Sequence[Hyperparameters], Policy], Machine] = Machine,
+    ) -> None:
         groups = (Hyperparameters(),)
         self.policies = scenario.policies
-        self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups, self.policies[0])
+        self.machine = machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups, self.policies[0])
         self.reference = Reference(2, groups, self.policies[0])
         self.now = 0.0
         self.ledger = Ledger(self.policies[0])

@@ -298,9 +298,9 @@ class _Replay:
             case Ended(ids):
                 machine.sessions.end(ids)
             case Changed(settings, waits):
-                machine.redo_change(settings.groups, settings.policy, waits)
+                machine.replay_change(settings.groups, settings.policy, waits)
             case VersionBumped(version):
-                machine.redo_version(version)
+                machine.replay_version_bump(version)
                 self._store.current.number = version
             case StatePut(counts):
                 weights, square_avg, acc_delta = (values.astype(np.float32) for _, values in record.pieces)
@@ -318,7 +318,7 @@ class _Replay:
         self._store.fold(staging, 1.0)
         ranges = list(_ranges(self.machine, event))
         self._store.update(ranges, event.divisor, event.summary.version)
-        self.machine.redo(event.summary, event.absent, event.sources, self._now)
+        self.machine.replay_update(event.summary, event.absent, event.sources, self._now)
 
 
 def _ranges(machine: Machine, event: Updated) -> Iterator[Range]:

@@ -32,15 +32,15 @@ class InvalidRecord(ValueError):
 def check_model(model: MachineState) -> None:
     """Raises Implausible where no model is like that."""
     groups = len(model.settings.groups)
-    for settings in filter(None, (model.settings, model.created_as, model.next)):
+    for settings in filter(None, (model.settings, model.initial_settings, model.next_settings)):
         _check_settings(settings, groups)
     _check_tensors(model.tensors, groups)
     _need(0 < sum(tensor.size for tensor in model.tensors) < _MOST, "its size")
     _check_counts(model.update_counts, len(model.tensors))
     _check_numbers("its version", model.version, model.opened, *(epoch for _, epoch in model.epochs))
-    _need(all(1 <= t <= len(model.tensors) and 1 <= g <= groups for t, g in model.shorter), "an extension of it")
-    summary = {update.version: update for update in model.summary}
-    for update in model.summary:
+    _need(all(1 <= t <= len(model.tensors) and 1 <= g <= groups for t, g in model.earlier_sizes), "an extension of it")
+    summary = {update.version: update for update in model.updates}
+    for update in model.updates:
         _check_made(update, None)
     for session in (*model.sessions, *model.ended):
         _check_session(session, len(model.tensors), groups)

@@ -237,7 +237,7 @@ class ModelEngine(ModelLock):
         with self.event():
             self._ready(1)
             first_version, decisions = self.machine.change(groups, policy, monotonic())
-            self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next is not None))
+            self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)
             self._hurry()
             return first_version

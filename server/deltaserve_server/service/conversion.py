@@ -242,9 +242,9 @@ def difference(held: Machine, asked: Machine) -> str | None:
     It may be asked for as it was created: another may have changed hyperparameters or policy since.
     """
     ours, theirs, count = held.layout.tensors, asked.layout.tensors, len(held.groups)
-    if (len(theirs), len(asked.groups)) in held.shorter:  # the worker will extend it as others have done
+    if (len(theirs), len(asked.groups)) in held.earlier_sizes:  # the worker will extend it as others have done
         ours, count = ours[: len(theirs)], len(asked.groups)
-    created_groups, created_policy = held.created_as[0][:count], held.created_as[1]
+    created_groups, created_policy = held.initial_settings[0][:count], held.initial_settings[1]
     groups = asked.groups if asked.groups == created_groups else held.groups[:count]
     policy = asked.policy if asked.policy == created_policy else held.policy
     for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):

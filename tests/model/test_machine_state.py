@@ -30,7 +30,7 @@ def again(machine: Machine, now: float = 0.0) -> Machine:
 def text(machine: Machine) -> str:
     """A machine's image, its updates in order of versions."""
     image = MachineState.of(machine)
-    ordered = replace(image, summary=tuple(sorted(image.summary, key=lambda update: update.version)))
+    ordered = replace(image, updates=tuple(sorted(image.updates, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered)).decode()
 
 
@@ -43,7 +43,7 @@ def take_over(simulation: Simulation) -> None:
     before = simulation.machine
     machine = simulation.machine = again(before, simulation.now)
     assert text(machine) == text(before)
-    for session in (*before.sessions.live(), *before.sessions.image().ended):
+    for session in (*before.sessions.live(), *before.sessions.history().ended):
         found = machine.sessions.find_any(session.id)
         assert found
         found.expires = session.expires
@@ -86,7 +86,7 @@ def test_what_waits_for_a_round_is_no_part_of_an_image() -> None:
     session = machine.sessions.find(first.id)
     assert session
     assert (session.last_accepted, session.last_applied, session.window, session.waiting) == (0, 0, {}, False)
-    assert not machine.round.contributions
+    assert not machine.round.pushes
     assert machine.push_status(first.id, 1).state == "not accepted"
     driver.machine = machine
     assert driver.push(session) is None, "it is a new push, and waits for its round again"
@@ -162,7 +162,7 @@ def test_settings_that_wait_for_a_round_take_effect_when_the_next_one_closes() -
     assert driver.change(Sync(reduction="median")) == driver.version + 2
     machine = again(driver.machine)
     machine.resume(driver.now)
-    assert machine.next == driver.machine.next
+    assert machine.next_settings == driver.machine.next_settings
     driver.machine = machine
     for session in (first, second):
         found = machine.sessions.find(session.id)
@@ -170,7 +170,7 @@ def test_settings_that_wait_for_a_round_take_effect_when_the_next_one_closes() -
         driver.push(found, 1)
     assert driver.version == 1
     assert machine.policy == Sync(reduction="median")
-    assert machine.next is None
+    assert machine.next_settings is None
 
 
 def test_a_worker_that_is_too_far_ahead_is_held_after_a_restart_too() -> None:
