@@ -88,9 +88,9 @@ class House:
             accept_data_loss=accept_data_loss,
             sync=self.directory.durability is Durability.FSYNC,
         )
-        storage = self.directory.storage(name, came.kept)
+        storage = self.directory.storage(name, came.stored)
         engine = self._engine(came.machine, came.store, storage)
-        if came.waited:
+        if came.version_bumped:
             engine.version_bumped()
         return engine
 
