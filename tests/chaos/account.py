@@ -88,7 +88,7 @@ class Account:
 
         def noted(*arguments: Any, **options: Any) -> recovery.Recovered:
             came = recover(*arguments, **options)
-            self.write(restored=came.machine.version - came.waited)
+            self.write(restored=came.machine.version - came.version_bumped)
             return came
 
         recovery.recover = noted

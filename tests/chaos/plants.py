@@ -9,7 +9,7 @@ from typing import Any
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve_server.durability import recovery
 from deltaserve_server.durability.commits import Effect, Journaled
-from deltaserve_server.durability.journal import Reading
+from deltaserve_server.durability.journal import JournalReader
 from deltaserve_server.durability.model_storage import ModelStorage
 from deltaserve_server.durability.records import Record, Updated
 from deltaserve_server.memory.host import HostStore, _HostFrozen
@@ -82,9 +82,9 @@ def _skip_records() -> None:
 
 def _forget_last_record() -> None:
     """A server that comes back leaves out the last thing that its journals hold."""
-    records = Reading.records
+    records = JournalReader.records
 
-    def forgetful(reading: Reading) -> Iterator[Record]:
+    def forgetful(reading: JournalReader) -> Iterator[Record]:
         mine = Path(reading.where)
         is_last = mine.name == max(path.name for path in mine.parent.glob("journal-*"))
         ends, held = [_TITLE_BYTES], None
@@ -98,7 +98,7 @@ def _forget_last_record() -> None:
         elif held:
             yield held
 
-    Reading.records = forgetful  # type: ignore[method-assign, assignment]
+    JournalReader.records = forgetful  # type: ignore[method-assign, assignment]
 
 
 def _forget_sessions() -> None:
@@ -151,14 +151,14 @@ def _promise_too_much() -> None:
 
 def _come_back_older() -> None:
     """A server that comes back takes the snapshot before the last."""
-    newest = recovery._newest
+    newest = recovery._read_newest_snapshot
 
     def older(folder: Any, *rest: Any) -> Any:
         numbers = folder.snapshots()
         folder.snapshots = lambda: numbers[:-1] or numbers
         return newest(folder, *rest)
 
-    recovery._newest = older  # type: ignore[assignment]
+    recovery._read_newest_snapshot = older  # type: ignore[assignment]
 
 
 PLANTS: Mapping[str, Callable[[], None]] = {

@@ -3,21 +3,20 @@
 import errno
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from crowd import Crowd
 from house import Clock, House, check_comes_back, check_same, copied, read, seen
-from trouble import Trouble
+from trouble import Crash, Trouble, crashing
 
 from deltaserve_server.durability import directory, snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.folder import Folder
+from deltaserve_server.durability.folder import Ancestor, Folder
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Refused
 
@@ -95,29 +94,6 @@ def bad_repair(quick: Path, clock: Clock) -> Lost:
 
 
 # --- a crash while a loss is being accepted
-
-
-class Crash(BaseException):
-    """The process dies."""
-
-
-@contextmanager
-def crashing(at: int) -> Iterator[None]:
-    """Has the process die before the operation on a folder that has this number."""
-    numbers = count()
-
-    def dying(really: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            if next(numbers) == at:
-                raise Crash
-            return really(*given, **named)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("create", "shorten", "rename", "remove", "sync"):
-            patch.setattr(Files, name, dying(getattr(Files, name)))
-        yield
 
 
 def accept(path: Path, at: int) -> bool:
@@ -205,7 +181,7 @@ def test_a_loss_that_was_accepted_is_not_to_be_accepted_again(quick: Path, clock
     house = House(lost.path)
     came = house.restore()
     house.die()
-    assert came.head.lineage == accepted.head.lineage
+    assert came.head.ancestors[-1] == Ancestor(accepted.head.lineage, accepted.machine.version)
     check_comes_back(seen(came), accepted)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from deltaserve_server.durability.commits import Commits, Journaled, StorageError
 from deltaserve_server.durability.files import File, Files
-from deltaserve_server.durability.journal import Journal, Reading
+from deltaserve_server.durability.journal import Journal, JournalReader
 from deltaserve_server.durability.records import Ended, Record, VersionBumped
 
 
@@ -78,7 +78,7 @@ def commits(files: Slow) -> Iterator[Journaled]:
 
 def written(files: Files, number: int = 1, after: int = 0) -> list[int]:
     """The records that a journal holds."""
-    reading = Reading(Files(files.folder), number, after, lost_power=False)
+    reading = JournalReader(Files(files.folder), number, after, lost_power=False)
     return [record.index for record in reading.records()]
 
 

@@ -8,18 +8,19 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from boots import Boots
 from crowd import Crowd
 from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
 from house import Clock, House, Seen, awaited, machine
 
-from deltaserve_server.durability import directory, folder, model_storage
+from deltaserve_server.durability import directory
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
@@ -150,7 +151,7 @@ class Trials:
         samples: How many states are tried after each operation.
     """
 
-    def __init__(self, folder: Path, boots: "Boots", samples: float) -> None:
+    def __init__(self, folder: Path, boots: Boots, samples: float) -> None:
         self.counts: Counter[str] = Counter()
         self.boots = boots
         self._folder = folder
@@ -187,23 +188,6 @@ class Trials:
         shares = [0.0, 1.0, 0.5, *(self._chance.choice((0.2, 0.5, 0.8, 0.95)) for _ in range(12))]
         whole = int(self._samples)
         yield from self._chance.sample(shares, whole + (self._chance.random() < self._samples - whole))
-
-
-class Boots:
-    """Which start of the machine it is."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.number = 1
-        for module in (model_storage, folder):
-            patch.setattr(module, "boot", lambda: f"boot {self.number}")
-
-    @contextmanager
-    def another(self, power: bool) -> Iterator[None]:
-        self.number += power
-        try:
-            yield
-        finally:
-            self.number -= power
 
 
 @pytest.fixture
@@ -423,7 +407,7 @@ def test_a_bit_that_flips_in_a_last_record_with_zeros_in_it_is_told_of_after_a_l
     journal.write_bytes(content)
     with boots.another(True), caplog.at_level(logging.WARNING):
         came_back(quick / "data", "fsync")
-    assert f"{journal}: record 2 is left out: a loss of power has torn it, or it was changed since" in caplog.text
+    assert f"{journal}: record 2 is dropped: a power failure has torn it, or it was changed since" in caplog.text
 
 
 def test_the_disk_of_these_tests_loses_what_was_not_synced(quick: Path) -> None:

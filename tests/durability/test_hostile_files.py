@@ -22,8 +22,8 @@ from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import HEAD, Head
-from deltaserve_server.durability.journal import Journal, Reading
-from deltaserve_server.durability.records import Header
+from deltaserve_server.durability.journal import Journal, JournalReader
+from deltaserve_server.durability.records import RecordBody
 from deltaserve_server.durability.snapshot import Manifest
 from deltaserve_server.memory.store import Vector, allocate_host
 from deltaserve_server.model import Async, Bounded, Refused, Sync
@@ -164,7 +164,7 @@ def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.
 def test_a_head_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
     clock = Clock(monkeypatch)
     head = unpacked((past / "models" / "m" / HEAD).read_bytes(), Head, "head")
-    good = json.loads(packed(head.forked(1, 1))[:-10])
+    good = json.loads(packed(head.next_lineage(1, lost_at=1))[:-10])
 
     def write(left: Path, path: Any, evil: Any) -> None:
         (left / "models" / "m" / HEAD).write_bytes(signed(changed(good, path, evil)))
@@ -177,11 +177,11 @@ class Forged(Journal):
 
     def forge(self, index: int, header: Any, vector: bytes) -> None:
         body = header if isinstance(header, bytes) else json.dumps(header).encode()
-        head = journal._Head(self._nonce, index, index - 1, len(body), 0, len(vector))
-        inside = body + bytes(head.vector_at - journal._HEAD_BYTES - len(body)) + vector
-        inside += bytes(head.total_bytes - journal._HEAD_BYTES - len(inside) - journal._TAIL.size)
-        inside += journal._TAIL.pack(self._nonce, index)
-        whole = head._replace(check=crc32c(inside)).packed() + inside
+        head = journal._RecordHeader(self._nonce, index, index - 1, len(body), 0, len(vector))
+        inside = body + bytes(head.vector_at - journal._HEADER_BYTES - len(body)) + vector
+        inside += bytes(head.total_bytes - journal._HEADER_BYTES - len(inside) - journal._TRAILER.size)
+        inside += journal._TRAILER.pack(self._nonce, index)
+        whole = head._replace(checksum=crc32c(inside)).packed() + inside
         self._file.write(self.size, [whole])
         self.size += len(whole)
 
@@ -191,10 +191,10 @@ def records(past: Path) -> tuple[str, int, list[tuple[int, Any, bytes]]]:
     files = Files(past / "models" / "m")
     name = max(found for found in files.names() if found.startswith("journal"))
     manifest: Manifest = snapshot.read_manifest(files, int(max(files.names())[9:17]))
-    reading = Reading(files, int(name[8:]), manifest.index, lost_power=False)
+    reading = JournalReader(files, int(name[8:]), manifest.index, lost_power=False)
     found = []
     for record in reading.records():
-        header = Header(record.event, tuple((o, v.size, v.dtype.str) for o, v in record.pieces))
+        header = RecordBody(record.event, tuple((o, v.size, v.dtype.str) for o, v in record.pieces))
         vector = b"".join(values.tobytes() for _, values in record.pieces)
         found.append((record.index, json.loads(msgspec.json.encode(header)), vector))
     return name, manifest.index, found
@@ -302,7 +302,7 @@ def test_a_file_of_tensors_that_is_said_to_be_huge(quick: Path, past: Path, monk
     good = json.loads((folder / name).read_bytes()[:-10])
     good["model"]["tensors"] = [{"name": "w", "shape": [1 << 20, 1 << 15], "group": 0}]
     good["model"]["update_counts"] = [0]
-    head = snapshot._head(unpacked(signed(good), Manifest, "m").model, good["index"])
+    head = snapshot._tensors_header(unpacked(signed(good), Manifest, "m").model, good["index"])
     good["bytes"] = len(head) + 3 * 4 * (1 << 35)
     (folder / name).write_bytes(signed(good))
     assert outcome(past, clock) == "refused", "the file is not as long"

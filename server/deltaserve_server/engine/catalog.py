@@ -13,7 +13,7 @@ from deltaserve_server.config import ServerConfig
 from deltaserve_server.durability import recovery
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory, Prepared
-from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError, disk_full_advice
 from deltaserve_server.durability.model_storage import Durability, ModelStorage
 from deltaserve_server.durability.recovery import Expected
 from deltaserve_server.durability.snapshot import Entry, Progress
@@ -432,17 +432,16 @@ class ModelCatalog:
             if reservation.size != self._model_bytes(came.machine.layout.size):  # its journal has extended it
                 reservation.release()
                 reservation = self.reserve_model(came.machine.layout.size)
-            storage = directory.storage(name, came.kept)
+            storage = directory.storage(name, came.stored)
         except BudgetExceeded as error:
             text = f"model {name} takes {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
             raise DataDirectoryError(text) from error
         except OSError as error:
-            raise DataDirectoryError(
-                f"model {name}: {error.filename or folder.files.folder}: {error.strerror}"
-            ) from error
+            path, advice = error.filename or folder.files.folder, disk_full_advice(error, directory.path)
+            raise DataDirectoryError(f"model {name}: {path}: {error.strerror}{advice}") from error
         engine = ModelEngine(came.machine, came.store, reservation, self.incarnation, self._timer.want, storage)
         try:
-            if came.waited:
+            if came.version_bumped:
                 engine.version_bumped()
         except Refused as error:
             raise DataDirectoryError(f"model {name}: {error.metadata.get('why')}") from error

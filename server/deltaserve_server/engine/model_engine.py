@@ -412,7 +412,7 @@ class ModelEngine(ModelLock):
 
     def _hurry(self) -> None:
         if self.storage:
-            self.storage.hurry()
+            self.storage.request_snapshot()
 
     def _ready(self, pushes: int = 0) -> None:
         """Raises Refused STORAGE_UNAVAILABLE where the updates that may follow could not be written down."""

@@ -17,7 +17,7 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
-from deltaserve_server.durability.journal import Reading
+from deltaserve_server.durability.journal import JournalReader
 
 KINDS = {"tensors": ".safetensors", "manifest": ".json", "head": "head.json", "journal": "journal-"}
 
@@ -175,5 +175,5 @@ def left(path: Path, history: list[Seen]) -> Left:
     held = Files(path / "models" / "m")
     manifest = snapshot.read_manifest(held, Folder(held).snapshots()[-1])
     assert manifest.journal
-    reading = Reading(held, manifest.journal, manifest.index, lost_power=False)
+    reading = JournalReader(held, manifest.journal, manifest.index, lost_power=False)
     return Left(path, files, history, [reading.size for _ in reading.records()])

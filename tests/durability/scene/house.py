@@ -88,9 +88,9 @@ class House:
             accept_data_loss=accept_data_loss,
             sync=self.directory.durability is Durability.FSYNC,
         )
-        storage = self.directory.storage(name, came.kept)
+        storage = self.directory.storage(name, came.stored)
         engine = self._engine(came.machine, came.store, storage)
-        if came.waited:
+        if came.version_bumped:
             engine.version_bumped()
         return engine
 
@@ -169,7 +169,7 @@ def _resumed(summary: Machine) -> Machine:
 def text(summary: Machine) -> str:
     """Returns a machine's image as text; the updates in it are in order of versions."""
     image = MachineState.of(summary)
-    ordered = replace(image, summary=tuple(sorted(image.summary, key=lambda update: update.version)))
+    ordered = replace(image, updates=tuple(sorted(image.updates, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered), indent=1).decode()
 
 

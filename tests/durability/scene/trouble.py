@@ -3,9 +3,13 @@
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from deltaserve_server.durability.files import File, Files
 
@@ -109,3 +113,26 @@ def fill(place: Path) -> Path:
             except OSError:
                 continue
     return ballast
+
+
+class Crash(BaseException):
+    """The process dies."""
+
+
+@contextmanager
+def crashing(at: int) -> Iterator[None]:
+    """Has the process die before the operation on a folder that has this number."""
+    numbers = count()
+
+    def dying(really: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if next(numbers) == at:
+                raise Crash
+            return really(*given, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create", "shorten", "rename", "remove", "sync"):
+            patch.setattr(Files, name, dying(getattr(Files, name)))
+        yield
