@@ -166,14 +166,14 @@ def _promise_too_much() -> None:
 
 def _come_back_older() -> None:
     """Recovers from the snapshot before the last one."""
-    newest = recovery._newest
+    recover = recovery.recover
 
-    def older(folder: Any, *rest: Any) -> Any:
+    def older(folder: Any, *rest: Any, **options: Any) -> recovery.Recovered:
         numbers = folder.snapshots()
         folder.snapshots = lambda: numbers[:-1] or numbers
-        return newest(folder, *rest)
+        return recover(folder, *rest, **options)
 
-    recovery._newest = older  # type: ignore[assignment]
+    recovery.recover = older
 
 
 DEFECTS: Mapping[str, Callable[[], None]] = {
