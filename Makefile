@@ -31,14 +31,14 @@ setup: $(SETUP) ## make the environment .venv and nothing else
 demo: $(SETUP) ## train digits with a server and two workers
 	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
 
-# Much of a test is waiting, or done by processes of its own: hence one more at a time than a small machine has cores.
-# `worksteal` gives each process a contiguous part of the tests, so that a module's fixtures are mostly made once.
+# Tests spend much of their time waiting or in child processes: hence one process more than a small machine has cores.
+# `worksteal` gives each process a contiguous part of the tests, so that most fixtures of a module are created once.
 PYTEST_JOBS = --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal --durations 15 --durations-min 1
 
 test: $(SETUP) ## run the fast tier, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
 	@$(BIN)/pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
-test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations, planted defects
+test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations; a failed test runs again, alone
 	@$(BIN)/python -m tests.support.deep $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports

@@ -117,6 +117,7 @@ def allocate_host(size: int) -> Vector:
 
 def zeros_like(vector: Vector) -> Vector:
     """Returns a vector of zeros of the same size."""
+    # np.zeros gets zeroed pages from the system when they are first used; np.zeros_like would write them all now.
     return np.zeros(vector.size, np.float32)
 
 
@@ -146,7 +147,7 @@ class VectorPool:
             return self._allocate(self.size)
 
     def give(self, vector: Vector) -> None:
-        """Puts a vector into the pool, unless the pool is full or the vector does not fit for it."""
+        """Puts a vector into the pool, unless the pool is full or the vector has another size or alignment."""
         # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
         if len(self._free) < _FREE_MAX and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
             self._free.append(vector)

@@ -1,4 +1,4 @@
-"""A gRPC proxy that forwards calls as bytes: some twice, some slowly, of some it drops the answer; from a seed."""
+"""A gRPC proxy that forwards calls as bytes, and duplicates, delays or loses some of them, from a seed."""
 
 import random
 import threading
@@ -19,7 +19,7 @@ _OPTIONS = [
     ("grpc.max_send_message_length", 64 * _MIB),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.so_reuseport", 0),
-    # A server that comes back is found at once.
+    # Reconnects at once to a server that comes back.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
@@ -27,7 +27,7 @@ _OPTIONS = [
 
 
 class _Handler(grpc.GenericRpcHandler):
-    """Gives every method the same handler: on the wire all calls are streams of messages."""
+    """Returns one handler for all methods, because every call is a stream of messages on the wire."""
 
     def __init__(self, forward: Callable[[str, Iterator[bytes], Any], Iterator[bytes]]) -> None:
         self._forward = forward
@@ -38,19 +38,19 @@ class _Handler(grpc.GenericRpcHandler):
         )
 
 
-class Calls:
-    """Listens on a port of its own and makes each call anew.
+class RpcProxy:
+    """Listens on a port of its own and repeats each call to the server.
 
     Args:
         upstream: HOST:PORT of the server.
-        seed: Decides what happens.
-        one_in: To one push in so many something happens, and to as many other calls, which are not noted.
-        note: Is told each fault when it happens.
+        seed: Seed of the faults.
+        one_in: A fault happens to one in this many calls.
+        note: Called with the name of each fault of a push when it happens.
     """
 
     def __init__(self, upstream: str, seed: int, one_in: float, note: Callable[[str], None]) -> None:
-        self._chance = random.Random(seed)
-        self._deck = Deck(self._chance, _KINDS)
+        self._random = random.Random(seed)
+        self._deck = Deck(self._random, _KINDS)
         self._one_in = one_in
         self._note = note
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Calls:
         self._server.start()
 
     def calm(self) -> None:
-        """From now on nothing happens any more."""
+        """Stops all further faults."""
         self._calm = True
 
     def close(self) -> None:
@@ -71,15 +71,15 @@ class Calls:
 
     def _fault(self) -> tuple[str | None, float]:
         with self._lock:
-            if self._calm or self._chance.random() * self._one_in >= 1:
+            if self._calm or self._random.random() * self._one_in >= 1:
                 return None, 0.0
-            return self._deck.draw(), self._chance.uniform(0.01, 0.3)
+            return self._deck.draw(), self._random.uniform(0.01, 0.3)
 
     def _forward(self, method: str, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
         fault, seconds = self._fault()
         try:
             sent = list(messages)
-        except Exception:  # the worker has gone in the middle
+        except Exception:  # the worker died while it sent
             return
         if fault == "delayed":
             sleep(seconds)

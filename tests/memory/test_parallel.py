@@ -1,4 +1,4 @@
-"""Work that several threads share."""
+"""The parallel loop."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +10,14 @@ from deltaserve_server.memory.parallel import run_parallel
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
-def test_every_item_once(threads: int, count: int) -> None:
+def test_every_item_runs_once(threads: int, count: int) -> None:
     done: list[int] = []
     with ThreadPoolExecutor(4) as executor:
         run_parallel(done.append, range(count), executor, threads)
     assert sorted(done) == list(range(count))
 
 
-def test_the_calling_thread_works_too_and_at_most_so_many_others() -> None:
+def test_the_calling_thread_works_and_the_number_of_threads_is_limited() -> None:
     seen, together = set(), threading.Barrier(3, timeout=10)
 
     def run(_item: int) -> None:
@@ -30,7 +30,7 @@ def test_the_calling_thread_works_too_and_at_most_so_many_others() -> None:
     assert threading.current_thread() in seen
 
 
-def test_a_busy_executor_is_not_waited_for() -> None:
+def test_the_loop_does_not_wait_for_a_busy_executor() -> None:
     release, done = threading.Event(), list[int]()
     with ThreadPoolExecutor(1) as executor:
         executor.submit(release.wait, 60)
@@ -40,7 +40,7 @@ def test_a_busy_executor_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_failure_ends_the_work_and_is_raised_when_nobody_works_any_more(threads: int) -> None:
+def test_an_exception_stops_the_loop_and_is_raised_after_all_calls_have_ended(threads: int) -> None:
     running, begun = [0], []
 
     def run(item: int) -> None:
@@ -60,6 +60,6 @@ def test_a_failure_ends_the_work_and_is_raised_when_nobody_works_any_more(thread
     assert len(begun) < 1000
 
 
-def test_an_index_error_of_an_item_is_none_of_ours() -> None:
+def test_an_index_error_of_an_item_is_raised() -> None:
     with ThreadPoolExecutor(2) as executor, pytest.raises(IndexError):
         run_parallel([1, 2].__getitem__, [0, 1, 2], executor, 2)

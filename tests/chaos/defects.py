@@ -1,4 +1,4 @@
-"""Defects of a server, each of which the harness has to find."""
+"""Planted defects of the server, each of which the harness must find."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -12,18 +12,35 @@ from deltaserve_server.durability.commits import Effect, Journaled
 from deltaserve_server.durability.journal import JournalReader
 from deltaserve_server.durability.model_storage import ModelStorage
 from deltaserve_server.durability.records import Record, Updated
-from deltaserve_server.memory.host import HostStore, _HostFrozen
+from deltaserve_server.memory import Frozen
+from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import State
 from deltaserve_server.model import Answer, Machine, Push, PushResult
 from deltaserve_server.model.sessions import Session
 from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
 _TITLE_BYTES = 64
-"""What a journal begins with."""
+"""Size of a journal's header."""
+
+
+class _Mixed(Frozen):
+    """A frozen state whose square_avg is that of a later moment."""
+
+    def __init__(self, frozen: Frozen, store: HostStore) -> None:
+        self._frozen = frozen
+        self._store = store
+
+    def state(self) -> State:
+        sleep(0.2)
+        state = self._frozen.state()
+        return State(state.weights, self._store.state().square_avg, state.acc_delta)
+
+    def release(self) -> None:
+        self._frozen.release()
 
 
 def _forget_duplicates() -> None:
-    """The last push, sent again, is taken for a new one."""
+    """Treats a repeated last push as a new one."""
     known = Session.known
 
     def forgetful(session: Session, push: Push) -> bool:
@@ -33,7 +50,7 @@ def _forget_duplicates() -> None:
 
 
 def _lose_pushes() -> None:
-    """Now and then a push is answered, and in no update."""
+    """Answers every tenth push without applying it."""
     push, number = Machine.push, count()
 
     def careless(machine: Machine, given: Push, now: float) -> Any:
@@ -49,7 +66,7 @@ def _lose_pushes() -> None:
 
 
 def _forget_weights() -> None:
-    """A push's own weight does not count in the sum."""
+    """Ignores the weights of pushes."""
     fold = HostStore.fold
 
     def plain(store: HostStore, staging: Any, factor: float) -> None:
@@ -59,7 +76,7 @@ def _forget_weights() -> None:
 
 
 def _tell_early() -> None:
-    """Everybody is told before records are written."""
+    """Announces updates before their records are durable."""
 
     def tell(commits: Journaled, effect: Effect) -> None:
         effect()
@@ -68,7 +85,7 @@ def _tell_early() -> None:
 
 
 def _skip_records() -> None:
-    """Now and then an update is not written down."""
+    """Leaves every fifth update out of the journal."""
     add, number = Journaled.add, count(1)
 
     def careless(commits: Journaled, event: Any, pieces: Any = (), done: Effect | None = None) -> None:
@@ -81,7 +98,7 @@ def _skip_records() -> None:
 
 
 def _forget_last_record() -> None:
-    """A server that comes back leaves out the last thing that its journals hold."""
+    """Ignores the last record of the journal during recovery."""
     records = JournalReader.records
 
     def forgetful(reading: JournalReader) -> Iterator[Record]:
@@ -102,7 +119,7 @@ def _forget_last_record() -> None:
 
 
 def _forget_sessions() -> None:
-    """A server that comes back knows of every session all but its last push."""
+    """Forgets the last push of every session during recovery."""
     resume = Machine.resume
 
     def forgetful(machine: Machine, now: float) -> bool:
@@ -117,19 +134,17 @@ def _forget_sessions() -> None:
 
 
 def _mix_snapshots() -> None:
-    """A snapshot has the averages of a moment that is later than that of the weights."""
-    state = _HostFrozen.state
+    """Writes snapshots with a square_avg that is newer than the weights."""
+    freeze = HostStore.freeze
 
-    def late(frozen: _HostFrozen) -> State:
-        sleep(0.2)
-        taken, now = state(frozen), frozen._store.state()
-        return State(taken.weights, now.square_avg, taken.acc_delta)
+    def mixing(store: HostStore) -> Frozen:
+        return _Mixed(freeze(store), store)
 
-    _HostFrozen.state = late  # type: ignore[method-assign, assignment]
+    HostStore.freeze = mixing  # type: ignore[method-assign, assignment]
 
 
 def _miscount_losses() -> None:
-    """Workers are told of one push too many that is lost."""
+    """Reports one lost push too many to workers."""
     get = WorkerServicer.GetPush
 
     def wrong(servicer: WorkerServicer, request: Any, context: Any) -> rpc.GetPushResponse:
@@ -141,27 +156,27 @@ def _miscount_losses() -> None:
 
 
 def _promise_too_much() -> None:
-    """The version that is told to be durable is that of now."""
+    """Reports the current version as the durable one."""
 
-    def promising(storage: ModelStorage, told: int) -> int:
+    def current(storage: ModelStorage, told: int) -> int:
         return told
 
-    ModelStorage.durable_version = promising  # type: ignore[method-assign, assignment]
+    ModelStorage.durable_version = current  # type: ignore[method-assign, assignment]
 
 
 def _come_back_older() -> None:
-    """A server that comes back takes the snapshot before the last."""
-    newest = recovery._read_newest_snapshot
+    """Recovers from the snapshot before the last one."""
+    recover = recovery.recover
 
-    def older(folder: Any, *rest: Any) -> Any:
+    def older(folder: Any, *rest: Any, **options: Any) -> recovery.Recovered:
         numbers = folder.snapshots()
         folder.snapshots = lambda: numbers[:-1] or numbers
-        return newest(folder, *rest)
+        return recover(folder, *rest, **options)
 
-    recovery._read_newest_snapshot = older  # type: ignore[assignment]
+    recovery.recover = older
 
 
-PLANTS: Mapping[str, Callable[[], None]] = {
+DEFECTS: Mapping[str, Callable[[], None]] = {
     "none": lambda: None,
     "doubles": _forget_duplicates,
     "loses": _lose_pushes,

@@ -1,4 +1,4 @@
-"""A TCP line between workers and a server that delays, cuts, and holds half-open, by chance from a seed."""
+"""A TCP proxy between workers and a server that delays, cuts and half-closes connections, from a seed."""
 
 import random
 import socket
@@ -17,7 +17,7 @@ _KINDS = ("cut", "cut", "hold", "delay")
 
 @dataclass(frozen=True)
 class _Plan:
-    """What happens to a connection: in one direction, after so many bytes."""
+    """The fault of a connection: its direction, and the number of bytes before it."""
 
     kind: str
     up: bool
@@ -29,21 +29,21 @@ class _Plan:
         return f"tcp {self.kind} {'up' if self.up else 'down'}"
 
 
-class Line:
-    """Listens on a port of its own and carries bytes to and fro.
+class TcpProxy:
+    """Listens on a port of its own and forwards bytes in both directions.
 
     Args:
         upstream: HOST:PORT of the server.
-        seed: Decides what happens.
-        mean_bytes: How many bytes a connection carries on average before something does.
-        note: Is told each fault when it happens.
+        seed: Seed of the faults.
+        mean_bytes: Mean number of bytes of a connection before its fault.
+        note: Called with the name of each fault when it happens.
     """
 
     def __init__(self, upstream: str, seed: int, mean_bytes: float, note: Callable[[str], None]) -> None:
         host, port = upstream.split(":")
         self._upstream = host, int(port)
-        self._chance = random.Random(seed)
-        self._deck = Deck(self._chance, [(kind, up) for kind in _KINDS for up in (True, False)])
+        self._random = random.Random(seed)
+        self._deck = Deck(self._random, [(kind, up) for kind in _KINDS for up in (True, False)])
         self._mean_bytes = mean_bytes
         self._note = note
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class Line:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def calm(self) -> None:
-        """From now on nothing happens any more."""
+        """Stops all further faults."""
         self._calm = True
 
     def close(self) -> None:
@@ -72,16 +72,16 @@ class Line:
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 plan = self._plan()
                 for arguments in ((client, server, True, plan), (server, client, False, plan)):
-                    threading.Thread(target=self._carry, args=arguments, daemon=True).start()
+                    threading.Thread(target=self._forward, args=arguments, daemon=True).start()
 
     def _plan(self) -> _Plan:
         with self._lock:
             kind, up = self._deck.draw()
-            seconds = self._chance.uniform(0.005, 0.04) if kind == "delay" else self._chance.choice((0.3, 1.0, 2.0))
-            after = round(self._chance.expovariate(1 / self._mean_bytes))
+            seconds = self._random.uniform(0.005, 0.04) if kind == "delay" else self._random.choice((0.3, 1.0, 2.0))
+            after = round(self._random.expovariate(1 / self._mean_bytes))
             return _Plan(kind, up, after, seconds)
 
-    def _carry(self, source: socket.socket, sink: socket.socket, up: bool, plan: _Plan) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, up: bool, plan: _Plan) -> None:
         left, slow = plan.after if plan.up == up else 1 << 62, 0
         with suppress(OSError):
             while data := source.recv(_BLOCK):

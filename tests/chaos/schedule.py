@@ -1,4 +1,4 @@
-"""Which runs are made, until everything that is to happen has."""
+"""The schedule of runs: which scenario comes next, and when enough faults have fired."""
 
 import argparse
 import random
@@ -13,11 +13,11 @@ DOORS = ("unary", "stream")
 
 _MOST_RUNS = 4000
 _MOST_FIRST = 10
-"""So many of the deaths that have not been died are a run's first, at most."""
+"""Largest number of missing deaths that one run starts with."""
 
 
-class Course:
-    """Which runs are made, one after the other, and when there have been enough."""
+class Schedule:
+    """Chooses the runs one after the other."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -25,30 +25,30 @@ class Course:
         self._least = len(options.policies) if options.alternate else len(self._kinds)
         self._outcomes: list[Outcome] = []
         self._seeds = count(1000 * options.seed)
-        self._chance = random.Random(options.seed)
+        self._random = random.Random(options.seed)
         self._turn = 0
         self._first: dict[int, set[tuple[str, str]]] = {}
 
     def goes_on(self) -> bool:
-        """Whether another run is to be made."""
+        """Returns whether another run is needed."""
         if self._turn < self._least:
             return True
         enough = sum(outcome.fired.total() for outcome in self._outcomes) >= self._options.trials
         return not (enough and not missing(self._outcomes, self._options)) and self._turn < _MOST_RUNS
 
     def next(self) -> tuple[Scenario, int, list[str]]:
-        """Returns what is tried next, with which seed, and where the server is to die before it does elsewhere."""
+        """Returns the next scenario, its seed, and the failpoints at which the server dies first."""
         seed, wanting = next(self._seeds), missing(self._outcomes, self._options)
         scenario = self._next_scenario({durability for durability, _ in wanting})
         handed = set[tuple[str, str]]().union(*self._first.values())
         places = sorted(death for death in wanting if death[0] == scenario.durability and death[1].endswith(" kill"))
         places = [death for death in places if death not in handed] or places
-        self._first[seed] = set(self._chance.sample(places, min(len(places), _MOST_FIRST)))
+        self._first[seed] = set(self._random.sample(places, min(len(places), _MOST_FIRST)))
         first = sorted(fault.removesuffix(" kill") for _, fault in self._first[seed])
         return scenario, seed, [*self._options.first, *first]
 
     def _next_scenario(self, durabilities: set[str]) -> Scenario:
-        """Returns the next one; once each has been tried, one of these durabilities, or any where "" is among them."""
+        """Returns the next scenario. After one turn it has one of the given durabilities, or any if "" is one."""
         while True:
             scenario = self._kinds[self._turn % len(self._kinds)]
             self._turn += 1
@@ -56,13 +56,13 @@ class Course:
                 return scenario
 
     def ended(self, outcome: Outcome) -> None:
-        """Takes note of what became of a run."""
+        """Records the outcome of a run."""
         self._outcomes.append(outcome)
         del self._first[outcome.seed]
 
 
 def _kinds(options: argparse.Namespace) -> Iterator[Scenario]:
-    """Yields what is tried, in turn."""
+    """Yields one turn of scenarios."""
     policies, doors, durabilities = options.policies, options.doors, options.durabilities
     if not options.alternate:
         yield from (Scenario(*kind) for kind in product(policies, doors, durabilities))
@@ -77,9 +77,9 @@ def _kinds(options: argparse.Namespace) -> Iterator[Scenario]:
 
 
 def missing(outcomes: Sequence[Outcome], options: argparse.Namespace) -> set[tuple[str, str]]:
-    """Returns the faults that have never fired and are all to: with the durability, where it is a death of the server.
+    """Returns the faults that `--every-fault` still waits for, as pairs of durability and fault.
 
-    Of what else may happen at a failpoint, one is as good as another.
+    A death of the server counts for each durability. The other actions of a failpoint count as one fault, for any.
     """
     if not options.every_fault:
         return set()

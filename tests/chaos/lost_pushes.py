@@ -1,4 +1,4 @@
-"""Whether workers were told which of their pushes a restart has lost: all that they knew to count, and no others."""
+"""Checks that workers were told which of their pushes a restart lost: all that they knew of, and no others."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from scenarios import Push, Scenario
 
 
 class Entry(NamedTuple):
-    """What a worker came to know: that a push counts; that pushes are lost; or that it is over itself.
+    """One thing that a worker learned: that a push is applied, that pushes are lost, or that it was fenced.
 
     Attributes:
-        push: That push; or one of the session in which they were, number 0; None for the last.
-        incarnation: The life that told so; "" where it is not known.
-        lost: Their numbers; None where it is the former.
-        before: The life that the worker's weights were of.
-        restored: The last version of that which is left.
+        push: The push that is applied; number 0 of the session with lost pushes; None if the worker was fenced.
+        incarnation: The server that said so; "" if unknown.
+        lost: Numbers of the lost pushes; None if a push is applied.
+        before: The server whose weights the worker had.
+        restored: The newest surviving version of that server.
     """
 
     push: Push | None
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 def check_losses(
     scenario: Scenario, history: History, known: Mapping[tuple[str, int], Sequence[Entry]]
 ) -> Iterable[str]:
-    """Yields what workers were told wrongly, or not told."""
+    """Yields wrong and missing reports of losses."""
     places = history.places()
     for (worker, life), entries in sorted(known.items()):
         for problem in _Worker(scenario, history, places).problems(entries):
@@ -36,7 +36,7 @@ def check_losses(
 
 
 class _Worker:
-    """One process of a worker: what it knows to count as it goes on."""
+    """One life of a worker, and the pushes that it knows to be applied."""
 
     def __init__(self, scenario: Scenario, history: History, places: Mapping[Push, Sequence[tuple[int, int]]]) -> None:
         self._scenario = scenario
@@ -51,22 +51,23 @@ class _Worker:
                 continue
             life = self._history.index(entry.incarnation) if entry.incarnation else None
             if entry.lost is not None and life is not None:
-                yield from self._told(entry, entry.push.session, entry.lost, life)
+                yield from self._check_report(entry, entry.push.session, entry.lost, life)
                 continue
             if life is not None:
-                silent = sorted(push for push in self._known if self._is_lost(push, life))
-                if silent:
-                    yield f"it was not told that life {life} has lost {silent}"
-                    self._known -= set(silent)
+                unreported = sorted(push for push in self._known if self._is_lost(push, life))
+                if unreported:
+                    yield f"it was not told that life {life} has lost {unreported}"
+                    self._known -= set(unreported)
             self._known.add(entry.push)
 
-    def _told(self, entry: Entry, session: str, told: range, life: int) -> Iterator[str]:
-        """Compares what the worker was told with what it knew and is not there any more."""
+    def _check_report(self, entry: Entry, session: str, reported: range, life: int) -> Iterator[str]:
+        """Compares a report of losses with the pushes that the worker knew and the server lost."""
         lost = {push for push in self._known if push.session == session and self._is_lost(push, life)}
         numbers = sorted(push.sequence for push in lost)
-        if numbers != list(told):
-            yield f"it was told that pushes {list(told)} of session {session} are lost; {numbers} are, in life {life}"
-        restored = self._history.left(self._history.index(entry.before), life)
+        if numbers != list(reported):
+            told = f"it was told that pushes {list(reported)} of session {session} are lost"
+            yield f"{told}; {numbers} are, in life {life}"
+        restored = self._history.surviving_version(self._history.index(entry.before), life)
         if entry.restored != restored:
             yield f"it was told that version {entry.restored} is left of what it had; it is {restored}, in life {life}"
         if self._scenario.journals:
@@ -75,4 +76,4 @@ class _Worker:
 
     def _is_lost(self, push: Push, life: int) -> bool:
         places = [(made, version) for made, version in self._places.get(push, ()) if made <= life]
-        return not any(version <= self._history.left(made, life) for made, version in places)
+        return not any(version <= self._history.surviving_version(made, life) for made, version in places)

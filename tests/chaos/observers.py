@@ -1,4 +1,4 @@
-"""Undisturbed lines to the server under test: what watchers, onlookers and those who ask for snapshots are told."""
+"""Observers with direct connections to the server: a watcher, a session observer and a requester of snapshots."""
 
 import random
 import threading
@@ -14,21 +14,21 @@ from deltaserve._types import to_model_info, to_push_status
 from deltaserve.v1 import model_service_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _WAIT_SECONDS = 20.0
-_SAVE_SECONDS = 0.5
-"""How long it is between two snapshots that are asked for, on average."""
+_SNAPSHOT_SECONDS = 0.5
+"""Mean time between two requests for a snapshot."""
 
 GROSS_SECONDS = 4.0
-"""So much beyond its bound is a violation: the line may hold a connection for 2 s, the server may stand still."""
+"""Tolerance of a time bound: the TCP proxy holds a connection for up to 2 s, and the machine may stall."""
 
 
 class Watch:
-    """Every update, as the server tells it; but for those while it is away.
+    """Watches the model, except for updates while the server is down.
 
     Attributes:
-        events: What came.
-        problems: What went wrong.
+        events: The events received.
+        problems: Descriptions of what went wrong.
     """
 
     def __init__(self, target: str) -> None:
@@ -41,7 +41,7 @@ class Watch:
             raise RuntimeError("the watcher did not begin")
 
     def wait(self, version: Callable[[], int]) -> None:
-        """Waits until the watcher has seen the version where the model stands."""
+        """Waits until the watcher has received the model's current version."""
         end = monotonic() + _WAIT_SECONDS
         while self.events[-1].version != version():
             if monotonic() > end:
@@ -59,14 +59,14 @@ class Watch:
 
 
 class Promises:
-    """Versions that the server has said to be durable, or shown to anybody where everything that is shown is."""
+    """Versions that the server promised to keep: the durable ones, or with a journal all that it showed to anybody."""
 
     def __init__(self, scenario: Scenario) -> None:
         self._shown_is_durable = scenario.journals
         self._newest: dict[tuple[str, str], int] = {}
 
-    def note(self, who: str, incarnation: str, version: int, durable: int | None) -> None:
-        """Takes note of a position that somebody was told of."""
+    def record(self, who: str, incarnation: str, version: int, durable: int | None) -> None:
+        """Records a version in an answer to somebody."""
         claimed = max(durable or 0, version if self._shown_is_durable else 0)
         key = incarnation, who
         self._newest[key] = max(self._newest.get(key, 0), claimed)
@@ -75,15 +75,15 @@ class Promises:
         return [(incarnation, version, f"{who} was told of") for (incarnation, who), version in self._newest.items()]
 
 
-class Savings:
-    """Asks for snapshots at random times."""
+class SnapshotRequester:
+    """Requests snapshots at random times."""
 
     def __init__(self, target: str, seed: int, promises: Promises) -> None:
-        self._chance = random.Random(seed)
+        self._random = random.Random(seed)
         self._promises = promises
         self._client = deltaserve.connect(target, timeout_seconds=10)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._save_until_closed, daemon=True)
+        self._thread = threading.Thread(target=self._request_until_closed, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -91,22 +91,22 @@ class Savings:
         self._thread.join(40)
         self._client.close()
 
-    def _save_until_closed(self) -> None:
+    def _request_until_closed(self) -> None:
         request = model_service_pb2.SaveSnapshotRequest(model=MODEL)
-        while not self._closed.wait(self._chance.expovariate(1 / _SAVE_SECONDS)):
+        while not self._closed.wait(self._random.expovariate(1 / _SNAPSHOT_SECONDS)):
             try:
                 answer = self._client._connection.call("SaveSnapshot", request)
             except (UnavailableError, ServerError):
                 continue
             incarnation = answer.position.incarnation
-            self._promises.note("who asked for a snapshot", incarnation, 0, answer.snapshot.version)
+            self._promises.record("the requester of snapshots", incarnation, 0, answer.snapshot.version)
 
 
-class Census:
-    """Looks at the sessions while faults happen: how long the dead are held alive, and how long pushes wait.
+class SessionObserver:
+    """Measures during the faults how long the sessions of dead workers live, and how long pushes wait.
 
     Attributes:
-        problems: What grossly exceeds its bound.
+        problems: Times that exceed their bound by more than GROSS_SECONDS.
     """
 
     def __init__(self, target: str, scenario: Scenario, promises: Promises) -> None:
@@ -123,11 +123,11 @@ class Census:
         self._waiting: dict[tuple[str, int, int], float] = {}
         self._longest_held = self._longest_wait = 0.0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look_until_closed, daemon=True)
+        self._thread = threading.Thread(target=self._observe_until_closed, daemon=True)
         self._thread.start()
 
     def silent(self, worker: str, at: float) -> None:
-        """Says that a worker's process has ended: each session that it has left is to end with its lease."""
+        """Records that a worker's process has ended: from now on its sessions must end with their leases."""
         with self._lock:
             for session in self._first:
                 if session[0] == worker:
@@ -139,35 +139,35 @@ class Census:
         self._client.close()
 
     def figures(self) -> dict[str, float]:
-        """Returns the longest times that were seen, in seconds."""
+        """Returns the longest times seen, in seconds."""
         return {"dead session held": self._longest_held, "push waited": self._longest_wait}
 
-    def _look_until_closed(self) -> None:
+    def _observe_until_closed(self) -> None:
         request = model_service_pb2.GetModelRequest(model=MODEL)
-        while not self._closed.wait(_LOOK_SECONDS):
+        while not self._closed.wait(_POLL_SECONDS):
             try:
                 answer = self._client._connection.call("GetModel", request)
             except deltaserve.Error as error:
-                self.problems.append(f"the onlooker is not answered: {error!r}")
+                self.problems.append(f"the observer of sessions got no answer: {error!r}")
                 return
             position, now = answer.position, monotonic()
             info = to_model_info(answer)
-            self._promises.note("who looked", position.incarnation, info.version, info.durable_version)
+            self._promises.record("the observer of sessions", position.incarnation, info.version, info.durable_version)
             with self._lock:
                 if position.incarnation != self._incarnation:
                     self._begin(position.incarnation, now)
                 for one in info.sessions:
-                    self._look(one, now)
+                    self._observe(one, now)
 
     def _begin(self, incarnation: str, now: float) -> None:
-        """Takes note of another server: leases begin anew, and nothing waits; it may have lost all sessions."""
+        """Handles a new incarnation: leases start again, no push waits, and sessions may be lost."""
         self._incarnation, self._since = incarnation, now
         self._waiting.clear()
         if not self._keeps_sessions:
             self._first.clear()
             self._silent.clear()
 
-    def _look(self, one: SessionInfo, now: float) -> None:
+    def _observe(self, one: SessionInfo, now: float) -> None:
         session = one.worker, one.epoch
         self._first.setdefault(session, now)
         if session in self._silent:
@@ -184,7 +184,7 @@ class Census:
 
 
 def ask(client: deltaserve.Client, session: str, sequence: int) -> PushStatus | None:
-    """Returns what GetPush says; None where the session is not known any more."""
+    """Returns the answer of GetPush, or None if the server no longer knows the session."""
     request = rpc.GetPushRequest(model=MODEL, session_id=bytes.fromhex(session), sequence=sequence)
     try:
         return to_push_status(client._connection.call("GetPush", request))

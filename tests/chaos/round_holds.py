@@ -1,6 +1,6 @@
-"""How long a dead worker holds a round: one is killed or stopped at a place of its step, another one measures.
+"""Measures how long a dead worker holds a round: one worker is killed or stopped in its step, another one measures.
 
-Prints a line for each place; the status is 1 where a hold lasted longer than the lease, or the round's timeout, allows.
+Prints a line for each failpoint. The exit status is 1 if a hold exceeds the lease or the timeout of rounds.
 """
 
 import argparse
@@ -28,10 +28,10 @@ TIMEOUT_SECONDS = 0.4
 
 _TICK_SECONDS = 0.25
 _MARGIN_SECONDS = 0.75
-"""Of a machine that is busy with several of these at once."""
+"""Tolerance for a machine that runs several trials at once."""
 
 _TRIALS = 3
-"""A machine that stood still for a moment does not do so again; a defect does."""
+"""Trials of a case whose hold is too long: a stall of the machine is rare, and a defect shows each time."""
 
 _POINTS = ("worker.before_send", "worker.mid_body", "worker.sent", "worker.acknowledged", "worker.recorded")
 _ELEMENTS = 300_000
@@ -50,8 +50,8 @@ with deltaserve.connect(target) as client, client.model(model).worker("victim", 
 """
 
 
-class Cell(NamedTuple):
-    """What is tried: a fault of the victim, and whether rounds have a timeout."""
+class Case(NamedTuple):
+    """A case: the fault of the victim, and whether rounds have a timeout."""
 
     point: str
     action: str
@@ -63,7 +63,7 @@ class Cell(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """How long a round may be held, in seconds."""
+        """Largest allowed hold, in seconds."""
         return TIMEOUT_SECONDS if self.timed else LEASE_SECONDS + _TICK_SECONDS
 
     @property
@@ -72,12 +72,12 @@ class Cell(NamedTuple):
 
 
 class _Victim:
-    """A worker that dies or stops; `at` says when, once it has, and `failed` that it ended in another way."""
+    """A worker that dies or stops: `at` is the time, and `failed` says that it ended in another way."""
 
-    def __init__(self, target: str, model: str, cell: Cell) -> None:
+    def __init__(self, target: str, model: str, case: Case) -> None:
         self.at: float | None = None
         self.failed = False
-        environment = {"DELTASERVE_FAILPOINTS": f"{cell.point}={cell.action}@3"}
+        environment = {"DELTASERVE_FAILPOINTS": f"{case.point}={case.action}@3"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _VICTIM, target, model, str(LEASE_SECONDS), str(_ELEMENTS)],
             env=os.environ | environment,
@@ -97,62 +97,62 @@ class _Victim:
             self.failed = True
 
 
-def hold(target: str, number: str, cell: Cell) -> float:
-    """Returns how long a round still waited for the victim after its death or stop, in seconds."""
-    name, gradient = f"{cell.point}.{cell.action}.{cell.timed}.{number}", {"w": np.ones(_ELEMENTS, np.float32)}
+def hold(target: str, number: str, case: Case) -> float:
+    """Returns how long a round waited for the victim after its death or stop, in seconds."""
+    name, gradient = f"{case.point}.{case.action}.{case.timed}.{number}", {"w": np.ones(_ELEMENTS, np.float32)}
     with ExitStack() as stack:
         client = stack.enter_context(deltaserve.connect(target, timeout_seconds=30))
-        model = client.create_model(name, gradient, policy=cell.policy)
+        model = client.create_model(name, gradient, policy=case.policy)
         stack.callback(model.delete)
         survivor = stack.enter_context(model.worker("survivor"))
-        victim = _Victim(target, name, cell)
+        victim = _Victim(target, name, case)
         stack.callback(victim.close)
         while True:
             began = monotonic()
             survivor.step(gradient)
             result, at = survivor.last_result, victim.at
             if victim.failed:
-                raise RuntimeError(f"{cell.text}: the victim failed by itself")
+                raise RuntimeError(f"{case.text}: the victim ended without its fault")
             if at is not None and result and result.contributors == 1:
                 return monotonic() - max(at, began)
 
 
-def least_hold(target: str, number: int, cell: Cell) -> float:
-    """Returns the same, measured again where it is longer than allowed."""
-    least = hold(target, f"{number}", cell)
+def least_hold(target: str, number: int, case: Case) -> float:
+    """Returns the shortest of up to three holds; it measures again only if a hold is too long."""
+    least = hold(target, f"{number}", case)
     for again in range(1, _TRIALS):
-        if least <= cell.bound + _MARGIN_SECONDS:
+        if least <= case.bound + _MARGIN_SECONDS:
             break
-        least = min(least, hold(target, f"{number}.{again}", cell))
+        least = min(least, hold(target, f"{number}.{again}", case))
     return least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=1, help="how often each of them")
-    parser.add_argument("--jobs", type=int, default=7, help="how many at a time")
+    parser.add_argument("--rounds", type=int, default=1, help="trials of each case")
+    parser.add_argument("--jobs", type=int, default=7, help="trials at a time")
     options = parser.parse_args(arguments)
-    cells = [Cell(point, action, timed) for point in _POINTS for action in ("kill", "stop") for timed in (False, True)]
+    cases = [Case(point, action, timed) for point in _POINTS for action in ("kill", "stop") for timed in (False, True)]
     program = Path(__file__).with_name("server_program.py")
     server = subprocess.Popen(
         [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert server.stdout
     target = server.stdout.readline().strip()
-    held: dict[Cell, list[float]] = defaultdict(list)
+    held: dict[Case, list[float]] = defaultdict(list)
     try:
         with ThreadPoolExecutor(options.jobs) as threads:
-            trials = [(number, cell) for number in range(options.rounds) for cell in cells]
-            for (_, cell), seconds in zip(trials, threads.map(lambda t: least_hold(target, *t), trials), strict=True):
-                held[cell].append(seconds)
+            trials = [(number, case) for number in range(options.rounds) for case in cases]
+            for (_, case), seconds in zip(trials, threads.map(lambda t: least_hold(target, *t), trials), strict=True):
+                held[case].append(seconds)
     finally:
         server.kill()
         server.communicate()
     print(f"{'held a round, in seconds':45} {'trials':>6} {'bound':>6} {'median':>6} {'most':>6}")
-    for cell, seconds_of in held.items():
+    for case, seconds_of in held.items():
         median, most = statistics.median(seconds_of), max(seconds_of)
-        print(f"{cell.text:45} {len(seconds_of):6} {cell.bound:6.2f} {median:6.2f} {most:6.2f}")
-    return int(any(max(seconds_of) > cell.bound + _MARGIN_SECONDS for cell, seconds_of in held.items()))
+        print(f"{case.text:45} {len(seconds_of):6} {case.bound:6.2f} {median:6.2f} {most:6.2f}")
+    return int(any(max(seconds_of) > case.bound + _MARGIN_SECONDS for case, seconds_of in held.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the harness has found so far, each by itself: restarts at moments that are hard to hit otherwise."""
+"""Defects that the chaos harness found: restarts at moments that are hard to hit at random."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host import _free_port
+from server_host import free_port
 
 import deltaserve
 from deltaserve import Async, RolledBackError, Worker
@@ -19,14 +19,16 @@ from deltaserve._common import failpoints
 from deltaserve._common.failpoints import FailpointError
 
 _PROGRAM = Path(__file__).with_name("server_program.py")
+pytestmark = pytest.mark.deep
+
 _START = {"w": np.linspace(-1, 1, 5, dtype=np.float32)}
 
 
 class Server:
-    """A server that keeps snapshots, and dies when it is told to."""
+    """A server with snapshots that the test kills and restarts."""
 
     def __init__(self, folder: Path) -> None:
-        self._settings = {"port": _free_port(), "data": str(folder), "durability": "snapshot"}
+        self._settings = {"port": free_port(), "data": str(folder), "durability": "snapshot"}
         self.start()
 
     def start(self) -> None:
@@ -63,24 +65,24 @@ def step(worker: Worker, *numbers: int) -> None:
 
 
 def lose_answer(worker: Worker) -> None:
-    """Has the worker be as if the answer to its last push had not come."""
+    """Puts the worker into the state after a push whose answer was lost."""
     worker._sequence -= 1
     worker._sent = True
 
 
 def once(function: Callable[..., Any], before: Callable[[], object]) -> Callable[..., Any]:
-    """Returns the function, before whose first call something happens."""
-    left = [before]
+    """Wraps a function so that `before` runs before its first call."""
+    remaining = [before]
 
     def called(*arguments: Any, **options: Any) -> Any:
-        if left:
-            left.pop()()
+        if remaining:
+            remaining.pop()()
         return function(*arguments, **options)
 
     return called
 
 
-def test_a_push_that_the_snapshot_has_is_not_made_again(server: Server, model: deltaserve.Model) -> None:
+def test_a_push_in_the_snapshot_is_not_applied_again(server: Server, model: deltaserve.Model) -> None:
     worker = model.worker("a")
     step(worker, 1, 2, 3)
     model.save_snapshot()
@@ -92,7 +94,7 @@ def test_a_push_that_the_snapshot_has_is_not_made_again(server: Server, model: d
     assert model.info().version == 4
 
 
-def test_a_push_whose_number_another_gradient_has_follows_it(server: Server, model: deltaserve.Model) -> None:
+def test_another_gradient_after_a_lost_answer_gets_the_next_number(server: Server, model: deltaserve.Model) -> None:
     worker = model.worker("a")
     step(worker, 1, 2, 3)
     model.save_snapshot()
@@ -102,7 +104,7 @@ def test_a_push_whose_number_another_gradient_has_follows_it(server: Server, mod
     assert model.info().version == 4
 
 
-def test_a_second_restart_before_the_weights_of_now_have_come(
+def test_a_second_restart_before_the_current_weights_arrive(
     server: Server, model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = model.worker("a")
@@ -118,7 +120,7 @@ def test_a_second_restart_before_the_weights_of_now_have_come(
     assert model.info().version == 3
 
 
-def test_a_loss_is_told_also_after_an_interrupt(
+def test_a_loss_is_reported_even_after_an_interrupt(
     server: Server, model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = model.worker("a")
@@ -146,10 +148,10 @@ def test_a_session_that_is_lost_while_its_worker_asks_for_a_push(
     assert (caught.value.restored_version, caught.value.lost_pushes) == (0, range(1, 2))
 
 
-def test_the_version_that_is_left_is_of_the_weights_that_the_worker_has(
+def test_the_restored_version_refers_to_the_weights_that_the_worker_has(
     server: Server, model: deltaserve.Model
 ) -> None:
-    """Those came with the answer that was lost, from the second of three lives."""
+    """Its weights came with the repeated answer, from the second of three lives of the server."""
     one = model.worker("one")
     step(one, 1, 2, 3)
     model.save_snapshot()
@@ -168,12 +170,12 @@ def test_the_version_that_is_left_is_of_the_weights_that_the_worker_has(
 
 
 def test_a_server_that_was_stopped_for_a_moment_still_ends() -> None:
-    """A signal that came meanwhile may wake another thread than the one that waits for it."""
+    """A signal that arrives during the stop may wake another thread than the one that waits for it."""
     command = [sys.executable, "-m", "deltaserve", "serve", "--bind", "127.0.0.1:0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout
     process.stdout.readline()
-    sleep(0.5)  # its threads have begun
+    sleep(0.5)  # its threads run by now
     for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
         process.send_signal(number)
         sleep(0.1)

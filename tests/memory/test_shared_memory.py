@@ -1,4 +1,4 @@
-"""Memory that other processes can map: what it is, who may do what with it, when it is gone; and stores that use it."""
+"""Shared memory: its files, permissions and lifetime, and the stores that use it."""
 
 import fcntl
 import gc
@@ -44,7 +44,7 @@ def opened(handle: Handle, *, write: bool = False) -> Vector:
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 300_001])
 @pytest.mark.parametrize("others_write", [True, False])
-def test_both_sides_see_the_same_values(size: int, others_write: bool) -> None:
+def test_both_processes_see_the_same_values(size: int, others_write: bool) -> None:
     vector = shared_memory.allocate(size, others_write=others_write)
     assert vector.size == size
     assert vector.dtype == np.float32
@@ -64,19 +64,19 @@ def test_both_sides_see_the_same_values(size: int, others_write: bool) -> None:
 
 
 @pytest.mark.parametrize("others_write", [True, False])
-def test_the_file_is_the_owners_and_sealed(others_write: bool) -> None:
+def test_the_file_is_private_to_its_owner_and_sealed(others_write: bool) -> None:
     vector = shared_memory.allocate(10, others_write=others_write)
     handle = handle_of(vector)
     status = path(handle).stat()
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert (status.st_size, status.st_blocks * 512 >= 40) == (40, True), "its pages are there already"
+    assert (status.st_size, status.st_blocks * 512 >= 40) == (40, True), "its pages are allocated"
     seals = fcntl.fcntl(handle.descriptor, fcntl.F_GET_SEALS)
     size = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
     assert seals == (size if others_write else size | FUTURE_WRITE)
     assert fcntl.fcntl(handle.descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
 
-def test_names_are_of_chance() -> None:
+def test_names_are_random() -> None:
     names = [handle_of(shared_memory.allocate(1, others_write=False)).name for _ in range(100)]
     assert len(set(names)) == 100
     numbers = [int(name.removeprefix("deltaserve-"), 16) for name in names]
@@ -91,7 +91,7 @@ def test_only_a_whole_shared_vector_has_a_handle() -> None:
     assert shared_memory.handle(vector) == shared_memory.handle(vector)
 
 
-def test_it_is_gone_with_the_last_reference() -> None:
+def test_the_file_is_closed_with_the_last_reference() -> None:
     gc.collect()
     gc.disable()
     try:
@@ -106,13 +106,13 @@ def test_it_is_gone_with_the_last_reference() -> None:
         del part
         assert gone == [1]
         assert not (path(handle).exists() and handle.name in str(path(handle).readlink()))
-        theirs[:] = 3  # whoever has mapped it keeps it
+        theirs[:] = 3  # other processes keep their mappings
     finally:
         gc.enable()
 
 
 def descriptors() -> list[str]:
-    """Returns those of shared memory that somebody holds: others come and go with what else is in this process."""
+    """Returns the open files of shared memory. Other files of this process come and go."""
     gc.collect()
     found = []
     for entry in Path("/proc/self/fd").iterdir():
@@ -121,15 +121,15 @@ def descriptors() -> list[str]:
     return sorted(name for name in found if "deltaserve-" in name)
 
 
-def test_thousands_come_and_go() -> None:
+def test_thousands_of_vectors_leave_no_files_open() -> None:
     before = descriptors()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: shared_memory.allocate(100, others_write=True).sum(), range(3000)))
+        list(pool.map(lambda _: shared_memory.allocate(100, others_write=True).sum(), range(1000)))
     assert descriptors() == before
 
 
 @pytest.mark.parametrize("call", ["memfd_create", "posix_fallocate", "fchmod"])
-def test_what_cannot_be_had_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_failed_allocation_leaves_no_file_open(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fails(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_had_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch
     assert descriptors() == before
 
 
-def test_where_the_system_has_no_such_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(OSError, match="has no memory files"):
         shared_memory.allocate(10, others_write=True)
@@ -161,7 +161,7 @@ def random(seed: int, size: int = SIZE) -> Vector:
 
 @pytest.fixture
 def stores() -> tuple[HostStore, HostStore]:
-    """One that is shared from the start, and one that is not, with the same weights."""
+    """A store in shared memory and one in private memory, with the same weights."""
     executor = ThreadPoolExecutor(2)
     made = [HostStore(random(0), 0, Budget(1 << 24), executor, 2) for _ in range(2)]
     made[0].use_shared_memory()
@@ -191,7 +191,7 @@ def test_every_version_can_be_mapped_and_has_the_same_bits(stores: tuple[HostSto
         np.testing.assert_array_equal(getattr(mine.state(), vector), getattr(plain.state(), vector))
 
 
-def test_sharing_in_the_middle_changes_nothing_and_twice_is_once(
+def test_a_move_to_shared_memory_changes_nothing_and_happens_once(
     stores: tuple[HostStore, HostStore], stage: Stage
 ) -> None:
     early, late = stores
@@ -213,7 +213,7 @@ def test_sharing_in_the_middle_changes_nothing_and_twice_is_once(
     np.testing.assert_array_equal(early.current.weights, late.current.weights)
 
 
-def test_a_version_that_is_read_keeps_its_place_and_places_are_used_again(
+def test_an_acquired_version_keeps_its_file_and_files_are_reused(
     stores: tuple[HostStore, HostStore], stage: Stage
 ) -> None:
     store, _ = stores
@@ -229,10 +229,10 @@ def test_a_version_that_is_read_keeps_its_place_and_places_are_used_again(
     read.release()
     for number in range(8, 14):
         update(store, stage, number)
-    assert (mine != before).any(), "its place is another version's now"
+    assert (mine != before).any(), "its file has another version now"
 
 
-def test_where_files_run_out_a_version_is_not_shared(
+def test_a_version_lies_in_private_memory_if_files_run_out(
     stores: tuple[HostStore, HostStore], stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, plain = stores
@@ -249,13 +249,16 @@ def test_where_files_run_out_a_version_is_not_shared(
         versions.append(store.current)
         store.current.acquire()
     assert shared_memory.handle(store.current.weights) is None
-    assert "cannot put weights into shared memory, workers get them over the connection: [Errno 24] Too many open files" in caplog.text
+    assert (
+        "cannot put weights into shared memory, workers get them over the connection: [Errno 24] Too many open files"
+        in caplog.text
+    )
     np.testing.assert_array_equal(store.current.weights, plain.current.weights)
     for version in versions:
         version.release()
 
 
-def test_readers_and_updates_at_once(stores: tuple[HostStore, HostStore], stage: Stage) -> None:
+def test_concurrent_readers_and_updates(stores: tuple[HostStore, HostStore], stage: Stage) -> None:
     store, _ = stores
     over, torn = threading.Event(), []
 
@@ -266,7 +269,7 @@ def test_readers_and_updates_at_once(stores: tuple[HostStore, HostStore], stage:
                 weights = version.acquire()
             except Exception:
                 continue
-            if version is store.current:  # else it may have been given up before it was taken
+            if version is store.current:  # else it may have been recycled before it was acquired
                 first = opened(handle_of(weights)).copy()
                 torn.append(not np.array_equal(first, opened(handle_of(weights))))
             version.release()
@@ -281,8 +284,8 @@ def test_readers_and_updates_at_once(stores: tuple[HostStore, HostStore], stage:
     assert not any(torn)
 
 
-def test_a_round_under_way_is_moved_too(stage: Stage) -> None:
-    """What its sum lay in is used again for weights."""
+def test_the_sum_of_a_round_moves_too(stage: Stage) -> None:
+    """The pool reuses the vector of the sum for weights."""
     size = 20_000
     with ThreadPoolExecutor(2) as executor:
         store = HostStore(np.zeros(size, np.float32), 0, Budget(1 << 30), executor, 2)
@@ -295,8 +298,8 @@ def test_a_round_under_way_is_moved_too(stage: Stage) -> None:
             assert shared_memory.handle(store.current.weights)
 
 
-def test_memory_that_garbage_held_may_come_back_while_a_budget_is_counting() -> None:
-    """Python collects garbage whenever it allocates, also inside the budget's own lock."""
+def test_the_garbage_collector_may_release_a_reservation_inside_the_budgets_lock() -> None:
+    """Python may collect garbage at any allocation."""
     budget = Budget(1000)
     vector = shared_memory.allocate(10, others_write=True)
     shared_memory.when_gone(vector, budget.reserve(400).release)
