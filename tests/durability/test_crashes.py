@@ -247,6 +247,7 @@ def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path,
     return on_durable
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
 @pytest.mark.parametrize("durability", ["fsync", "journal", "snapshot"])
 def test_a_crash_at_any_moment_of_a_life(
@@ -262,6 +263,23 @@ def test_a_crash_at_any_moment_of_a_life(
     assert trials.counts["all there"] > 5
 
 
+@pytest.mark.parametrize(("durability", "power"), [("fsync", True), ("journal", False), ("snapshot", False)])
+def test_a_crash_during_a_few_pushes_and_a_snapshot(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, power: bool
+) -> None:
+    story = Story(quick / "data", durability, Clock(monkeypatch))
+    story.create()
+    story.push(2)
+    story.together(2)
+    story.save()
+    story.push(1)
+    story.house.die()
+    whole = durability != "snapshot"
+    trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=whole))
+    assert trials.counts["all there"] > 2
+
+
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "snapshot"])
 def test_a_crash_at_any_moment_of_an_end_in_good_order(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
@@ -281,6 +299,7 @@ def test_a_crash_at_any_moment_of_an_end_in_good_order(
     trials.enumerate(story, disk, power=True, then=judge(story, trials.counts, whole=durability == "fsync"))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "journal"])
 def test_an_fsync_that_fails_and_is_repaired_by_a_snapshot(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
@@ -307,6 +326,7 @@ def test_an_fsync_that_fails_and_is_repaired_by_a_snapshot(
     trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=True))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
 def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, power: bool, full: bool
@@ -334,6 +354,7 @@ def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
     trials.enumerate(story, Disk(quick, empty=True), power=power, then=again)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "journal"])
 def test_power_that_goes_after_a_process_has_died_and_another_come_back(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, full: bool

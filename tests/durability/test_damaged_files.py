@@ -15,7 +15,7 @@ from deltaserve_server.durability import folder, journal
 from deltaserve_server.durability.errors import CorruptError
 
 
-@pytest.fixture(scope="module", params=["journal", "fsync"])
+@pytest.fixture(scope="module", params=["fsync", pytest.param("journal", marks=pytest.mark.deep)])
 def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
     """A data directory, each time the same."""
     with pytest.MonkeyPatch.context() as patch:

@@ -112,6 +112,7 @@ def line(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.deep
 def test_a_second_server_is_told_who_has_the_directory_until_that_one_is_gone(
     quick: Path, start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_directory_is_free_again_when_its_server_has_stopped(quick: Path) -> N
             LocalServer(config(quick / "data"))
 
 
+@pytest.mark.deep
 def test_a_process_that_is_forked_neither_keeps_a_directory_nor_gives_it_away(quick: Path) -> None:
     """As those of a DataLoader beside a server in a notebook."""
     command = [sys.executable, "-c", FORKS, str(quick / "data")]
@@ -171,6 +173,7 @@ def test_a_path_that_is_no_directory(quick: Path) -> None:
         LocalServer(config(quick / "loop"))
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")
 @pytest.mark.parametrize("mode", [0o500, 0o000])
 def test_a_directory_that_is_not_ours(quick: Path, mode: int) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from deltaserve.v1.model_service_pb2 import (
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, journal
-from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError, disk_operation
 from deltaserve_server.model import Refused
 
 SIZE = 4000
@@ -182,6 +184,51 @@ def test_a_stop_on_a_full_disk_tells_that_there_is_no_last_snapshot(
             ballast.unlink()
 
 
+@pytest.mark.parametrize("durability", ["snapshot", "journal"])
+def test_a_start_on_a_full_disk_says_which_file_system_what_it_needs_and_what_to_do(
+    tmp_path: Path, durability: str
+) -> None:
+    with small_file_system(tmp_path / "small", "1m") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        with serving(place / "data", durability) as wire:
+            begin(wire)
+        fill(place)
+        with pytest.raises(DataDirectoryError) as caught, serving(place / "data", durability):
+            pass
+    file = place / "data" / "models" / "m" / ("head.json" if durability == "snapshot" else "journal-0000000")
+    text = str(caught.value)
+    assert text.startswith(f"model m: {file}"), text
+    assert re.search(r"No space left on device while \w+ing [\d,]+ bytes \(0 bytes free\)", text), text
+    assert text.endswith(f"; free some space on the file system mounted at {place} and start the server again")
+
+
+@pytest.mark.parametrize(
+    ("number", "needed", "text"),
+    [
+        (errno.EIO, 5000, "Input/output error while writing"),
+        (errno.ENOSPC, 5000, "No space left on device while writing 5,000 bytes (8,192 bytes free)"),
+        (errno.EDQUOT, 5000, "Disk quota exceeded while writing 5,000 bytes (8,192 bytes free)"),
+        (errno.ENOSPC, 0, "No space left on device while writing"),
+    ],
+)
+def test_an_error_of_the_disk_names_the_file_the_action_and_the_space(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, number: int, needed: int, text: str
+) -> None:
+    """Clients see the text without the path."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=9, f_favail=9, f_bavail=2, f_frsize=4096))
+    with pytest.raises(OSError, match=re.escape(text)) as caught, disk_operation("writing", quick / "file", needed):
+        raise OSError(number, os.strerror(number))
+    assert (caught.value.strerror, caught.value.filename) == (text, str(quick / "file"))
+
+
+def test_a_disk_without_inodes_is_not_said_to_be_full(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=9, f_favail=0, f_bavail=2, f_frsize=4096))
+    text = re.escape("while writing 1 bytes (no inodes free)")
+    with pytest.raises(OSError, match=text), disk_operation("writing", quick / "file", 1):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "name")
+
+
 def test_where_there_is_less_room_than_a_journal_asks_for_it_takes_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +341,7 @@ def test_a_client_gets_over_a_disk_that_fails_for_a_while(quick: Path, trouble: 
         with model.worker("a") as worker:
             worker.step({"w": gradient(1)})
             trouble.errors["sync"] = errno.EIO
-            timer = threading.Timer(1.0, trouble.lift)
+            timer = threading.Timer(0.3, trouble.lift)
             timer.start()
             worker.step({"w": gradient(2)})
             timer.join()

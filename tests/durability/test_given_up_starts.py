@@ -13,8 +13,6 @@ from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
 from deltaserve_server.durability.recovery import Expected
 
-DURABILITIES = ("snapshot", "journal", "fsync")
-
 
 class GivenUp(Exception):
     """Somebody does not want the server any more."""
@@ -80,7 +78,9 @@ def given_up(source: Path, place: Path, durability: str, **more: Any) -> Iterato
             return
 
 
-@pytest.mark.parametrize("durability", DURABILITIES)
+@pytest.mark.parametrize(
+    "durability", ["journal", *(pytest.param(name, marks=pytest.mark.deep) for name in ("snapshot", "fsync"))]
+)
 def test_the_next_start_finds_everything(quick: Path, clock: Clock, durability: str) -> None:
     data = made(quick / "data", clock, durability)
     wanted = {name: one.vectors for name, one in come_back(copied(data, quick / "whole"), durability).items()}

@@ -146,7 +146,13 @@ def sweep(
     return counts
 
 
-def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def trials(many: bool, full: bool, sample: int) -> int:
+    return sample if not many else 100_000 if full else 400
+
+
+def test_a_manifest_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     name = max((past / "models" / "m").glob("snapshot-*.json")).name
     for older in list((past / "models" / "m").glob("snapshot-*"))[:]:
@@ -157,11 +163,13 @@ def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.
     def write(left: Path, path: Any, evil: Any) -> None:
         (left / "models" / "m" / name).write_bytes(signed(changed(good, path, evil)))
 
-    counts = sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 400)
+    counts = sweep(quick, past, clock, list(leaves(good)), write, trials(many, full, 60))
     assert counts["refused"] > counts["of use"]
 
 
-def test_a_head_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_head_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     head = unpacked((past / "models" / "m" / HEAD).read_bytes(), Head, "head")
     good = json.loads(packed(head.next_lineage(1, lost_at=1))[:-10])
@@ -169,7 +177,7 @@ def test_a_head_of_any_content(quick: Path, past: Path, monkeypatch: pytest.Monk
     def write(left: Path, path: Any, evil: Any) -> None:
         (left / "models" / "m" / HEAD).write_bytes(signed(changed(good, path, evil)))
 
-    sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 100)
+    sweep(quick, past, clock, list(leaves(good)), write, trials(many, full, 40))
 
 
 class Forged(Journal):
@@ -200,7 +208,9 @@ def records(past: Path) -> tuple[str, int, list[tuple[int, Any, bytes]]]:
     return name, manifest.index, found
 
 
-def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_record_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     name, _, good = records(past)
     assert {header["event"]["type"] for _, header, _ in good} == {
@@ -215,7 +225,7 @@ def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.Mo
             forged.forge(index, changed(header, path[1:], evil) if number == path[0] else header, vector)
         forged.close()
 
-    counts = sweep(quick, past, clock, places, write, 100_000 if full else 400)
+    counts = sweep(quick, past, clock, places, write, trials(many, full, 60))
     assert counts["refused"]
 
 

@@ -13,7 +13,7 @@ from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Push, Session, Sync
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.deep) for seed in range(2, 8))])
 def test_a_model_whose_server_dies_after_any_call_comes_back_as_it_was(
     quick: Path, monkeypatch: pytest.MonkeyPatch, seed: int, full: bool
 ) -> None:
@@ -26,7 +26,7 @@ def test_a_model_whose_server_dies_after_any_call_comes_back_as_it_was(
 
 
 @pytest.mark.parametrize("durability", ["journal", "fsync"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.deep) for seed in range(1, 4))])
 def test_a_model_that_dies_and_comes_back_again_and_again_goes_on(
     quick: Path, monkeypatch: pytest.MonkeyPatch, seed: int, durability: str, full: bool
 ) -> None:

@@ -244,6 +244,7 @@ def test_layouts_at_their_limits_come_back(lives: Lives, how: str) -> None:
         wire.step(session.header(3), wire.snapshot("m").weights)
 
 
+@pytest.mark.deep
 def test_as_many_groups_as_there_may_be_come_back(lives: Lives) -> None:
     with lives.first() as wire:
         wire.create("m", {"w": (SIZE,)})

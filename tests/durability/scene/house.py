@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.durability import checked, recovery
+from deltaserve_server.durability import checked, model_storage, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.model_storage import Durability, Schedule
@@ -64,11 +64,21 @@ class House:
     Args:
         path: Where.
         durability: What survives.
-        updates: After so many a snapshot is due.
+        updates: Number of updates after which a snapshot is due.
+        seconds: Seconds after which one is due.
+        time: The time for that.
     """
 
-    def __init__(self, path: Path, durability: str = "journal", updates: int | None = None) -> None:
-        self.directory = DataDirectory(path, Schedule(durability=Durability(durability), updates=updates, seconds=None))
+    def __init__(
+        self,
+        path: Path,
+        durability: str = "journal",
+        updates: int | None = None,
+        seconds: float | None = None,
+        time: model_storage.Clock = time,
+    ) -> None:
+        schedule = Schedule(durability=Durability(durability), updates=updates, seconds=seconds)
+        self.directory = DataDirectory(path, schedule, time)
         self.engines: list[ModelEngine] = []
 
     def create(self, summary: Machine | None = None, seed: int = 0) -> ModelEngine:
