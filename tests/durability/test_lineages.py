@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from boots import Boots
 from crowd import Crowd
-from house import Clock, House, copied
+from model_host import Clock, ModelHost, copied
 from trouble import Crash, crashing
 
 from deltaserve_server.durability.files import Files
@@ -48,7 +48,7 @@ class Life:
 
     Attributes:
         made: The versions that lead to the present one, by number.
-        known: What workers have been told, ever.
+        known: Everything that workers have ever learnt.
     """
 
     def __init__(self, quick: Path, durability: str, clock: Clock, boots: Boots) -> None:
@@ -59,8 +59,8 @@ class Life:
         self.known: list[Known] = []
         self.made: list[Made] = []
         self._seed = 0
-        self.house = House(self._data, durability)
-        self._serve(self.house.create())
+        self.host = ModelHost(self._data, durability)
+        self._serve(self.host.create())
 
     def _serve(self, engine: ModelEngine) -> None:
         self._seed += 1
@@ -68,7 +68,7 @@ class Life:
         self._note()
 
     def _note(self) -> None:
-        """A worker is told of the present version."""
+        """Lets a worker learn the present version."""
         version, weights = self.engine.machine.version, self.engine.state().weights.tobytes()
         del self.made[version + 1 :]
         if version == len(self.made):
@@ -95,17 +95,17 @@ class Life:
         self.made = made[:]
 
     def kill(self) -> None:
-        self.house.die()
+        self.host.die()
 
     def stop(self) -> None:
         self.engine.finish()
-        self.house.die()
+        self.host.die()
 
     def start(self, *, power: bool = False) -> ModelEngine:
         """Starts a server and checks what each worker concludes from the chain."""
         self._boots.number += power
-        self.house = House(self._data, self.durability)
-        engine = self.house.restore()
+        self.host = ModelHost(self._data, self.durability)
+        engine = self.host.restore()
         found = engine.state().weights.tobytes()
         version = engine.machine.version
         assert self.made[version][1] == found, "the server recovered something that the model never was"
@@ -117,14 +117,14 @@ class Life:
 
     def start_that_crashes(self, at: int) -> bool:
         """Starts a server that dies at an operation on the disk; returns False if it does not get that far."""
-        house = House(self._data, self.durability)
+        host = ModelHost(self._data, self.durability)
         try:
             with crashing(at):
-                house.restore()
+                host.restore()
         except Crash:
             return True
         finally:
-            house.die()
+            host.die()
         return False
 
 
@@ -141,7 +141,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize("moment", ["running", "killed", "stopped"])
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_a_backup_that_is_put_back(quick: Path, clock: Clock, boots: Boots, durability: str, moment: str) -> None:
-    """Taken at that moment, after which the original goes on for some versions, restarted or not."""
+    """The original continues for some versions after the backup, restarted or not."""
     for number, (power, further, restarted) in enumerate(product((False, True), (0, 3), (False, True))):
         life = Life(quick / str(number), durability, clock, boots)
         life.push(2)
@@ -218,7 +218,7 @@ def _walk(quick: Path, clock: Clock, boots: Boots, durability: str, seed: int, s
 
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_a_crash_at_any_operation_of_a_start(quick: Path, clock: Clock, boots: Boots, durability: str) -> None:
-    """Before the head of the new lineage is on the disk nobody has heard of it, and afterwards it is in the chain."""
+    """The new lineage is either unknown to everybody or in the chain of the next start."""
     life = Life(quick, durability, clock, boots)
     life.push(2)
     life.save()
@@ -253,7 +253,7 @@ def test_a_start_ends_no_sessions_and_records_the_version_at_which_it_left_the_l
 
 
 def test_sessions_that_ended_with_a_loss_stay_ended_over_later_starts(quick: Path, clock: Clock, boots: Boots) -> None:
-    """The journal still has their beginnings."""
+    """The journal still has the records that opened them."""
     life = Life(quick, "journal", clock, boots)
     life.push(2)
     life.kill()

@@ -1,6 +1,6 @@
-"""A data directory that is put back from a backup, with real workers: each learns what is lost and goes on.
+"""A data directory restored from a backup, with real workers: each learns what is lost and continues.
 
-These tests pass only with all three parts of the mend: the server begins a lineage at every start (durability), refuses
+These tests need three changes: the server begins a lineage at every start (durability), refuses
 a push of another lineage with LINEAGE_CHANGED and returns the chain from KeepSession (service), and the worker compares
 its own version with the chain (client). `test_lineages.py` covers the first part alone.
 """

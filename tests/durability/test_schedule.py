@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from house import House
+from model_host import ModelHost
 from trouble import Trouble
 
 from deltaserve_server.durability import directory, model_storage
@@ -30,15 +30,15 @@ class Time:
 
 
 def put(engine: ModelEngine) -> None:
-    """Makes an update that asks for no snapshot by itself."""
+    """Adds a record that requests no snapshot."""
     engine.open_session("a", 900.0)
 
 
 @pytest.mark.parametrize("durability", ["snapshot", "journal"])
 def test_a_snapshot_is_due_after_some_seconds_in_which_something_happened(quick: Path, durability: str) -> None:
     time = Time()
-    house = House(quick / "data", durability, seconds=60.0, time=time)
-    engine = house.create()
+    host = ModelHost(quick / "data", durability, seconds=60.0, time=time)
+    engine = host.create()
     time.now += 100
     assert not engine.is_due(), "nothing has happened"
     put(engine)
@@ -50,30 +50,30 @@ def test_a_snapshot_is_due_after_some_seconds_in_which_something_happened(quick:
     assert not engine.is_due()
     time.now += 2
     assert engine.is_due()
-    house.die()
+    host.die()
 
 
 def test_a_snapshot_is_due_after_some_updates(quick: Path) -> None:
-    house = House(quick / "data", "journal", updates=2, time=Time())
-    engine = house.create()
+    host = ModelHost(quick / "data", "journal", updates=2, time=Time())
+    engine = host.create()
     for expected in (False, True):
         engine.put_state(engine.state(), [0, 0, 0])
         engine.storage._snapshot_wanted = False  # type: ignore[union-attr]
         assert engine.is_due() == expected
-    house.die()
+    host.die()
 
 
 def test_a_snapshot_is_due_when_the_journal_has_many_records(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_storage, "_JOURNAL_RECORDS_MAX", 3)
-    house = House(quick / "data", "journal", time=Time())
-    engine = house.create()
+    host = ModelHost(quick / "data", "journal", time=Time())
+    engine = host.create()
     for expected in (False, False, True):
         put(engine)
         assert engine.is_due() == expected
     engine.save()
     put(engine)
     assert not engine.is_due()
-    house.die()
+    host.die()
 
 
 def test_a_failed_snapshot_is_tried_again_later_and_sooner_while_the_journal_is_broken(
@@ -81,8 +81,8 @@ def test_a_failed_snapshot_is_tried_again_later_and_sooner_while_the_journal_is_
 ) -> None:
     time, trouble = Time(), Trouble()
     monkeypatch.setattr(directory, "Files", trouble.files)
-    house = House(quick / "data", "journal", seconds=1.0, time=time)
-    engine = house.create()
+    host = ModelHost(quick / "data", "journal", seconds=1.0, time=time)
+    engine = host.create()
     put(engine)
     time.now += 10
     trouble.errors["create"] = errno.ENOSPC
@@ -105,4 +105,4 @@ def test_a_failed_snapshot_is_tried_again_later_and_sooner_while_the_journal_is_
     trouble.lift()
     engine.save()
     assert not engine.is_due()
-    house.die()
+    host.die()
