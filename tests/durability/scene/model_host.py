@@ -1,4 +1,4 @@
-"""Models in a data directory without a server around them: the real parts, no gRPC, and time that the test owns."""
+"""Models in a data directory, without gRPC, and with a clock that the test advances."""
 
 import shutil
 import time
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.durability import checked, recovery
+from deltaserve_server.durability import checked, model_storage, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.model_storage import Durability, Schedule
@@ -31,7 +31,7 @@ MEMORY = Budget(1 << 40)
 
 
 class Clock:
-    """The time that an engine is told: the real one, and what a test adds to it."""
+    """The time of a model: the real one, plus what a test adds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead = 0.0
@@ -39,7 +39,7 @@ class Clock:
 
 
 class Seen(NamedTuple):
-    """All that a model is: its image, in which nothing waits, and its vectors, bit for bit."""
+    """The whole state of a model: its state machine as text, and its vectors."""
 
     version: int
     image: str
@@ -58,21 +58,31 @@ def random(size: int, seed: int) -> Vector:
     return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
 
 
-class House:
-    """A data directory, and models in it.
+class ModelHost:
+    """A data directory and its models.
 
     Args:
-        path: Where.
+        path: The directory.
         durability: What survives.
-        updates: After so many a snapshot is due.
+        updates: Number of updates after which a snapshot is due.
+        seconds: Seconds after which one is due.
+        time: The clock for snapshots.
     """
 
-    def __init__(self, path: Path, durability: str = "journal", updates: int | None = None) -> None:
-        self.directory = DataDirectory(path, Schedule(durability=Durability(durability), updates=updates, seconds=None))
+    def __init__(
+        self,
+        path: Path,
+        durability: str = "journal",
+        updates: int | None = None,
+        seconds: float | None = None,
+        time: model_storage.Clock = time,
+    ) -> None:
+        schedule = Schedule(durability=Durability(durability), updates=updates, seconds=seconds)
+        self.directory = DataDirectory(path, schedule, time)
         self.engines: list[ModelEngine] = []
 
     def create(self, summary: Machine | None = None, seed: int = 0) -> ModelEngine:
-        """Makes a model, as the registry does."""
+        """Creates a model, as the catalog does."""
         summary = summary or machine()
         weights = random(summary.layout.size, seed)
         zeros = np.zeros_like(weights)
@@ -80,22 +90,22 @@ class House:
         return self._engine(summary, make_store(weights), self.directory.add(prepared, summary.name))
 
     def restore(self, name: str = "m", *, accept_data_loss: bool = False) -> ModelEngine:
-        """Brings a model back, as the registry does."""
-        came = recovery.recover(
+        """Recovers a model, as the catalog does."""
+        recovered_model = recovery.recover(
             self.directory.folder(name),
             make_store,
             lambda _: None,
             accept_data_loss=accept_data_loss,
             sync=self.directory.durability is Durability.FSYNC,
         )
-        storage = self.directory.storage(name, came.stored)
-        engine = self._engine(came.machine, came.store, storage)
-        if came.version_bumped:
+        storage = self.directory.storage(name, recovered_model.stored)
+        engine = self._engine(recovered_model.machine, recovered_model.store, storage)
+        if recovered_model.version_bumped:
             engine.version_bumped()
         return engine
 
     def die(self) -> None:
-        """Lets go of all files, as a process that dies."""
+        """Closes all files, as a killed process does."""
         for engine in self.engines:
             assert engine.storage
             commits = engine.storage.commits
@@ -110,39 +120,41 @@ class House:
 
 
 def recovered(path: Path, name: str = "m", durability: str = "journal", *, accept_data_loss: bool = False) -> Seen:
-    """Returns what a server that starts in a data directory finds there; the directory is used up."""
-    house = House(path, durability)
+    """Returns what a server recovers from a data directory. The directory is changed by that."""
+    host = ModelHost(path, durability)
     try:
-        return seen(house.restore(name, accept_data_loss=accept_data_loss))
+        return seen(host.restore(name, accept_data_loss=accept_data_loss))
     finally:
-        house.die()
+        host.die()
 
 
 def read(path: Path, name: str = "m", *, accept_data_loss: bool = False) -> Seen:
-    """The same without a server: only what `recover` finds."""
+    """Returns what `recover` finds, without serving it."""
     from deltaserve_server.durability.files import Files
     from deltaserve_server.durability.folder import Folder
 
     folder = Folder(Files(path / "models" / name))
-    came = recovery.recover(folder, make_store, lambda _: None, accept_data_loss=accept_data_loss, sync=False)
-    return _seen(came.machine, came.store.state())
+    recovered_model = recovery.recover(
+        folder, make_store, lambda _: None, accept_data_loss=accept_data_loss, sync=False
+    )
+    return _seen(recovered_model.machine, recovered_model.store.state())
 
 
 def seen(engine: ModelEngine) -> Seen:
-    """Returns what a model is, as far as its workers were told."""
+    """Returns the present state of a model."""
     return _seen(engine.machine, engine.state())
 
 
 def awaited(engine: ModelEngine) -> Seen:
-    """Returns what is to come back of a model whose server dies now."""
+    """Returns the state that recovery must find if the server is killed now."""
     return _seen(_resumed(engine.machine), engine.state())
 
 
 def check_comes_back(got: Seen, engine: ModelEngine) -> None:
-    """Fails where what came back is not what is to come back of a model.
+    """Fails if a recovered state is not that of the model.
 
-    Whoever came too late for the open round, and whose first version is there by now, gets a further one where a
-    snapshot says so, and none where a record of that version does. Either is right.
+    A session that joined too late for the open round, and whose first version exists by now, gets another version if a
+    snapshot has it, and none if a record of that version does. Both are right.
     """
     wanted = awaited(engine)
     late = [session for session in engine.machine.sessions.live() if not session.member]
@@ -156,7 +168,7 @@ def check_comes_back(got: Seen, engine: ModelEngine) -> None:
 
 
 def _read(summary: Machine) -> Machine:
-    """Returns a machine that was written down and read."""
+    """Returns a machine after encoding and decoding its state."""
     return checked.unpacked(checked.packed(MachineState.of(summary)), MachineState, "image").machine(time.monotonic())
 
 
@@ -167,7 +179,7 @@ def _resumed(summary: Machine) -> Machine:
 
 
 def text(summary: Machine) -> str:
-    """Returns a machine's image as text; the updates in it are in order of versions."""
+    """Returns a machine's state as text, with updates in order of versions."""
     image = MachineState.of(summary)
     ordered = replace(image, updates=tuple(sorted(image.updates, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered), indent=1).decode()
@@ -179,13 +191,13 @@ def _seen(summary: Machine, state: State) -> Seen:
 
 
 def check_same(got: Seen, wanted: Seen) -> None:
-    """Fails where two differ, and says in what."""
+    """Fails if two states differ, and shows how."""
     assert got.image.splitlines() == wanted.image.splitlines()
     assert got.vectors == wanted.vectors
 
 
 def copied(source: Path, target: Path, change: Callable[[Path], None] | None = None) -> Path:
-    """Copies a data directory, as it would be after a SIGKILL now."""
+    """Copies a data directory: the copy is what a SIGKILL now would leave."""
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(source, target)

@@ -1,4 +1,4 @@
-"""Whatever a server takes comes back: each limit of what the wire allows, from the journal and from a snapshot."""
+"""Every value that the protocol allows survives, through the journal and through a snapshot."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from house import copied
+from model_host import copied
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
@@ -66,11 +66,11 @@ TENSOR_NAMES = ("w" * 256, "é" * 256, "😀" * 256, '"\\/', "__metadata__", " "
 
 
 class Lives:
-    """A server that is killed, and what comes of it.
+    """A server that is killed and started again.
 
     Args:
-        path: For its data directory.
-        through: What its models come back through: "journal" or "snapshot".
+        path: Place for its data directory.
+        through: What its models recover from: "journal" or "snapshot".
     """
 
     def __init__(self, path: Path, through: str) -> None:
@@ -79,7 +79,7 @@ class Lives:
 
     @contextmanager
     def first(self, **more: Any) -> Iterator[Wire]:
-        """Serves; when this is left, the server dies."""
+        """Runs the first server; it is killed when the block ends."""
         with _serving(self._path / "data", **more) as wire:
             yield wire
             names = [model.name for model in wire.models()]
@@ -93,7 +93,7 @@ class Lives:
 
     @contextmanager
     def second(self, **more: Any) -> Iterator[Wire]:
-        """Serves again; all is to be as it was."""
+        """Runs the second server, after checking that it recovered everything."""
         with _serving(self._path / "copy", **more) as wire:
             assert _seen(wire) == self._left
             yield wire
@@ -112,13 +112,13 @@ def _seen(wire: Wire) -> list[tuple[str, Snapshot]]:
 
 @pytest.fixture(params=["journal", "snapshot"])
 def lives(request: pytest.FixtureRequest, quick: Path, monkeypatch: pytest.MonkeyPatch) -> Lives:
-    # Some changes ask for a snapshot at once: here there is none but those that a test takes.
+    # Some changes request a snapshot; here only the test takes snapshots.
     monkeypatch.setattr(ModelStorage, "due", lambda *_: False)
     return Lives(quick, request.param)
 
 
 def put_state(wire: Wire, counts: Sequence[int], weights: float, squares: float) -> None:
-    """PutState of vectors whose elements are all the same."""
+    """Calls PutState with constant vectors."""
     vectors = {"weights": weights, "square_avg": squares, "acc_delta": squares}
     chunks = [
         PutStateRequest(**{name: piece})  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def put_state(wire: Wire, counts: Sequence[int], weights: float, squares: float)
 
 
 def extend(wire: Wire, shapes: Shapes, groups: Sequence[Hyperparameters] = ()) -> None:
-    """ExtendModel of a model with one tensor in one group; the last of the groups is that of all new tensors."""
+    """Calls ExtendModel; all new tensors belong to the last group."""
     tensors = [TensorSpec(name=name, shape=shape, group=len(groups)) for name, shape in shapes.items()]
     header = ExtendModelHeader(model="m", tensor_count=1, group_count=1, tensors=tensors, groups=groups)
     weights = np.ones(sum(int(np.prod(shape)) for shape in shapes.values()))
@@ -138,13 +138,13 @@ def extend(wire: Wire, shapes: Shapes, groups: Sequence[Hyperparameters] = ()) -
 
 
 def begin(wire: Wire, name: str = "m", **more: Any) -> Session:
-    """Makes a model, and a session with it."""
+    """Creates a model and opens a session."""
     wire.create(name, {"w": (SIZE,)}, weights=[2.0, -3.0, 0.0, 1.0], **more)
     return wire.open(name, "a")
 
 
 @pytest.mark.parametrize("how", ["created", "changed"])
-def test_policies_at_their_limits_come_back(lives: Lives, how: str) -> None:
+def test_policies_at_their_limits_survive(lives: Lives, how: str) -> None:
     with lives.first(sessions=65_536) as wire:
         for name, policy in POLICIES.items():
             begin(wire, name, policy=policy if how == "created" else None)
@@ -155,7 +155,7 @@ def test_policies_at_their_limits_come_back(lives: Lives, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["created", "changed"])
-def test_hyperparameters_and_gradients_at_their_limits_come_back(lives: Lives, how: str) -> None:
+def test_hyperparameters_and_gradients_at_their_limits_survive(lives: Lives, how: str) -> None:
     with lives.first() as wire:
         for name, group in GROUPS.items():
             session = begin(wire, name, groups=[group] if how == "created" else ())
@@ -168,7 +168,7 @@ def test_hyperparameters_and_gradients_at_their_limits_come_back(lives: Lives, h
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-def test_a_push_with_hyperparameters_at_their_limits_comes_back_with_its_answer(
+def test_a_push_with_hyperparameters_at_their_limits_survives_with_its_answer(
     lives: Lives, group: Hyperparameters
 ) -> None:
     with lives.first() as wire:
@@ -178,12 +178,12 @@ def test_a_push_with_hyperparameters_at_their_limits_comes_back_with_its_answer(
         assert result.duplicate
     with lives.second() as wire:
         again = wire.step(session.header(2, hyperparameters=[group]), GRADIENT).result
-    result.update_norm = min(result.update_norm, HUGE)  # an infinite one is as large as a number can be
+    result.update_norm = min(result.update_norm, HUGE)  # JSON has no infinity
     assert again == result
 
 
 @pytest.mark.parametrize("count", [2**62, 2**63 - 1])
-def test_states_at_their_limits_come_back(lives: Lives, count: int) -> None:
+def test_states_at_their_limits_survive(lives: Lives, count: int) -> None:
     with lives.first() as wire:
         session = begin(wire)
         put_state(wire, [count], MAGNITUDE_MAX, FLOAT32_MAX)
@@ -196,7 +196,7 @@ def test_states_at_their_limits_come_back(lives: Lives, count: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [asynchronous(damping=True), sync(2)], ids=["async", "sync"])
-def test_weights_of_pushes_at_their_limits_come_back(lives: Lives, policy: Policy) -> None:
+def test_weights_of_pushes_at_their_limits_survive(lives: Lives, policy: Policy) -> None:
     with lives.first() as wire:
         light, heavy = begin(wire, policy=policy), wire.open("m", "b")
         for number in (1, 2):
@@ -208,19 +208,19 @@ def test_weights_of_pushes_at_their_limits_come_back(lives: Lives, policy: Polic
 
 
 @pytest.mark.parametrize("limits", [(1.0, 3600.0), (TINY, 1e9)], ids=["default", "widest"])
-def test_leases_at_their_limits_come_back(lives: Lives, limits: tuple[float, float]) -> None:
+def test_leases_at_their_limits_survive(lives: Lives, limits: tuple[float, float]) -> None:
     given: dict[str, Any] = {"lease_seconds_min": limits[0], "lease_seconds_max": limits[1]}
     with lives.first(**given) as wire:
         begin(wire)
         wire.open("m", "short", limits[0])
         long = wire.open("m", "long", limits[1])
-        # A lease that runs out meanwhile is another story.
+        # The short lease must not expire before the check.
         wire.open("m", "short", limits[1])
     with lives.second(**given) as wire:
         assert wire.keep(long).lease_seconds == limits[1]
 
 
-def test_names_at_their_limits_come_back(lives: Lives) -> None:
+def test_names_at_their_limits_survive(lives: Lives) -> None:
     with lives.first() as wire:
         for name in NAMES:
             wire.create(name, dict.fromkeys(TENSOR_NAMES, (2,)))
@@ -230,7 +230,7 @@ def test_names_at_their_limits_come_back(lives: Lives) -> None:
 
 
 @pytest.mark.parametrize("how", ["created", "extended"])
-def test_layouts_at_their_limits_come_back(lives: Lives, how: str) -> None:
+def test_layouts_at_their_limits_survive(lives: Lives, how: str) -> None:
     with lives.first() as wire:
         if how == "created":
             wire.create("m", SHAPES)
@@ -244,7 +244,8 @@ def test_layouts_at_their_limits_come_back(lives: Lives, how: str) -> None:
         wire.step(session.header(3), wire.snapshot("m").weights)
 
 
-def test_as_many_groups_as_there_may_be_come_back(lives: Lives) -> None:
+@pytest.mark.deep
+def test_the_largest_number_of_groups_survives(lives: Lives) -> None:
     with lives.first() as wire:
         wire.create("m", {"w": (SIZE,)})
         third = 1 / 3  # of many digits
