@@ -108,7 +108,7 @@ def network() -> nn.Module:
 
 def version_of(optimizer: RemoteAdadelta) -> int | None:
     """Returns the version that the last push made; None if there was no such push."""
-    return optimizer.last_result and optimizer.last_result.version
+    return optimizer.last_result.version if optimizer.last_result else None
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +174,11 @@ def make_pair(remote: Remote) -> Callable[..., Pair]:
 # --- overlap
 
 
-def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = 32) -> None:
+CHUNK = 64
+"""The elements of a chunk: twins have 507 parameters, and backward computes the gradients of 467 before `half_way`."""
+
+
+def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = CHUNK) -> None:
     """Makes models of any size travel as a stream, in chunks of `chunk` elements."""
     monkeypatch.setattr(exchange, "_UNARY_BYTES", 0)
     monkeypatch.setattr(flat_vector, "CHUNK_ELEMENTS", chunk)

@@ -14,16 +14,16 @@ one of its name there. The fast tier tries the defaults and `maximize`; the deep
     tensor_lr, tensor_lr_num_dim                       the same
     step_is_noop_when_params_have_no_grad              the same
     step_is_noop_for_zero_grads                        the same
-    optimizer_can_be_printed                           the same
+    optimizer_can_be_printed                           test_remote_optimizer.py: printed as by torch
     state_dict_deterministic                           the same
     can_load_older_state_dict                          the same
-    can_load_from_to_named_state_dict                  the same
-    save_load_equality_with_weights_only               the same
+    can_load_from_to_named_state_dict                  test_remote_state_dicts.py: names in a loaded state
+    save_load_equality_with_weights_only               test_remote_state_dicts.py: through files
     load_nontensor_step                                the same
     state_dict_pre_hook, _post_hook, _pre_post_hook    the same
     load_state_dict_pre_hook_and_prepend, _post_hook   the same
     step_pre_hook, step_post_hook, step_all_hooks      the same
-    non_empty_state                                    on the state dict: the optimizer itself holds no state
+    non_empty_state                                    test_remote_state_dicts.py: the form of torch
     grads_are_never_inplaced_into                      test_remote_parity.py
     complex, complex_2d                                refused: the server has real numbers (test_remote_optimizer.py)
     rosenbrock_sparse                                  Adadelta takes no sparse gradients, there or here
@@ -37,7 +37,6 @@ one of its name there. The fast tier tries the defaults and `maximize`; the deep
 """
 
 import functools
-import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -257,12 +256,6 @@ def test_step_is_noop_for_zero_grads(database: Database, remote: "Remote") -> No
             assert_equal(param.detach(), kept)
 
 
-def test_optimizer_can_be_printed(database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        text = repr(remote([nn.Parameter(torch.randn(2, 3))], **kwargs))
-        assert all(f"{key}: {value}" in text for key, value in kwargs.items())
-
-
 @pytest.mark.parametrize("first_named", [True, False])
 @pytest.mark.parametrize("second_named", [True, False])
 def test_state_dict_deterministic(first_named: bool, second_named: bool, database: Database, remote: "Remote") -> None:
@@ -286,57 +279,17 @@ def test_state_dict_deterministic(first_named: bool, second_named: bool, databas
         )
 
 
-def convolution() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(4, 2, 1, stride=2), nn.BatchNorm2d(2)), torch.rand(1, 4, 16, 16)
-
-
-def convolve(optimizer: torch.optim.Optimizer, model: nn.Module, image: Tensor, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(image).sum().backward()
-        optimizer.step()
-
-
 def test_can_load_older_state_dict(database: Database, remote: "Remote") -> None:
     for kwargs in database.kwargs():
-        model, image = convolution()
-        optimizer = remote(model.parameters(), **kwargs)
-        convolve(optimizer, model, image, 3)
+        problem = Regression()
+        optimizer = remote([problem.weight, problem.bias], **kwargs)
+        problem.run(optimizer, 3)
         older = deepcopy(optimizer.state_dict())
         for group, flag in itertools.product(older["param_groups"], database.newer_flags):
             group.pop(flag, None)
         optimizer.load_state_dict(older)
-        convolve(optimizer, model, image, 1)
+        problem.run(optimizer, 1)
         assert optimizer.state_dict()["state"][0]["step"].item() == 4
-
-
-@pytest.mark.parametrize("first_named", [True, False])
-@pytest.mark.parametrize("second_named", [True, False])
-def test_can_load_from_to_named_state_dict(
-    first_named: bool, second_named: bool, database: Database, remote: "Remote"
-) -> None:
-    for kwargs in database.kwargs():
-        model, image = convolution()
-        first = remote(model.named_parameters() if first_named else model.parameters(), **kwargs)
-        convolve(first, model, image, 3)
-        second = remote(model.named_parameters() if second_named else model.parameters(), **kwargs)
-        second.load_state_dict(deepcopy(first.state_dict()))
-        convolve(second, model, image, 1)
-        if first_named or second_named:
-            assert second.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-@pytest.mark.parametrize("with_names", [True, False])
-def test_save_load_equality_with_weights_only(with_names: bool, database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        problem = Regression()
-        optimizer = remote(named([problem.weight, problem.bias], with_names), **kwargs)
-        problem.run(optimizer, 3)
-        state, file = optimizer.state_dict(), io.BytesIO()
-        torch.save(state, file)
-        for weights_only in (False, True):
-            file.seek(0)
-            assert_equal(torch.load(file, weights_only=weights_only), state)
 
 
 def test_load_nontensor_step(database: Database, remote: "Remote") -> None:
@@ -432,14 +385,3 @@ def test_step_hooks(database: Database, remote: "Remote") -> None:
             handle.remove()
         ours.step()
         assert len(order) == 12
-
-
-def test_non_empty_state(database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        model = nn.Linear(5, 5)
-        optimizer = remote(model.parameters(), **kwargs)
-        model(torch.rand(2, 5)).sum().backward()
-        optimizer.step()
-        state = optimizer.state_dict()["state"]
-        assert [sorted(entry) for entry in state.values()] == [["acc_delta", "square_avg", "step"]] * 2
-        assert all(entry["square_avg"].any() for entry in state.values())
