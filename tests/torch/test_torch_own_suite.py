@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from tests.torch.conftest import equal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -129,24 +130,6 @@ def without_names(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def assert_equal(one: Any, two: Any) -> None:
-    """Compares bit for bit, also inside dicts and lists."""
-    assert type(one) is type(two)
-    if isinstance(one, Tensor):
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            assert_equal(value, two[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_equal(left, right)
-    else:
-        assert one == two
-
-
 @pytest.fixture
 def remote(plain_remote: "Remote") -> "Remote":
     """Without overlap: test_overlap_results.py compares both bit for bit."""
@@ -212,7 +195,7 @@ def test_param_groups_lr(database: Database, remote: "Remote") -> None:
             optimizer.step()
             problem.loss(optimizer)
         assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
-        assert_equal(irrelevant.detach(), before_all)
+        assert equal(irrelevant.detach(), before_all)
 
 
 def test_param_groups_weight_decay(database: Database, remote: "Remote") -> None:
@@ -234,26 +217,26 @@ def test_tensor_lr(lr: Tensor, database: Database, remote: "Remote") -> None:
         with_tensor = remote([two.weight, two.bias], **{**kwargs, "lr": lr})
         for problem, optimizer in ((one, with_number), (two, with_tensor)):
             problem.run(optimizer, 5)
-        assert_equal((one.weight, one.bias), (two.weight, two.bias))
+        assert equal((one.weight, one.bias), (two.weight, two.bias))
 
 
 def test_step_is_noop_when_params_have_no_grad(database: Database, remote: "Remote") -> None:
     params = [torch.randn(2, 3) for _ in range(2)]
-    kept = [param.clone() for param in params]
+    before = [param.clone() for param in params]
     for kwargs in database.kwargs():
         remote(params, **kwargs).step(lambda: 1.0)
-        assert_equal(params, kept)
+        assert equal(params, before)
 
 
 def test_step_is_noop_for_zero_grads(database: Database, remote: "Remote") -> None:
     param = nn.Parameter(torch.randn(5, 1))
-    kept = param.detach().clone()
+    before = param.detach().clone()
     for kwargs in database.kwargs():
         if not kwargs.get("weight_decay"):
             optimizer = remote([param], **kwargs)
             param.grad = torch.zeros_like(param)
             optimizer.step(lambda: 1.0)
-            assert_equal(param.detach(), kept)
+            assert equal(param.detach(), before)
 
 
 @pytest.mark.parametrize("first_named", [True, False])
@@ -269,11 +252,11 @@ def test_state_dict_deterministic(first_named: bool, second_named: bool, databas
         for _ in range(10):
             one.run(first, 1)
             two.run(second, 1)
-            assert_equal((one.weight, one.bias), (two.weight, two.bias))
-        assert_equal(without_names(first.state_dict()), without_names(second.state_dict()))
+            assert equal((one.weight, one.bias), (two.weight, two.bias))
+        assert equal(without_names(first.state_dict()), without_names(second.state_dict()))
         # A group that is there twice has the same form twice.
         second.param_groups.extend(second.param_groups)
-        assert_equal(
+        assert equal(
             without_names(first.state_dict())["param_groups"][-1],
             without_names(second.state_dict())["param_groups"][-1],
         )
