@@ -104,7 +104,7 @@ def start() -> Iterator[Callable[[float], Stoppable]]:
 
 @pytest.fixture
 def grace_seconds() -> float:
-    """Longer than anything takes that is to end before it."""
+    """Longer than any test needs."""
     return 30.0
 
 

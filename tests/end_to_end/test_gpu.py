@@ -47,7 +47,7 @@ def alone(client: deltaserve.Client) -> Weights:
 
 
 def together(client: deltaserve.Client) -> Weights:
-    """Rounds of three workers, the second of which has no gradient for one tensor."""
+    """Rounds of three workers; the second worker has no gradient for one tensor."""
     model = client.create_model("together", random(0), policy=deltaserve.Sync(min_workers=3))
     workers = [model.worker(name) for name in "abc"]
     for seed in range(3):

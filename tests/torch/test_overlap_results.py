@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tests.torch.conftest import Deep, batch, drain
+from tests.torch.conftest import CHUNK, Deep, batch, drain
 from torch import Tensor, nn
 
 import deltaserve
@@ -79,7 +79,7 @@ def test_chunks_leave_while_backward_goes_on(
     twins = make_twins()
     twins.train(1)
     net = twins.nets[0]
-    whole = sum(param.numel() for param in net.above.parameters()) // 32
+    whole = sum(param.numel() for param in net.above.parameters()) // CHUNK
     net.half_way = lambda: eventually(lambda: len(sent) == whole)
     for _ in range(3):
         sent.clear()
@@ -93,7 +93,7 @@ def test_the_last_chunk_is_held_back_until_step(
     twins = make_twins()
     twins.train(2)
     sent.clear()
-    chunks = -(-sum(param.numel() for param in twins.nets[0].parameters()) // 32)
+    chunks = -(-sum(param.numel() for param in twins.nets[0].parameters()) // CHUNK)
 
     def check(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
         if optimizer._overlap:
@@ -441,4 +441,4 @@ def test_a_small_model_travels_in_one_message(plain_remote: Any) -> None:
 
 def test_local_steps_leave_no_gradient_to_overlap(target: str) -> None:
     with pytest.raises(ValueError, match="overlap: not possible with local_optimizer"):
-        RemoteAdadelta([torch.zeros(1)], target, model="m", overlap=True, local_optimizer=torch.optim.SGD)  # type: ignore[arg-type]
+        RemoteAdadelta([torch.zeros(1)], target, model="m", overlap=True, local_optimizer=torch.optim.SGD)

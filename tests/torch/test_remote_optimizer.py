@@ -5,7 +5,6 @@ import inspect
 import pickle
 import typing
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,21 +62,6 @@ def test_parameters_keep_their_identity_and_memory(remote: "Remote") -> None:
 
 
 # --- hooks
-
-
-def test_step_hooks_run_in_the_order_of_torch(remote: "Remote") -> None:
-    param = nn.Parameter(torch.ones(2))
-    param.grad = torch.ones(2)
-    for optimizer in (remote([param]), torch.optim.Adadelta([param])):
-        seen: list[Any] = []
-
-        def note(when: str, opt: torch.optim.Optimizer, args: Any, kwargs: Any, seen: list[Any] = seen) -> None:
-            seen.append((when, opt))
-
-        optimizer.register_step_pre_hook(partial(note, "before"))
-        optimizer.register_step_post_hook(partial(note, "after"))
-        optimizer.step()
-        assert seen == [("before", optimizer), ("after", optimizer)]
 
 
 def test_a_pre_hook_can_change_the_gradients(make_pair: "Callable[..., Pair]") -> None:

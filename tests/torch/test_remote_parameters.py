@@ -16,10 +16,10 @@ class Holder(nn.Module):
 
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__()
-        self.held = nn.ParameterList(nn.Parameter(tensor, requires_grad=True) for tensor in tensors)
+        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=True) for tensor in tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        weighted = [(param.double() * (index + 1)).sin().sum() for index, param in enumerate(self.held)]
+        weighted = [(param.double() * (index + 1)).sin().sum() for index, param in enumerate(self.tensors)]
         loss: Tensor = torch.stack(weighted).sum() + x.mean() * weighted[0]
         return loss
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.torch.conftest import equal
 from torch import nn
 
 import deltaserve
@@ -21,15 +22,6 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file.seek(0)
     loaded: dict[str, Any] = torch.load(file, weights_only=True)
     return loaded
-
-
-def equal(one: Any, two: Any) -> bool:
-    """Whether two state dicts are equal, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(equal(value, two[key]) for key, value in one.items())
-    return bool(one == two)
 
 
 def test_it_has_the_form_of_torch(make_pair: "Callable[..., Pair]") -> None:
@@ -50,10 +42,10 @@ def test_it_is_a_copy(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
     pair.train(3)
     state = pair.remote.optimizer.state_dict()
-    kept = deepcopy(state)
+    saved = deepcopy(state)
     pair.train(3)
-    assert equal(state, kept)
-    assert not equal(pair.remote.optimizer.state_dict(), kept)
+    assert equal(state, saved)
+    assert not equal(pair.remote.optimizer.state_dict(), saved)
 
 
 @pytest.mark.parametrize("options", [{}, {"lr": 0.3, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
@@ -96,9 +88,9 @@ def test_a_state_that_is_loaded_is_what_comes_back(make_pair: "Callable[..., Pai
     pair = make_pair(lr=0.5)
     pair.train(7)
     state = pair.local.optimizer.state_dict()
-    kept = deepcopy(state)
+    saved = deepcopy(state)
     pair.remote.optimizer.load_state_dict(state)
-    assert equal(state, kept), "the caller's dict is not changed"
+    assert equal(state, saved), "the caller's dict is not changed"
     back = pair.remote.optimizer.state_dict()
     assert equal(back["state"], state["state"])
     assert back["param_groups"] == state["param_groups"]
@@ -107,9 +99,9 @@ def test_a_state_that_is_loaded_is_what_comes_back(make_pair: "Callable[..., Pai
 def test_an_earlier_state_is_restored(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
     pair.train(5)
-    kept = [(deepcopy(side.net.state_dict()), deepcopy(side.optimizer.state_dict())) for side in pair.sides]
+    saved = [(deepcopy(side.net.state_dict()), deepcopy(side.optimizer.state_dict())) for side in pair.sides]
     pair.train(5)
-    for side, (weights, state) in zip(pair.sides, kept, strict=True):
+    for side, (weights, state) in zip(pair.sides, saved, strict=True):
         side.net.load_state_dict(weights)
         side.optimizer.load_state_dict(state)
     pair.compare()
@@ -204,7 +196,7 @@ def test_names_in_a_loaded_state_do_not_rename_the_servers_tensors(
 def test_a_state_of_another_form_is_refused_and_changes_nothing(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
     pair.train(3)
-    kept = deepcopy(pair.remote.optimizer.state_dict())
+    saved = deepcopy(pair.remote.optimizer.state_dict())
     wrong = {
         "a different number of parameter groups": torch.optim.Adadelta(
             [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)]}]
@@ -215,12 +207,12 @@ def test_a_state_of_another_form_is_refused_and_changes_nothing(make_pair: "Call
         for side in pair.sides:
             with pytest.raises(ValueError, match=text):
                 side.optimizer.load_state_dict(optimizer.state_dict())
-    assert equal(pair.remote.optimizer.state_dict(), kept)
-    bad = deepcopy(kept)
+    assert equal(pair.remote.optimizer.state_dict(), saved)
+    bad = deepcopy(saved)
     bad["state"][0]["square_avg"] = torch.zeros(5)
     with pytest.raises(ValueError, match="square_avg"):
         pair.remote.optimizer.load_state_dict(bad)
-    bad = deepcopy(kept)
+    bad = deepcopy(saved)
     bad["state"][0]["square_avg"][0, 0] = -1.0
     with pytest.raises(deltaserve.RequestError, match="square_avg"):
         pair.remote.optimizer.load_state_dict(bad)

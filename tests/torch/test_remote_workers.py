@@ -127,7 +127,8 @@ def test_a_model_that_was_created_in_another_order_is_joined(
 
 def test_two_workers_in_step_equal_one_on_the_joined_batch(remote: "Remote", model: str) -> None:
     """Each has weights of its own until it joins."""
-    steps, options = 30, {"lr": 0.5, "weight_decay": 0.01}
+    steps = 30
+    options: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01}
     nets = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(3)]
     x, y = torch.randn(steps, 2, 16, 4), torch.randn(steps, 2, 16, 1)
     nets[2].load_state_dict(nets[0].state_dict())

@@ -42,6 +42,7 @@ class LocalSteps:
             params: All parameters by tensor name.
         """
         self._params = params
+        # A copy, because to_host may return the parameter's own memory.
         self._initial = {name: to_host(param).copy() for name, param in params.items()}
         self._reset()
 

@@ -122,6 +122,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         wire: WireType = "float32",
         timeout_seconds: float = 120.0,
     ) -> None:
+        # All options are checked first: a mistake must not leave a model behind on the server.
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
         if overlap and local_optimizer:
@@ -249,6 +250,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a state dict of `torch.optim.Adadelta`, with the present state on the server."""
+        # torch's hooks and its state_dict() read self.state, which is filled for as long as they run.
         self.state.update(to_torch(self._model.pull_state(), self._params()))
         try:
             return super().state_dict()
@@ -267,7 +269,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
             self._model.put_state(from_torch(self.state, self._params()))
         finally:
             self._clear_state()
-        self._pull()
+        self._pull()  # the server has rounded to float32, and has made a new version
 
     def close(self) -> None:
         """Ends this worker's session and closes the connection; at the latest this happens when the process exits."""

@@ -56,6 +56,7 @@ def model_state_of(optimizer: torch.optim.Adadelta) -> ModelState:
         TypeError: `optimizer` is not a `torch.optim.Adadelta`. The state of a `RemoteAdadelta` is on the server.
         ValueError: Two parameters have the same name.
     """
+    # Reversed is the order of a RemoteAdadelta's layout: about that in which backward computes gradients.
     return deepcopy(from_torch(optimizer.state, dict(reversed(_params_of(optimizer).items()))))
 
 
