@@ -6,6 +6,7 @@ from threading import Event
 import numpy as np
 import pytest
 from expected import gradient
+from reused_server import ReusedServers
 from wire import Session, Wire, asynchronous, bounded, cut, eventually, push, streamed, sync, unchanged
 
 from deltaserve.v1.worker_service_pb2 import (
@@ -15,7 +16,7 @@ from deltaserve.v1.worker_service_pb2 import (
     GetPushRequest,
     StepRequest,
 )
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import ServerConfig
 
 SIZE = 5
 ENDS = ("close", "lease", "takes over")
@@ -43,10 +44,10 @@ def _end(wire: Wire, session: Session, way: str, worker: str = "a") -> None:
 
 
 @pytest.fixture
-def brief() -> Iterator[Wire]:
+def brief(reused_servers: ReusedServers) -> Iterator[Wire]:
     """A server with short leases."""
-    config = ServerConfig(bind="127.0.0.1:0", device="cpu", lease_seconds=1.0)
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    config = ServerConfig(bind="127.0.0.1:0", device="cpu", lease_seconds=0.4, lease_seconds_min=0.1)
+    with reused_servers.serving(config) as server, Wire(server.target) as wire:
         yield wire
 
 

@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from reused_server import ReusedServers
 from wire import Session, Wire, creation, cut, eventually, push, refusal, sync, unchanged
 
 from deltaserve.v1.model_service_pb2 import PullStateRequest, PutStateHeader, PutStateRequest
@@ -31,9 +32,9 @@ SMALL = ServerConfig(
 
 
 @pytest.fixture
-def small() -> Iterator[Wire]:
+def small(reused_servers: ReusedServers) -> Iterator[Wire]:
     """A server whose limits are near."""
-    with LocalServer(SMALL) as server, Wire(server.target) as wire:
+    with reused_servers.serving(SMALL) as server, Wire(server.target) as wire:
         yield wire
 
 

@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 import pytest
 from attach import Sharer, descriptors, free, open_memory, path
+from reused_server import ReusedServers
 from wire import Wire, eventually, refusal, unchanged
 
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server import LocalServer, ServerConfig
 
 SIZE = 5000
 
@@ -82,14 +82,13 @@ def test_many_openings_at_once_are_of_one_memory(wire: Wire) -> None:
 
 
 @pytest.fixture
-def without_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+def without_files(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     """A server whose system has no descriptors left for memory."""
 
     def full(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
-    config = ServerConfig(bind="127.0.0.1:0", device="cpu")
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving() as server, Wire(server.target) as wire:
         wire.create("m", {"w": (SIZE,)})
         monkeypatch.setattr(os, "memfd_create", full)
         yield wire
