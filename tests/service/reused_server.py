@@ -7,7 +7,8 @@ from wire import Wire, eventually
 
 from deltaserve_server import LocalServer, ServerConfig
 
-DEFAULT = ServerConfig(device="cpu")
+DEFAULT = ServerConfig(device="cpu", lease_seconds_min=0.1)
+"""The default but for the shortest lease, so that a test of a lease that runs out need not wait for a second."""
 
 
 class ReusedServers:

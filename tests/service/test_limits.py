@@ -208,6 +208,7 @@ class Mixture:
         self._wire.call("PutState", *messages)
 
 
+@pytest.mark.deep
 def test_hundreds_of_calls_good_bad_and_cancelled_leave_nothing_held() -> None:
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, lease_seconds=1.0)
     with LocalServer(config) as server, Wire(server.target) as wire:

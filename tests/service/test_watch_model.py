@@ -159,6 +159,7 @@ def test_a_version_that_no_update_made_has_none(wire: Wire) -> None:
 # --- who is slow
 
 
+@pytest.mark.deep
 def test_a_slow_watcher_loses_the_oldest_with_an_exact_count_and_delays_nobody(wire: Wire) -> None:
     """It has read one message, and then nothing for as long as a thousand updates take."""
     groups, steps = [Sent()] * 200, 1000
