@@ -1,4 +1,4 @@
-"""A machine that was written down and read again goes on as the one that it was made of."""
+"""A machine restored from its state continues as the original would."""
 
 import sys
 from dataclasses import replace
@@ -22,26 +22,26 @@ EVENTS = 600
 SWAP_EVERY = 5
 
 
-def again(machine: Machine, now: float = 0.0) -> Machine:
-    """The machine as it is after being written down and read."""
+def restored(machine: Machine, now: float = 0.0) -> Machine:
+    """Returns a machine restored from this one's packed state."""
     return unpacked(packed(MachineState.of(machine)), MachineState, "image").machine(now)
 
 
 def text(machine: Machine) -> str:
-    """A machine's image, its updates in order of versions."""
+    """Returns a machine's state as text, its updates in the order of versions."""
     image = MachineState.of(machine)
     ordered = replace(image, updates=tuple(sorted(image.updates, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered)).decode()
 
 
 def take_over(simulation: Simulation) -> None:
-    """Has a machine that was read go on in place of the one that was written.
+    """Replaces the simulation's machine by one restored from its state.
 
-    Leases are no part of an image. Updates are told apart by what they are, not by what they hold: a ledger that knows
-    the ones that were made is given these, where those that were read hold the same.
+    A state has no leases, so they are copied. The ledger compares updates by identity, so restored results that equal
+    the original ones are replaced by them.
     """
     before = simulation.machine
-    machine = simulation.machine = again(before, simulation.now)
+    machine = simulation.machine = restored(before, simulation.now)
     assert text(machine) == text(before)
     for session in (*before.sessions.live(), *before.sessions.history().ended):
         found = machine.sessions.find_any(session.id)
@@ -54,7 +54,7 @@ def take_over(simulation: Simulation) -> None:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_machine_that_was_read_does_what_the_reference_says(name: str) -> None:
+def test_a_restored_machine_does_what_the_reference_says(name: str) -> None:
     swaps = 0
     for seed in range(2):
         simulation = Simulation(SCENARIOS[name])
@@ -68,20 +68,20 @@ def test_a_machine_that_was_read_does_what_the_reference_says(name: str) -> None
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_image_survives_being_written_whatever_waits(name: str) -> None:
+def test_a_state_round_trips_whatever_waits(name: str) -> None:
     for seed in range(2):
         simulation = Simulation(SCENARIOS[name])
         for count, event in enumerate(history(SCENARIOS[name], seed + 10, EVENTS)):
             simulation.step(event)
             if count % 20 == 0:
-                assert text(again(simulation.machine)) == text(simulation.machine)
+                assert text(restored(simulation.machine)) == text(simulation.machine)
 
 
-def test_what_waits_for_a_round_is_no_part_of_an_image() -> None:
+def test_a_state_has_no_pushes_that_wait_for_a_round() -> None:
     driver = Driver(Sync(min_workers=2))
     first = driver.open("a")
     driver.push(first)
-    machine = again(driver.machine)
+    machine = restored(driver.machine)
     machine.resume(driver.now)
     session = machine.sessions.find(first.id)
     assert session
@@ -89,20 +89,20 @@ def test_what_waits_for_a_round_is_no_part_of_an_image() -> None:
     assert not machine.round.pushes
     assert machine.push_status(first.id, 1).state == "not accepted"
     driver.machine = machine
-    assert driver.push(session) is None, "it is a new push, and waits for its round again"
+    assert driver.push(session) is None, "the push is new to it, and waits for its round"
 
 
-def test_who_came_too_late_for_a_round_has_its_version_after_a_restart() -> None:
+def test_a_restart_bumps_the_version_for_late_joiners() -> None:
     driver = Driver(Sync())
     first, second = driver.open("a"), driver.open("b")
     driver.push(first)
     late = driver.open("c")
     assert (late.member, late.first_version) == (False, 1)
-    machine = again(driver.machine)
+    machine = restored(driver.machine)
     assert machine.resume(driver.now) is True
     assert machine.version == 1
     assert all(session.member for session in machine.sessions.live())
-    assert machine.resume(driver.now) is False, "once is enough"
+    assert machine.resume(driver.now) is False, "the second time there is nobody to serve"
     driver.machine = machine
     for session in (first, second, late):
         found = machine.sessions.find(session.id)
@@ -111,20 +111,20 @@ def test_who_came_too_late_for_a_round_has_its_version_after_a_restart() -> None
     assert driver.version == 2
 
 
-def test_leases_begin_anew_when_a_machine_resumes() -> None:
+def test_leases_restart_when_a_machine_resumes() -> None:
     driver = Driver(Async())
     session = driver.open("a", lease=5.0)
-    machine = again(driver.machine, 1000.0)
+    machine = restored(driver.machine, 1000.0)
     machine.resume(1002.0)
     assert machine.tick(1006.9)[0] == []
     assert [gone.id for gone in machine.tick(1007.0)[0]] == [session.id]
 
 
-def test_a_duplicate_is_answered_after_a_restart_as_before_it() -> None:
+def test_a_duplicate_gets_the_same_answer_after_a_restart() -> None:
     driver = Driver(Async())
     session = driver.open("a")
     results = [driver.push(session, fingerprint=number) for number in range(1, 12)]
-    driver.machine = again(driver.machine)
+    driver.machine = restored(driver.machine)
     found = driver.machine.sessions.find(session.id)
     assert found
     for number in range(4, 12):
@@ -140,27 +140,27 @@ def test_a_duplicate_is_answered_after_a_restart_as_before_it() -> None:
         driver.push(found, 13)
 
 
-def test_who_has_fenced_whom_is_known_after_a_restart() -> None:
+def test_fencing_survives_a_restart() -> None:
     driver = Driver(Async())
     older = driver.open("a")
     driver.push(older)
     newer = driver.open("a")
-    driver.machine = again(driver.machine)
+    driver.machine = restored(driver.machine)
     with refused("SESSION_FENCED", worker="a", epoch=1, current=2):
         driver.push(older, 2)
     assert driver.machine.push_status(older.id, 1).state == "applied"
     driver.close(newer)
-    driver.machine = again(driver.machine)
+    driver.machine = restored(driver.machine)
     assert driver.open("a").epoch == 3
 
 
-def test_settings_that_wait_for_a_round_take_effect_when_the_next_one_closes() -> None:
+def test_deferred_settings_survive_a_restart_until_the_next_round_closes() -> None:
     driver = Driver(Sync(min_workers=1))
     first, second = driver.open("a"), driver.open("b")
     driver.push(first)
     assert driver.machine.round.folded == 1
     assert driver.change(Sync(reduction="median")) == driver.version + 2
-    machine = again(driver.machine)
+    machine = restored(driver.machine)
     machine.resume(driver.now)
     assert machine.next_settings == driver.machine.next_settings
     driver.machine = machine
@@ -173,22 +173,22 @@ def test_settings_that_wait_for_a_round_take_effect_when_the_next_one_closes() -
     assert machine.next_settings is None
 
 
-def test_a_worker_that_is_too_far_ahead_is_held_after_a_restart_too() -> None:
+def test_a_worker_that_is_too_far_ahead_waits_after_a_restart_too() -> None:
     driver = Driver(Bounded(slack=1))
     fast, _ = driver.open("fast"), driver.open("slow")
     assert driver.push(fast)
-    assert driver.push(fast) is None, "its answer is held"
-    machine = again(driver.machine)
+    assert driver.push(fast) is None, "its answer is withheld"
+    machine = restored(driver.machine)
     machine.resume(driver.now)
     driver.machine = machine
     found = machine.sessions.find(fast.id)
     assert found
-    assert driver.push(found, 2) is None, "it is known, and its answer is held again"
+    assert driver.push(found, 2) is None, "it is a duplicate, and its answer is withheld again"
     with refused("SLACK_EXCEEDED"):
         driver.push(found, 3)
 
 
-def test_a_long_history_makes_no_long_image() -> None:
+def test_a_state_does_not_grow_with_the_history() -> None:
     driver = Driver(Async())
     for _ in range(3):
         session = driver.open("a")

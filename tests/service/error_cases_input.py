@@ -81,8 +81,8 @@ def _many() -> Iterator[Case]:
             given: dict[str, Any] = {name: value}
             groups = [pb.Hyperparameters(**given)]
             yield Case("HYPERPARAMETER_INVALID", _bad_push(hyperparameters=groups), {"field": name}, False)
-    for seconds in (0.0, -1.0, 0.5, 1e9, float("nan"), float("inf")):
-        yield Case("POLICY_INVALID", _bad_lease(seconds), {"field": "lease_seconds", "allowed": "1 to 3600"}, False)
+    for seconds in (0.0, -1.0, 0.2, 1e9, float("nan"), float("inf")):
+        yield Case("POLICY_INVALID", _bad_lease(seconds), {"field": "lease_seconds", "allowed": "0.25 to 3600"}, False)
 
 
 CASES += _many()

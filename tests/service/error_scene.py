@@ -25,6 +25,7 @@ CONFIG = ServerConfig(
     models=5,
     sessions=6,
     watchers=2,
+    lease_seconds_min=0.25,
 )
 """So small that each limit is near."""
 

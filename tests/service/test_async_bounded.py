@@ -161,7 +161,7 @@ def test_a_session_that_ends_is_not_waited_for(wire: Wire, leaves: str) -> None:
     if leaves == "close":
         wire.close(slow)
     elif leaves == "lease":  # of one who takes over now: the push had time to arrive
-        wire.open("m", "b", lease_seconds=1.0)
+        wire.open("m", "b", lease_seconds=0.3)
     elif leaves == "takes over":  # the newer session stands where the older one stood
         newer = wire.open("m", "b")
         assert not call.done()

@@ -63,14 +63,15 @@ def test_the_order_of_these_sums_shows() -> None:
     assert ((first + second) + third).tobytes() != (first + (second + third)).tobytes()
 
 
-def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire) -> None:
+@pytest.mark.parametrize("orders", [2, pytest.param(None, marks=pytest.mark.deep)], ids=["some orders", "all orders"])
+def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire, orders: int | None) -> None:
     states = []
-    for joining in permutations(NAMES):
-        for arriving in permutations(NAMES):
+    for joining in list(permutations(NAMES))[:orders]:
+        for arriving in list(permutations(reversed(NAMES)))[:orders]:
             state = _train(wire, "m", joining, arriving)
             wire.delete("m")
             states.append((state.vectors, state.version, state.update_counts))
-    assert len(states) == 36
+    assert len(states) == (orders or 6) ** 2
     assert all(state == states[0] for state in states)
 
 
@@ -173,9 +174,9 @@ def test_hundred_steps_come_close_to_the_reference(wire: Wire) -> None:
 
 @pytest.mark.parametrize("policy", ["async", "sync"])
 def test_chunks_of_any_size_give_the_same_bits(wire: Wire, policy: str) -> None:
-    size = 6_011
+    size = 1_201
     states = set()
-    for chunk in (1, 13, 4096, size - 1, size):
+    for chunk in (1, 13, 1024, size - 1, size):
         wire.create("m", {"w": (size,)}, weights=_gradient(1, size), policy=sync() if policy == "sync" else None)
         session = wire.open("m", "a")
         for number in (1, 2):

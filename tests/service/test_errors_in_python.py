@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
+from reused_server import ReusedServers
 from wire import Wire, eventually, unchanged
 
 import deltaserve
@@ -28,7 +29,7 @@ from deltaserve import (
     UnavailableError,
     Worker,
 )
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import ServerConfig
 from deltaserve_server.memory.host import HostStore
 
 SIZE = 10_000
@@ -69,9 +70,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     with (
-        LocalServer(CONFIG) as server,
+        reused_servers.serving(CONFIG) as server,
         Wire(server.target) as wire,
         deltaserve.connect(server.target, timeout_seconds=20) as client,
         ThreadPoolExecutor() as threads,
@@ -220,7 +221,7 @@ def slack_exceeded(stage: Stage) -> Callable[[], object]:
     quick = stage.worker_of("s", Bounded())
     stage.another("s", "slow")
     quick.pull()
-    stage.client._connection.timeout_seconds = 0.5
+    stage.client._connection.timeout_seconds = 0.2
     while quick._last_number == 0 or quick.get_push().state != "applied":
         with pytest.raises(UnavailableError, match="did not answer"):
             quick.step({"w": ZEROS + 1})

@@ -154,15 +154,17 @@ def test_good_requests_are_answered(target: Target, method: str) -> None:
     assert target.send(method, good, pull_seconds=20.0)
 
 
+@pytest.mark.parametrize("share", [0.2, pytest.param(1.0, marks=pytest.mark.deep)], ids=["some", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_good_is_refused_as_documented(target: Target, method: str, kind: str) -> None:
+def test_what_is_not_good_is_refused_as_documented(target: Target, method: str, kind: str, share: float) -> None:
     mutate, count = KINDS[kind]
     mutator = Mutator(sum(map(ord, method + kind)))
-    for _ in range(count):
+    for _ in range(round(share * count)):
         target.send(method, mutate(mutator, target.requests()[method]))
 
 
+@pytest.mark.deep
 def test_requests_of_other_rpcs_are_refused_as_documented(target: Target) -> None:
     for method in METHODS:
         for other in METHODS:

@@ -121,6 +121,7 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.deep
 def test_a_message_that_unpacks_to_more_than_the_limit_is_not_unpacked(ready: Wire, server: LocalServer) -> None:
     session = ready.open("m", "a")
     bomb = StepRequest(header=session.header(1), gradient=bytes(300 << 20)).SerializeToString()
@@ -137,6 +138,7 @@ def test_a_message_that_unpacks_to_more_than_the_limit_is_not_unpacked(ready: Wi
     assert ready.model("m").position.version == 1
 
 
+@pytest.mark.deep
 def test_a_million_empty_tensors_are_too_much_and_many_are_answered(wire: Wire) -> None:
     """A million do not fit into a message; a hundred thousand do, and are a model like others."""
     specs = [TensorSpec(name=f"{number:x}", shape=[0]) for number in range(1_000_000)]

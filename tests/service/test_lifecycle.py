@@ -192,12 +192,12 @@ def test_health_tells_of_the_server_each_service_and_each_model(wire: Wire) -> N
     for name in ("", *SERVICES):
         assert _health(wire, name) == SERVING
     with pytest.raises(grpc.RpcError) as caught:
-        _health(wire, "m")
+        _health(wire, "healthy")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    wire.create("m")
-    assert _health(wire, "m") == SERVING
-    wire.delete("m")
-    assert _health(wire, "m") == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    wire.create("healthy")
+    assert _health(wire, "healthy") == SERVING
+    wire.delete("healthy")
+    assert _health(wire, "healthy") == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_a_model_of_a_service_s_name_does_not_speak_for_the_service(wire: Wire) -> None:

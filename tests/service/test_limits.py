@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from reused_server import ReusedServers
 from wire import Session, Wire, creation, cut, eventually, push, refusal, sync, unchanged
 
 from deltaserve.v1.model_service_pb2 import PullStateRequest, PutStateHeader, PutStateRequest
@@ -31,9 +32,9 @@ SMALL = ServerConfig(
 
 
 @pytest.fixture
-def small() -> Iterator[Wire]:
+def small(reused_servers: ReusedServers) -> Iterator[Wire]:
     """A server whose limits are near."""
-    with LocalServer(SMALL) as server, Wire(server.target) as wire:
+    with reused_servers.serving(SMALL) as server, Wire(server.target) as wire:
         yield wire
 
 
@@ -207,6 +208,7 @@ class Mixture:
         self._wire.call("PutState", *messages)
 
 
+@pytest.mark.deep
 def test_hundreds_of_calls_good_bad_and_cancelled_leave_nothing_held() -> None:
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, lease_seconds=1.0)
     with LocalServer(config) as server, Wire(server.target) as wire:

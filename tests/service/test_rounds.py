@@ -111,15 +111,15 @@ def test_a_round_closes_without_one_whose_lease_runs_out(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a = wire.open("m", "a")
     began = monotonic()
-    wire.open("m", "b", lease_seconds=1.0)
+    wire.open("m", "b", lease_seconds=0.3)
     _check(wire.step(a.header(1), _gradient(0)), 1, 1)
-    assert monotonic() - began > 0.9
+    assert monotonic() - began >= 0.3
 
 
 def test_a_round_closes_without_one_who_dies_in_the_middle_of_its_push(wire: Wire) -> None:
     wire.create("m", policy=sync())
     available = wire.info().limits.memory_available_bytes
-    a, b = wire.open("m", "a"), wire.open("m", "b", lease_seconds=1.0)
+    a, b = wire.open("m", "a"), wire.open("m", "b", lease_seconds=0.4)
     dead = Event()
 
     def feed() -> Iterator[bytes]:
@@ -291,5 +291,5 @@ def test_leases_run_out_also_after_a_fault_has_ended_another_model(wire: Wire, m
 def _with_a_silent_other(wire: Wire, model: str) -> Session:
     """Opens a session, and one that is awaited until its lease runs out."""
     session = wire.open(model, "a")
-    wire.open(model, "silent", lease_seconds=1.0)
+    wire.open(model, "silent", lease_seconds=0.3)
     return session

@@ -165,7 +165,7 @@ def test_a_newer_session_of_a_name_fences_the_older_one(wire: Wire, door: Door) 
 def test_an_epoch_grows_over_closed_and_expired_sessions(wire: Wire) -> None:
     wire.create("m")
     wire.close(wire.open("m", "a"))
-    wire.open("m", "a", lease_seconds=1.0)
+    wire.open("m", "a", lease_seconds=0.3)
     eventually(lambda: not wire.model("m").sessions, "the lease does not run out")
     assert wire.open("m", "a").opened.epoch == 3
 

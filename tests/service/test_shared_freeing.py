@@ -53,6 +53,7 @@ def test_it_comes_back_at_once_when_a_session_ends(wire: Wire, end: Callable[[Wi
     sharer.gradient[:] = 1  # the worker's own mapping stays
 
 
+@pytest.mark.deep
 def test_it_comes_back_with_the_lease(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)})
     before = free(wire)
@@ -71,7 +72,7 @@ def _holds(sharer: Sharer) -> bool:
         return False
 
 
-@pytest.mark.parametrize("end", ["closed", "lease", "taken over"])
+@pytest.mark.parametrize("end", ["closed", "taken over", pytest.param("lease", marks=pytest.mark.deep)])
 def test_a_push_that_waits_in_its_round_outlives_its_session(wire: Wire, end: str) -> None:
     wire.create("m", {"w": (SIZE,)}, policy=sync(2))
     before = free(wire)
@@ -97,6 +98,7 @@ def test_a_push_that_waits_in_its_round_outlives_its_session(wire: Wire, end: st
     eventually(lambda: free(wire) == before, "memory is still held")
 
 
+@pytest.mark.deep
 def test_hundreds_of_sessions_leave_no_descriptor_and_no_byte(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)})
     Sharer(wire, "m", "first").step(1, np.ones(SIZE))
@@ -114,6 +116,7 @@ def test_hundreds_of_sessions_leave_no_descriptor_and_no_byte(wire: Wire) -> Non
     eventually(lambda: descriptors() <= before + 4, f"{descriptors() - before} descriptors are lost")
 
 
+@pytest.mark.deep
 def test_models_that_come_and_go_leave_no_descriptor_and_no_byte(wire: Wire) -> None:
     before, held = descriptors(), free(wire)
     for number in range(40):

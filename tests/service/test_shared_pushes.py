@@ -13,12 +13,13 @@ import pytest
 from attach import Sharer, free, mapped, open_memory, path
 from expected import Twin, gradient, norm
 from google.protobuf.message import Message
+from reused_server import ReusedServers
 from wire import Snapshot, Vector, Wire, asynchronous, bounded, cut, eventually, push, refusal, sync, unchanged
 
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve.v1.common_pb2 import Hyperparameters, Policy
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import ServerConfig
 
 SHAPES = {"a": (70_000, 4), "none": (0,), "b": (7, 101)}
 SIZE = 280_707
@@ -26,10 +27,10 @@ SIZE = 280_707
 
 
 @pytest.fixture
-def tight() -> Iterator[Wire]:
+def tight(reused_servers: ReusedServers) -> Iterator[Wire]:
     """A server with room for a model of 1000 elements, its session's memory, and 100 bytes."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=7 * 4000 + 100, staged_bytes=4000)
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving(config) as server, Wire(server.target) as wire:
         yield wire
 
 

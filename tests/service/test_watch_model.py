@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from expected import gradient, norm
+from reused_server import ReusedServers
 from wire import Session, Watch, Wire, asynchronous, bounded, creation, eventually, streamed, sync
 
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
@@ -21,10 +22,10 @@ WATCHERS = 3
 
 
 @pytest.fixture
-def small() -> Iterator[Wire]:
-    """A server of few watchers."""
+def small(reused_servers: ReusedServers) -> Iterator[Wire]:
+    """A server that takes few watchers."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", sessions=4, watchers=WATCHERS)
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving(config) as server, Wire(server.target) as wire:
         yield wire
 
 
@@ -158,6 +159,7 @@ def test_a_version_that_no_update_made_has_none(wire: Wire) -> None:
 # --- who is slow
 
 
+@pytest.mark.deep
 def test_a_slow_watcher_loses_the_oldest_with_an_exact_count_and_delays_nobody(wire: Wire) -> None:
     """It has read one message, and then nothing for as long as a thousand updates take."""
     groups, steps = [Sent()] * 200, 1000
@@ -208,7 +210,8 @@ def test_deleting_the_model_ends_it(wire: Wire) -> None:
     assert (refused.reason, refused.metadata) == ("MODEL_NOT_FOUND", {"model": "m"})
 
 
-def test_a_server_that_stops_ends_it(wire: Wire, server: LocalServer) -> None:
+def test_a_server_that_stops_ends_it(own_wire: Wire, own_server: LocalServer) -> None:
+    wire, server = own_wire, own_server
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = wire.watch("m")
