@@ -16,25 +16,19 @@ from numpy.typing import ArrayLike
 from deltaserve._common.codec import Chunk, StreamCodec
 from deltaserve._common.element_types import ELEMENT_TYPES, Array, ElementType, WireType, named
 from deltaserve._common.flat_vector import FlatVector, contiguous
+from deltaserve._common.policies import Policy, from_policy, to_policy
 from deltaserve._connection import Connection
-from deltaserve._transport.exchange import Transport, check_transport
-from deltaserve._types import (
-    Hyperparameters,
-    ModelEvent,
-    ModelInfo,
-    ModelState,
-    Policy,
-    SnapshotInfo,
-    TensorSpec,
-    from_policy,
+from deltaserve._conversion import (
+    from_groups,
     from_tensors,
     to_groups,
     to_model_event,
     to_model_info,
-    to_policy,
     to_snapshot,
     to_tensors,
 )
+from deltaserve._transport.protocol import TransportName, check_transport
+from deltaserve._types import Hyperparameters, ModelEvent, ModelInfo, ModelState, SnapshotInfo, TensorSpec
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
 
@@ -77,7 +71,7 @@ class Model:
         name: str | None = None,
         *,
         lease_seconds: float | None = None,
-        transport: Transport = "auto",
+        transport: TransportName = "auto",
         wire: WireType = "float32",
     ) -> Worker:
         """Opens a session and returns the worker; an older session of the same name ends.
@@ -101,7 +95,9 @@ class Model:
         check_transport(transport)
         return self._worker(name, lease_seconds, transport, named(wire, ELEMENT_TYPES))
 
-    def _worker(self, name: str | None, lease_seconds: float | None, transport: Transport, wire: ElementType) -> Worker:
+    def _worker(
+        self, name: str | None, lease_seconds: float | None, transport: TransportName, wire: ElementType
+    ) -> Worker:
         name = name or worker_name()
         groups = len(self.groups)
         return Worker(self._connection, self.name, name, lease_seconds, self.tensors, groups, transport, wire)
@@ -113,7 +109,11 @@ class Model:
             optimizer_state: Also `square_avg` and `acc_delta`.
         """
         request = model_service_pb2.PullStateRequest(model=self.name, optimizer_state=optimizer_state)
-        return self._connection.receive("PullState", request, _take_state)
+
+        def start(attempt: int, seconds: float) -> Any:
+            return self._connection.stub("PullState")(request.SerializeToString(), timeout=seconds)
+
+        return self._connection.receive("PullState", start, _take_state)
 
     def put_state(self, state: ModelState) -> None:
         """Puts numbers in place of the model's present ones, for all its workers; makes a new version.
@@ -131,7 +131,7 @@ class Model:
         counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
         codec = StreamCodec(model_service_pb2.PutStateRequest)
-        self._connection.send("PutState", lambda: _messages(codec, header, vectors), once=True)
+        self._connection.send("PutState", lambda: _messages(codec, header, vectors), repeats_uncertain=False)
 
     def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
         """Changes the hyperparameters, the policy or both, for all workers, from the next update on.
@@ -151,7 +151,7 @@ class Model:
         """
         request = model_service_pb2.UpdateModelRequest(
             model=self.name,
-            groups=[group._to_proto() for group in groups or ()],
+            groups=from_groups(groups or ()),
             policy=None if policy is None else from_policy(policy),
         )
         answer = self._connection.call("UpdateModel", request)
@@ -207,7 +207,7 @@ class Model:
             tensor_count=len(self.tensors),
             group_count=len(self.groups),
             tensors=from_tensors(specs),
-            groups=[group._to_proto() for group in groups],
+            groups=from_groups(groups),
         )
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
         answer = self._connection.send(

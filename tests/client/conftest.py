@@ -263,12 +263,6 @@ def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr("deltaserve._connection.monotonic", lambda: monotonic() + 3600)
 
 
-@pytest.fixture
-def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a step of the main thread sent again only where it fails, and not soon: its result would be a duplicate."""
-    monkeypatch.setattr("deltaserve._connection._SOON_SECONDS", 20.0)
-
-
 Eventually = Callable[[Callable[[], Any]], Any]
 
 

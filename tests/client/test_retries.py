@@ -194,14 +194,14 @@ def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_a
         proxy.refusing = True
         proxy.cut()
         eventually(lambda: [session.worker for session in model.info().sessions] == ["b"])
-        ask = a._ask
+        ask = a._membership.find_push
 
         def answered(number: int) -> Any:
             answer = ask(number)
             asked.set()
             return answer
 
-        monkeypatch.setattr(a, "_ask", answered)
+        monkeypatch.setattr(a._membership, "find_push", answered)
         proxy.refusing = False
         if size > SIZES[0]:  # a small one is sent again, and not asked for
             assert asked.wait(20)

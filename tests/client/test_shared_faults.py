@@ -162,8 +162,8 @@ worker = model.worker("a", transport="shared")
 worker.pull()
 while interrupts < 60:
     values.append(float(np.float32(chance.random())))
-    number = worker._sequence
-    while worker._sequence == number:
+    number = worker._session.sequence
+    while worker._session.sequence == number:
         try:
             try:
                 armed = True

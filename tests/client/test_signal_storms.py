@@ -42,8 +42,8 @@ def interrupt(number, frame):
         raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
 while time.monotonic() < end or interrupts < 20:
-    pushed, number = gradient(), worker._sequence
-    while worker._sequence == number:
+    pushed, number = gradient(), worker._session.sequence
+    while worker._session.sequence == number:
         try:
             try:
                 armed = True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._common import flat_vector
-from deltaserve._transport import exchange
+from deltaserve._transport import choice
 from deltaserve.torch import RemoteAdadelta
 from deltaserve.torch._overlap import Overlap
 from deltaserve_server import LocalServer
@@ -156,7 +156,7 @@ def make_pair(remote: Remote) -> Callable[..., Pair]:
 
 def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = 32) -> None:
     """Lets models of any size travel as a stream, in chunks of so many elements."""
-    monkeypatch.setattr(exchange, "_UNARY_BYTES", 0)
+    monkeypatch.setattr(choice, "_UNARY_BYTES", 0)
     monkeypatch.setattr(flat_vector, "CHUNK_ELEMENTS", chunk)
 
 
