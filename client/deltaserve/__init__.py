@@ -1,4 +1,4 @@
-"""deltaserve: an optimizer as a service. This is a worker's side of it.
+"""deltaserve: an optimizer as a service. This package is the worker's side.
 
 Example:
     >>> import numpy as np

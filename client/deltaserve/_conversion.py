@@ -38,7 +38,7 @@ def from_groups(groups: Iterable[Hyperparameters]) -> list[common_pb2.Hyperparam
 
 
 def to_groups(messages: Sequence[common_pb2.Hyperparameters]) -> tuple[Hyperparameters, ...]:
-    """Returns the hyperparameters of messages in which every field is set."""
+    """Returns the hyperparameters of messages whose fields are all set."""
     return tuple(
         Hyperparameters(lr=m.lr, rho=m.rho, eps=m.eps, weight_decay=m.weight_decay, maximize=m.maximize)
         for m in messages
@@ -51,12 +51,12 @@ def from_tensors(specs: Sequence[TensorSpec]) -> list[common_pb2.TensorSpec]:
 
 
 def to_tensors(config: common_pb2.ModelConfig) -> tuple[TensorSpec, ...]:
-    """Returns a config's layout."""
+    """Returns the layout of a model's configuration."""
     return tuple(TensorSpec(spec.name, tuple(spec.shape), spec.group) for spec in config.tensors)
 
 
 def to_model_info(message: model_service_pb2.GetModelResponse) -> ModelInfo:
-    """Returns what GetModel answered."""
+    """Returns the answer to GetModel."""
     return ModelInfo(
         name=message.config.name,
         tensors=to_tensors(message.config),
@@ -79,7 +79,7 @@ def to_model_info(message: model_service_pb2.GetModelResponse) -> ModelInfo:
 
 
 def to_model_summary(message: model_service_pb2.ModelSummary) -> ModelSummary:
-    """Returns one line of what ListModels answered."""
+    """Returns one entry of the answer to ListModels."""
     return ModelSummary(
         name=message.name,
         element_count=message.element_count,
@@ -92,12 +92,12 @@ def to_model_summary(message: model_service_pb2.ModelSummary) -> ModelSummary:
 
 
 def to_snapshot(message: model_service_pb2.Snapshot) -> SnapshotInfo:
-    """Returns a snapshot's line."""
+    """Returns the description of a snapshot."""
     return SnapshotInfo(number=message.number, version=message.version, bytes=message.bytes, taken_at=message.taken_at)
 
 
 def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
-    """Returns what became of a push."""
+    """Returns the result of a push."""
     return StepResult(
         version=message.version,
         duplicate=message.duplicate,
@@ -110,7 +110,7 @@ def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
 
 
 def to_push_status(message: worker_service_pb2.GetPushResponse) -> PushStatus:
-    """Returns what GetPush answered."""
+    """Returns the answer to GetPush."""
     return PushStatus(
         state=_STATES.get(message.state, "not accepted"),
         final=message.final,
@@ -119,7 +119,7 @@ def to_push_status(message: worker_service_pb2.GetPushResponse) -> PushStatus:
 
 
 def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
-    """Returns a message of WatchModel."""
+    """Returns one event of WatchModel."""
     update = message.update
     return ModelEvent(
         version=message.position.version,
@@ -133,7 +133,7 @@ def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
 
 
 def to_server_info(message: system_service_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Returns what GetServerInfo answered."""
+    """Returns the answer to GetServerInfo."""
     limits = message.limits
     return ServerInfo(
         version=message.version,
@@ -148,5 +148,5 @@ def to_server_info(message: system_service_pb2.GetServerInfoResponse) -> ServerI
 
 
 def durable_version(position: common_pb2.ModelPosition) -> int | None:
-    """Returns a position's durable version."""
+    """Returns the durable version; None if no version is durable."""
     return position.durable_version if position.HasField("durable_version") else None

@@ -30,7 +30,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a model: its name, its shape, and the index of its parameter group."""
+    """A tensor of a model: its name, its shape, and the index of its parameter group."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionInfo:
-    """One worker's standing with a model, as in the proto's message of this name."""
+    """A worker's session with a model.
+
+    Attributes:
+        worker: The worker's name.
+        epoch: Counts the sessions of this worker name, from 1.
+        rank: The lowest number that no other live session had when this one was opened.
+        last_sequence: The number of its last accepted push; 0 before the first.
+        lease_left_seconds: Time until the session ends without a call.
+        waiting: Whether a push of it waits for its round or for slower workers.
+    """
 
     worker: str
     epoch: int
@@ -51,16 +60,16 @@ class SessionInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """A model without its numbers.
+    """A description of a model, without its weights.
 
     Attributes:
         name: The model's name.
-        tensors: Its layout.
-        groups: Its hyperparameters by parameter group.
+        tensors: The layout.
+        groups: The hyperparameters by parameter group.
         policy: When a push becomes an update.
-        version: How many updates it has had.
-        durable_version: The newest version that would survive the death of the server; None if none would.
-        sessions: Live sessions by rank.
+        version: The number of its updates.
+        durable_version: The newest version that survives the death of the server; None if none does.
+        sessions: The live sessions by rank.
     """
 
     name: str
@@ -74,7 +83,17 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSummary:
-    """A model in a line."""
+    """A model in one line of a list.
+
+    Attributes:
+        name: The model's name.
+        element_count: The number of elements of all its tensors.
+        tensor_count: The number of its tensors.
+        session_count: The number of its live sessions.
+        policy: When a push becomes an update.
+        version: The number of its updates.
+        durable_version: The newest version that survives the death of the server; None if none does.
+    """
 
     name: str
     element_count: int
@@ -87,14 +106,14 @@ class ModelSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
-    """A model's numbers, all of one version.
+    """A model's weights and optimizer state, all of one version.
 
     Attributes:
         version: The version.
-        weights: Parameters by tensor name, float32.
-        square_avg: The leaky average of squared gradients, likewise; None where it was not asked for.
-        acc_delta: The leaky average of squared updates, likewise; None where it was not asked for.
-        update_counts: By tensor name: how many updates its state has had, which torch calls `step`.
+        weights: The parameters by tensor name, float32.
+        square_avg: The leaky average of squared gradients by tensor name, float32; None if it was not requested.
+        acc_delta: The leaky average of squared updates by tensor name, float32; None if it was not requested.
+        update_counts: The number of updates of a tensor's state, which torch calls `step`, by tensor name.
     """
 
     version: int
@@ -106,13 +125,13 @@ class ModelState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotInfo:
-    """A model's image on the server's disk.
+    """A snapshot of a model on the server's disk.
 
     Attributes:
-        number: Counts the model's snapshots.
-        version: The version that it holds.
-        bytes: Its size.
-        taken_at: When, in seconds since 1970-01-01 00:00 UTC.
+        number: Counts the model's snapshots, from 1.
+        version: The model's version in it.
+        bytes: The size of its files.
+        taken_at: When it was taken, in seconds since 1970-01-01 00:00 UTC.
     """
 
     number: int
@@ -123,16 +142,17 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What became of a push.
+    """The result of a push.
 
     Attributes:
         version: The version that its update made.
-        duplicate: An earlier attempt at this push had been applied already; this is its result.
-        staleness: How many versions the weights had moved on between push and update; None when no longer known.
-        contributors: How many pushes made the update; None when no longer known.
-        gradient_norm: L2 norm of the push's gradient, before any clipping; None when no longer known.
-        update_norm: L2 norm of the change of the weights; None when no longer known.
-        hyperparameters: What the update used, by group; lr after damping.
+        duplicate: Whether an earlier attempt at this push had been applied; this is its result.
+        staleness: Versions between the weights that the gradient was computed on and the update; None if the server no
+            longer knows.
+        contributors: The number of pushes in the update; None if the server no longer knows.
+        gradient_norm: The L2 norm of the push's gradient before clipping; None if the server no longer knows.
+        update_norm: The L2 norm of the change of the weights; None if the server no longer knows.
+        hyperparameters: The hyperparameters of the update by group; lr after damping.
     """
 
     version: int
@@ -146,12 +166,12 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushStatus:
-    """Where a push stands.
+    """The state of a push.
 
     Attributes:
-        state: "waiting" is for its round; "not accepted" also where it has not come yet.
-        final: Whether that will not change any more.
-        result: Of a push that was applied; else None.
+        state: "waiting" means for its round; "not accepted" includes a push that has not arrived yet.
+        final: Whether the state cannot change any more.
+        result: The result of a push that was applied; else None.
     """
 
     state: Literal["not accepted", "waiting", "applied"]
@@ -161,7 +181,16 @@ class PushStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contribution:
-    """One push in an update, as in the proto's message of this name."""
+    """A push in an update.
+
+    Attributes:
+        worker: The worker's name.
+        epoch: The epoch of the worker's session.
+        sequence: The push's number in the session.
+        staleness: Versions between the weights that the gradient was computed on and the update.
+        weight: The push's weight in the mean of its round.
+        gradient_norm: The L2 norm of its gradient before clipping.
+    """
 
     worker: str
     epoch: int
@@ -177,11 +206,11 @@ class ModelEvent:
 
     Attributes:
         version: The version.
-        contributions: The pushes of its update, by worker name; empty where no update made it, and in the first event
-            after a connection was made.
-        hyperparameters: What the update used, by group; lr after damping. Empty likewise.
-        update_norm: L2 norm of the change of the weights; None likewise.
-        missed: How many events before this one were left out, because they were not taken in time.
+        contributions: The pushes of its update, by worker name. Empty if no update made the version, and in the first
+            event of a connection.
+        hyperparameters: The hyperparameters of the update by group; lr after damping. Empty if `contributions` is.
+        update_norm: The L2 norm of the change of the weights; None if `contributions` is empty.
+        missed: The number of events before this one that were dropped because the reader was too slow.
     """
 
     version: int
@@ -193,7 +222,20 @@ class ModelEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a server accepts, as in the proto's message of this name."""
+    """The limits of a server.
+
+    Attributes:
+        message_bytes: The largest message.
+        models: The largest number of models.
+        sessions: The largest number of sessions of all models.
+        memory_bytes: The memory budget.
+        memory_available_bytes: What is left of the memory budget.
+        staged_bytes: The largest total of pushes that are arriving.
+        lease_seconds_min: The shortest lease.
+        lease_seconds_max: The longest lease.
+        lease_seconds_default: The lease of a session that asks for none.
+        watchers: The largest number of `Model.watch` loops.
+    """
 
     message_bytes: int
     models: int
@@ -212,14 +254,14 @@ class ServerInfo:
     """A server's version, device and limits.
 
     Attributes:
-        version: Of deltaserve.
-        incarnation: 32 hexadecimal digits, another for each start of the server.
+        version: The version of deltaserve.
+        incarnation: 32 hexadecimal digits, different for each start of the server.
         device_kind: "cpu" or "cuda".
-        device_name: The device's own name.
-        threads: Threads that an update runs on; 0 on a GPU.
-        limits: What it accepts.
-        durability: What survives its death: "none", "snapshot", "journal" or "fsync".
-        uptime_seconds: Since it began to serve.
+        device_name: The device's name.
+        threads: The number of threads of an update; 0 on a GPU.
+        limits: The limits of the server.
+        durability: What survives the server's death: "none", "snapshot", "journal" or "fsync".
+        uptime_seconds: Time since it began to serve.
     """
 
     version: str
