@@ -17,6 +17,7 @@ from tests.ports import held_port
 
 if TYPE_CHECKING:
     from deltaserve import Worker
+    from deltaserve_server import LocalServer
 
 _SERVE = """
 import json, signal, sys, threading
@@ -196,6 +197,36 @@ class Program:
 StartServer = Callable[..., ServerProcess]
 StartProxy = Callable[[str], Proxy]
 StartProgram = Callable[..., Program]
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> "Iterator[LocalServer]":
+    """One server in this process for all tests of a session."""
+    from deltaserve_server import LocalServer
+
+    with LocalServer() as local:
+        yield local
+
+
+@pytest.fixture
+def own_server() -> None:
+    """Gives a test a `server` of its own, which it may stop or change."""
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, shared_server: "LocalServer") -> "Iterator[LocalServer]":
+    """A server without a model: the session's, or a new one for tests that use `own_server`."""
+    import deltaserve
+    from deltaserve_server import LocalServer
+
+    if "own_server" in request.fixturenames:
+        with LocalServer() as local:
+            yield local
+        return
+    yield shared_server
+    with deltaserve.connect(shared_server.target, timeout_seconds=30.0) as cleaner:
+        for model in cleaner.models():
+            cleaner.delete_model(model.name)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from deltaserve._connection import Connection
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, ServerProcess, StartServer
 
+pytestmark = pytest.mark.deep
+
 SMALL = {"w": np.linspace(-1, 1, 5, dtype=np.float32), "b": np.ones((), np.float32)}
 LARGE = {"w": np.linspace(-1, 1, 400_000, dtype=np.float32)}
 

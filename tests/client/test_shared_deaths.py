@@ -20,6 +20,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, Program, StartProgram, StartServer
 
+pytestmark = [pytest.mark.deep, pytest.mark.usefixtures("own_server")]
+
 
 @pytest.fixture
 def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":

@@ -17,6 +17,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram, StartProxy
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.fixture
 def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":

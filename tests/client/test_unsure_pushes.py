@@ -75,6 +75,7 @@ def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(model: delta
         assert a.last_result.version == 2
 
 
+@pytest.mark.usefixtures("own_server")
 def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
     server: LocalServer,
     client: Client,
