@@ -14,8 +14,8 @@ from deltaserve._client import connect
 from deltaserve._common.element_types import Array, WireType, named
 from deltaserve._errors import ConflictError, RequestError, StaleGradientError
 from deltaserve._model import Model
-from deltaserve._transport.exchange import Transport, check_transport
 from deltaserve._transport.overlapped import OverlappedPush
+from deltaserve._transport.protocol import TransportName, check_transport
 from deltaserve._types import Hyperparameters, Policy, StepResult
 from deltaserve._worker import Worker
 from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
@@ -118,7 +118,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         local_steps: int = 1,
         local_optimizer: LocalOptimizer | None = None,
         overlap: bool = False,
-        transport: Transport = "auto",
+        transport: TransportName = "auto",
         wire: WireType = "float32",
         timeout_seconds: float = 120.0,
     ) -> None:
