@@ -75,7 +75,7 @@ def push_and_save(crowd: Crowd, pushes: int) -> Seen:
 def end(house: House, engine: ModelEngine) -> None:
     """Ends a model in good order."""
     assert engine.storage
-    engine.storage.close(engine._cut)
+    engine.storage.close(engine._checkpoint)
     house.directory.close()
 
 

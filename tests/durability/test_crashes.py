@@ -104,7 +104,7 @@ class Story:
 
     def together(self, times: int) -> None:
         """Several pushes that are written in one go."""
-        with self.engine.event():
+        with self.engine.lock:
             for _ in range(times):
                 with suppress(Refused):
                     self.crowd.push()
@@ -119,7 +119,7 @@ class Story:
     def end(self) -> None:
         """Ends in good order."""
         assert self.engine.storage
-        self.engine.storage.close(self.engine._cut)
+        self.engine.storage.close(self.engine._checkpoint)
         self.house.die()
 
     def life(self) -> None:

@@ -335,7 +335,7 @@ def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: 
                 found = dict.get(self, name)
                 if found is None:
                     self[name] = engine
-                    recovering.came(name)
+                    recovering.done(name)
                 return found
 
         catalog._models, catalog._recovery = Late(), recovering
@@ -356,7 +356,7 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
     again, asked = LocalServer(tight), []
 
     def recover(*given: Any, **more: Any) -> Any:
-        asked.append(again._catalog.memory.available)
+        asked.append(again._catalog.quotas.memory.available)
         with pytest.raises(Refused, match="MODEL_LIMIT"):
             again._catalog.check_room()
         return really(*given, **more)
@@ -366,7 +366,7 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
         assert asked == [100, 100]
         assert [model.name for model in client.models()] == ["a", "b"]
         client.delete_model("a")
-        assert again._catalog.memory.available == 32 * size + 100
+        assert again._catalog.quotas.memory.available == 32 * size + 100
 
 
 def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
@@ -384,7 +384,7 @@ def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
         with pytest.raises(deltaserve.ServerError):
             worker.step({"w": np.ones(3, np.float32)})
         assert not server.stop(0)
-    assert "model m: there is no last snapshot, " in caplog.text
+    assert "model m: the last snapshot failed, " in caplog.text
 
 
 def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
@@ -403,7 +403,7 @@ def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
             monkeypatch.setattr(ModelStorage, "close", fails)
             raise KeyboardInterrupt
 
-    with pytest.raises(DataDirectoryError, match="no last snapshot"):
+    with pytest.raises(DataDirectoryError, match="the last snapshot of a model"):
         again.start(check)
 
 

@@ -178,7 +178,7 @@ def test_a_stop_on_a_full_disk_tells_that_there_is_no_last_snapshot(
                 begin(wire)
                 ballast = fill(place)
                 assert not server.stop(0)
-            assert f"there is no last snapshot, {rest}" in caplog.text
+            assert f"the last snapshot failed, {rest}" in caplog.text
             ballast.unlink()
 
 
@@ -272,7 +272,7 @@ def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Pat
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
         begin(wire)
-        available = server._catalog.memory.available
+        available = server._catalog.quotas.memory.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         extension = ExtendModelHeader(
             model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[9])]
@@ -283,7 +283,7 @@ def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Pat
         ]
         assert wire.refused("ExtendModel", *messages).reason == "STORAGE_UNAVAILABLE"
         assert len(server._catalog.get("m").machine.layout.tensors) == 2
-        assert available - server._catalog.memory.available == 8 * 4 * 9
+        assert available - server._catalog.quotas.memory.available == 8 * 4 * 9
         trouble.lift()
 
 
@@ -343,7 +343,7 @@ def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Troub
     config = ServerConfig(device="cpu", data_dir=data, durability="fsync", snapshot_seconds=None, lease_seconds=900.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         session = begin(wire)
-        staged = server._catalog.staged
+        staged = server._catalog.quotas.staged
         free = staged.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
@@ -449,7 +449,7 @@ def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
             assert wire.watch("m").refused().reason == "STORAGE_UNAVAILABLE"
             assert wire.refused("Pull", PullRequest(model="m", wait_for_version=4)).reason == "STORAGE_UNAVAILABLE"
         audience = server._catalog.get("m")._subscribers
-        assert not audience.watches
+        assert not audience._watchers
         assert not audience._awaited
         trouble.lift()
 
@@ -457,14 +457,14 @@ def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
 def test_a_model_that_is_deleted_gives_back_what_could_not_be_written_down(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
-        memory, staged = server._catalog.memory.available, server._catalog.staged.available
+        memory, staged = server._catalog.quotas.memory.available, server._catalog.quotas.staged.available
         session = begin(wire)
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
         trouble.lift()
         wire.one("DeleteModel", DeleteModelRequest(model="m"))
-        assert server._catalog.staged.available == staged
-        assert server._catalog.memory.available == memory
+        assert server._catalog.quotas.staged.available == staged
+        assert server._catalog.quotas.memory.available == memory
 
 
 def test_a_file_system_that_sets_no_space_aside(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

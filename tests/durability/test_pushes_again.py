@@ -40,7 +40,7 @@ def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
     assert a.waiting, "it was taken for the next round"
     push(engine, b, 1)
     assert engine.machine.version == 1
-    with engine.event():  # raises where the model is lost
+    with engine.lock:  # raises where the model is lost
         assert a.last_applied == 1
     house.die()
 

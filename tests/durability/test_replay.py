@@ -103,7 +103,7 @@ def test_a_model_keeps_what_it_was_told_whatever_durability_it_had_before(
             check_comes_back(recovered(copied(quick / "data", quick / "copy"), durability=mode), before)
         if seed == 1:
             assert before.storage
-            before.storage.close(before._cut)
+            before.storage.close(before._checkpoint)
         house.die()
         house = House(quick / "data", modes[(seed + 1) % len(modes)])
         crowd.engine = house.restore()
