@@ -84,7 +84,7 @@ def test_it_stops_while_it_still_reads(process: Process, tmp_path: Path, number:
     options = ("serve", "--bind", "127.0.0.1:0", "--device", "cpu", "--data-dir", str(tmp_path))
     child = process(*options, "--durability", "journal", DELTASERVE_FAILPOINTS="recovery.replay=sleep(1)")
     assert child.stderr
-    while "model first came back" not in (line := child.stderr.readline()):
+    while "model first recovered" not in (line := child.stderr.readline()):
         assert line
     child.send_signal(number)
     out, err = child.communicate(timeout=30)
@@ -132,14 +132,14 @@ def test_a_directory_has_one_server(process: Process, tmp_path: Path) -> None:
     [
         (
             ["--durability", "journal"],
-            "durability journal: there is no data directory; say where, as in --data-dir DIR",
+            "durability journal: needs a data directory; name one, as in --data-dir DIR",
         ),
-        (["--copy-to", "file:///tmp/copies"], "copy_to: there is no data directory"),
-        (["--snapshot-updates", "5"], "snapshot_updates: there is no data directory"),
-        (["--accept-data-loss"], "accept_data_loss: there is no data directory"),
+        (["--copy-to", "file:///tmp/copies"], "copy_to: needs a data directory"),
+        (["--snapshot-updates", "5"], "snapshot_updates: needs a data directory"),
+        (["--accept-data-loss"], "accept_data_loss: needs a data directory"),
         (
             ["--data-dir", ".", "--durability", "none"],
-            "with durability none nothing is kept: leave out the data directory",
+            "durability: expected snapshot, journal or fsync with a data directory, got none",
         ),
         (["--data-dir", ""], "'' is no folder"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.ports import held_port
+from tests.support.ports import held_port
 
 import deltaserve
 from deltaserve import Client, Worker

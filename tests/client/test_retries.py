@@ -319,14 +319,14 @@ def test_a_server_that_drains_is_tried_until_the_budget_is_spent(
     budget = 3.5
     with deltaserve.connect(server.target, timeout_seconds=budget) as client:
         model = client.create_model("m", {"w": np.zeros(3)})
-        server._catalog.drain()
-        refuse, attempts = server._catalog.check_open, list[float]()
+        server._catalog.quotas.draining = True
+        refuse, attempts = server._catalog.quotas.check_open, list[float]()
 
         def counted() -> None:
             attempts.append(monotonic())
             refuse()
 
-        monkeypatch.setattr(server._catalog, "check_open", counted)
+        monkeypatch.setattr(server._catalog.quotas, "check_open", counted)
         began = monotonic()
         with pytest.raises(deltaserve.UnavailableError, match="about to stop") as caught:
             model.worker()

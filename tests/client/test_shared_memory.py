@@ -90,7 +90,7 @@ def test_a_server_that_does_not_share_memory(reserved: Client) -> None:
     ],
 )
 def test_the_default_depends_on_where_the_server_listens(bind: str, asked: bool | None, expected: bool) -> None:
-    assert ServerConfig(bind=bind, shared_memory=asked).shares_memory is expected
+    assert ServerConfig(bind=bind, shared_memory=asked).offers_shared_memory is expected
 
 
 def test_a_server_on_every_address_shares_memory_with_its_own_host_alone_if_it_is_to() -> None:
@@ -117,7 +117,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
     client: Client, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """As where process ids are another container's: a file of that number may be there, and be another."""
-    honest = ModelEngine.share
+    honest = ModelEngine.open_shared_memory
 
     def misleading(*arguments: Any) -> Any:
         handle = honest(*arguments)
@@ -132,7 +132,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
         key, value = fields[field]
         return replace(handle, **{key: value})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelEngine, "share", misleading)
+    monkeypatch.setattr(ModelEngine, "open_shared_memory", misleading)
     model = client.create_model("m", {"w": np.zeros(SIZE)})
     with model.worker("a") as worker:
         assert not shares(worker)

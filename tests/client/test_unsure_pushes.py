@@ -92,19 +92,19 @@ def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
         proxy.hold_answers()
         step = pool.submit(worker.step, ONE)
         eventually(lambda: model.info().version == 1)
-        server._catalog.drain()
-        refuse, refused = server._catalog.check_open, threading.Event()
+        server._catalog.quotas.draining = True
+        refuse, refused = server._catalog.quotas.check_open, threading.Event()
 
         def told() -> None:
             refused.set()
             refuse()
 
-        monkeypatch.setattr(server._catalog, "check_open", told)
+        monkeypatch.setattr(server._catalog.quotas, "check_open", told)
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()
         assert refused.is_set()
-        server._catalog._draining = False
+        server._catalog.quotas.draining = False
         worker.step(TWO)
         assert worker.last_result is not None
         result = worker.last_result

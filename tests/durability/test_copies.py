@@ -75,7 +75,7 @@ def push_and_save(crowd: Crowd, pushes: int) -> Seen:
 def end(host: ModelHost, engine: ModelEngine) -> None:
     """Shuts down in order."""
     assert engine.storage
-    engine.finish()
+    engine.close()
     host.directory.close()
 
 

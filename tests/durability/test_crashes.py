@@ -105,7 +105,7 @@ class Story:
 
     def together(self, times: int) -> None:
         """Several pushes in one batch."""
-        with self.engine.event():
+        with self.engine.lock:
             for _ in range(times):
                 with suppress(Refused):
                     self.crowd.push()
@@ -120,7 +120,7 @@ class Story:
     def end(self) -> None:
         """Shuts down in order."""
         assert self.engine.storage
-        self.engine.storage.close(self.engine._cut)
+        self.engine.storage.close(self.engine._checkpoint)
         self.host.die()
 
     def life(self) -> None:

@@ -338,7 +338,7 @@ def test_a_model_that_recovers_during_a_lookup_is_never_unknown(quick: Path) -> 
                 found = dict.get(self, name)
                 if found is None:
                     self[name] = engine
-                    recovering.came(name)
+                    recovering.done(name)
                 return found
 
         catalog._models, catalog._recovery = Late(), recovering
@@ -357,7 +357,7 @@ def test_memory_and_places_of_models_being_recovered_are_reserved(quick: Path, m
     again, asked = LocalServer(tight), []
 
     def recover(*given: Any, **more: Any) -> Any:
-        asked.append(again._catalog.memory.available)
+        asked.append(again._catalog.quotas.memory.available)
         with pytest.raises(Refused, match="MODEL_LIMIT"):
             again._catalog.check_room()
         return really(*given, **more)
@@ -367,7 +367,7 @@ def test_memory_and_places_of_models_being_recovered_are_reserved(quick: Path, m
         assert asked == [100, 100]
         assert [model.name for model in client.models()] == ["a", "b"]
         client.delete_model("a")
-        assert again._catalog.memory.available == 32 * size + 100
+        assert again._catalog.quotas.memory.available == 32 * size + 100
 
 
 def test_a_shutdown_logs_a_model_without_a_last_snapshot(
@@ -385,7 +385,7 @@ def test_a_shutdown_logs_a_model_without_a_last_snapshot(
         with pytest.raises(deltaserve.ServerError):
             worker.step({"w": np.ones(3, np.float32)})
         assert not server.stop(0)
-    assert "model m: there is no last snapshot, " in caplog.text
+    assert "model m: the last snapshot failed, " in caplog.text
 
 
 def test_a_cancelled_start_reports_a_missing_last_snapshot(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +402,7 @@ def test_a_cancelled_start_reports_a_missing_last_snapshot(quick: Path, monkeypa
             monkeypatch.setattr(ModelStorage, "close", fails)
             raise KeyboardInterrupt
 
-    with pytest.raises(DataDirectoryError, match="no last snapshot"):
+    with pytest.raises(DataDirectoryError, match="the last snapshot of a model"):
         again.start(check)
 
 

@@ -181,7 +181,7 @@ def test_a_shutdown_on_a_full_disk_logs_the_missing_snapshot(tmp_path: Path, cap
                 begin(wire)
                 ballast = fill(place)
                 assert not server.stop(0)
-            assert f"there is no last snapshot, {rest}" in caplog.text
+            assert f"the last snapshot failed, {rest}" in caplog.text
             ballast.unlink()
 
 
@@ -316,7 +316,7 @@ def test_an_extension_that_is_not_durable_yet_keeps_its_memory(quick: Path, trou
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
         begin(wire)
-        available = server._catalog.memory.available
+        available = server._catalog.quotas.memory.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         extension = ExtendModelHeader(
             model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[9])]
@@ -327,7 +327,7 @@ def test_an_extension_that_is_not_durable_yet_keeps_its_memory(quick: Path, trou
         ]
         assert wire.refused("ExtendModel", *messages).reason == "STORAGE_UNAVAILABLE"
         assert len(server._catalog.get("m").machine.layout.tensors) == 2
-        assert available - server._catalog.memory.available == 8 * 4 * 9
+        assert available - server._catalog.quotas.memory.available == 8 * 4 * 9
         trouble.lift()
 
 
@@ -387,7 +387,7 @@ def test_a_push_that_is_not_durable_yet_keeps_its_memory(quick: Path, trouble: T
     config = ServerConfig(device="cpu", data_dir=data, durability="fsync", snapshot_seconds=None, lease_seconds=900.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         session = begin(wire)
-        staged = server._catalog.staged
+        staged = server._catalog.quotas.staged
         free = staged.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
@@ -493,7 +493,7 @@ def test_refused_watchers_and_waiters_are_forgotten(quick: Path, trouble: Troubl
             assert wire.watch("m").refused().reason == "STORAGE_UNAVAILABLE"
             assert wire.refused("Pull", PullRequest(model="m", wait_for_version=4)).reason == "STORAGE_UNAVAILABLE"
         audience = server._catalog.get("m")._subscribers
-        assert not audience.watches
+        assert not audience._watchers
         assert not audience._awaited
         trouble.lift()
 
@@ -501,14 +501,14 @@ def test_refused_watchers_and_waiters_are_forgotten(quick: Path, trouble: Troubl
 def test_deleting_a_model_releases_the_memory_of_unwritten_records(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
-        memory, staged = server._catalog.memory.available, server._catalog.staged.available
+        memory, staged = server._catalog.quotas.memory.available, server._catalog.quotas.staged.available
         session = begin(wire)
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
         trouble.lift()
         wire.one("DeleteModel", DeleteModelRequest(model="m"))
-        assert server._catalog.staged.available == staged
-        assert server._catalog.memory.available == memory
+        assert server._catalog.quotas.staged.available == staged
+        assert server._catalog.quotas.memory.available == memory
 
 
 def test_a_file_system_without_fallocate(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,8 @@ def outcome(left: Path, clock: Clock) -> str:
     host = ModelHost(left)
     try:
         engine = host.restore()
-        with engine.event():
-            engine.position.SerializeToString()
+        with engine.lock:
+            conversion.from_position(engine.position).SerializeToString()
             conversion.from_machine(engine.machine).SerializeToString()
         crowd = Crowd(engine, 5, clock)
         for call in (crowd.open, crowd.push, crowd.push, crowd.tick, crowd.extend, crowd.push, crowd.save):

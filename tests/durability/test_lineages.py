@@ -98,7 +98,7 @@ class Life:
         self.host.die()
 
     def stop(self) -> None:
-        self.engine.finish()
+        self.engine.close()
         self.host.die()
 
     def start(self, *, power: bool = False) -> ModelEngine:

@@ -38,7 +38,7 @@ def test_a_push_repeated_while_its_refusal_waits_for_the_disk(quick: Path, monke
     assert a.waiting, "it was taken for the next round"
     push(engine, b, 1)
     assert engine.machine.version == 1
-    with engine.event():  # raises if the model is lost
+    with engine.lock:  # raises if the model is lost
         assert a.last_applied == 1
     host.die()
 

@@ -101,7 +101,7 @@ def test_a_change_of_durability_loses_nothing(quick: Path, first: str, monkeypat
             check_comes_back(recovered(copied(quick / "data", quick / "copy"), durability=mode), before)
         if seed == 1:
             assert before.storage
-            before.finish()
+            before.close()
         host.die()
         host = ModelHost(quick / "data", modes[(seed + 1) % len(modes)])
         crowd.engine = host.restore()

@@ -67,7 +67,7 @@ class Scene:
     def drain(self) -> None:
         """Lets the server begin to stop; it is held up by a push that waits."""
         self.pending.append(self.threads.submit(self.server.stop, 30.0))
-        eventually(lambda: bool(self.server._catalog._draining), "the server does not stop")
+        eventually(lambda: bool(self.server._catalog.quotas.draining), "the server does not stop")
 
     def _waits(self, session: Session) -> bool:
         return any(held.waiting for held in self.wire.model(session.model).sessions)

@@ -219,7 +219,7 @@ def test_a_server_that_stops_ends_it(own_wire: Wire, own_server: LocalServer) ->
     call = wire.begin(a.header(1), gradient(1, SIZE))
     with ThreadPoolExecutor(1) as threads:
         stopping = threads.submit(server.stop, 20.0)
-        eventually(lambda: bool(server._catalog._draining), "the server does not stop")
+        eventually(lambda: bool(server._catalog.quotas.draining), "the server does not stop")
         late = wire.watch("m")
         assert late.next().position.version == 0, "a round is still under way: there is something to watch"
         wire.step(b.header(1), gradient(2, SIZE))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from defects import FoldedByArrival
+from planted_defects import FoldedByArrival
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging

@@ -3,7 +3,7 @@
 from itertools import count
 
 import pytest
-from defects import DEFECTS, simulation_with
+from planted_defects import DEFECTS, simulation_with
 from histories import SCENARIOS, history
 from ledger import Violation
 from shrink import violation

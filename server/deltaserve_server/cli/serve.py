@@ -222,10 +222,15 @@ def serve(
     typer.echo(_welcome(server))
     sys.stdout.flush()
     number = signals.wait()
-    then = "" if config.keeps == "none" else ", then last snapshots are written"
+    then = "" if config.effective_durability == "none" else ", then last snapshots are written"
     log.info("%s: stopping; rounds go on for at most %g s%s", number.name, grace_seconds, then)
     kept = server.stop(grace_seconds=grace_seconds)
-    raise typer.Exit(_STATUS[number] if kept else 1)
+    status = _STATUS[number] if kept else 1
+    if server.abandoned:  # a thread that hangs would keep the interpreter from exiting
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    raise typer.Exit(status)
 
 
 def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
@@ -276,7 +281,8 @@ def _welcome(server: "Server") -> str:
     listens = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     config = server.config
-    safe = [f"keeps    {config.keeps} in {config.data_dir}"] if config.keeps != "none" else []
+    durability = config.effective_durability
+    safe = [f"keeps    {durability} in {config.data_dir}"] if durability != "none" else []
     lines = [
         f"deltaserve {__version__} listens on {listens}",
         f"device   {device.kind}: {device.name}{threads}",

@@ -17,7 +17,7 @@ from deltaserve_server.durability import checked, model_storage, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.model_storage import Durability, Schedule
-from deltaserve_server.engine import model_engine as applier_module
+from deltaserve_server.engine.clock import SYSTEM_CLOCK
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import Budget, State, Store
 from deltaserve_server.memory.host import HostStore
@@ -35,7 +35,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead = 0.0
-        monkeypatch.setattr(applier_module, "monotonic", lambda: time.monotonic() + self.ahead)
+        monkeypatch.setattr(SYSTEM_CLOCK, "monotonic", lambda: time.monotonic() + self.ahead)
 
 
 class Seen(NamedTuple):
