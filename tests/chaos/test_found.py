@@ -64,8 +64,8 @@ def step(worker: Worker, *numbers: int) -> None:
 
 def lose_answer(worker: Worker) -> None:
     """Has the worker be as if the answer to its last push had not come."""
-    worker._sequence -= 1
-    worker._sent = True
+    worker._session.sequence -= 1
+    worker._session.sent = True
 
 
 def once(function: Callable[..., Any], before: Callable[[], object]) -> Callable[..., Any]:
@@ -140,7 +140,7 @@ def test_a_session_that_is_lost_while_its_worker_asks_for_a_push(
     worker = model.worker("a")
     step(worker, 1, 2)
     lose_answer(worker)
-    monkeypatch.setattr(worker, "_ask", once(worker._ask, server.restart))
+    monkeypatch.setattr(worker._membership, "find_push", once(worker._membership.find_push, server.restart))
     with pytest.raises(RolledBackError) as caught:
         step(worker, 3)
     assert (caught.value.restored_version, caught.value.lost_pushes) == (0, range(1, 2))

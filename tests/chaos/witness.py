@@ -10,7 +10,7 @@ from scenarios import LEASE_SECONDS, MODEL, Scenario
 
 import deltaserve
 from deltaserve import ModelEvent, PushStatus, ServerError, SessionError, SessionInfo, Sync, UnavailableError
-from deltaserve._types import to_model_info, to_push_status
+from deltaserve._conversion import to_model_info, to_push_status
 from deltaserve.v1 import model_service_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 

@@ -15,8 +15,7 @@ from scenarios import LEASE_SECONDS, MODEL, GradientName, Scenario
 import deltaserve
 from deltaserve import Error, RolledBackError, ServerError, SessionError, StaleGradientError, UnavailableError
 from deltaserve._common.failpoints import FailpointError
-from deltaserve._transport.exchange import Transport
-from deltaserve.v1.worker_service_pb2 import PushHeader
+from deltaserve._transport.protocol import Transport, TransportName
 
 _TIMEOUT_SECONDS = 4.0
 
@@ -50,14 +49,14 @@ class Program:
     """Pushes one gradient after the other: the same one until it is acknowledged, or given up unsure of its fate."""
 
     def __init__(
-        self, name: str, life: int, target: str, journal: str, scenario: Scenario, transport: Transport, pause: str
+        self, name: str, life: int, target: str, journal: str, scenario: Scenario, transport: TransportName, pause: str
     ) -> None:
         self._name = name
         self._life = life
         self._target = target
         self._journal = Journal(journal)
         self._scenario = scenario
-        self._transport: Transport = transport
+        self._transport: TransportName = transport
         self._pause_seconds = float(pause)
         self._number = 1
         self._pushed: tuple[str, int] = "", 0
@@ -86,32 +85,37 @@ class Program:
 
     def _write_down_pushes_of(self, worker: deltaserve.Worker) -> None:
         """A step may push twice: after a push whose answer was lost, and in a new session."""
-        push = worker._push
+        membership, transport = worker._membership, worker._membership.transport
 
-        def written_down(header: PushHeader, *rest: Any) -> None:
-            self._pushed = header.session_id.hex(), header.sequence
+        def written_down() -> Transport:
+            session = membership.session  # the transport is asked for just before a push is sent
+            self._pushed = session.id["session_id"].hex(), session.sequence
             self._journal.write("B", self._life, *self._pushed, self._number)
-            push(header, *rest)
+            return transport()
 
-        worker._push = written_down  # type: ignore[method-assign, assignment]
+        membership.transport = written_down  # type: ignore[method-assign]
 
     def _write_down_finds_of(self, worker: deltaserve.Worker) -> None:
         """Takes note of what only the worker itself sees: pushes that it found to count, and the session it left."""
-        skip, rejoin = worker._skip_accepted, worker._rejoin
+        membership = worker._membership
+        skip, replace = worker._skip_accepted, membership._replace_session
 
         def skipped(*rest: Any) -> None:
-            sequence = worker._sequence
-            skip(*rest)
-            if worker._sequence > sequence:
-                self._journal.write("K", self._life, worker._session.id["session_id"].hex(), sequence)
+            session = worker._session
+            sequence = session.sequence
+            try:
+                skip(*rest)
+            finally:
+                if session.sequence > sequence:
+                    self._journal.write("K", self._life, session.id["session_id"].hex(), sequence)
 
-        def rejoined() -> StaleGradientError | None:
-            if worker._owed is None:  # else it leaves one in which it has done nothing
-                self._left = worker._session.id["session_id"].hex(), worker._position.incarnation
-            return rejoin()
+        def replaced(*rest: Any) -> None:
+            if membership.owed is None:  # else it leaves one in which it has done nothing
+                self._left = worker._session.id["session_id"].hex(), worker._weights.position.incarnation
+            replace(*rest)
 
         worker._skip_accepted = skipped  # type: ignore[method-assign, assignment]
-        worker._rejoin = rejoined  # type: ignore[method-assign]
+        membership._replace_session = replaced  # type: ignore[method-assign, assignment]
 
     def _steps(self, worker: deltaserve.Worker) -> None:
         while not self._ending:
@@ -140,7 +144,7 @@ class Program:
         assert result is not None
         version = result.version if result.staleness is not None else 0
         check = crc32(np.concatenate([part.reshape(-1) for part in weights.values()]).tobytes())
-        position = worker._position
+        position = worker._weights.position
         told = self._number, version, position.incarnation, position.version, position.durable_version, check
         self._journal.write("A", self._life, *self._pushed, *told)
 
@@ -170,7 +174,7 @@ def _may_pass(error: Exception) -> bool:
 
 def main(arguments: list[str]) -> int:
     name, life, target, journal, policy, door, transport, pause = arguments
-    scenario, way = Scenario(policy, door), cast(Transport, transport)
+    scenario, way = Scenario(policy, door), cast(TransportName, transport)
     return Program(name, int(life), target, journal, scenario, way, pause).run()
 
 

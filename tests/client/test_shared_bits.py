@@ -12,7 +12,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Async, Bounded, Client, Hyperparameters, ModelState, Sync
-from deltaserve._transport.exchange import Transport
+from deltaserve._transport.protocol import TransportName
 from deltaserve._types import Policy
 from deltaserve_server import LocalServer, ServerConfig
 
@@ -62,7 +62,9 @@ class Run:
         wait: Waits for a condition.
     """
 
-    def __init__(self, client: Client, policy: Policy, transports: tuple[Transport, ...], wait: "Eventually") -> None:
+    def __init__(
+        self, client: Client, policy: Policy, transports: tuple[TransportName, ...], wait: "Eventually"
+    ) -> None:
         groups = [Hyperparameters(lr=0.7), Hyperparameters(rho=0.8, weight_decay=0.01)]
         self.client, self._wait = client, wait
         self.sync = isinstance(policy, Sync)
@@ -80,7 +82,7 @@ class Run:
                 worker.pull(out=fields.get("out"))
         steps = []
         for k, worker in enumerate(self.workers):
-            accepted = worker._sequence
+            accepted = worker._session.sequence
             steps.append(self.pool.submit(worker.step, gradients(k), weight=k + 0.5, **fields))
             self._wait(partial(self._has, k, accepted))
         for step, worker in zip(steps, self.workers, strict=True):
@@ -127,7 +129,7 @@ def _check_equal(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None
 def test_every_way_gives_the_same_bits_and_verdicts(
     client: Client, unix: Client, policy: str, eventually: "Eventually"
 ) -> None:
-    ways: list[tuple[Client, tuple[Transport, ...]]] = [
+    ways: list[tuple[Client, tuple[TransportName, ...]]] = [
         (client, ("stream",) * 3),
         (client, ("shared",) * 3),
         (client, ("stream", "shared", "auto")),
@@ -138,7 +140,7 @@ def test_every_way_gives_the_same_bits_and_verdicts(
         with ExitStack() as stack:
             run = Run(connected, POLICIES[policy], transports, eventually)
             for k, transport in enumerate(transports):
-                shared = run.workers[k]._exchange._shared is not None
+                shared = getattr(run.workers[k]._membership.transport(), "memory", None) is not None
                 assert shared == (transport != "stream")
                 stack.callback(run.workers[k].close)
             runs.append(run.all())

@@ -221,10 +221,10 @@ def slack_exceeded(stage: Stage) -> Callable[[], object]:
     stage.another("s", "slow")
     quick.pull()
     stage.client._connection.timeout_seconds = 0.5
-    while quick._last_number == 0 or quick.get_push().state != "applied":
+    while quick._session.last_sent == 0 or quick.get_push().state != "applied":
         with pytest.raises(UnavailableError, match="did not answer"):
             quick.step({"w": ZEROS + 1})
-    quick._sequence += 1
+    quick._session.sequence += 1
     return lambda: quick.step({"w": ZEROS + 2})
 
 

@@ -40,7 +40,7 @@ def test_every_door_and_shared_memory(tmp_path: Path) -> None:
 def test_a_worker_takes_shared_memory_there(tmp_path: Path) -> None:
     with LocalServer(config(tmp_path / "s.sock")) as server, deltaserve.connect(server.target) as client:
         worker = client.create_model("m", {"w": np.zeros(SIZE)}).worker()
-        assert worker._exchange._shared is not None
+        assert getattr(worker._membership.transport(), "memory", None) is not None
         worker.step({"w": np.ones(SIZE)})
         assert worker.version == 1
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._common import flat_vector
-from deltaserve._transport import exchange
+from deltaserve._transport import choice
 from deltaserve.torch import RemoteAdadelta
 from deltaserve.torch._overlap import Overlap
 from deltaserve_server import LocalServer
@@ -191,7 +191,7 @@ CHUNK = 64
 
 def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = CHUNK) -> None:
     """Makes models of any size travel as a stream, in chunks of `chunk` elements."""
-    monkeypatch.setattr(exchange, "_UNARY_BYTES", 0)
+    monkeypatch.setattr(choice, "_UNARY_BYTES", 0)
     monkeypatch.setattr(flat_vector, "CHUNK_ELEMENTS", chunk)
 
 

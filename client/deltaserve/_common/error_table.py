@@ -26,12 +26,12 @@ DOMAIN = "deltaserve.dev"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What belongs to one reason.
+    """The status and the exception of one reason.
 
     Attributes:
         code: The gRPC status code.
-        exception: What the client raises.
-        text: One line; the fields in braces are the metadata keys.
+        exception: The exception that the client raises.
+        text: The message, one line; fields in braces are metadata keys.
     """
 
     code: grpc.StatusCode
@@ -129,12 +129,12 @@ TABLE: Mapping[str, Row] = {
 
 
 def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | None = None) -> grpc.Status:
-    """Returns the status that a server ends a call with.
+    """Returns the status with which a server ends a call.
 
     Args:
         reason: A key of TABLE.
-        metadata: Exactly the row's keys.
-        retry_seconds: When the same request may succeed; None where a retry does not help.
+        metadata: A value for each of the row's keys, and no other.
+        retry_seconds: Time after which the same request may succeed; None if a retry does not help.
     """
     row = TABLE[reason]
     status = status_pb2.Status(code=code_pb2.Code.Value(row.code.name), message=row.text.format_map(metadata))
@@ -149,17 +149,17 @@ def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | N
         delay = Duration()
         delay.FromNanoseconds(round(retry_seconds * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    made: grpc.Status = rpc_status.to_status(status)
-    return made
+    converted: grpc.Status = rpc_status.to_status(status)
+    return converted
 
 
 def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error, float | None]:
-    """Returns the exception for a call that failed, and after how many seconds to try again (None: do not).
+    """Returns the exception for a failed call, and the seconds before the next attempt (None: a retry does not help).
 
     Args:
-        error: What the call raised.
+        error: The error of gRPC.
         target: The server's address, for the message.
-        seconds: How long the call was allowed to take, for the message.
+        seconds: The call's time limit, for the message.
     """
     info, retry_seconds = _details(error)
     if info is None:
@@ -170,7 +170,7 @@ def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error,
 
 
 def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
-    """Reads ErrorInfo and RetryInfo out of a status; None where it is not one of ours."""
+    """Returns a status' ErrorInfo and retry delay; None for each that it lacks, as the status of a proxy does."""
     try:
         status = rpc_status.from_call(error)
     except (DecodeError, ValueError):
