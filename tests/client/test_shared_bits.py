@@ -66,7 +66,7 @@ class Run:
         self, client: Client, policy: Policy, transports: tuple[TransportName, ...], wait: "Eventually"
     ) -> None:
         groups = [Hyperparameters(lr=0.7), Hyperparameters(rho=0.8, weight_decay=0.01)]
-        self.client, self._wait = client, wait
+        self.client, self._wait, self._transports = client, wait, transports
         self.sync = isinstance(policy, Sync)
         self.model = client.create_model(
             "m", _gradients(0, SHAPES), groups=groups, group_of={"a": 0, "none": 0, "b": 1, "c": 1}, policy=policy
@@ -107,7 +107,7 @@ class Run:
         self.round(lambda k: _gradients(60 + k, SHAPES))
         last = self.workers[2]
         last.close()
-        self.workers[2] = self.model.worker("w2", transport=last._transport)
+        self.workers[2] = self.model.worker("w2", transport=self._transports[2])
         self.round(lambda k: _gradients(70 + k, SHAPES | MORE if k == 2 else SHAPES))
         if not self.sync:
             written = self.workers[0].step(_gradients(80, SHAPES), out=out)
