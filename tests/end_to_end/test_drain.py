@@ -191,7 +191,7 @@ def test_a_round_that_does_not_close_is_given_up_after_the_grace_period(
     waiting: tuple[Stoppable, Any, rpc.OpenSessionResponse],
 ) -> None:
     server, call, _b = waiting
-    server.drain()
+    server.stop()
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
     assert _reason(caught.value) == ("DRAINING", True)

@@ -1,6 +1,7 @@
 """RemoteAdadelta as a torch.optim.Optimizer: autograd, hooks, copies, printing and errors."""
 
 import copy
+import doctest
 import inspect
 import pickle
 import typing
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteAdadelta, _remote, _states
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote
@@ -158,6 +159,13 @@ def test_no_public_signature_has_a_type_of_protobuf_or_grpc() -> None:
             continue
         for annotation in typing.get_type_hints(function).values():
             assert not str(getattr(annotation, "__module__", "")).startswith(("google", "grpc", "deltaserve.v1"))
+
+
+@pytest.mark.parametrize("module", [_remote, _states])
+def test_examples_in_docstrings(module: Any) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 # --- errors, as torch words them

@@ -1,15 +1,17 @@
 """Several workers of one model: later ones start from the server's weights, and a round equals one large batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 import torch
 from torch import nn
 
 import deltaserve
 from deltaserve import Async, Sync
+from deltaserve._credentials import Plaintext
 from deltaserve.torch import RemoteAdadelta
 
 if TYPE_CHECKING:
@@ -72,6 +74,19 @@ def test_the_worker_has_the_given_name_and_the_rank_that_the_server_assigns(
 def test_a_refused_name_leaves_no_connection_behind(options: dict[str, Any], remote: "Remote") -> None:
     with pytest.raises(deltaserve.RequestError, match="expected 1 to 128 characters"):
         remote([torch.zeros(1)], **options)
+
+
+def test_the_channel_is_opened_by_the_credentials(target: str) -> None:
+    targets: list[str] = []
+
+    class Recorded(Plaintext):
+        def open_channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+            targets.append(target)
+            return super().open_channel(target, options)
+
+    with pytest.raises(deltaserve.RequestError, match="expected 1 to 128 characters"):
+        RemoteAdadelta([torch.zeros(1)], target, model="no spaces", credentials=Recorded())
+    assert targets == [target]
 
 
 def test_an_unreachable_server_is_reported_within_the_timeout() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltaserve._client import connect
 from deltaserve._common.element_types import Array, WireType, named
+from deltaserve._credentials import Credentials
 from deltaserve._errors import ConflictError, RequestError, StaleGradientError
 from deltaserve._model import Model
 from deltaserve._transport.overlapped import OverlappedPush
@@ -80,6 +81,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
             same user and allows it; "stream" never does; "shared" fails if shared memory is not available.
         wire: The type of the elements in messages, in both directions: "float32", "bfloat16" or "float16".
         timeout_seconds: The limit for one call, including its retries and the wait for a round.
+        credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
         ValueError: A hyperparameter is out of range, `local_steps` is above 1 without `local_optimizer`, `overlap` is
@@ -121,6 +123,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         transport: TransportName = "auto",
         wire: WireType = "float32",
         timeout_seconds: float = 120.0,
+        credentials: Credentials | None = None,
     ) -> None:
         # All options are checked first: a mistake must not leave a model behind on the server.
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
@@ -140,7 +143,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._overlap: Overlap | None = None
         defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**defaults, **UNUSED_DEFAULTS})
-        self._client = connect(target, timeout_seconds=timeout_seconds)
+        self._client = connect(target, timeout_seconds=timeout_seconds, credentials=credentials)
         try:
             self._model = self._create_or_join_model(model, policy)
             self._open_worker = partial(self._model._worker, lease_seconds=None, transport=transport, wire=elements)
