@@ -1,4 +1,4 @@
-# One command a habit; `make` alone lists them.
+# The project's commands; `make` alone lists them.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,11 +10,11 @@ BIN := .venv/bin
 SETUP := .venv/.setup
 FLOOR := .venv-floor/.setup
 
-# The stubs' generators; docs/decisions/0001-stubs.md says why these. The stamp's name holds what is installed.
+# The generators of the stubs; docs/decisions/0001-stubs.md gives the reasons. The stamp's name has their versions.
 STUBS := grpcio-tools==1.71.2 mypy-protobuf==3.6.0 protobuf==5.29.6
 PROTO := .venv-proto/.setup-$(subst $() ,-,$(subst ==,-,$(STUBS)))
 
-# What is checked: the folders that are there.
+# The folders that `make check` covers, if they exist.
 SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 
 # `buf breaking` compares with the last release, or before the first one with the last commit.
@@ -26,7 +26,7 @@ help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo "TORCH_INDEX_URL=URL takes torch from another index, for instance its CPU builds; PYTHON=... another Python."
 
-setup: $(SETUP) ## make the environment .venv and nothing else
+setup: $(SETUP) ## make only the environment .venv
 
 demo: $(SETUP) ## train digits with a server and two workers
 	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
@@ -83,13 +83,13 @@ bench-peers: $(SETUP) ## set up the peers in .venv-peers, then run them and delt
 	@$(MAKE) --no-print-directory --keep-going $(PEERS:%=.venv-peers/%/.setup) || echo "Peers that are not installed are left out."
 	@$(BIN)/python -m benchmarks --only peers $(BENCH_ARGS)
 
-clean: ## remove the environments and everything else that was made
+clean: ## remove the environments and all other generated files
 	rm -rf .venv .venv-proto .venv-floor .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find client server proto tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- the environments ---------------------------------------------------------------------------
 
-# $(call environment,FOLDER): an empty environment, or one line that says what is missing.
+# $(call environment,FOLDER): creates an empty environment, or prints one line that says what is missing.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "deltaserve needs Python 3.11 or newer as $(PYTHON), or say which: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -98,13 +98,13 @@ define environment
 	@$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(1)
 endef
 
-# $(call install,FOLDER,ARGUMENTS): pip, saying only the large downloads and the errors; the rest is in FOLDER/setup.log.
+# $(call install,FOLDER,ARGUMENTS): runs pip and prints only large downloads and errors; FOLDER/setup.log has the rest.
 define install
 	@set -o pipefail; $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --log $(1)/setup.log $(2) 2>&1 \
 	  | sed -unE -e 's/%2B/+/' \
 	    -e 's/^ *(Downloading|Using cached) (.*\/)?([^-]+-[^-]+)-[^ ]* (\(([0-9]{2,}\.[0-9]|[0-9]{3,}) MB\))$$/  \3 \4/p' \
 	    -e 's/^Installing collected packages:.*/  unpacking, which can take a minute/p' -e '/^ERROR/p' \
-	  || { echo "The installation failed; $(1)/setup.log has the whole story." >&2; exit 1; }
+	  || { echo "The installation failed; $(1)/setup.log has the details." >&2; exit 1; }
 endef
 
 $(SETUP): pyproject.toml constraints.txt
@@ -128,7 +128,7 @@ $(FLOOR): pyproject.toml constraints-floor.txt
 	$(call install,.venv-floor,--constraint constraints-floor.txt --editable .)
 	@touch $@
 
-# What deltaserve is measured beside, each in an environment of its own, which benchmarks/peers/ names too.
+# The peers that benchmarks compare with, each in its own environment. benchmarks/peers/ uses the same names.
 PEERS := torch_rpc tensorflow_ps ray_actor grpc_naive
 PINNED = $(shell grep -E '^($(1))==' constraints.txt)
 torch_rpc := $(call PINNED,torch|numpy)

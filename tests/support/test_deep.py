@@ -38,6 +38,7 @@ def run_deep(folder: Path, time: int) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(400)  # starts up to four pytest processes
 @pytest.mark.parametrize(("time", "status"), [(1, 0), (3, 0), (4, 1)])
 def test_a_failed_test_runs_again_twice_and_the_closing_lines_name_it(tmp_path: Path, time: int, status: int) -> None:
     ended = run_deep(tmp_path, time)

@@ -68,6 +68,7 @@ class Scalars(NamedTuple):
     sign: float
 
 
+# Every portion of every update asks for one of a few sets.
 @functools.lru_cache(maxsize=1024)
 def scalars(hyperparameters: Hyperparameters) -> Scalars:
     """Rounds hyperparameters to float32, the same way for every implementation.
@@ -89,5 +90,5 @@ def _rounded(value: float) -> float:
     """Rounds to the nearest float32; a value beyond its range becomes infinite."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
-    except OverflowError:
+    except OverflowError:  # struct raises where rounding to nearest gives infinity
         return math.copysign(math.inf, value)

@@ -98,6 +98,7 @@ def inspect(values: Values, start: int, fingerprint: int, squares: NDArray[np.fl
 
 
 def _first_bad(values: Values) -> int:
+    # A second pass in numpy, which only a refused push needs.
     magnitudes = widened(values).view(np.uint32) & np.uint32(_MAGNITUDE_BITS)
     return int(np.argmax(magnitudes > np.uint32(_LARGEST_BITS)))
 
@@ -127,6 +128,7 @@ def _type_inspect(_context: Any, values: Any, start: Any, squares: Any) -> Any:
             loaded = chunk.load(at, mask)
             bits, wide = loaded.bits(), loaded.doubles()
             mixed = _mixed(bits, offsets.lanes)
+            # Outside the mask the values are 0, but their mixes are not.
             mixes.lanes += mixed if mask is None else mixed.where(mask, 0)
             largest.lanes = (bits & _MAGNITUDE_BITS).at_least(largest.lanes)
             # A square of a float32 is exact in float64: only the sum rounds.
@@ -147,6 +149,7 @@ _inspect_vector: Any = intrinsic(_type_inspect)
 def _inspect_chunk(values: Any, start: Any, fingerprint: Any, squares: Any) -> Any:
     largest = np.uint32(0)
     first = np.uint64(0)
+    # One call for each block that the chunk touches, because each has its own lanes.
     while first < np.uint64(values.size):
         position = start + first
         last = min(first + np.uint64(BLOCK) - position % np.uint64(BLOCK), np.uint64(values.size))

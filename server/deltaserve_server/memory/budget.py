@@ -54,6 +54,7 @@ class Budget:
         Raises:
             BudgetExceeded: Fewer bytes are left. Nothing is reserved.
         """
+        # Outside the lock, because the parent has its own; a refusal below returns these bytes.
         upper = self._parent.reserve(size) if self._parent else None
         with self._lock:
             available = self._left()
@@ -110,6 +111,7 @@ class Reservation:
 
     def release(self) -> None:
         """Returns the bytes to the budget. Further calls do nothing."""
+        # Cleared first, so that a second call returns nothing twice.
         budget, self._budget = self._budget, None
         if budget:
             budget.give_back(self.size)

@@ -71,6 +71,7 @@ class DeviceStaging(Staging):
     def _allocate(self, size: int, dtype: "np.dtype[Any]") -> None:
         kind = _TYPES[dtype]
         self._pinned = torch.empty(size, dtype=kind, pin_memory=True)
+        # numpy has no bfloat16, so it sees the bits.
         self._host: Values = (self._pinned.view(torch.uint16) if kind is torch.bfloat16 else self._pinned).numpy()
         with torch.cuda.stream(self._upload):
             self.values = torch.empty(size, dtype=kind, device="cuda")
@@ -190,12 +191,15 @@ class DeviceStore(Store):
                     self._next[start:stop].copy_(self._weights[start:stop])
                 else:
                     squares.append(self._update(start, stop, hyperparameters, gradient, divisor))
+            # This part goes down while the kernel runs on the next one.
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
                 torch.from_numpy(host[start:stop]).copy_(self._next[start:stop], non_blocking=True)
         with torch.cuda.stream(self._compute):
             change = torch.stack(squares).tolist() if squares else []
+        # Only complete weights may be published.
         self._download.synchronize()
+        # Readers use the copy in host memory, so the old weights on the GPU are free for the next update.
         self._weights, self._next = self._next, self._weights
         self._single, self._sum, self._is_mean = None, None, False
         self._publish(host, number)
@@ -212,6 +216,7 @@ class DeviceStore(Store):
 
     def freeze(self) -> Frozen:
         """Returns the version's own weights, and copies of the averages on the GPU."""
+        # Copies, because updates change the averages in place.
         with torch.cuda.stream(self._compute):
             averages = self._square_avg.clone(), self._acc_delta.clone()
         self._compute.synchronize()

@@ -20,5 +20,6 @@ def keep_freed() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
+        # Setting any of these also turns off glibc's dynamic thresholds, hence all three.
         for parameter, value in ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _PAD)):
             mallopt(parameter, value)

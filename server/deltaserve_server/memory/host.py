@@ -148,6 +148,7 @@ class HostStore(Store):
         failpoint("push.reduce")
         first = self._pending
         if first is None:
+            # Most updates have one push. It stays in its messages, which saves the sum and a pass over memory.
             self._pending = _Single(staging, factor)
             return
         if isinstance(first, _Single):
@@ -183,6 +184,7 @@ class HostStore(Store):
     def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
         """Applies the gradient in one pass and publishes the new version."""
         pieces, divisor = self._gradient(weight)
+        # Another vector than the current version's, which readers may hold.
         weights = self._pool.take()
         _copy_outside(ranges, self.current.weights, weights)
         averages = self._averages_to_write(ranges)
@@ -232,6 +234,7 @@ class HostStore(Store):
         """Moves the current version to shared memory and allocates all later ones there."""
         if self._allocate is allocate_host:
             self._allocate = _allocate_shared
+            # A new pool, because the free vectors of the old one lie in private memory.
             self._pool = VectorPool(self.current.weights.size, self._allocate)
             # After the update the sum's vector goes to the pool, which then gives it out for weights: move it too.
             if isinstance(self._pending, _Total):
@@ -244,6 +247,7 @@ class HostStore(Store):
 
     def put(self, state: State, number: int) -> None:
         """Replaces the three vectors."""
+        # Nobody has frozen the new averages; a view of the old ones keeps its vectors.
         self._square_avg, self._acc_delta, self._frozen = state.square_avg, state.acc_delta, None
         self._publish(self._placed(state.weights), number)
 
@@ -257,6 +261,7 @@ class HostStore(Store):
         if isinstance(self._pending, _Total):
             self._pending.vector = np.concatenate([self._pending.vector, zeros])
         self._square_avg, self._acc_delta, self._frozen = square_avg, acc_delta, None
+        # Vectors of the old size are of no use any more: versions that readers hold return to the old pool.
         self._pool, self._averages_pool = VectorPool(extended.size, self._allocate), VectorPool(extended.size)
         self._readers = ReaderBudget(extended.nbytes, self._budget)
         self._publish(self._placed(extended), self.current.number)
@@ -270,6 +275,7 @@ class HostStore(Store):
         return placed
 
     def _publish(self, weights: Vector, number: int) -> None:
+        # Retired last, so that no reader finds a retired version as the current one.
         before, self.current = self.current, Version(number, weights, self._readers, self._pool)
         before.retire()
 
@@ -288,6 +294,7 @@ class HostStore(Store):
             case None:
                 return [], weight
             case _Single(staging, factor):
+                # One rounding of the quotient instead of one for each product.
                 return staging.pieces, weight / factor
             case _Total(vector, is_mean):
                 return [(0, vector)], 1.0 if is_mean else weight
@@ -353,6 +360,7 @@ class _HostFrozen(Frozen):
 
 def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:
     """Copies the elements that no range covers."""
+    # Pairs of edges alternate between gaps and ranges, and the first pair is a gap.
     edges = [0, *(edge for part in ranges for edge in (part.start, part.stop)), out.size]
     for start, stop in list(pairwise(edges))[::2]:
         out[start:stop] = vector[start:stop]

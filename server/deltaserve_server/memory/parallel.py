@@ -33,6 +33,7 @@ def run_parallel(run: Callable[[_Item], object], items: Iterable[_Item], executo
             try:
                 run(item)
             except BaseException:
+                # The other threads end after their current items.
                 remaining.clear()
                 raise
 

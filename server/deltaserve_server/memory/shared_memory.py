@@ -55,14 +55,17 @@ def allocate(size: int, *, others_write: bool) -> Vector:
     name = f"deltaserve-{secrets.token_hex(16)}"
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        # Others open the file through /proc, which checks its mode.
         os.fchmod(descriptor, _OWNER)
         os.posix_fallocate(descriptor, 0, size_bytes)  # a lack of memory shows here, not as SIGBUS at a write
         segment = _Segment(descriptor, size_bytes)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        # After the mapping: the seal against future writes leaves existing mappings writable.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals | (0 if others_write else _FUTURE_WRITE))
     except BaseException:
         os.close(descriptor)
         raise
+    # The mapping alone keeps the memory, but others can open the file only while the descriptor is open.
     weakref.finalize(segment, os.close, descriptor)
     segment.handle = Handle(os.getpid(), descriptor, name, size_bytes)
     return np.ndarray(size, np.float32, buffer=segment)

@@ -110,6 +110,7 @@ class Staging(ABC):
 
 def allocate_host(size: int) -> Vector:
     """Returns an uninitialized vector in private memory that starts at a multiple of 64 bytes."""
+    # numpy aligns to 16 bytes only, so allocate one cache line more and start inside it.
     vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
     first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
     return vector[first : first + size]
@@ -183,6 +184,7 @@ class Version:
             BudgetExceeded: The budget has no bytes left for a further version.
         """
         with self._lock:
+            # All readers share the vector, so only the first one reserves its bytes.
             if not self._readers:
                 self._reservation = self._budget.reserve(self.weights.nbytes)
             self._readers += 1
@@ -203,6 +205,7 @@ class Version:
             self._recycle()
 
     def _recycle(self) -> None:
+        # The next update writes into a pooled vector, so no reader may have it any more.
         if self._retired and not self._readers:
             self._pool.give(self.weights)
 
