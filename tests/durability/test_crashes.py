@@ -119,8 +119,7 @@ class Story:
 
     def end(self) -> None:
         """Shuts down in order."""
-        assert self.engine.storage
-        self.engine.storage.close(self.engine._checkpoint)
+        self.engine.close()
         self.host.die()
 
     def life(self) -> None:
@@ -235,9 +234,9 @@ def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path,
             counts["no model yet"] += 1
             return
         at, found = restored
-        assert found.version >= version, f"version {version} was durable, {found.version} restored back"
+        assert found.version >= version, f"version {version} was durable, {found.version} was recovered"
         if whole:
-            assert at >= index, f"record {index} was acknowledged, {at} restored back"
+            assert at >= index, f"record {index} was acknowledged, {at} was recovered"
         if at not in story.states:  # the first record of a call that makes two
             counts["half of a call"] += 1
             return

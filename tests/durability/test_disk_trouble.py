@@ -170,8 +170,8 @@ def test_a_shutdown_on_a_full_disk_logs_the_missing_snapshot(tmp_path: Path, cap
             pytest.skip("no file system can be mounted here")
         kept: Any
         for kept, rest in (
-            ("snapshot", "what restored after version 0 is lost"),
-            ("journal", "the journal has what restored"),
+            ("snapshot", "what came after version 0 is lost"),
+            ("journal", "the journal has what came"),
         ):
             server = LocalServer(
                 ServerConfig(device="cpu", data_dir=place / kept, durability=kept, snapshot_seconds=None)

@@ -1,5 +1,7 @@
 """The queue between a model and its journal: records to be written, and callbacks that wait until they are durable.
 
+The update comes first, in memory; its record is written after it and before anybody is notified of it.
+
 There is no writer thread. A thread that has changed the model calls `flush` after it has released the model's lock. It
 writes everything that is queued, with one fsync; threads that come meanwhile wait and mostly find their own records
 written (group commit). So a lone worker pays no hand-over to another thread, and many workers share an fsync.

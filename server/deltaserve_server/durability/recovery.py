@@ -9,7 +9,7 @@ one whose head says that versions may be lost.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,31 +118,40 @@ def recover(
     store = make_store(zeros_like(found.state.weights))
     store.put(found.state, machine.version)
     replayer = JournalReplayer(folder.files, machine, store, manifest.index, head, clock.monotonic())
-    replayer.replay(_journal_numbers(folder, manifest, head.served), _must_exist(manifest, head.served), progress)
+    present = {number for number in folder.journals() if number >= manifest.first_journal}
+    must_exist = _must_exist(manifest, head.served)
+    replayer.replay(sorted(present | must_exist), must_exist, progress)
 
-    outcome = assess_loss(
-        Evidence(
-            served=head.served,
-            lost_power=head.served is not None and head.served.lost_power,
-            corrupt_snapshots=found.corrupt,
-            snapshot_has_journal=manifest.journal is not None,
-            snapshot_index=found.last_index,
-            version=machine.version,
-            index=replayer.index,
-            journal_error=replayer.error,
-        ),
-        accept_data_loss=accept_data_loss,
+    loss = assess_loss(
+        head.served,
+        lost_power=replayer.lost_power,
+        journal_error=replayer.error,
+        snapshot_error=found.corrupt[max(found.corrupt)] if found.corrupt else None,
+        has_journal=manifest.journal is not None,
+        is_complete=replayer.index >= found.last_index,
     )
-    if isinstance(outcome, RefuseStart):
-        raise outcome.error
-    _warn(folder, head, machine, outcome)
-    if outcome:
+    if loss.refusal and not accept_data_loss:
+        raise loss.refusal
+    if loss.possible:
+        _log.warning(
+            "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end",
+            machine.name,
+            machine.version,
+        )
         # Before any repair: a start that finds the repaired files after a crash must know of the loss as well.
         folder.write_head(head.mark_uncertain())
         machine.lose_sessions()
+    elif head.inode not in (None, folder.inode):
+        _log.warning(
+            "model %s: %s is a copy, perhaps restored from a backup; the model continues from version %d, and workers "
+            "that have later versions of the original get RolledBackError",
+            machine.name,
+            folder.files.folder,
+            machine.version,
+        )
     _repair(folder, replayer, found.corrupt, sync=sync)
     stored = StoredModel(
-        head=head.next_lineage(machine.version, lost_at=replayer.index if outcome else None),
+        head=head.next_lineage(machine.version, lost_at=replayer.index if loss.possible else None),
         last=Entry(manifest.number, manifest.model.version, manifest.bytes, manifest.taken_at),
         saved_index=manifest.index,
         index=replayer.index,
@@ -205,17 +214,8 @@ def _read_newest_snapshot(folder: Folder, progress: Progress) -> _Snapshot:
     raise CorruptError(str(folder.files.folder), "it contains no snapshot")
 
 
-def _journal_numbers(folder: Folder, manifest: Manifest, served: Served | None) -> list[int]:
-    """Returns the numbers of the journals that continue a snapshot, including missing ones that must exist."""
-    present = {number for number in folder.journals() if number >= manifest.first_journal}
-    return sorted(present | _must_exist(manifest, served))
-
-
 def _must_exist(manifest: Manifest, served: Served | None) -> set[int]:
-    """Returns the numbers of journals that were created, if the last server crashed while it kept some.
-
-    Manifest and head name a journal only when it is on the disk.
-    """
+    """Returns the numbers of journals that exist if the last server crashed: manifest and head name them."""
     if served is None or served.journal is None:
         return set()
     named = manifest.journal, served.journal
@@ -242,6 +242,7 @@ class JournalReplayer:
         bytes: Length of the records replayed.
         journals: The readers of the journals read so far, by number, in order. Each stays open: repairs need its bytes.
         error: Why the last of these journals ends early; None if it is good.
+        lost_power: Whether the machine may have restarted since the journals were written.
         unread: Numbers of the journals after it.
     """
 
@@ -252,9 +253,9 @@ class JournalReplayer:
         self.journals: dict[int, JournalReader] = {}
         self.error: CorruptError | None = None
         self.unread: Sequence[int] = ()
+        self.lost_power = head.served is not None and head.served.lost_power
         self._files = files
         self._store = store
-        self._lost_power = head.served is not None and head.served.lost_power
         self._lost_at = head.lost_at
         self._now = now
 
@@ -262,7 +263,7 @@ class JournalReplayer:
         """Replays journals, up to the first error."""
         for place, number in enumerate(numbers):
             journal = JournalReader(
-                self._files, number, self.index, lost_power=self._lost_power, must_exist=number in must_exist
+                self._files, number, self.index, lost_power=self.lost_power, must_exist=number in must_exist
             )
             self.journals[number] = journal
             try:
@@ -320,103 +321,58 @@ class JournalReplayer:
         for offset, values in record.pieces:
             staging.add(offset, values)
         self._store.fold(staging, 1.0)
-        self._store.update(list(_ranges(self.machine, event)), event.divisor, event.summary.version)
+        groups = self.machine.layout.groups(event.absent)
+        ranges = [Range(start, stop, event.summary.hyperparameters[group]) for start, stop, group in groups]
+        self._store.update(ranges, event.divisor, event.summary.version)
         self.machine.replay_update(event.summary, event.absent, event.sources, self._now)
-
-
-def _ranges(machine: Machine, event: Updated) -> Iterator[Range]:
-    for start, stop, group in machine.layout.groups(event.absent):
-        yield Range(start, stop, event.summary.hyperparameters[group])
 
 
 # --- the decision
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What recovery found out about lost versions.
+class Loss(NamedTuple):
+    """Whether versions are lost that somebody may have seen.
 
     Attributes:
-        served: How the model was served; None after an orderly shutdown.
-        lost_power: Whether the machine may have restarted since.
-        corrupt_snapshots: Corrupt snapshots newer than the one used, by number, with what is wrong.
-        snapshot_has_journal: Whether a journal continues the snapshot used.
-        snapshot_index: Index of the last record that any snapshot includes, corrupt ones among them.
-        version: The version recovered.
-        index: Index of the last record recovered.
-        journal_error: Why the journals end early; None if they are good.
+        possible: Whether versions are lost, or may be.
+        refusal: The damage that lost acknowledged versions, which the operator must accept; None if there is none.
     """
 
-    served: Served | None
-    lost_power: bool
-    corrupt_snapshots: Mapping[int, CorruptError]
-    snapshot_has_journal: bool
-    snapshot_index: int
-    version: int
-    index: int
-    journal_error: CorruptError | None
+    possible: bool
+    refusal: CorruptError | None = None
 
 
-@dataclass(frozen=True)
-class LostAfter:
-    """Versions after this one are lost, or may be."""
-
-    version: int
-
-
-@dataclass(frozen=True)
-class RefuseStart:
-    """Acknowledged versions are lost, and nobody has accepted that."""
-
-    error: CorruptError
-
-
-def assess_loss(evidence: Evidence, *, accept_data_loss: bool) -> LostAfter | RefuseStart | None:
-    """Decides whether versions that a worker may have seen are lost.
+def assess_loss(
+    served: Served | None,
+    *,
+    lost_power: bool,
+    journal_error: CorruptError | None,
+    snapshot_error: CorruptError | None,
+    has_journal: bool,
+    is_complete: bool,
+) -> Loss:
+    """Decides whether versions are lost.
 
     Args:
-        evidence: What recovery found.
-        accept_data_loss: Whether the operator accepts that corrupt files lose versions.
-
-    Returns:
-        None if nothing is lost.
+        served: How the model was served; None after an orderly shutdown.
+        lost_power: Whether the machine may have restarted since.
+        journal_error: Why the journals end early; None if they are good.
+        snapshot_error: What is wrong with the newest snapshot; None if it is good.
+        has_journal: Whether a journal continues the snapshot used.
+        is_complete: Whether recovery reached every record that any snapshot includes, corrupt ones among them.
     """
-    corrupt = evidence.corrupt_snapshots
-    durability = evidence.served.durability if evidence.served else Durability.FSYNC
-    # Without fsync, a power failure leaves any part of the last records: that is not damage.
-    torn = evidence.lost_power and durability != Durability.FSYNC
-    # A snapshot repaired a broken journal, so it alone has the records that the journal lacks; and it is corrupt.
-    missing = bool(corrupt) and evidence.snapshot_has_journal and evidence.index < evidence.snapshot_index
-    if not accept_data_loss:
-        if evidence.journal_error and not torn:
-            return RefuseStart(evidence.journal_error)
-        if missing:
-            return RefuseStart(corrupt[max(corrupt)])
-    survives = durability == Durability.FSYNC or (durability == Durability.JOURNAL and not evidence.lost_power)
-    continued = evidence.snapshot_has_journal or not corrupt
-    is_whole = survives and continued and not missing and not evidence.journal_error
-    return None if is_whole else LostAfter(evidence.version)
+    durability = served.durability if served else Durability.FSYNC
+    if journal_error and not (lost_power and durability != Durability.FSYNC):
+        return Loss(True, journal_error)
+    if snapshot_error and has_journal and not is_complete:
+        # The snapshot repaired a broken journal: it alone has the records that the journal lacks.
+        return Loss(True, snapshot_error)
+    # Without fsync, a power failure leaves any part of the last records: an early end is a loss, and no damage.
+    survives = durability == Durability.FSYNC or (durability == Durability.JOURNAL and not lost_power)
+    return Loss(not survives or (snapshot_error is not None and not has_journal))
 
 
 # --- after the decision
-
-
-def _warn(folder: Folder, head: Head, machine: Machine, outcome: LostAfter | None) -> None:
-    """Logs what the operator should know about lost versions."""
-    if outcome:
-        _log.warning(
-            "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end",
-            machine.name,
-            outcome.version,
-        )
-    elif head.inode not in (None, folder.inode):
-        _log.warning(
-            "model %s: %s is a copy, perhaps restored from a backup; the model continues from version %d, and workers "
-            "that have later versions of the original get RolledBackError",
-            machine.name,
-            folder.files.folder,
-            machine.version,
-        )
 
 
 def _repair(folder: Folder, replayer: JournalReplayer, corrupt: Mapping[int, CorruptError], *, sync: bool) -> None:
