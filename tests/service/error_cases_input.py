@@ -1,4 +1,4 @@
-"""Requests that are refused for what they say: names, shapes, numbers, chunks, values."""
+"""Requests that are invalid in themselves: names, shapes, numbers, chunks, values."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,7 +54,7 @@ def _bad_lease(seconds: float) -> Callable[[Scene], Request]:
 
 
 def _many() -> Iterator[Case]:
-    """The cases that differ in a value only."""
+    """Yields the cases that differ in one value."""
     for name in ("", ".hidden", "../m", "a/b", "a b", "a\n", "a\0b", "ä", "a" * 129, "-m"):
         yield Case("NAME_INVALID", _bad_name(name), {"field": "name"}, False)
     for name in ("", "x" * 257, "a\nb", "\x7f"):

@@ -1,4 +1,4 @@
-"""Requests that are refused for what is there, or is not: models, sessions, rounds, limits, a server that stops."""
+"""Requests that the server's state refuses: models, sessions, rounds, limits, shutdown."""
 
 import os
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The table of errors, row by row: what each refusal carries, and that it changes nothing.
 
-The table in the client, the comments in the proto and the cases here are held to one another.
+The tests hold the table in the client, the comments in the proto and the cases here equal.
 """
 
 import re
@@ -48,7 +48,7 @@ def scene(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def _described() -> dict[str, tuple[str, frozenset[str]]]:
-    """Code and metadata keys by reason, out of the proto's comments."""
+    """Returns code and metadata keys by reason, as the comments in the proto state them."""
     found = {}
     comment = ""
     for line in PROTO.read_text().split("enum ErrorReason {")[1].splitlines():
@@ -88,7 +88,7 @@ def _below(kind: type[Error]) -> Iterator[type[Error]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_refusal_says_what_the_table_says_and_changes_nothing(case: Case, scene: Scene) -> None:
+def test_a_refusal_matches_the_table_and_changes_nothing(case: Case, scene: Scene) -> None:
     row = TABLE[case.reason]
     method, messages = case.prepare(scene)
     with unchanged(scene.wire, *scene.models):

@@ -1,4 +1,4 @@
-"""The table of errors as a user of the Python client meets it: exception, reason, metadata, and nothing changed."""
+"""The table of errors in the Python client: exception, reason, metadata, and an unchanged model."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +42,7 @@ ONES, ONE = np.ones(2, np.float32), np.ones((), np.float32)
 
 @dataclass
 class Stage:
-    """A server with an asynchronous model "m" (w [2], b []) and a worker of it that has made a step."""
+    """A server with an asynchronous model "m" (w [2], b []), and a worker that has made one step."""
 
     client: Client
     wire: Wire
@@ -53,16 +53,16 @@ class Stage:
     threads: ThreadPoolExecutor
 
     def worker_of(self, name: str, policy: deltaserve.Async | Bounded | Sync | None = None, size: int = 3) -> Worker:
-        """A worker of another model, which is made for it."""
+        """Creates another model and returns a worker of it."""
         model = self.client.create_model(name, {"w": np.zeros(size, np.float32)}, policy=policy)
         return self.stack.enter_context(model.worker("first"))
 
     def another(self, model: str, worker: str) -> Worker:
-        """A further worker."""
+        """Returns another worker."""
         return self.stack.enter_context(self.client.model(model).worker(worker))
 
     def push_that_waits(self, worker: Worker, gradient: ArrayLike, own: Hyperparameters | None = None) -> None:
-        """Begins a step in a thread of its own; its end does not matter."""
+        """Starts a step in another thread, whose result is ignored."""
         arrays = {"w": np.asarray(gradient, np.float32)}
         self.threads.submit(worker.step, arrays, hyperparameters=[own] if own else None)
         name = next(model.name for model in self.client.models() if model.name != "m")
@@ -89,7 +89,7 @@ CASES: dict[str, tuple[type[Error], dict[str, str], Provoke]] = {}
 
 
 def case(kind: type[Error], **metadata: str) -> Callable[[Provoke], Provoke]:
-    """Adds a case; its reason is the function's name."""
+    """Adds a case. Its reason is the name of the function."""
 
     def add(provoke: Provoke) -> Provoke:
         CASES[provoke.__name__.upper()] = kind, metadata, provoke
@@ -217,7 +217,7 @@ def round_failed(stage: Stage) -> Callable[[], object]:
 
 @case(UnavailableError, ahead="1", slack="0")
 def slack_exceeded(stage: Stage) -> Callable[[], object]:
-    """What a worker meets that goes on with another push than the one whose answer it did not wait for."""
+    """A worker sends its next push although the answer to the last one is withheld."""
     quick = stage.worker_of("s", Bounded())
     stage.another("s", "slow")
     quick.pull()
@@ -244,7 +244,7 @@ def internal(stage: Stage) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("reason", CASES)
-def test_a_refusal_is_raised_as_what_the_table_says(reason: str, stage: Stage) -> None:
+def test_a_refusal_raises_the_exception_of_the_table(reason: str, stage: Stage) -> None:
     kind, metadata, provoke = CASES[reason]
     call = provoke(stage)
     stage.client._connection.timeout_seconds = 1.8  # for those that may pass, which are tried again after a second

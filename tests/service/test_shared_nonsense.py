@@ -1,4 +1,4 @@
-"""Calls about shared memory that make no sense, come too often, or are cut: refused as documented, nothing is left."""
+"""Invalid, excessive and cancelled calls about shared memory are refused as documented and leak nothing."""
 
 import os
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ def test_many_openings_at_once_are_of_one_memory(wire: Wire) -> None:
 
 @pytest.fixture
 def without_files(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    """A server whose system has no descriptors left for memory."""
+    """A server on a system that has no file descriptors left."""
 
     def full(*_: object) -> int:
         raise OSError(24, "Too many open files")
@@ -94,7 +94,7 @@ def without_files(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch
         yield wire
 
 
-def test_where_the_system_has_no_memory_files_chunks_still_do(without_files: Wire) -> None:
+def test_chunks_work_where_the_system_has_no_memory_files(without_files: Wire) -> None:
     session = without_files.open("m", "a")
     with unchanged(without_files, "m"):
         refused = without_files.refused("OpenSharedMemory", rpc.OpenSharedMemoryRequest(**session.id))
@@ -103,7 +103,7 @@ def test_where_the_system_has_no_memory_files_chunks_still_do(without_files: Wir
     assert without_files.step(session.header(1), np.ones(SIZE)).result.version == 1
 
 
-def test_where_files_run_out_later_the_weights_come_in_chunks(own_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_come_in_chunks_once_descriptors_run_out(own_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its own server: pytest keeps the logged error, whose frames keep a version's memory, until the test is over.
     own_wire.create("m", {"w": (SIZE,)})
     sharer, reading = Sharer(own_wire, "m", "a"), []
@@ -125,7 +125,7 @@ def test_where_files_run_out_later_the_weights_come_in_chunks(own_wire: Wire, mo
 
 
 def test_a_descriptor_that_was_closed_is_never_another_memory_of_that_name(wire: Wire) -> None:
-    """Numbers are used again at once: the name tells."""
+    """The system reuses descriptor numbers at once, so the client must check the name."""
     wire.create("m", {"w": (SIZE,)})
     seen: dict[tuple[int, str], int] = {}
     for _ in range(10):
@@ -166,7 +166,7 @@ def test_floods_of_calls_that_are_cut_leave_nothing(wire: Wire, sharer: Sharer) 
 
 
 def _flush(wire: Wire, sharer: Sharer) -> None:
-    """Lets a call that was cut end on the server too: it may still hold the number that is next."""
+    """Waits until a cancelled call has ended on the server too: it may still hold the next sequence number."""
     with pytest.raises(grpc.RpcError) as caught:
         sharer.begin(1 << 40, None).answer()
     assert refusal(caught.value).reason == "SEQUENCE_GAP"
