@@ -211,7 +211,9 @@ class Membership:
         own = history(self._ancestors, self.lineage, self._version)
         verdict = compare(own, server, acknowledged=acknowledged, last_applied=last_applied)
         if verdict is None:
-            raise StateLostError(f"model {self._model} is another one than before, of the same name")
+            raise StateLostError(
+                f"model {self._model} is a different model of the same name than the one that the worker knew"
+            )
         return verdict
 
     def _rolled_back(self, verdict: RolledBack) -> StaleGradientError:

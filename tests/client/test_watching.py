@@ -216,7 +216,7 @@ def test_leaving_the_loop_frees_the_place() -> None:
                     next(model.watch())
                 if caught.value.reason:
                     break
-            assert caught.match("has its 2 watchers")
+            assert caught.match("limit of 2 watchers")
             assert caught.value.reason == "WATCHER_LIMIT"
 
 

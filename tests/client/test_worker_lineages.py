@@ -129,7 +129,7 @@ def test_a_worker_does_not_push_to_another_model_of_the_same_name(
     worker: Worker, refusing: Callable[..., list[rpc.PushHeader]]
 ) -> None:
     sent = refusing({}, B, 3, 3)
-    with pytest.raises(StateLostError, match="another one than before"):
+    with pytest.raises(StateLostError, match="a different model of the same name"):
         worker.step(ONE)
     assert len(sent) == 1
 

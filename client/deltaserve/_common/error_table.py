@@ -66,7 +66,7 @@ TABLE: Mapping[str, Row] = {
     "MODEL_NOT_FOUND": Row(grpc.StatusCode.NOT_FOUND, RequestError, "no model is named '{model}'"),
     "MODEL_MISMATCH": Row(_EXISTS, ConflictError, "model {model} exists and differs: {difference}"),
     "SESSION_UNKNOWN": Row(
-        _PRECONDITION, SessionError, "there is no such session: it was closed, or its lease ran out; open a new one"
+        _PRECONDITION, SessionError, "no such session: it was closed, or its lease ran out; open a new one"
     ),
     "SESSION_FENCED": Row(
         _PRECONDITION,
@@ -79,20 +79,22 @@ TABLE: Mapping[str, Row] = {
     "ROUND_CLOSED": Row(
         _PRECONDITION,
         StaleGradientError,
-        "the gradient is of version {base}, its round is of version {current}: pull that, compute again, push",
+        "the gradient was computed on version {base}, its round needs {current}: pull that, compute again, push",
     ),
     "HYPERPARAMETER_CONFLICT": Row(
         _PRECONDITION, ConflictError, "{field}: other workers push {round} in this round, got {got}"
     ),
     "MEMORY_BUDGET": Row(
-        _EXHAUSTED, UnavailableError, "needs {needed} bytes of the server's memory budget, {available} are left"
+        _EXHAUSTED,
+        UnavailableError,
+        "needs {needed} bytes of the server's memory budget, {available} bytes are available",
     ),
-    "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} sessions"),
-    "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} models"),
+    "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} sessions"),
+    "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} models"),
     "RECOVERING": Row(
         grpc.StatusCode.UNAVAILABLE,
         UnavailableError,
-        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s to go",
+        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s left",
     ),
     "STORAGE_UNAVAILABLE": Row(
         grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot use its data directory: {why}"
@@ -100,7 +102,11 @@ TABLE: Mapping[str, Row] = {
     "NOT_DURABLE": Row(
         _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"
     ),
-    "LINEAGE_UNKNOWN": Row(_PRECONDITION, StateLostError, "model {model} is another one than before, of the same name"),
+    "LINEAGE_UNKNOWN": Row(
+        _PRECONDITION,
+        StateLostError,
+        "model {model} is a different model of the same name than the one that the worker knew",
+    ),
     "LINEAGE_CHANGED": Row(
         _PRECONDITION,
         ConflictError,
@@ -110,20 +116,23 @@ TABLE: Mapping[str, Row] = {
     "STALE_BASE": Row(
         grpc.StatusCode.ABORTED,
         StaleGradientError,
-        "the gradient is of version {base}, more than {bound} before the current {current}: pull, compute again, push",
+        "the gradient was computed on version {base}, more than {bound} before the current {current}: "
+        "pull, compute again, push",
     ),
     "ROUND_FAILED": Row(
         grpc.StatusCode.ABORTED,
         UnavailableError,
         "the round's time was up with {got} of the {need} pushes that it needs; none was applied: step again",
     ),
-    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} watchers"),
+    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} watchers"),
     "SLACK_EXCEEDED": Row(
         _PRECONDITION,
         UnavailableError,
         "the worker is {ahead} steps ahead of the slowest, {slack} are allowed: the answer to its last push waits",
     ),
-    "INTERNAL": Row(grpc.StatusCode.INTERNAL, ServerError, "a fault of the server; its log has incident {incident}"),
+    "INTERNAL": Row(
+        grpc.StatusCode.INTERNAL, ServerError, "the server has a bug; look for incident {incident} in its log"
+    ),
     "SHARED_MEMORY_UNAVAILABLE": Row(_PRECONDITION, RequestError, "no shared memory: {why}"),
 }
 
