@@ -52,7 +52,7 @@ def train_together(work: Sequence[Job]) -> None:
 
 
 def final_weights(target: str, model: str) -> tuple[int, list[NDArray[np.float32]]]:
-    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
         state = client.model(model).pull_state(optimizer_state=False)
     return state.version, list(state.weights.values())
 
@@ -206,7 +206,7 @@ def test_a_push_weighs_its_samples(target: str, model: str, kind: type[AirfoilSc
     )
     recipe = kind(train=examples, seed=5)
     options = join(target, model, deltaserve.Sync(min_workers=2))
-    with deltaserve.connect(target, timeout_seconds=10.0) as client, ThreadPoolExecutor(1) as threads:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client, ThreadPoolExecutor(1) as threads:
         work = jobs(recipe, options, 2)
         with work[0].recipe.learner(options) as first, work[1].recipe.learner(options) as second:
             events = client.model(model).watch()

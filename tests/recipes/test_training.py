@@ -83,7 +83,7 @@ def test_digits_are_learned_by_any_number_of_workers(
     [
         deltaserve.Sync(min_workers=2, quorum=2),
         deltaserve.Sync(min_workers=3, reduction="trimmed_mean", trim=1, clip_norm=5.0),
-        deltaserve.Sync(min_workers=3, reduction="median", round_timeout_seconds=20.0),
+        deltaserve.Sync(min_workers=3, reduction="median", round_timeout_seconds=60.0),
         deltaserve.Async(max_staleness=0),
         deltaserve.Async(max_staleness=8, damping=True),
         deltaserve.Bounded(slack=1),
@@ -128,7 +128,7 @@ def test_a_killed_worker_ends_the_run_and_the_other_worker(target: str, model: s
         run(endless, target=target, model=model, workers=2, policy=policy, observer=kill)
     assert not multiprocessing.active_children()
     # The survivor closed its session; the victim's session ends with its lease.
-    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
         assert len(client.model(model).info().sessions) <= 1
 
 
@@ -142,13 +142,13 @@ def test_an_interrupt_stops_the_workers_which_close_their_sessions(target: str, 
     with pytest.raises(KeyboardInterrupt):
         run(endless, target=target, model=model, workers=2, policy=deltaserve.Async(), observer=interrupt)
     assert not multiprocessing.active_children()
-    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
         assert not client.model(model).info().sessions
 
 
 def test_a_model_that_differs_is_an_error_that_says_what_to_do(target: str, model: str, synthetic_file: Path) -> None:
     recipe = AirfoilScratch(train=load_airfoil(synthetic_file))
-    with deltaserve.connect(target, timeout_seconds=10.0) as client:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
         client.create_model(model, recipe.initial_weights(), policy=deltaserve.Async())
     with pytest.raises(WorkerError, match=f"^worker 0: .*{model}.*: choose another --model, or delete") as raised:
         run(recipe, target=target, model=model, workers=1, policy=deltaserve.Sync())

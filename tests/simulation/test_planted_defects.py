@@ -3,9 +3,9 @@
 from itertools import count
 
 import pytest
-from planted_defects import DEFECTS, simulation_with
 from histories import SCENARIOS, history
 from ledger import Violation
+from planted_defects import DEFECTS, simulation_with
 from shrink import violation
 
 EVENTS = 20_000
