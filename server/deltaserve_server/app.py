@@ -130,6 +130,7 @@ class Server:
         self._services = self._add_services()
         self._target: str | None = None
         self._stopping = threading.Lock()
+        self._saved: Future[bool] | None = None
         self._stopped = threading.Event()
 
     @staticmethod
@@ -190,8 +191,8 @@ class Server:
     def stop(self, grace_seconds: float = 5.0) -> bool:
         """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops.
 
-        Last snapshots take as long as they take, and the log says so. Every other wait is bounded: `abandoned` and the
-        log say what the server has given up.
+        Last snapshots have no time limit; the log says so every ten seconds. Every other wait has one: `abandoned` and
+        the log say what the server has given up.
 
         Returns:
             Whether every durable model has its last snapshot; the log says why one has not.
@@ -221,23 +222,24 @@ class Server:
 
     def _stop_models(self) -> bool:
         """Ends the models; returns whether each durable one has its last snapshot."""
-        saved: Future[bool] = Future()
-
-        def stop() -> None:
-            try:
-                saved.set_result(self._catalog.stop())
-            except BaseException as error:  # raised in the thread that called stop
-                saved.set_exception(error)
-
-        # In a thread of its own: the main thread can then take a second signal even while the disk hangs.
-        threading.Thread(target=stop, name="stop", daemon=True).start()
-        while not wait([saved], _NOTICE_SECONDS).done:
+        if self._saved is None:  # else an earlier call was interrupted: its thread goes on
+            self._saved = Future()
+            # In a thread of its own: the main thread can then take a second signal even while the disk hangs.
+            threading.Thread(target=self._save_models, args=[self._saved], name="stop", daemon=True).start()
+        while not wait([self._saved], _NOTICE_SECONDS).done:
             _log.warning("still stopping: models and their last snapshots take long; a second signal gives them up")
-        return saved.result()
+        return self._saved.result()
+
+    def _save_models(self, saved: "Future[bool]") -> None:
+        try:
+            saved.set_result(self._catalog.stop())
+        except BaseException as error:  # raised in the thread that called stop
+            saved.set_exception(error)
 
     def _stop_grpc(self, grace_seconds: float) -> None:
         if not self._grpc.stop(grace_seconds).wait(grace_seconds + _GIVE_UP_SECONDS):
             self.abandoned.append("calls that did not end when they were cancelled")
+        # Without this the interpreter would wait for these threads when it exits, and without a limit.
         for what, executor in (("calls", self._calls), ("updates", self._executor)):
             if not _shut_down(executor, _GIVE_UP_SECONDS):
                 self.abandoned.append(f"threads of {what}")
@@ -302,7 +304,6 @@ def _durable_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies |
 
 def _shut_down(executor: Executor, seconds: float) -> bool:
     """Ends a pool of threads; returns whether they all ended in time."""
-    # The pool has no shutdown with a limit, and the interpreter would wait for its threads without one.
     thread = threading.Thread(target=executor.shutdown, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -226,11 +226,16 @@ def serve(
     log.info("%s: stopping; rounds go on for at most %g s%s", number.name, grace_seconds, then)
     kept = server.stop(grace_seconds=grace_seconds)
     status = _STATUS[number] if kept else 1
-    if server.abandoned:  # a thread that hangs would keep the interpreter from exiting
+    _exit_if_stuck(server, status)
+    raise typer.Exit(status)
+
+
+def _exit_if_stuck(server: "Server | None", status: int) -> None:
+    """Ends the process at once if a thread of the server hangs: the interpreter would wait for it."""
+    if server and server.abandoned:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(status)
-    raise typer.Exit(status)
 
 
 def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
@@ -244,12 +249,17 @@ def _started(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server
     """Makes and starts a server; what stops it from starting is told in one line. `check` may end it meanwhile."""
     from deltaserve_server.durability.errors import DataDirectoryError
 
+    server: Server | None = None
     try:
         server = make()
         server.start(check)
-    except typer.Exit:  # a RuntimeError too
+    except typer.Exit as end:  # a RuntimeError too
+        _exit_if_stuck(server, end.exit_code)
         raise
     except (OSError, RuntimeError, ValueError, DataDirectoryError) as error:
+        if server and server.abandoned:
+            log.error("%s", error)
+            _exit_if_stuck(server, 1)
         raise CommandError(str(error)) from error
     return server
 
