@@ -102,15 +102,17 @@ class Server:
         observers: Iterable[Observer] = (),
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        self.config = config or ServerConfig()
+        self.config = self._complete(config)
         self.incarnation = secrets.token_hex(16)
         self.abandoned: list[str] = []
         self._port = Port(self.config.bind, credentials)
         self._threads = self.config.threads or usable_threads()
+        # One pool for all models: more threads than cores would only take turns.
         self._executor = ThreadPoolExecutor(self._threads, "update")
         place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(self._executor, self._threads)
         self.device = place.device
         self._health = HealthServicer()
+        # Health first: a client that hears of a model may ask for its health at once.
         self._observers = Observers([self._health, LogObserver(), *observers])
         self._catalog = ModelCatalog(
             self.config,
@@ -128,7 +130,13 @@ class Server:
         self._services = self._add_services()
         self._target: str | None = None
         self._stopping = threading.Lock()
+        self._saved: Future[bool] | None = None
         self._stopped = threading.Event()
+
+    @staticmethod
+    def _complete(config: ServerConfig | None) -> ServerConfig:
+        """Returns the settings to use for those that were given."""
+        return config or ServerConfig()
 
     @property
     def target(self) -> str:
@@ -150,7 +158,7 @@ class Server:
             OSError: The address cannot be bound.
             DataDirectoryError: A model cannot be recovered.
         """
-        if self._owns_process:
+        if self._owns_process:  # a notebook's heap is none of a server's business
             heap.keep_freed()
         try:
             listens = self._port.bind(self._grpc)
@@ -158,7 +166,7 @@ class Server:
             self._catalog.stop()
             raise
         self._health.set_services(self._services, serving=False)
-        self._grpc.start()
+        self._grpc.start()  # before the recovery, so that clients hear how long it takes
         # Before the recovery, which needs the kernels too: it applies journaled updates again.
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
@@ -183,17 +191,18 @@ class Server:
     def stop(self, grace_seconds: float = 5.0) -> bool:
         """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops.
 
-        Last snapshots take as long as they take, and the log says so. Every other wait is bounded: `abandoned` and the
-        log say what the server has given up.
+        Last snapshots have no time limit; the log says so every ten seconds. Every other wait has one: `abandoned` and
+        the log say what the server has given up.
 
         Returns:
             Whether every durable model has its last snapshot; the log says why one has not.
         """
         # In real time, whatever the models' clock is: a process that is told to stop has to end.
-        with self._stopping:
+        with self._stopping:  # a second caller waits for the first, and gets the same answer
             deadline = monotonic() + grace_seconds
             self._health.enter_graceful_shutdown()  # the status of every service and model becomes NOT_SERVING
             self._catalog.quotas.draining = True
+            # Rounds that are open may still close; their workers get their answers before the models end.
             while self._catalog.waiting() and monotonic() < deadline:
                 sleep(_POLL_SECONDS)
             saved = self._stop_models()
@@ -213,23 +222,24 @@ class Server:
 
     def _stop_models(self) -> bool:
         """Ends the models; returns whether each durable one has its last snapshot."""
-        saved: Future[bool] = Future()
-
-        def stop() -> None:
-            try:
-                saved.set_result(self._catalog.stop())
-            except BaseException as error:
-                saved.set_exception(error)
-
-        # In a thread of its own: the main thread can then take a second signal even while the disk hangs.
-        threading.Thread(target=stop, name="stop", daemon=True).start()
-        while not wait([saved], _NOTICE_SECONDS).done:
+        if self._saved is None:  # else an earlier call was interrupted: its thread goes on
+            self._saved = Future()
+            # In a thread of its own: the main thread can then take a second signal even while the disk hangs.
+            threading.Thread(target=self._save_models, args=[self._saved], name="stop", daemon=True).start()
+        while not wait([self._saved], _NOTICE_SECONDS).done:
             _log.warning("still stopping: models and their last snapshots take long; a second signal gives them up")
-        return saved.result()
+        return self._saved.result()
+
+    def _save_models(self, saved: "Future[bool]") -> None:
+        try:
+            saved.set_result(self._catalog.stop())
+        except BaseException as error:  # raised in the thread that called stop
+            saved.set_exception(error)
 
     def _stop_grpc(self, grace_seconds: float) -> None:
         if not self._grpc.stop(grace_seconds).wait(grace_seconds + _GIVE_UP_SECONDS):
             self.abandoned.append("calls that did not end when they were cancelled")
+        # Without this the interpreter would wait for these threads when it exits, and without a limit.
         for what, executor in (("calls", self._calls), ("updates", self._executor)):
             if not _shut_down(executor, _GIVE_UP_SECONDS):
                 self.abandoned.append(f"threads of {what}")
@@ -258,11 +268,7 @@ class Server:
 class LocalServer(Server):
     """A server in this process on a free loopback port, for notebooks, tests and short runs.
 
-    Args:
-        config: The server's settings. A free port replaces `bind` if that is the default.
-        clock: What leases, rounds and snapshots run on.
-        observers: Learn of events.
-        credentials: The server's certificates; None means that connections are not encrypted.
+    The arguments are those of `Server`. The default device is the CPU, and a free port replaces the default `bind`.
 
     Example:
         >>> import deltaserve
@@ -273,18 +279,10 @@ class LocalServer(Server):
 
     _owns_process = False
 
-    def __init__(
-        self,
-        config: ServerConfig | None = None,
-        *,
-        clock: Clock = SYSTEM_CLOCK,
-        observers: Iterable[Observer] = (),
-        credentials: grpc.ServerCredentials | None = None,
-    ) -> None:
+    @staticmethod
+    def _complete(config: ServerConfig | None) -> ServerConfig:
         config = config or ServerConfig(device="cpu")
-        if config.bind == DEFAULT_BIND:
-            config = replace(config, bind="127.0.0.1:0")
-        super().__init__(config, clock=clock, observers=observers, credentials=credentials)
+        return replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config
 
 
 def _durable_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | None]:
@@ -313,12 +311,13 @@ def _shut_down(executor: Executor, seconds: float) -> bool:
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    # A peer that is gone without a word is noticed by pings, which must not be taken for an attack.
     silent = round(config.keepalive_seconds * 1000)
     return [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
         ("grpc.max_receive_message_length", config.message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.http2.max_frame_size", _FRAME_BYTES),
+        ("grpc.max_send_message_length", -1),  # chunks keep answers within every client's limit
+        ("grpc.http2.max_frame_size", _FRAME_BYTES),  # one frame for a chunk: fewer wake-ups for large vectors
         ("grpc.experimental.tcp_read_chunk_size", _FRAME_BYTES),
         ("grpc.keepalive_time_ms", silent),
         ("grpc.keepalive_timeout_ms", silent // 2),
@@ -384,7 +383,7 @@ def _processor() -> str:
 
 
 def _load_kernels() -> None:
-    """Compiles or loads the CPU kernels. The server serves meanwhile: this takes longer than the rest of its start."""
+    """Compiles or loads the CPU kernels, in the background: this takes longer than the rest of a server's start."""
     started = monotonic()
     from deltaserve_server.adadelta import cpu, values  # noqa: F401
 

@@ -92,6 +92,7 @@ class ServerConfig:
         host, separator, port = self.bind.rpartition(":")
         if not self._unix and (not separator or not host or not port.isdecimal() or int(port) > 65_535):
             raise ValueError(f"bind: expected HOST:PORT or unix:PATH, got {self.bind!r}")
+        # Errors name the setting as the keyword argument and the flag do.
         counts = "threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"
         for name in (*counts, "snapshot_updates"):
             value = getattr(self, name)
@@ -109,7 +110,7 @@ class ServerConfig:
                 "durability: expected snapshot, journal or fsync with a data directory, got none; "
                 "choose one of them, or leave out the data directory"
             )
-        if self.data_dir is None:
+        if self.data_dir is None:  # a setting without effect is a mistake, and may cost somebody's model
             given = {
                 f"durability {self.durability}": self.effective_durability != "none",
                 "snapshot_updates": self.snapshot_updates is not None,
@@ -141,6 +142,7 @@ class ServerConfig:
 def usable_memory_bytes() -> int:
     """Returns 80 % of the memory that this process may use."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Both versions of control groups; a container's limit is lower than the machine's memory.
     limits = [machine, *map(_limit, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
     return min(limit for limit in limits if limit) * 4 // 5
 
@@ -153,5 +155,5 @@ def usable_threads() -> int:
 def _limit(path: str) -> int | None:
     try:
         return int(Path(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no such control group, or "max"
         return None

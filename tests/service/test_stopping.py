@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from wire import Wire
+from wire import Wire, creation
 
 from deltaserve_server import LocalServer, app
 
@@ -141,7 +141,7 @@ def test_a_stop_that_waits_for_the_disk_says_so(
 def test_a_process_whose_call_hangs_exits() -> None:
     """The interpreter would wait for the thread of the call; the process waits some seconds and exits."""
     with _process(DELTASERVE_FAILPOINTS="push.headers=sleep(100)") as (process, target), Wire(target) as wire:
-        wire.create("m")
+        wire.one("CreateModel", *creation("m"), seconds=100.0)  # a new process loads the kernels first
         session = wire.open("m", "a")
         hanging = threading.Thread(target=lambda: _ignored(wire, session.header(1)), daemon=True)
         hanging.start()

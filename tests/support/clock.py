@@ -39,7 +39,8 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Advances the time, and returns when every thread that waits for it has seen that and waits again.
 
-        With `LocalServer(clock=...)`, leases and rounds that are over have then ended.
+        With `LocalServer(clock=...)`, leases and rounds that are over have then ended. Models with a journal are an
+        exception: their ticks run in a pool.
         """
         with self._changed:
             self._wait_for(lambda: bool(self._waiting), "no thread waits for this clock")

@@ -240,11 +240,16 @@ def serve(
     log.info("%s: stopping; waits at most %g s for open rounds%s", number.name, grace_seconds, then)
     saved = server.stop(grace_seconds=grace_seconds)
     status = _EXIT_STATUS[number] if saved else 1
-    if server.abandoned:  # a thread that hangs would keep the interpreter from exiting
+    _exit_if_stuck(server, status)
+    raise typer.Exit(status)
+
+
+def _exit_if_stuck(server: "Server | None", status: int) -> None:
+    """Ends the process at once if a thread of the server hangs: the interpreter would wait for it."""
+    if server and server.abandoned:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(status)
-    raise typer.Exit(status)
 
 
 def _make_config(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
@@ -258,12 +263,17 @@ def _start(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
     """Makes and starts a server, and reports in one line what prevents it; `check` may end the command meanwhile."""
     from deltaserve_server.durability.errors import DataDirectoryError
 
+    server: Server | None = None
     try:
         server = make()
         server.start(check)
-    except typer.Exit:  # a RuntimeError too
+    except typer.Exit as end:  # a RuntimeError too
+        _exit_if_stuck(server, end.exit_code)
         raise
     except (OSError, RuntimeError, ValueError, DataDirectoryError) as error:
+        if server and server.abandoned:
+            log.error("%s", error)
+            _exit_if_stuck(server, 1)
         raise CommandError(str(error)) from error
     return server
 

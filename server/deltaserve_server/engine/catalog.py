@@ -78,6 +78,7 @@ class ModelCatalog:
         self._models: dict[str, ModelEngine] = {}
         expected = {name: Expected.of(directory.folder(name)) for name in directory.names()} if directory else {}
         self._recovery = RecoveryProgress({name: model.bytes for name, model in expected.items()}, clock)
+        # Now, before clients can create models: recovered models come first.
         self._promised = {name: self._promise(model.elements) for name, model in expected.items()}
         self._lock = threading.Lock()
         self._stopped = False
@@ -142,15 +143,15 @@ class ModelCatalog:
         with ExitStack() as undo:
             reservation = self.quotas.reserve_model(machine.layout.size)
             undo.callback(reservation.release)
-            weights = receive()
+            weights = receive()  # without the lock: a client may send for minutes
             prepared = self._prepare(machine, weights)
             if prepared:
                 undo.callback(prepared.discard)
             with self._lock:
-                existing = self._models.get(machine.name)
+                existing = self._models.get(machine.name)  # another caller may have been quicker
                 if existing is not None:
                     return existing, False
-                self.check_room()
+                self.check_room()  # again: other callers may have filled the server since
                 store = self._make_store(weights, self.quotas.memory)
                 storage = self._commit(prepared, machine.name) if prepared else None
                 engine = self._engine(machine, store, reservation, storage)
@@ -174,7 +175,7 @@ class ModelCatalog:
                 self._remove_files(name)
                 del self._models[name]
                 self._observers.emit(ModelDeleted(model=name))
-            engine.lose(gone)
+            engine.lose(gone)  # after it is out of the catalog, so that no new call finds an ended model
         engine.release()
         _log.info("model %s deleted", name)
         return engine
@@ -281,11 +282,12 @@ class ModelCatalog:
         if self._stopped:
             return self._all_saved
         self._stopped = True
-        self._leases.stop()
+        self._leases.stop()  # first, so that no lease ends while models do
         for engine in self.all():
             engine.end(Refused("DRAINING", DRAIN_RETRY_SECONDS))
         if self._snapshots:
             self._snapshots.stop()
+        # After all have ended, so that no model waits for another's disk with its workers.
         for engine in self.all():
             self._close(engine)
         if self._copies:
@@ -340,7 +342,7 @@ class ModelCatalog:
             else:
                 version, seconds = engine.machine.version, self.clock.monotonic() - began
                 _log.info("model %s recovered at version %d in %.1f s", name, version, seconds)
-            self._recovery.done(name)
+            self._recovery.done(name)  # after it is served: a client must not hear MODEL_NOT_FOUND in between
 
     def _recover(
         self,
@@ -372,7 +374,7 @@ class ModelCatalog:
             raise DataDirectoryError(f"model {name}: {path}: {error.strerror}{advice}") from error
         engine = self._engine(recovered.machine, recovered.store, reservation, storage)
         try:
-            if recovered.version_bumped:
+            if recovered.version_bumped:  # only now is there a journal to write it to
                 engine.version_bumped()
         except Refused as error:
             raise DataDirectoryError(f"model {name}: {error.metadata.get('why')}") from error
@@ -384,7 +386,7 @@ class ModelCatalog:
         """Reserves the memory of a model that is not recovered yet, before new models take it."""
         try:
             return self.quotas.reserve_model(elements)
-        except BudgetExceeded:  # the recovery says so when it comes to this model
+        except BudgetExceeded:  # the recovery reports it when it reaches this model
             return self.quotas.reserve_model(0)
 
     def _prepare(self, machine: Machine, weights: Vector) -> Prepared | None:

@@ -2,6 +2,8 @@
 
 An event of a model is emitted once it is durable: at once for a model without a journal, after its record is written
 for a model with one. The journal itself is therefore no observer: it decides when observers hear of an event.
+
+The fields `model`, `worker`, `epoch`, `rank` and `sequence` are what the contract calls so.
 """
 
 import logging
@@ -12,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 from deltaserve_server.model import UpdateSummary
 
 _log = logging.getLogger(__name__)
+
+LeaveReason = Literal["closed", "expired", "replaced"]
 
 
 class Position(NamedTuple):
@@ -33,10 +37,6 @@ class Pushed:
     """A model accepted a push. The push is part of an update already, or waits for its round.
 
     Attributes:
-        model: The model's name.
-        worker: The worker's name.
-        epoch: The epoch of the worker's session.
-        sequence: The number of the push in its session.
         norm: L2 norm of the gradient.
     """
 
@@ -52,7 +52,6 @@ class Updated:
     """A model has a new version. Compared by identity: all watchers of a model share one event.
 
     Attributes:
-        model: The model's name.
         position: Where the model stands with this version.
         summary: The update that made the version; None if there was no update, as after PutState.
     """
@@ -64,14 +63,7 @@ class Updated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionJoined:
-    """A worker opened a session.
-
-    Attributes:
-        model: The model's name.
-        worker: The worker's name.
-        epoch: The session's epoch.
-        rank: The session's rank.
-    """
+    """A worker opened a session."""
 
     model: str
     worker: str
@@ -84,16 +76,13 @@ class SessionLeft:
     """A session ended.
 
     Attributes:
-        model: The model's name.
-        worker: The worker's name.
-        epoch: The session's epoch.
         reason: "closed" by its worker, "expired" with its lease, or "replaced" by a newer session of its worker.
     """
 
     model: str
     worker: str
     epoch: int
-    reason: Literal["closed", "expired", "replaced"]
+    reason: LeaveReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +90,6 @@ class RoundClosed:
     """A round of a synchronous model ended.
 
     Attributes:
-        model: The model's name.
         version: The version that the round made; None if the round failed.
         pushes: How many pushes the round had.
     """
@@ -116,8 +104,7 @@ class SnapshotTaken:
     """A snapshot of a model is on disk.
 
     Attributes:
-        model: The model's name.
-        number: The snapshot's number.
+        number: Counts the model's snapshots.
         version: The model's version in the snapshot.
         bytes: The snapshot's size.
     """
@@ -153,19 +140,6 @@ class RequestRefused:
 
     method: str
     reason: str
-
-
-Event = (
-    Pushed
-    | Updated
-    | SessionJoined
-    | SessionLeft
-    | RoundClosed
-    | SnapshotTaken
-    | ModelServed
-    | ModelDeleted
-    | RequestRefused
-)
 
 
 class Observer:
@@ -207,16 +181,16 @@ class Observer:
         """The server refused a request."""
 
 
-_METHODS: dict[type[Event], str] = {
-    Pushed: "pushed",
-    Updated: "updated",
-    SessionJoined: "session_joined",
-    SessionLeft: "session_left",
-    RoundClosed: "round_closed",
-    SnapshotTaken: "snapshot_taken",
-    ModelServed: "model_served",
-    ModelDeleted: "model_deleted",
-    RequestRefused: "refused",
+_METHODS = {
+    Pushed: Observer.pushed,
+    Updated: Observer.updated,
+    SessionJoined: Observer.session_joined,
+    SessionLeft: Observer.session_left,
+    RoundClosed: Observer.round_closed,
+    SnapshotTaken: Observer.snapshot_taken,
+    ModelServed: Observer.model_served,
+    ModelDeleted: Observer.model_deleted,
+    RequestRefused: Observer.refused,
 }
 
 
@@ -228,22 +202,23 @@ class Observers:
     """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        self._methods: dict[type[Event], list[Callable[[Any], None]]] = {}
+        # Only overridden methods: an event that nobody wants need not even be built.
+        self._methods: dict[type, list[Callable[[Any], None]]] = {}
         for observer in observers:
-            for kind, name in _METHODS.items():
-                if getattr(type(observer), name) is not getattr(Observer, name):
-                    self._methods.setdefault(kind, []).append(getattr(observer, name))
+            for kind, method in _METHODS.items():
+                if getattr(type(observer), method.__name__) is not method:
+                    self._methods.setdefault(kind, []).append(getattr(observer, method.__name__))
 
-    def wants(self, kind: type[Event]) -> bool:
+    def wants(self, kind: type) -> bool:
         """Returns whether anybody listens for a kind of event: if nobody does, the event need not be built."""
         return kind in self._methods
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: object) -> None:
         """Tells every observer that listens for this kind of event. Never raises."""
         for method in self._methods.get(type(event), ()):
             try:
                 method(event)
-            except Exception:
+            except Exception:  # an observer's fault must not cost an update
                 _log.exception("an observer failed on %s", event)
 
 

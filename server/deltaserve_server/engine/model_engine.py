@@ -62,7 +62,7 @@ class ModelEngine:
         store: The vectors.
         reservation: The memory that the model occupies.
         incarnation: Identifies the server process.
-        schedule_tick: Has `tick` called at a time at the latest.
+        schedule_tick: Makes the lease timer call `tick` at this time or earlier.
         storage: The model's files; None if it is not durable.
         clock: Tells the time.
         observers: Learn of events.
@@ -97,13 +97,13 @@ class ModelEngine:
         self._schedule_tick = schedule_tick
         self._clock = clock
         self._observers = observers
-        self._failed = False
-        self._published_version = machine.version
+        self._failed = False  # a fault or a deletion, after which the state must not be saved
+        self._published_version = machine.version  # the newest that is durable and was told to anybody
         self._events = ModelEvents(machine, observers, self._commits.on_durable, storage.last.number if storage else 0)
         self._staged = StagedPushes(store)
         self._answers = PendingAnswers(self._commits.on_durable)
         self._subscribers = VersionSubscribers()
-        self._calls: Counter[bytes] = Counter()
+        self._calls: Counter[bytes] = Counter()  # calls that wait, by session: they keep its lease
         self._shared = SharedGradients()
 
     @property
@@ -121,8 +121,6 @@ class ModelEngine:
         """Whether any push waits for its round, or for its outcome to be durable."""
         return bool(self._answers)
 
-    # --- sessions
-
     def open_session(
         self, worker: str, lease_seconds: float, tensor_count: int | None = None, group_count: int | None = None
     ) -> Session:
@@ -134,7 +132,7 @@ class ModelEngine:
                 worker, secrets.token_bytes(16), lease_seconds, self._clock.monotonic(), tensor_count, group_count
             )
             self._carry_out(decisions)
-            self._commits.add(Opened(SessionState.of(session)))
+            self._commits.add(Opened(SessionState.of(session)))  # after the updates, in the order of what happened
             if older:
                 self._events.session_left(older, "replaced")
             self._events.session_joined(session)
@@ -169,11 +167,11 @@ class ModelEngine:
 
     def tick(self) -> None:
         """Ends the sessions whose lease has run out and the rounds whose time is up."""
-        if self.lock.ended:
+        if self.lock.ended:  # the timer may see a model for a moment after its end
             return
         with self.lock:
             now = self._clock.monotonic()
-            for session_id in self._calls:
+            for session_id in self._calls:  # first: a worker whose call waits here is alive
                 self.machine.renew(session_id, now)
             self._check_journal()
             self._shared.retain({session.id for session in self.machine.sessions.live()})
@@ -184,20 +182,16 @@ class ModelEngine:
                 self._events.session_left(session, "expired")
             self._carry_out(decisions)
 
-    # --- shared memory
-
     def open_shared_memory(self, session: Session, budget: Budget) -> Handle:
         """Returns what a session's worker needs to map memory for its gradients; see `SharedGradients.open`."""
         with self.lock.read_lock:
             handle = self._shared.open(session.id, self.machine.layout.offsets[session.tensor_count], budget)
-            self._store.use_shared_memory()
+            self._store.use_shared_memory()  # the next versions can then be mapped too, for the answers
             return handle
 
     def shared_gradient(self, session_id: bytes) -> Vector | None:
         """Returns a session's shared memory; None if it has none."""
         return self._shared.get(session_id)
-
-    # --- pushes
 
     def check(self, push: Push) -> Session:
         """Checks a push by its header, and renews the lease. Must be called under `lock`.
@@ -231,11 +225,11 @@ class ModelEngine:
         """
         with self.lock:
             failpoint("push.staged")
-            self._check_journal(1)
+            self._check_journal(1)  # while the push can still be refused: afterwards the update has to be written
             emit_accepted = self._events.pushed(push)
             decisions = self.machine.push(push, self._clock.monotonic())
             failpoint("push.accepted")
-            if not decisions:
+            if not decisions:  # the push waits, or has waited already
                 pending = self._answers.get(push.key)
                 if pending:  # an earlier call of the same push waits for the round
                     reservation.release()
@@ -258,12 +252,12 @@ class ModelEngine:
             Refused: The model has ended, or its journal cannot be written.
             BudgetExceeded: There is no memory to keep a version that is read.
         """
-        with self.lock.mutex if applied else self.lock.read_lock:
+        with self.lock.mutex if applied else self.lock.read_lock:  # the mutex admits it to a model that has ended
             self._check_usable()
             version, position = self._store.current, self.position
             version.acquire()
         try:
-            self.lock.flush()
+            self.lock.flush()  # nobody may see weights that a crash could take back
         except Refused:
             version.release()
             raise
@@ -271,14 +265,12 @@ class ModelEngine:
 
     @contextmanager
     def reading(self) -> Iterator[tuple[Position, Vector]]:
-        """Gives the current version's weights, which do not change meanwhile."""
+        """Gives the current version's weights, which do not change within the block."""
         position, version = self.acquire_version()
         try:
             yield position, version.weights
         finally:
             version.release()
-
-    # --- versions
 
     @contextmanager
     def watched(self) -> Iterator[Watcher]:
@@ -312,8 +304,6 @@ class ModelEngine:
         finally:
             self._subscribers.forget(future)
 
-    # --- the model as a whole
-
     def change(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> int:
         """Changes hyperparameters and policy; returns the first version made with them."""
         with self.lock:
@@ -323,7 +313,8 @@ class ModelEngine:
             self._events.policy_is(synchronous=isinstance(self.machine.policy, Sync))
             self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)
-            self._hurry_snapshot()
+            if self.storage:
+                self.storage.request_snapshot()
             return first_version
 
     def state(self) -> State:
@@ -333,14 +324,15 @@ class ModelEngine:
     def put_state(self, state: State, update_counts: Sequence[int]) -> None:
         """Replaces weights and optimizer state."""
         with self.lock:
-            self._check_journal(3)
+            self._check_journal(3)  # three vectors take as much room as three pushes
             # The journal still writes `state` while the next update changes the store's.
             own = state.copy() if self.journals else state
             self._store.put(own, self.machine.version + 1)
             self.machine.put_state(update_counts)
             self._commits.add(StatePut(tuple(update_counts)), state.pieces())
             self._publish(self.machine.version)
-            self._hurry_snapshot()
+            if self.storage:
+                self.storage.request_snapshot()
 
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
@@ -353,22 +345,21 @@ class ModelEngine:
             self.machine.extend(tensors, groups)
             self._commits.add(Extended(tuple(tensors), tuple(groups)), [(0, weights)])
             self._reservations.append(reservation)
-            self._hurry_snapshot()
+            if self.storage:
+                self.storage.request_snapshot()
 
     @contextmanager
     def inspected(self) -> Iterator[Position]:
         """Locks the model for a look, even if it has ended; gives the last position that is durable and published."""
         with self.lock.mutex:
-            with suppress(StorageError):
+            with suppress(StorageError):  # a list of models must not fail for one broken disk
                 self._commits.flush()
             yield self._position(self._published_version)
 
-    # --- the end
-
     def end(self, refusal: Refused) -> None:
         """Ends the model: every call that waits and every later one gets `refusal`. `release` returns its memory."""
-        with self.lock.mutex, self._commits.quiet():
-            self.lock.ended = self.lock.ended or refusal
+        with self.lock.mutex, self._commits.quiet():  # quiet: nobody else may set the futures that are failed here
+            self.lock.ended = self.lock.ended or refusal  # the first reason is the true one
             self._answers.fail(refusal)
             self._subscribers.end(refusal)
             self._staged.clear()
@@ -384,8 +375,6 @@ class ModelEngine:
         """Returns the model's memory."""
         for reservation in self._reservations:
             reservation.release()
-
-    # --- durability
 
     def version_bumped(self) -> None:
         """Journals the version bump that recovery made for waiting workers."""
@@ -427,7 +416,7 @@ class ModelEngine:
         """Returns the model as it is now; `rotate` starts the next journal at the same moment."""
         with self.lock.mutex:
             self._check_usable()
-            frozen = self._store.freeze()
+            frozen = self._store.freeze()  # no copy yet: the next update makes it, if the snapshot still reads
             rotate()
             return Checkpoint(MachineState.of(self.machine), frozen, self._commits.index)
 
@@ -436,10 +425,6 @@ class ModelEngine:
         if self._failed:
             assert self.lock.ended
             raise self.lock.ended.with_traceback(None)
-
-    def _hurry_snapshot(self) -> None:
-        if self.storage:
-            self.storage.request_snapshot()
 
     def _check_journal(self, pushes: int = 0) -> None:
         """Raises Refused STORAGE_UNAVAILABLE if the journal has no room for the updates that the event may cause."""
@@ -450,8 +435,6 @@ class ModelEngine:
     def _position(self, version: int) -> Position:
         durable = self.storage.durable_version(version) if self.storage else None
         return Position(self._incarnation, version, durable)
-
-    # --- decisions
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         try:
@@ -468,9 +451,9 @@ class ModelEngine:
                         self._commits.add(VersionBumped(version))
                         self._publish(version)
                     case Answer(key, outcome) | Refuse(key, outcome):
-                        self._staged.discard(key)
+                        self._staged.discard(key)  # of a duplicate, or of a push that was given up
                         self._answers.settle(key, outcome)
-        except Exception:
+        except Exception:  # the decisions are half carried out: better no model than a wrong one
             incident = secrets.token_hex(8)
             _log.exception("incident %s: model %s has failed and is not served any more", incident, self.machine.name)
             self.lose(Refused("INTERNAL", incident=incident))
@@ -483,7 +466,7 @@ class ModelEngine:
     def _update(self, update: Update) -> None:
         layout, summary = self.machine.layout, update.summary
         ranges = [Range(start, stop, summary.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
-        gradient = self._store.gradient(update.weight) if self.journals else None
+        gradient = self._store.gradient(update.weight) if self.journals else None  # the update uses it up
         summary.norm = self._store.update(ranges, update.weight, summary.version)
         failpoint("push.published")
         used = self._staged.take_reduced()
@@ -493,7 +476,7 @@ class ModelEngine:
             )
             self._commits.add(record, gradient.pieces, partial(_release, used, gradient.done))
         else:
-            self._commits.index += 1
+            self._commits.index += 1  # without a journal it only says that a snapshot is out of date
             _release(used)
         self._publish(summary.version, summary)
         self._events.round_closed(summary.version, len(summary.contributions))

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
-from typing import Literal
 
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.engine.events import (
-    Event,
+    LeaveReason,
     Observers,
     Pushed,
     RoundClosed,
@@ -50,7 +49,7 @@ class ModelEvents:
             name, worker = self._machine.name, session.worker
             self._emit(SessionJoined(model=name, worker=worker, epoch=session.epoch, rank=session.rank))
 
-    def session_left(self, session: Session, reason: Literal["closed", "expired", "replaced"]) -> None:
+    def session_left(self, session: Session, reason: LeaveReason) -> None:
         """A session ended."""
         if self._observers.wants(SessionLeft):
             name, worker = self._machine.name, session.worker
@@ -63,6 +62,7 @@ class ModelEvents:
         """
         if not self._observers.wants(Pushed):
             return None
+        # Afterwards a duplicate looks like the push itself.
         session = self._machine.sessions.find_any(push.session_id)
         if session is None or push.sequence <= session.last_accepted:
             return None
@@ -89,11 +89,11 @@ class ModelEvents:
 
     def snapshot_taken(self, entry: Entry) -> None:
         """A snapshot is on disk; one snapshot may answer several requests, and is one event."""
-        with self._lock:
+        with self._lock:  # several threads may wait for the same snapshot
             new, self._snapshot = entry.number > self._snapshot, entry.number
         if new and self._observers.wants(SnapshotTaken):
             number, version, size = entry.number, entry.version, entry.bytes
             self._observers.emit(SnapshotTaken(model=self._machine.name, number=number, version=version, bytes=size))
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, event: object) -> None:
         self._on_durable(partial(self._observers.emit, event))

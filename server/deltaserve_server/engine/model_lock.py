@@ -1,4 +1,4 @@
-"""The lock of a model. Whoever leaves it makes durable what happened under it, before anybody is told."""
+"""The lock of a model. A thread that leaves it makes durable what happened under it, before anybody is told."""
 
 import threading
 from types import TracebackType
@@ -24,7 +24,7 @@ class ModelLock:
     """
 
     def __init__(self, commits: Commits) -> None:
-        self.mutex = threading.RLock()
+        self.mutex = threading.RLock()  # reentrant: a servicer makes several calls one event
         self.read_lock = ReadLock(self)
         self.ended: Refused | None = None
         self._commits = commits
@@ -56,7 +56,7 @@ class ModelLock:
     def release(self) -> bool:
         """Releases the lock without writing the journal; returns whether this was the outermost block."""
         self._depth -= 1
-        outermost = not self._depth
+        outermost = not self._depth  # read under the lock; another thread changes it at once
         self.mutex.release()
         return outermost
 

@@ -42,7 +42,7 @@ class PendingAnswers:
             self._on_durable(partial(self._set, future, outcome))
 
     def fail(self, refusal: Refused) -> None:
-        """Refuses every push that waits. The caller keeps the journal from calling back meanwhile."""
+        """Refuses every push that waits. The caller keeps the journal from calling back until this returns."""
         for future in (*self._futures.values(), *self._decided):
             future.set_exception(refusal)
         self._futures.clear()
@@ -51,7 +51,7 @@ class PendingAnswers:
     def _set(self, future: "Future[PushResult]", outcome: PushResult | Refused) -> None:
         self._decided.discard(future)
         if future.done():
-            return  # the model has ended meanwhile
+            return  # the model has ended since
         if isinstance(outcome, Refused):
             future.set_exception(outcome)
         else:

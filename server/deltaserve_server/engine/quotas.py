@@ -68,7 +68,7 @@ class Quotas:
     def session(self, count_live: Callable[[], int], *, replaces: bool) -> Iterator[None]:
         """Holds a place for a session that is being opened.
 
-        Opening a session may take as long as its model's disk does, so no lock is held meanwhile.
+        Opening a session may take as long as its model's disk does, so the lock is not held for that long.
 
         Args:
             count_live: Returns the number of live sessions.
@@ -77,7 +77,7 @@ class Quotas:
         Raises:
             Refused: SESSION_LIMIT.
         """
-        with self._lock:
+        with self._lock:  # one thread at a time counts, so that two cannot take the last place
             if count_live() + self._opening >= self._config.sessions and not replaces:
                 raise Refused("SESSION_LIMIT", limit=self._config.sessions)
             self._opening += not replaces
@@ -94,6 +94,7 @@ class Quotas:
         Raises:
             Refused: WATCHER_LIMIT.
         """
+        # A watcher occupies a thread of gRPC's pool for as long as it watches.
         if not self._watchers.acquire(blocking=False):
             raise Refused("WATCHER_LIMIT", limit=self._config.watchers)
         try:

@@ -1,4 +1,4 @@
-"""How far the recovery of the data directory is, for those who ask for a model meanwhile."""
+"""How far the recovery of the data directory is, for clients that ask for a model too early."""
 
 import threading
 from collections.abc import Mapping
@@ -55,5 +55,6 @@ class RecoveryProgress:
             _RETRY_SECONDS,
             model=name,
             percent=100 * read // self._total,
+            # From the bytes so far; after the first byte that would be a guess.
             seconds=f"{max(seconds, _SHORTEST_SECONDS):.1f}" if read > 1 else "?",
         )

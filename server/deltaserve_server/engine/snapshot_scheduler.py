@@ -18,7 +18,7 @@ _NICE = 10
 
 
 class SnapshotScheduler:
-    """Looks ten times a second for models of which a snapshot is due.
+    """Checks every model ten times a second and takes a snapshot if one is due.
 
     Args:
         models: Returns the models.

@@ -56,6 +56,7 @@ class StagedPushes:
 
     def clear(self) -> None:
         """Drops every push."""
+        # Also of pushes that are reduced: the sum that holds them is dropped with the model.
         for reservation in (*(reservation for _, reservation in self._staged.values()), *self._reduced):
             reservation.release()
         self._staged.clear()

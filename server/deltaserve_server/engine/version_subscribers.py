@@ -41,7 +41,7 @@ class Watcher:
     def close(self, refusal: Refused | None = None) -> None:
         """Ends the iteration once the queue is empty; a `refusal` is then raised."""
         with self._changed:
-            self._closed = True
+            self._closed = True  # what is queued is still delivered
             self._refusal = self._refusal or refusal
             self._changed.notify()
 
@@ -52,7 +52,7 @@ class Watcher:
                 if not self._events:
                     break
                 event, missed, self._missed = self._events.popleft(), self._missed, 0
-            yield event, missed
+            yield event, missed  # outside the lock, for sending may block
         if self._refusal:
             raise self._refusal
 
@@ -63,7 +63,7 @@ class VersionSubscribers(Observer):
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
         self._awaited: list[tuple[int, Future[None]]] = []
-        self._lock = Lock()
+        self._lock = Lock()  # of its own: versions are told by the thread that writes the journal
 
     def __bool__(self) -> bool:
         """Whether there is anybody to tell."""
@@ -106,6 +106,7 @@ class VersionSubscribers(Observer):
             reached = [future for awaited, future in self._awaited if awaited <= version]
             if reached:
                 self._awaited = [waiter for waiter in self._awaited if waiter[0] > version]
+        # Outside the lock: what waits for a future may run in this thread.
         for watcher in watchers:
             watcher.put(event)
         for future in reached:

@@ -52,7 +52,7 @@ class ChunkValidator:
             Refused: CHUNK_SEQUENCE.
         """
         count, rest = divmod(len(data), self._dtype.itemsize)
-        if rest or not count:
+        if rest or not count:  # an empty chunk would let a stream go on forever
             raise Refused("CHUNK_SEQUENCE", expected="one or more whole elements", got=f"{len(data)} bytes")
         if self._received == self.size:
             raise Refused("CHUNK_SEQUENCE", expected="no further element", got=f"offset {offset}")
@@ -78,7 +78,7 @@ class ChunkValidator:
             raise Refused("PUSH_INCOMPLETE", expected=self.size, got=got)
         if rest or got > self.size:
             raise Refused("CHUNK_SEQUENCE", expected=f"{self.size} elements", got=f"{len(data)} bytes")
-        values, at = np.frombuffer(data, self._dtype), 0
+        values, at = np.frombuffer(data, self._dtype), 0  # without a copy
         for start, stop in self.runs:
             yield start, values[at : at + stop - start]
             at += stop - start
@@ -107,7 +107,7 @@ class ValueChecker:
 
         self._kernel = kernel
         self._layout = layout
-        self._squares = kernel.lanes(layout.size)
+        self._squares = kernel.lanes(layout.size)  # separate sums, so that the norm does not depend on threads
         self.fingerprint = 0
 
     @property
@@ -146,6 +146,7 @@ class ValueChecker:
 
         run_parallel(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
         self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in results)) % (1 << 64)
+        # The first, whichever thread found it: the same push always gets the same error.
         bad = min((position for _, position in results if position is not None), default=None)
         if bad is not None:
             self._refuse(bad, values[bad : bad + 1])
@@ -186,7 +187,7 @@ def admit_push(
     checker = ValueChecker(layout)
     for offset, values in chunks:
         failpoint("push.chunk")
-        checker.check(offset, values)
+        checker.check(offset, values)  # first: a bad value must not reach the store
         staging.add(offset, values)
     validator.close()
     failpoint("push.admitted")
@@ -219,7 +220,7 @@ def admit_shared(
 
 def copy_shared(vector: Vector, executor: Executor, threads: int) -> Vector:
     """Returns a copy of a vector that another process can write to, made on several threads."""
-    own = np.empty_like(vector)
+    own = np.empty_like(vector)  # checking in place would not do: the worker could change a value afterwards
 
     def copy(start: int) -> None:
         own[start : start + CHUNK_ELEMENTS] = vector[start : start + CHUNK_ELEMENTS]
@@ -247,7 +248,7 @@ def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
         Refused: For the first fault of the stream.
     """
     vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
-    extra = _next_chunk(messages)
+    extra = _next_chunk(messages)  # a fourth vector says that the client means another state
     if extra is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got=f"a chunk of {extra.vector}")
     return State(*vectors)

@@ -80,9 +80,9 @@ def to_tensors(
     for spec in specs:
         tensors.append(_tensor(spec, group_count))
         size += tensors[-1].size
-        if spec.name in taken:
+        if spec.name in taken:  # clients address tensors by name
             raise Refused("NAME_INVALID", field="tensors.name", allowed="no name twice")
-        if size > _ELEMENTS:
+        if size > _ELEMENTS:  # in the loop, before a further tensor is looked at
             raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
         taken.add(spec.name)
     if not size:
@@ -96,6 +96,7 @@ def _tensor(spec: pb.TensorSpec, group_count: int) -> Tensor:
         raise Refused("NAME_INVALID", field="tensors.name", allowed=allowed)
     if len(spec.shape) > _DIMENSIONS:
         raise _shape_refused(spec, f"at most {_DIMENSIONS} dimensions")
+    # Before the product, whose sign two negative lengths would hide.
     if any(length < 0 for length in spec.shape):
         raise _shape_refused(spec, "no negative dimension")
     # A zero among the dimensions must not hide that the others are beyond what a client can allocate.
@@ -119,7 +120,7 @@ def to_hyperparameters(message: pb.Hyperparameters, unset: Hyperparameters) -> H
     Raises:
         Refused: HYPERPARAMETER_INVALID.
     """
-    given = {field.name: value for field, value in message.ListFields()}
+    given = {field.name: value for field, value in message.ListFields()}  # those that are set
     hyperparameters = replace(unset, **given)
     problem = hyperparameters.problem()
     if problem:
@@ -169,7 +170,9 @@ def to_policy(message: pb.Policy) -> Policy:
 def _to_sync(message: pb.SyncPolicy) -> Sync:
     given = {field.name: value for field, value in message.ListFields()}
     reduction = _REDUCTIONS.get(message.reduction)
+    # An unknown reduction is reported below, by its own row.
     policy = Sync(**(given | {"reduction": reduction or "mean"}))
+    # One table, in the order in which errors are reported.
     trimmed = policy.reduction == "trimmed_mean"
     for field, fits, allowed in (
         ("min_workers", 1 <= policy.min_workers <= _WORKERS, f"1 to {_WORKERS}"),
@@ -235,6 +238,7 @@ def from_policy(policy: Policy) -> pb.Policy:
     """Returns the message for a policy."""
     match policy:
         case Sync():
+            # Without 0, which is UNSPECIFIED and reads as the mean too.
             numbers = {value: key for key, value in _REDUCTIONS.items() if key}
             given = {field.name: getattr(policy, field.name) for field in fields(policy)}
             return pb.Policy(sync=pb.SyncPolicy(**(given | {"reduction": numbers[policy.reduction]})))
@@ -264,7 +268,7 @@ def from_ancestors(head: Head) -> list[worker_service_pb2.Ancestor]:
 def from_result(result: PushResult) -> worker_service_pb2.PushResult:
     """Returns the message for a push's result."""
     contribution, summary = result.contribution, result.summary
-    if contribution is None or summary is None:
+    if contribution is None or summary is None:  # a duplicate from beyond the window
         return worker_service_pb2.PushResult(version=result.version, duplicate=result.duplicate)
     return worker_service_pb2.PushResult(
         version=result.version,

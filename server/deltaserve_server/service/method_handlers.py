@@ -60,10 +60,10 @@ def wait(context: grpc.ServicerContext, future: "Future[T]") -> T:
     Raises:
         CallerGoneError: The call has ended first.
     """
-    if not future.done():
+    if not future.done():  # the usual case of asynchronous models needs no event
         wake = Event()
         future.add_done_callback(lambda _: wake.set())
-        if context.add_callback(wake.set):
+        if context.add_callback(wake.set):  # False: the call has ended already
             wake.wait()
     if not future.done():
         raise CallerGoneError
@@ -132,6 +132,7 @@ def _refused(error: Exception) -> Refused:
     if isinstance(error, BudgetExceeded):
         retry_seconds = _RETRY_SECONDS if error.is_temporary else None
         return Refused("MEMORY_BUDGET", retry_seconds, needed=error.needed, available=max(error.available, 0))
+    # The text of the exception stays here: it may hold what the caller must not see.
     incident = secrets.token_hex(8)
     _log.error("incident %s", incident, exc_info=error)
     return Refused("INTERNAL", incident=incident)

@@ -28,7 +28,7 @@ class Port:
                 port = server.add_insecure_port(self.address)
             else:
                 port = server.add_secure_port(self.address, self.credentials)
-        except RuntimeError:
+        except RuntimeError:  # gRPC raises, or returns 0, depending on its version
             port = 0
         if not port:
             reason = "another server may use it, or it is not an address of this machine"

@@ -61,7 +61,7 @@ class PushHandler:
             self._session = engine.check(self._push)
             self._layout = machine.layout
             # A shared push that waits for its round, or for the journal, is copied. Any other is used where it is: a
-            # worker that changes it meanwhile, against the protocol, only changes its own gradient.
+            # worker that changes it early, against the protocol, only changes its own gradient.
             waits = isinstance(machine.policy, Sync) or engine.journals
             self._in_place = header.shared_memory and not waits
         _check_absent(header.absent_tensors, self._session.tensor_count)
@@ -96,6 +96,7 @@ class PushHandler:
             threads: How many threads work at most, the calling one included.
         """
         shared = self.engine.shared_gradient(self._session.id)
+        # The memory is sized for float32, and the kernels read it as such.
         if self.validator.size_bytes != self.validator.size * ELEMENT_BYTES:
             raise Refused("PUSH_INVALID", field="gradient_type", allowed="DATA_TYPE_FLOAT32 in shared memory")
         if shared is None:
@@ -130,7 +131,7 @@ class PushHandler:
             version.release()
 
     def _stage(self, received_bytes: int, undo: ExitStack) -> tuple[Staging, Reservation]:
-        """Returns a place for the values, of which that many bytes are kept as they arrive, and its memory."""
+        """Reserves memory for a push's values and returns their place; `received_bytes` are kept as they arrive."""
         reservation = self._quotas.staged.reserve(self.engine.staging_bytes(received_bytes))
         return self.engine.stage(), undo.enter_context(reservation)
 
@@ -139,6 +140,7 @@ class PushHandler:
     ) -> "Future[PushResult]":
         push = replace(self._push, fingerprint=checker.fingerprint, norm=checker.norm)
         with self.engine.lock:
+            # The policy may have changed since the header: a push that waits must not lie in the worker's memory.
             if self._in_place and isinstance(self.engine.machine.policy, Sync):
                 raise Refused("SHARED_MEMORY_UNAVAILABLE", _RETRY_SECONDS, why="the policy has just changed")
             future = self.engine.push(push, staging, reservation)
@@ -160,7 +162,7 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
     """Returns the push that a header announces; hyperparameters that it leaves unset are those of `groups`."""
     if len(header.hyperparameters) > len(groups):
         raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{len(groups)} groups")
-    if len(header.absent_tensors) > tensor_count:
+    if len(header.absent_tensors) > tensor_count:  # before a set is built of what may be millions
         raise _absent_refused(tensor_count)
     weight = header.weight if header.HasField("weight") else 1.0
     if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:

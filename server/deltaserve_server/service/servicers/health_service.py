@@ -28,5 +28,5 @@ class HealthServicer(health.HealthServicer, Observer):  # type: ignore[misc]  # 
         self._set_model(event.model, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
     def _set_model(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
-        if not name.startswith(_OWN_SERVICES):
+        if not name.startswith(_OWN_SERVICES):  # the name of a model is the client's choice
             self.set(name, status)

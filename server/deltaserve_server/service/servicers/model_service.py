@@ -35,7 +35,7 @@ class ModelServicer:
 
     def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
         machine = conversion.to_machine(_header(messages, pb.ModelConfig))
-        self._check_fits(machine)
+        self._check_fits(machine)  # also if the model exists: the answer to the same request must not depend on that
         engine, created = self._catalog.find(machine.name), False
         if engine is None:
             engine, created = self._catalog.add(machine, lambda: admission.admit_weights(messages, machine.layout))
@@ -63,7 +63,7 @@ class ModelServicer:
         header = _header(messages, rpc.ExtendModelHeader)
         engine = self._catalog.get(header.model)
         extension = _Extension(engine, header)
-        if extension.present():
+        if extension.present():  # the usual case: every worker of a model extends it, and the first one wins
             with engine.lock:
                 return rpc.ExtendModelResponse(extended=False, position=from_position(engine.position))
         layout = extension.machine.layout.extended(extension.tensors)
@@ -95,8 +95,9 @@ class ModelServicer:
     def UpdateModel(self, request: rpc.UpdateModelRequest, _: grpc.ServicerContext) -> rpc.UpdateModelResponse:
         engine = self._catalog.get(request.model)
         with engine.lock:
+            # On top of a change that still waits for its round, so that two clients' changes add up.
             groups, policy = engine.machine.configuration()
-            if request.groups:
+            if request.groups:  # none means that they stay
                 if len(request.groups) != len(groups):
                     raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"{len(groups)} groups")
                 groups = conversion.to_groups(request.groups, groups)
@@ -114,14 +115,14 @@ class ModelServicer:
 
     def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
         engine = self._catalog.get(request.model)
-        with ExitStack() as held:
+        with ExitStack() as resources:
             with engine.lock:
                 header = rpc.PullStateHeader(
                     config=conversion.from_machine(engine.machine),
                     position=from_position(engine.position),
                     update_counts=engine.machine.update_counts,
                 )
-                vectors = self._state(engine, held, request.optimizer_state)
+                vectors = self._state(engine, resources, request.optimizer_state)
             yield _PULL_STATE.header(header)
             for name, vector in vectors.items():
                 for offset, data in admission.chunks(vector, vector.size):
@@ -130,7 +131,7 @@ class ModelServicer:
     def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
         header = _header(messages, rpc.PutStateHeader)
         engine = self._catalog.get(header.model)
-        layout = engine.machine.layout
+        layout = engine.machine.layout  # immutable; compared again below, after the vectors have arrived
         counts = list(header.update_counts) or [0] * len(layout.tensors)
         with self._catalog.quotas.staged.reserve(layout.size * ELEMENT_BYTES * (6 if engine.journals else 3)):
             if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
@@ -145,7 +146,7 @@ class ModelServicer:
 
     def WatchModel(self, request: rpc.WatchModelRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         with self._catalog.watched(request.model) as watcher:
-            if context.add_callback(watcher.close):
+            if context.add_callback(watcher.close):  # else the thread would wait for a caller who has gone
                 for event, missed in watcher:
                     yield conversion.encode_event(event, missed)
 
@@ -161,11 +162,11 @@ class ModelServicer:
         with engine.lock:
             return rpc.ListSnapshotsResponse(snapshots=snapshots, position=from_position(engine.position))
 
-    def _state(self, engine: ModelEngine, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
-        """Returns vectors that do not change until `held` is closed: those of the version, or copies."""
+    def _state(self, engine: ModelEngine, resources: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
+        """Returns vectors that do not change until `resources` is closed: those of the version, or copies."""
         if not optimizer_state:
-            return {"weights": held.enter_context(engine.reading())[1]}
-        held.enter_context(self._catalog.quotas.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
+            return {"weights": resources.enter_context(engine.reading())[1]}
+        resources.enter_context(self._catalog.quotas.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
         state = engine.state()
         return {name: getattr(state, name) for name in admission.STATE_VECTORS}
 

@@ -53,6 +53,7 @@ class WorkerServicer:
         tensor_count = request.tensor_count if request.HasField("tensor_count") else None
         group_count = request.group_count if request.HasField("group_count") else None
         engine = self._catalog.get(request.model)
+        # Before the session is opened, which fences the worker's older one.
         if request.HasField("lineage") and not engine.head.knows(request.lineage):
             raise Refused("LINEAGE_UNKNOWN", model=request.model)
         session = self._catalog.open_session(request.model, worker, self._lease(request), tensor_count, group_count)
@@ -102,7 +103,7 @@ class WorkerServicer:
         if not request.HasField("header"):
             raise Refused("MESSAGE_INVALID", message="StepRequest: it has a header")
         push = PushHandler(self._catalog, request.header)
-        limit = self._catalog.config.message_bytes - _SPARE_BYTES
+        limit = self._catalog.config.message_bytes - _SPARE_BYTES  # for the answer, whose type may be wider
         if push.weights_size * push.weights_type.dtype.itemsize > limit:
             allowed = f"a vector of at most {limit} bytes: use StreamStep"
             raise Refused("PUSH_INVALID", field="gradient", allowed=allowed)
@@ -110,6 +111,7 @@ class WorkerServicer:
             raise Refused("PUSH_INVALID", field="shared_memory", allowed="false: use StreamStep")
         result = push.push(push.validator.split(request.gradient), context)
         with push.reading(context) as (position, weights):
+            # A copy: the response is serialized after the version is released.
             encoded = b"".join(push.weights_type.encoded([weights[: push.weights_size].data]))
         return rpc.StepResponse(result=from_result(result), position=from_position(position), weights=encoded)
 
@@ -124,6 +126,7 @@ class WorkerServicer:
             result = push.push(push.chunks(messages), context)
         with push.reading(context) as (position, weights):
             answer = rpc.StreamStepHeader(result=from_result(result), position=from_position(position))
+            # None for a version that was made before anybody shared memory: it is sent in chunks.
             handle = shared_memory.handle(weights) if header.shared_memory else None
             if handle:
                 answer.weights.CopyFrom(conversion.from_handle(handle))
@@ -141,7 +144,7 @@ class WorkerServicer:
                 wait(context, reached)
         with engine.reading() as (position, weights):
             not_modified = request.HasField("newer_than") and position.version <= request.newer_than
-            count = 0 if not_modified else weights.size
+            count = 0 if not_modified else weights.size  # the header alone answers who has this version
             header = rpc.PullHeader(position=from_position(position), not_modified=not_modified, element_count=count)
             yield _PULL.header(header)
             for offset, data in admission.chunks(weights, count, weights_type):
