@@ -147,7 +147,7 @@ class Journaled(Commits):
         self._journal = journal
         self._sync = sync
         self._durable = index
-        self._refusing = False
+        self._refusing = False  # logged already
         self._queue: deque[_Item] = deque()
         self._added = self._completed = 0
         self._writing = threading.Lock()
@@ -202,7 +202,7 @@ class Journaled(Commits):
 
     def flush(self) -> None:
         """Writes the queue, unless another thread has done so."""
-        wanted = self._added
+        wanted = self._added  # what later threads add is theirs to flush
         if self._completed >= wanted:
             return
         with self._writing:
@@ -278,7 +278,7 @@ class Journaled(Commits):
         try:
             self._journal.write(records, self._durable, sync=self._sync)
         except OSError as error:
-            self.error = error
+            self.error = error  # never retried on this file: see `files`
             raise StorageError(error.strerror or str(error)) from error
         failpoint("journal.synced")
 

@@ -68,7 +68,7 @@ class Copies:
         running = True
         while running:
             running = self._wake.get()
-            with self._lock:
+            with self._lock:  # several wake-ups may have been for one model: the later ones find nothing
                 waiting, self._waiting = self._waiting, {}
             for model, folder in waiting.items():
                 self._copy_with_retries(model, folder)

@@ -105,12 +105,12 @@ class DataDirectory:
 
     def add(self, prepared: Prepared, name: str) -> ModelStorage:
         """Gives a new model its name, durably; raises OSError if it cannot, or if the name is taken."""
-        prepared.path.rename(self._models / name)
+        prepared.path.rename(self._models / name)  # fails if the name is taken: that folder is not empty
         try:
             Files(self._models).sync()
             return self.storage(name, prepared.stored)
         except BaseException:
-            (self._models / name).rename(prepared.path)
+            (self._models / name).rename(prepared.path)  # a temporary name again: the next start would remove it
             raise
 
     def remove(self, name: str) -> None:
@@ -163,6 +163,7 @@ class DataDirectory:
                 f"data directory {self.path} is in use by another server (process {owner}): give each its own"
             ) from None
         try:
+            # The process id is for the error message above; only the lock counts.
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:

@@ -159,9 +159,9 @@ class Files:
             name: Name of the file.
             content: The new content, in parts.
         """
-        temporary = name + UNFINISHED
+        temporary = name + UNFINISHED  # in the same folder: rename is atomic only within a file system
         total = sum(memoryview(part).nbytes for part in content)
-        self.remove(temporary)
+        self.remove(temporary)  # of an attempt that a crash interrupted: O_EXCL would refuse the name
         try:
             with disk_operation("writing", self.folder / name, total):
                 self._put(temporary, name, content, total)
@@ -173,7 +173,7 @@ class Files:
     def _put(self, temporary: str, name: str, content: Sequence[bytes | memoryview], total: int) -> None:
         with self.create(temporary) as file:
             failpoint("file.created")
-            file.allocate(0, total)
+            file.allocate(0, total)  # a full disk fails here, before anything is written
             offset = 0
             for part in content:
                 file.write(offset, [part])

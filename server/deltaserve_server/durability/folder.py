@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 HEAD = "head.json"
 _SNAPSHOTS_KEPT = 2
 _ANCESTORS_MAX = 64
+"""Also the number of starts after which a worker that was away takes the model for another one."""
+
 _SNAPSHOT = re.compile(r"snapshot-(\d{8,})\.(safetensors|json)", re.ASCII)
 _JOURNAL = re.compile(r"journal-(\d{8,})", re.ASCII)
 
@@ -148,6 +150,7 @@ class Folder:
 
     def next_number(self) -> int:
         """Returns a number above that of every file, finished or not."""
+        # Unfinished and corrupt files count too: a number that was ever used must not name another snapshot.
         digits = (re.search(r"-(\d{8,})", name) for name in self.files.names())
         return max((int(found[1]) for found in digits if found), default=0) + 1
 
@@ -222,6 +225,7 @@ class Folder:
         listed = self.snapshots()
         found = []
         for number in listed:
+            # Checks manifests alone: the tensors may be gigabytes.
             with suppress(CorruptError, FileNotFoundError):
                 manifest = snapshot.read_manifest(self.files, number)
                 size = manifest.bytes + self.files.size(snapshot.manifest_name(number))

@@ -132,6 +132,7 @@ class Journal:
         self._nonce = secrets.token_bytes(8)
         self._file = files.create(journal_name(number))
         self._allocated = 0
+        # A push reserves space under the model's lock, while a flush, without that lock, may close the journal.
         self._lock = threading.Lock()
         try:
             self.reserve(_ALIGNMENT + len(END))
@@ -155,7 +156,7 @@ class Journal:
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
-                    end = stop
+                    end = stop  # a nearly full disk may still have what this record needs
                     self._file.allocate(self._allocated, end)
                 self._allocated = end
 
@@ -170,6 +171,7 @@ class Journal:
         Raises:
             OSError: Not all records were written. The journal must not be written to again (see `files`).
         """
+        # One write and one fsync for the whole batch.
         buffers = [buffer for record in records for buffer in _encoded(record, self._nonce, durable)]
         end = self.size + sum(map(len, buffers))
         self.reserve(end + len(END))
@@ -183,7 +185,7 @@ class Journal:
     def close(self) -> None:
         """Closes the journal and frees the space that it has allocated and not used."""
         with self._lock:
-            self._allocated = sys.maxsize
+            self._allocated = sys.maxsize  # a late `reserve` must not touch the closed file
             with suppress(OSError):
                 self._file.write(self.size, [END])  # over a record that was only partly written
                 self._file.cut(self.size + len(END))
@@ -315,6 +317,7 @@ class JournalReader:
     def _check_rest(self) -> None:
         """Raises CorruptError if a record further on says that a record missing here was durable."""
         at = self.size
+        # Searched byte by byte: behind a torn record nobody knows where the next one starts.
         while (at := self._map.find(self._nonce, at)) >= 0:
             header = _parsed(self._data[at : at + _HEADER_BYTES], self._nonce)
             if header and header.durable > self.index:
@@ -356,6 +359,7 @@ def _parsed(raw: memoryview, nonce: bytes) -> _RecordHeader | None:
     if len(raw) < _HEADER_BYTES or _CHECKSUM.unpack_from(raw, _HEADER.size)[0] != crc32c(raw[: _HEADER.size]):
         return None
     header = _RecordHeader(*_HEADER.unpack_from(raw))
+    # A vector may contain bytes of another journal's record: their nonce differs.
     return header if header.nonce == nonce else None
 
 

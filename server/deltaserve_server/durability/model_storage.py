@@ -139,7 +139,7 @@ class ModelStorage:
         self.folder = folder
         self._schedule = schedule
         self._clock = clock
-        self._number = folder.next_number() - 1
+        self._number = folder.next_number() - 1  # snapshots and journals count together
         self._saving = threading.Lock()
         self._started = self._finished = 0  # snapshots
         self._saved_index = stored.saved_index
@@ -228,6 +228,7 @@ class ModelStorage:
                 self._save(take_checkpoint)
             self._closed = True
             self.commits.close()
+            # Last: until then a crash must look for the journal.
             self.folder.write_head(msgspec.structs.replace(self.head, served=None))
 
     def _save(self, take_checkpoint: TakeCheckpoint) -> Entry:
@@ -235,6 +236,7 @@ class ModelStorage:
         self._snapshot_wanted, journal = False, None
         self._started += 1
         try:
+            # Before the checkpoint: creating a file may block, and the checkpoint holds the model's lock.
             journal = self._new_journal()
             checkpoint = take_checkpoint(lambda: commits.rotate(journal) if journal else None)
             entry = self._write(checkpoint, journal)
@@ -267,7 +269,7 @@ class ModelStorage:
                 checkpoint.frozen.state(),
             )
         finally:
-            checkpoint.frozen.release()
+            checkpoint.frozen.release()  # updates copy what they overwrite as long as it is held
 
     def _take_back(self, journal: Journal | None) -> None:
         """Removes the journal that was to continue a failed snapshot: repeated attempts would fill the disk.

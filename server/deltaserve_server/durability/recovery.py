@@ -107,7 +107,7 @@ def recover(
         CorruptError: A file is corrupt and data loss is not accepted, or no snapshot is good.
         OSError: A file cannot be read or written.
     """
-    folder.clear()
+    folder.clear()  # first: unfinished files may fill the disk
     head = _read_head(folder, accept_data_loss)
     found = _read_newest_snapshot(folder, progress)
     manifest = found.manifest
@@ -280,7 +280,7 @@ class JournalReplayer:
                 check_record(record, self.machine)
             except InvalidRecord as error:
                 raise CorruptError(journal.where, f"record {record.index}: {error}") from None
-            self._end_lost_sessions()
+            self._end_lost_sessions()  # before the record: it followed the loss
             self._apply(record)
             self.index = record.index
             failpoint("recovery.replay")

@@ -108,6 +108,7 @@ def write(
     for name in VECTORS:
         raw = getattr(state, name).data.cast("B")
         parts += [raw[at : at + _PART_BYTES] for at in range(0, len(raw), _PART_BYTES)]
+    # Over the vectors in memory, not the file: what the disk changes while it writes is found at recovery.
     checksum = 0
     for part in parts:
         checksum = crc32c(part, checksum)
@@ -199,6 +200,7 @@ def _read(file: Any, vector: Vector, checksum: int, progress: Progress) -> int:
     for at in range(0, len(raw), _PART_BYTES):
         part = raw[at : at + _PART_BYTES]
         got = 0
+        # read() may return less than asked for, and 0 only at the end of the file.
         while got < len(part) and (count := file.readinto(part[got:])):
             got += count
         checksum = crc32c(part[:got], checksum)
