@@ -191,7 +191,7 @@ class Membership:
             case NothingLost():
                 cause = "the lease had run out" if opened.lineage == self.lineage else "the server was restarted"
                 _log.warning("worker %s: %s; it goes on in a new session", self._worker, cause)
-                if not known:
+                if not known and not self._predates(opened):
                     owed = StaleGradientError(
                         f"worker {self._worker}: the session ended too long ago to know whether its last push was "
                         "applied; the gradient is left out, a new session is open and the current weights are in place"
@@ -218,6 +218,15 @@ class Membership:
 
     def _rolled_back(self, verdict: RolledBack) -> StaleGradientError:
         return rolled_back_error(self._worker, self._model, self._version, verdict)
+
+    def _predates(self, opened: rpc.OpenSessionResponse) -> bool:
+        """Returns whether the server came back from a state that is older than the current session.
+
+        Such a state has no push of the session, so the last one may be sent again in a new session.
+        """
+        lossy = {ancestor.lineage: ancestor.lossy for ancestor in opened.ancestors}
+        began = self.session.opened.lineage
+        return began != opened.lineage and lossy.get(began, True)
 
     def _open_session(self) -> Session:
         """Opens a session under the newest of the worker's lineages that the server knows."""

@@ -188,19 +188,25 @@ class Ancestor(google.protobuf.message.Message):
 
     LINEAGE_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    LOSSY_FIELD_NUMBER: builtins.int
     lineage: builtins.bytes
     """The lineage: 16 bytes."""
     version: builtins.int
     """The last version of this lineage that the model still has. Later versions of this lineage, and the pushes in them,
     are lost. If nothing was lost, this is the version at which the server stopped.
     """
+    lossy: builtins.bool
+    """Updates were lost, or may have been, when this lineage was left, and all its sessions ended. If GetPush does not know
+    a session that was opened in this lineage, none of that session's pushes that are still unanswered was applied.
+    """
     def __init__(
         self,
         *,
         lineage: builtins.bytes = ...,
         version: builtins.int = ...,
+        lossy: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lineage", b"lineage", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lineage", b"lineage", "lossy", b"lossy", "version", b"version"]) -> None: ...
 
 global___Ancestor = Ancestor
 

@@ -40,10 +40,17 @@ LINEAGE_BYTES = 16
 
 
 class Ancestor(msgspec.Struct, frozen=True):
-    """An earlier lineage of a model, and the last version that it shares with the present one."""
+    """An earlier lineage of a model, and the last version that it shares with the present one.
+
+    Attributes:
+        lineage: The lineage.
+        version: The last version that the model still has of it.
+        lossy: Whether records were lost, or may have been, when it was left. Then all sessions ended.
+    """
 
     lineage: bytes
     version: int
+    lossy: bool = False
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -106,8 +113,8 @@ class Head(msgspec.Struct, frozen=True):
             version: The version at which the present lineage is left. Later versions are lost, in all lineages.
             lost_at: Index of the last record that is left, if records are or may be lost; None if none are.
         """
-        lineages = (*self.ancestors, Ancestor(self.lineage, version))
-        ancestors = [Ancestor(ancestor.lineage, min(ancestor.version, version)) for ancestor in lineages]
+        lineages = (*self.ancestors, Ancestor(self.lineage, version, lossy=lost_at is not None))
+        ancestors = [msgspec.structs.replace(one, version=min(one.version, version)) for one in lineages]
         return Head(
             secrets.token_bytes(LINEAGE_BYTES),
             tuple(ancestors[-_ANCESTORS_MAX:]),

@@ -261,7 +261,7 @@ def from_position(position: Position) -> pb.ModelPosition:
 def from_ancestors(head: Head) -> list[worker_service_pb2.Ancestor]:
     """Returns the messages for the lineages before a model's present one."""
     return [
-        worker_service_pb2.Ancestor(lineage=ancestor.lineage, version=ancestor.version) for ancestor in head.ancestors
+        worker_service_pb2.Ancestor(lineage=one.lineage, version=one.version, lossy=one.lossy) for one in head.ancestors
     ]
 
 
