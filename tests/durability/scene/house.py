@@ -169,7 +169,7 @@ def _resumed(summary: Machine) -> Machine:
 def text(summary: Machine) -> str:
     """Returns a machine's image as text; the updates in it are in order of versions."""
     image = MachineState.of(summary)
-    ordered = replace(image, summary=tuple(sorted(image.summary, key=lambda update: update.version)))
+    ordered = replace(image, updates=tuple(sorted(image.updates, key=lambda update: update.version)))
     return msgspec.json.format(msgspec.json.encode(ordered), indent=1).decode()
 
 
