@@ -283,7 +283,7 @@ def _come_and_leave(small: Wire, way: str) -> None:
 @pytest.mark.parametrize("way", ["cancel", "deadline", "disconnect", "model", "unread"])
 def test_a_watcher_that_leaves_frees_its_place(small: Wire, way: str) -> None:
     small.create("m")
-    for _ in range(4):
+    for _ in range(1 if way == "deadline" else 4):  # a deadline is time that passes
         _come_and_leave(small, way)
     assert [_place(small).next for _ in range(WATCHERS)]
 

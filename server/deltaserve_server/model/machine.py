@@ -80,6 +80,7 @@ class Machine(VersionedModel):
             worker=worker,
             id=session_id,
             epoch=self.sessions.new_epoch(worker),
+            # A worker that comes back keeps its rank, and with it its part of the data.
             rank=former.rank if former else self.sessions.free_rank(),
             tensor_count=tensor_count,
             group_count=group_count,
@@ -142,6 +143,7 @@ class Machine(VersionedModel):
             Refused: The push would be refused whatever its values are.
         """
         session = self.sessions.ended_with(push) or self.keep_session(push.session_id, push.epoch, now)
+        # A duplicate passes in any state: it was judged when it was new, and the worker needs its result.
         if not session.known(push):
             self._check_new(session, push)
         return session
@@ -160,9 +162,11 @@ class Machine(VersionedModel):
         Raises:
             Refused: The push is not accepted.
         """
+        # The check is made again, because much can happen while the values of a large push arrive.
         session = self.check(push, now)
         if session.known(push):
             return self._answer_duplicate(session, push)
+        # Before the policy acts, because it may apply the push at once.
         session.accept(push.sequence, push.fingerprint)
         pending = PendingPush(session, push, self._base_version(push))
         decisions = self.policy.accept(self, pending, now)
@@ -203,10 +207,11 @@ class Machine(VersionedModel):
     def put_state(self, update_counts: Sequence[int]) -> None:
         """Records that weights and optimizer state were replaced, which makes a version."""
         self.update_counts = list(update_counts)
-        self.version += 1
+        self.version += 1  # the open round goes on: its pushes are one version staler, and still gradients
 
     def extend(self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> None:
         """Adds tensors and groups at the end of the layout. Sessions that do not know them go on without."""
+        # A worker that starts later creates the model in an earlier size, then extends it as others have done.
         self.earlier_sizes.add((len(self.layout.tensors), len(self.groups)))
         self.layout = self.layout.extended(tensors)
         self.groups = (*self.groups, *groups)
@@ -260,6 +265,7 @@ class Machine(VersionedModel):
         changes_kind = type(policy) is not type(self.policy)
         self.groups, self.policy = groups, policy
         if changes_kind:
+            # No base from before may enter the first round, and no step from before may count as a lead.
             self.open_round(self.version)
             for session in self.sessions.live():
                 session.clock = 0
@@ -299,7 +305,7 @@ class Machine(VersionedModel):
         sessions = []
         for contribution, (session_id, fingerprint) in zip(summary.contributions, sources, strict=True):
             session = self.sessions.find_any(session_id)
-            if session:
+            if session:  # None if it ended so long ago that it is forgotten
                 result = PushResult(version=summary.version, contribution=contribution, summary=summary)
                 session.accept(contribution.sequence, fingerprint)
                 session.apply(contribution.sequence, result, now)
@@ -330,6 +336,7 @@ class Machine(VersionedModel):
             Whether this made a version. It does where sessions had come too late for the lost round: they were told to
             compute on the next version, which that round would have made.
         """
+        # The server was away, not the workers.
         for session in self.sessions.live():
             session.expires = now + session.lease_seconds
         self.policy.resume(self)

@@ -87,6 +87,7 @@ class Round:
         """
         first_awaited = min(awaited, default=None)
         ready = sorted(name for name in self.pushes if first_awaited is None or name < first_awaited)
+        # Those in the sum are the first `folded` of them: nobody joins before a name that is folded.
         return [self.pushes[name] for name in ready[self.folded :]]
 
     def in_order(self) -> list[PendingPush]:

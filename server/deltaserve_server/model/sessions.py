@@ -96,10 +96,12 @@ class Session:
         """
         if push.sequence < 1:
             raise Refused("PUSH_INVALID", field="sequence", allowed=">= 1")
+        # The push before may be lost or still on its way; accepting this one would make that loss final.
         if push.sequence > self.last_accepted + 1:
             raise Refused("SEQUENCE_GAP", expected=self.last_accepted + 1, got=push.sequence)
         if push.sequence == self.last_accepted + 1:
             return False
+        # A worker that reuses a number for another gradient would lose it without notice.
         record = self._in_window(push.sequence)
         if record and push.fingerprint is not None and push.fingerprint != record.fingerprint:
             raise Refused("SEQUENCE_REUSED", sequence=push.sequence)
@@ -147,6 +149,7 @@ class Session:
         return record.result if record and record.result else PushResult(version=version)
 
     def _in_window(self, sequence: int) -> Record | None:
+        # While a push waits, the window holds one record more, for the case that the push is given up.
         return self.window.get(sequence) if sequence > self.last_accepted - WINDOW else None
 
 
@@ -224,7 +227,7 @@ class Sessions:
 
     def new_epoch(self, worker: str) -> int:
         """Returns an epoch for a new session: one more than the name's last."""
-        epoch = self._epochs.pop(worker, 0) + 1
+        epoch = self._epochs.pop(worker, 0) + 1  # popped, so that the limit drops the names unused for longest
         _keep(self._epochs, worker, epoch, _MAX_NAMES)
         return epoch
 
@@ -262,6 +265,7 @@ class Sessions:
     def ended_with(self, push: Push) -> Session | None:
         """Returns the ended session that had accepted a push; None if there is none, or if it was fenced."""
         session = self._ended.get(push.session_id)
+        # A fenced worker must learn that it was fenced, not go on with duplicates.
         if session is None or session.epoch != push.epoch or self._fenced_worker(session.id):
             return None
         return session if 1 <= push.sequence <= session.last_accepted else None
@@ -279,6 +283,7 @@ class Sessions:
 
     def _fenced_worker(self, session_id: bytes) -> str | None:
         """Returns the worker of a session that a newer one of the same name fenced, before or after it ended."""
+        # The epoch tells it even where the session ended first, and was never replaced as a live one.
         ended = self._ended.get(session_id)
         if ended and self._epochs.get(ended.worker, 0) > ended.epoch:
             return ended.worker

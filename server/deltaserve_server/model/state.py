@@ -67,6 +67,7 @@ class AppliedPush:
         result = record.result
         if result is None or result.contribution is None or result.summary is None:
             return cls(sequence=sequence, fingerprint=record.fingerprint)
+        # By place: equal contributions would otherwise be stored once for the update and once for each session.
         place = result.summary.contributions.index(result.contribution)
         return cls(sequence=sequence, fingerprint=record.fingerprint, version=result.summary.version, place=place)
 
@@ -100,6 +101,7 @@ class SessionState:
     def of(cls, session: Session) -> Self:
         """Returns the state of a session."""
         fields = {name: getattr(session, name) for name in cls.__slots__ if name != "window"}
+        # A push that waits is dropped: its worker sends it again, and it must not look like a duplicate then.
         applied = (number for number in sorted(session.window) if number <= session.last_applied)
         return cls(**fields, window=tuple(AppliedPush.of(number, session.window[number]) for number in applied))
 

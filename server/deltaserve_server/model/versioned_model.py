@@ -62,6 +62,7 @@ class VersionedModel:
         self.count_update(self.version + 1, absent)
         summary = UpdateSummary(version=self.version, contributions=contributions, hyperparameters=hyperparameters)
         weight = sum(contribution.weight for contribution in contributions)
+        # With these a replay finds the sessions, and still tells a duplicate from other values.
         sources = tuple((pending.session.id, pending.push.fingerprint) for pending in pushes)
         answers = []
         for pending, contribution in zip(pushes, contributions, strict=True):

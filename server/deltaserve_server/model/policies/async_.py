@@ -34,6 +34,7 @@ class Async(UpdatePolicy):
         """Makes an update of the push."""
         groups = model.hyperparameters(pending.push.hyperparameters)
         if self.damping:
+            # The base decides, not the time: a push on the current weights is never damped.
             divisor = self._divisor(model.version - pending.base_version)
             groups = tuple(replace(group, lr=group.lr / divisor) for group in groups)
         update, answers = model.update([pending], groups, now)

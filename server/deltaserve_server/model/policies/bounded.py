@@ -35,7 +35,7 @@ class Bounded(UpdatePolicy):
 
     def accept(self, model: VersionedModel, pending: PendingPush, now: float) -> list[Decision]:
         """Makes an update of the push, and withholds its answer while the session is too far ahead."""
-        pending.session.clock += 1
+        pending.session.clock += 1  # first: this very step may put the session too far ahead
         update, answers = model.update([pending], model.hyperparameters(pending.push.hyperparameters), now)
         decisions: list[Decision] = [Fold(pending.push.key, pending.push.weight), update]
         if self._waits(model, pending.session.id):

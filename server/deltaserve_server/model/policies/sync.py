@@ -60,10 +60,10 @@ class Sync(UpdatePolicy):
         return former is not None and former.member and worker not in model.round.pushes
 
     def _admit_late(self, model: VersionedModel) -> list[Decision]:
-        """Makes members of the sessions that wait for the next round, because this one lacks workers.
+        """Admits the sessions that wait for the next round, because without them this one would never close.
 
-        Without them it would never close. `OpenSession` told them to compute on the next version, so the weights get
-        that version now, unchanged: otherwise they would wait for it for ever.
+        `OpenSession` told them to compute on the next version, so the weights get that version now, unchanged.
+        Otherwise they would wait for it for ever.
         """
         late = [session for session in model.sessions.late() if session.worker not in model.round.pushes]
         for session in late:
@@ -91,6 +91,7 @@ class Sync(UpdatePolicy):
             return []
         awaited, time_is_up = self._awaited(model), self._time_is_up(model, now)
         if len(model.round.pushes) >= self.min_workers:
+            # A round with enough pushes never fails, so folding some of them early is safe.
             return self._close(model, now) if time_is_up or not awaited else self._fold(model, awaited)
         if time_is_up:
             return self._fail(model, now)
@@ -103,6 +104,7 @@ class Sync(UpdatePolicy):
     def _deadlines(self, arrivals: list[float]) -> list[float]:
         deadlines = []
         if self.quorum is not None and len(arrivals) >= self.quorum:
+            # From the push that completes the quorum: the time that stragglers are given for its sake.
             deadlines.append(arrivals[self.quorum - 1] + self.grace_seconds)
         if self.round_timeout_seconds is not None and arrivals:
             deadlines.append(arrivals[0] + self.round_timeout_seconds)
@@ -119,6 +121,7 @@ class Sync(UpdatePolicy):
     def _close(self, model: VersionedModel, now: float) -> list[Decision]:
         """Makes the update of the open round, and opens the next."""
         pushes = model.round.in_order()
+        # A robust reduction needs all values of an element at once, a mean only their sum.
         reduction = self._fold(model, ()) if self.reduction == "mean" else self._combine(pushes)
         update, answers = model.update(pushes, model.hyperparameters(model.round.hyperparameters), now)
         model.open_round(model.version)
