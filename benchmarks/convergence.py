@@ -22,8 +22,10 @@ from benchmarks.convergence_figures import draw
 from benchmarks.convergence_runs import Point, Run, train_all
 from benchmarks.convergence_tables import tables
 from deltaserve_server import Server, ServerConfig
+from deltaserve_server.recipes.airfoil import AirfoilScratch
 from deltaserve_server.recipes.data import find_airfoil, load_airfoil, load_digits
-from deltaserve_server.recipes.recipes import AirfoilScratch, Digits, NumpyRecipe
+from deltaserve_server.recipes.digits import Digits
+from deltaserve_server.recipes.numpy_learner import NumpyRecipe
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 
 from benchmarks.convergence_runs import Setting
 from deltaserve import Async, Bounded, Sync
-from deltaserve_server.recipes.recipes import Policy
+from deltaserve_server.recipes.recipe import Policy
 
 STRAGGLER = 5.0
 MAX_STALENESS = 4

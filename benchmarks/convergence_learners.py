@@ -5,18 +5,15 @@ from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import deltaserve
 from deltaserve import StaleGradientError, StepResult
 from deltaserve.torch import RemoteAdadelta
-from deltaserve_server.recipes.batches import Share
-from deltaserve_server.recipes.recipes import Digits, NumpyRecipe, Policy
-
-Rows = NDArray[np.intp]
-Weights = Mapping[str, NDArray[np.float32]]
+from deltaserve_server.recipes.batches import Rows
+from deltaserve_server.recipes.digits import Digits
+from deltaserve_server.recipes.numpy_learner import NumpyRecipe
+from deltaserve_server.recipes.recipe import Policy, Weights
 
 TIMEOUT_SECONDS = 60.0
 
@@ -74,8 +71,7 @@ class PlainLearner:
 
     def compute(self, rows: Rows) -> None:
         """Computes the mean gradient of a batch."""
-        share = Share(rows=rows, batch=len(rows))
-        self._gradients = self._recipe.gradients(self._weights, share)
+        self._gradients = self._recipe.gradients(self._weights, rows)
 
     def step(self, weight: float) -> None:
         """Pushes it; a refused one is gone."""

@@ -16,9 +16,11 @@ from secrets import token_hex
 import numpy as np
 
 import deltaserve
-from benchmarks.convergence_learners import TIMEOUT_SECONDS, Learner, LocalLearner, PlainLearner, Rows, Weights
+from benchmarks.convergence_learners import TIMEOUT_SECONDS, Learner, LocalLearner, PlainLearner
 from deltaserve import StepResult
-from deltaserve_server.recipes.recipes import NumpyRecipe, Policy
+from deltaserve_server.recipes.batches import Rows
+from deltaserve_server.recipes.numpy_learner import NumpyRecipe
+from deltaserve_server.recipes.recipe import Policy, Weights
 
 JITTER = 0.2
 

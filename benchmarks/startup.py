@@ -3,7 +3,8 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter, sleep
 
@@ -25,39 +26,45 @@ _IMPORT = "from time import perf_counter as now; start = now(); import {}; print
 def startup(rounds: int) -> Timings:
     """Times starts; what the files' pages cost a first time is not in it, the warm-ups have read them."""
     contenders: dict[str, Callable[[], float]] = {
-        SERVING: partial(_start, _serving),
-        STEPPED: partial(_start, _stepped),
-        IMPORT: partial(_import, "deltaserve"),
-        "import grpc, numpy": partial(_import, "grpc, numpy"),
+        SERVING: start_seconds,
+        STEPPED: partial(start_seconds, until=_stepped),
+        IMPORT: partial(import_seconds, "deltaserve"),
+        "import grpc, numpy": partial(import_seconds, "grpc, numpy"),
         _PYTHON: _python,
     }
     return Timings("startup: of the server, and import", _PYTHON, collect(contenders, rounds))
 
 
-def _start(until: Callable[[str], None]) -> float:
-    """Returns the seconds from a server's start until `until` has returned."""
+@contextmanager
+def server_process(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """Gives the target and the id of a `deltaserve serve` process that has opened its port; it ends with the context.
+
+    Args:
+        environment: The process's environment; None means this process's own.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [
-        sys.executable,
-        "-m",
-        "deltaserve",
-        "serve",
-        "--bind",
-        target,
-        "--device",
-        "cpu",
-        "--log-level",
-        "warning",
-    ]
-    started = perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+    options = ["--bind", target, "--device", "cpu", "--log-level", "warning"]
+    command = [sys.executable, "-P", "-m", "deltaserve", "serve", *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as child:
         try:
             listening(target, child)
-            until(target)
-            return perf_counter() - started
+            yield target, child.pid
         finally:
             child.terminate()
+
+
+def start_seconds(environment: Mapping[str, str] | None = None, until: Callable[[str], None] | None = None) -> float:
+    """Returns the seconds from the start of a server process until `until` returns.
+
+    Args:
+        environment: The process's environment; None means this process's own.
+        until: Takes the target; None waits for health SERVING.
+    """
+    started = perf_counter()
+    with server_process(environment) as (target, _):
+        (until or _serving)(target)
+        return perf_counter() - started
 
 
 def listening(target: str, child: "subprocess.Popen[bytes]") -> None:
@@ -92,10 +99,10 @@ def _stepped(target: str) -> None:
         worker.step(tensors)
 
 
-def _import(names: str) -> float:
-    """Returns what the import takes, the interpreter's own start not counted."""
-    answer = subprocess.run([sys.executable, "-c", _IMPORT.format(names)], check=True, capture_output=True, text=True)
-    return float(answer.stdout)
+def import_seconds(names: str, environment: Mapping[str, str] | None = None) -> float:
+    """Returns the seconds of an import in a new process, without the start of the interpreter."""
+    command = [sys.executable, "-P", "-c", _IMPORT.format(names)]
+    return float(subprocess.check_output(command, text=True, env=environment))
 
 
 def _python() -> float:

@@ -1,7 +1,9 @@
-"""A server, and ways to run commands: in this process for what they print, as processes for signals and exit."""
+"""A server for all tests, and ways to run commands: in this process, or as processes for signals and exits."""
 
+import logging
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,23 +33,38 @@ def model() -> str:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs a command in this process, without the environment's settings."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes the settings of the environment, and restores what a command sets there."""
     for name in [name for name in os.environ if name.startswith("DELTASERVE_")]:
         monkeypatch.delenv(name)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], clean_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Command]:
+    """Runs a command in this process."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
         status = run(arguments)
         written = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, status, written.out, written.err)
 
-    return call
+    level = logging.getLogger().level
+    yield call
+    logging.getLogger().setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def process() -> Iterator[Process]:
-    """Starts a command as a process; what is left of it at the end is killed."""
+    """Starts commands as processes, and kills those that are left at the end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DELTASERVE_")}
     with ExitStack() as started:
 

@@ -1,4 +1,4 @@
-"""`export` and `import` against real servers: all that a model is goes into a file, and comes out of it the same."""
+"""`export` and `import`: a whole model goes into a file, and comes back the same."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ Edit = Callable[[Arrays, dict[str, str]], object]
 
 NOWHERE = "127.0.0.1:9"
 SHAPES = {"z": (3, 2), "a": (), "m/é": (0, 3), "b": (5,)}
-"""A layout that safetensors, which sorts by name, does not keep."""
+"""A layout whose order safetensors, which sorts by name, does not keep."""
 
 GROUPS = [
     deltaserve.Hyperparameters(lr=0.1 + 0.2, rho=0.95, eps=1e-3),
@@ -54,8 +54,8 @@ def bits(state: deltaserve.ModelState) -> dict[str, object]:
 
 @pytest.fixture
 def client(target: str, model: str) -> Iterator[deltaserve.Client]:
-    """A client; the models of this test are deleted after it: the server has room for 64."""
-    with deltaserve.connect(target, timeout_seconds=10.0) as connected:
+    """A client. The models of a test are deleted after it, because the server takes 64."""
+    with deltaserve.connect(target, timeout_seconds=60.0) as connected:
         yield connected
         for held in connected.models():
             if held.name.startswith(model):
@@ -98,11 +98,11 @@ def edit_config(file: Path, change: Callable[[Any], object]) -> None:
 
 
 def refusal(ended: "subprocess.CompletedProcess[str]") -> str:
-    """Returns the one line that a refused command has written."""
+    """Returns the error line of a command that failed."""
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith("deltaserve: ")
     assert ended.stderr.count("\n") == 1
-    assert "a fault of deltaserve" not in ended.stderr
+    assert "a bug in deltaserve" not in ended.stderr
     return ended.stderr
 
 
@@ -147,7 +147,9 @@ def test_export_replaces_a_file_with_force_alone(
     file = tmp_path / "state"
     file.write_text("mine")
     arguments = ["export", trained.name, "-o", str(file), "--target", target]
-    assert refusal(command(*arguments)) == f"deltaserve: {file} exists: name another file, or add --force\n"
+    assert (
+        refusal(command(*arguments)) == f"deltaserve: {file} exists: name another file, or overwrite it with --force\n"
+    )
     assert file.read_text() == "mine"
     assert command(*arguments, "--force").returncode == 0
     assert saved.read(file).name == trained.name
@@ -156,8 +158,11 @@ def test_export_replaces_a_file_with_force_alone(
 @pytest.mark.parametrize(
     ("tensors", "text"),
     [
-        (["w", "square_avg/w"], "tensors of {} are named like parts of the state: only pull can write it"),
-        (["w", "__metadata__"], "a tensor is named __metadata__, which no safetensors file can hold"),
+        (
+            ["w", "square_avg/w"],
+            "the tensors of {} have names that export uses for optimizer state: only pull can write it",
+        ),
+        (["w", "__metadata__"], "a tensor is named __metadata__, which a safetensors file cannot hold: rename it"),
     ],
 )
 def test_names_that_a_file_cannot_hold(
@@ -179,19 +184,19 @@ def test_a_model_that_is_another_between_state_and_config(client: deltaserve.Cli
     state = trained.pull_state()
     trained.delete()
     other = client.create_model(trained.name, {"other": np.ones(2)})
-    with pytest.raises(CommandError, match="made anew meanwhile: export it again"):
+    with pytest.raises(CommandError, match="created again during the export: export it again"):
         saved.encode(other.info(), state)
 
 
 # --- import
 
 
-def test_a_model_goes_on_on_another_server_with_the_same_bits(
+def test_a_model_continues_on_another_server_with_the_same_bits(
     command: Command, trained: deltaserve.Model, file: Path
 ) -> None:
-    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=10.0) as there:
+    with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=60.0) as there:
         ended = command("import", str(file), "--target", server.target)
-        expected = f"{trained.name}: {file}, which was exported at version 5\n"
+        expected = f"imported {trained.name} from {file}, exported at version 5\n"
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, expected, "")
         moved = there.model(trained.name)
         assert (moved.tensors, moved.groups, moved.policy) == (trained.tensors, trained.groups, trained.policy)
@@ -241,7 +246,7 @@ def test_tensors_named_like_state_of_tensors_that_are_not_there(
 
 
 def test_what_other_programs_write(command: Command, client: deltaserve.Client, model: str, file: Path) -> None:
-    """JSON has one kind of number: 1 is as good as 1.0; and other metadata may stand beside ours."""
+    """Other programs may write 1 for 1.0, and add metadata of their own."""
     edit_config(file, lambda config: config["groups"][0].update(lr=1, weight_decay=0))
     edit(file, lambda _, metadata: metadata.update(format="np"))
     assert command("import", str(file), "--model", f"{model}-2", "--target", client.target).returncode == 0
@@ -262,13 +267,15 @@ def test_a_model_that_exists_stays_as_it_is(
         client.create_model(trained.name, {"w": np.ones(2)})
     before = client.model(trained.name).pull_state()
     ended = command("import", str(file), "--target", client.target)
-    expected = f"deltaserve: {trained.name} exists: choose another name with --model, or add --replace\n"
+    expected = (
+        f"deltaserve: {trained.name} exists: choose another name with --model, or replace its state with --replace\n"
+    )
     assert refusal(ended) == expected
     after = client.model(trained.name).pull_state()
     assert (after.version, bits(after)) == (before.version, bits(before))
 
 
-def test_replace_puts_the_state_in_place_for_all_workers(
+def test_replace_changes_the_state_for_all_workers(
     command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path
 ) -> None:
     before = trained.pull_state()
@@ -281,7 +288,7 @@ def test_replace_puts_the_state_in_place_for_all_workers(
     assert (after.version, bits(after)) == (7, bits(before))
 
 
-def test_replace_leaves_hyperparameters_and_policy_and_says_so(
+def test_replace_keeps_hyperparameters_and_policy_and_says_so(
     command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path
 ) -> None:
     groups, policy = [deltaserve.Hyperparameters()] * 2, deltaserve.Bounded(slack=1)
@@ -292,7 +299,7 @@ def test_replace_leaves_hyperparameters_and_policy_and_says_so(
     assert (held.groups, held.policy) == (tuple(groups), policy)
 
 
-def test_replace_makes_a_model_where_there_is_none(
+def test_replace_creates_a_model_that_does_not_exist(
     command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path
 ) -> None:
     before = trained.pull_state()
@@ -321,11 +328,12 @@ def test_replace_refuses_another_layout(
     held = client.create_model(trained.name, {name: np.ones(shape) for name, shape in tensors.items()})
     before = bits(held.pull_state())
     ended = command("import", str(file), "--replace", "--target", client.target)
-    assert refusal(ended) == f"deltaserve: {trained.name} has another layout than the file: {text}\n"
+    expected = f"the layout of {trained.name} differs from the file's: {text}; import it as another model with --model"
+    assert refusal(ended) == f"deltaserve: {expected}\n"
     assert bits(held.pull_state()) == before
 
 
-# --- files that are not as they must be; no server is asked
+# --- invalid files, which are refused without a server
 
 
 def without(name: str) -> Edit:
@@ -341,71 +349,83 @@ def with_tensor(key: str, array: np.ndarray[Any, np.dtype[Any]]) -> Edit:
 
 
 def rename_like_state(_: Arrays, metadata: dict[str, str]) -> None:
-    """One tensor would be the weights of one and the state of another."""
+    """One tensor of the file would be both weights and optimizer state."""
     metadata["config"] = metadata["config"].replace('"b"', '"square_avg/z"')
     metadata["update_count/square_avg/z"] = "0"
 
 
 BAD: list[tuple[Edit, str]] = [
-    (without("config"), "its metadata has no 'config': import takes what deltaserve export wrote"),
+    (without("config"), "its metadata has no 'config': import needs a file that deltaserve export wrote"),
     (without("model"), "its metadata has no 'model'"),
     (without("version"), "its metadata has no 'version'"),
     (without("update_count/b"), "its metadata has no 'update_count/b'"),
     (with_text("version", "-1"), "'version': expected a whole number of at most 9223372036854775807, got '-1'"),
     (with_text("update_count/b", str(1 << 63)), "'update_count/b': expected a whole number"),
     (with_text("update_count/b", "٣"), "'update_count/b': expected a whole number"),
-    (with_text("config", "{"), "config: expected JSON"),
-    (with_text("config", "[" * 100_000), "config: expected JSON"),
-    (with_text("config", "[]"), "config: expected tensors and groups, which are lists"),
-    (with_text("config", '{"tensors": [], "groups": []}'), "config: expected tensors and groups, which are lists"),
-    (rename_like_state, "config: tensors are named like parts of the state"),
-    (without("z"), "it lacks tensor 'z'"),
-    (without("acc_delta/a"), "it lacks tensor 'acc_delta/a'"),
-    (with_tensor("square_avg/y", np.zeros(1, np.float32)), "it has, beside its model, tensor 'square_avg/y'"),
-    (with_tensor("z", np.zeros((3, 2), np.float64)), "tensor 'z' is F64, not F32"),
-    (with_tensor("acc_delta/b", np.zeros(5, np.float16)), "tensor 'acc_delta/b' is F16, not F32"),
-    (with_tensor("square_avg/b", np.zeros((5, 1), np.float32)), "tensor 'square_avg/b' has shape [5, 1], not [5]"),
-    (with_tensor("z", np.zeros((2, 3), np.float32)), "tensor 'square_avg/z' has shape [3, 2], not [2, 3]"),
+    (with_text("config", "{"), "config: Input data was truncated"),
+    (with_text("config", "[" * 100_000), "config: Expected `object`, got `array`"),
+    (with_text("config", "[]"), "config: Expected `object`, got `array`"),
+    (with_text("config", '{"tensors": [], "groups": []}'), "config: Object missing required field `policy`"),
+    (rename_like_state, "config: tensors have names that are used for optimizer state"),
+    (without("z"), "missing tensor 'z'"),
+    (without("acc_delta/a"), "missing tensor 'acc_delta/a'"),
+    (with_tensor("square_avg/y", np.zeros(1, np.float32)), "unexpected tensor 'square_avg/y'"),
+    (with_tensor("z", np.zeros((3, 2), np.float64)), "tensor 'z': expected type F32, got F64"),
+    (with_tensor("acc_delta/b", np.zeros(5, np.float16)), "tensor 'acc_delta/b': expected type F32, got F16"),
+    (
+        with_tensor("square_avg/b", np.zeros((5, 1), np.float32)),
+        "tensor 'square_avg/b': expected shape [5], got [5, 1]",
+    ),
+    (with_tensor("z", np.zeros((2, 3), np.float32)), "tensor 'square_avg/z': expected shape [2, 3], got [3, 2]"),
 ]
 BAD_CONFIG: list[tuple[Callable[[Any], object], str]] = [
-    (lambda config: config.update(more=1), "config: expected tensors and groups, which are lists, and policy"),
-    (lambda config: config.update(policy="maybe"), "config: policy: 'maybe' is no policy; write sync, async or"),
+    (lambda config: config.update(more=1), "config: Object contains unknown field `more`"),
+    (
+        lambda config: config.update(policy="maybe"),
+        "config: policy: expected a policy, sync, async or bounded, as in sync:min_workers=4, got 'maybe'",
+    ),
     (lambda config: config.update(policy="sync:trim=99999999999"), "config: policy: trim: 99999999999 is too large"),
-    (lambda config: config["groups"][0].pop("lr"), "config: groups: expected numbers lr, rho, eps, weight_decay"),
-    (lambda config: config["groups"][0].update(lr="1"), "config: groups: expected numbers lr"),
-    (lambda config: config["groups"][0].update(maximize=1), "config: groups: expected numbers lr"),
-    (lambda config: config["groups"].append([]), "config: groups: expected numbers lr"),
-    (lambda config: config["groups"].pop(), "config: tensor 'a' is in group 1, and there are 1"),
-    (lambda config: config["tensors"][0].update(group=-1), "config: tensor 'z' is in group -1, and there are 2"),
-    (lambda config: config["tensors"][0].update(group=0.5), "config: tensor 'z' is in group 0.5, and there are 2"),
-    (lambda config: config["tensors"][0].update(group=10**400), "config: tensor 'z' is in group inf"),
-    (lambda config: config["tensors"][0].update(group=True), "config: tensors: expected name"),
-    (lambda config: config["tensors"][0].update(name=5), "config: tensors: expected name"),
-    (lambda config: config["tensors"].append("w"), "config: tensors: expected name"),
-    (lambda config: config["tensors"].append(config["tensors"][0]), "config: two tensors have one name"),
-    (lambda config: config["tensors"][0].update(name="\ud800"), "its metadata has no 'update_count/\\ud800'"),
-    (lambda config: config["tensors"].pop(), "it has, beside its model, tensor 'acc_delta/b'"),
+    (lambda config: config["groups"][0].pop("lr"), "config: Object missing required field `lr` - at `$.groups[0]`"),
+    (lambda config: config["groups"][0].update(lr="1"), "config: Expected `float`, got `str` - at `$.groups[0].lr`"),
+    (
+        lambda config: config["groups"][0].update(maximize=1),
+        "config: Expected `bool`, got `int` - at `$.groups[0].maximize`",
+    ),
+    (lambda config: config["groups"].append([]), "config: Expected `object`, got `array` - at `$.groups[2]`"),
+    (lambda config: config["groups"].pop(), "config: tensor 'a' is in group 1, but there are 1 groups"),
+    (lambda config: config["tensors"][0].update(group=-1), "config: tensor 'z' is in group -1, but there are 2 groups"),
+    (lambda config: config["tensors"][0].update(group=0.5), "config: Expected `int`, got `float`"),
+    (lambda config: config["tensors"][0].update(group=10**400), "config: tensor 'z' is in group 10000000000"),
+    (lambda config: config["tensors"][0].update(group=True), "config: Expected `int`, got `bool`"),
+    (lambda config: config["tensors"][0].update(name=5), "config: Expected `str`, got `int` - at `$.tensors[0].name`"),
+    (lambda config: config["tensors"].append("w"), "config: Expected `object`, got `str`"),
+    (lambda config: config["tensors"].append(config["tensors"][0]), "config: two tensors have the same name"),
+    (
+        lambda config: config["tensors"][0].update(name="\ud800"),
+        "config: JSON is malformed: unexpected end of escaped",
+    ),
+    (lambda config: config["tensors"].pop(), "unexpected tensor 'acc_delta/b'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "text"), BAD, ids=[text for _, text in BAD])
-def test_a_file_that_is_not_as_it_must_be(command: Command, file: Path, change: Edit, text: str) -> None:
+def test_an_invalid_file(command: Command, file: Path, change: Edit, text: str) -> None:
     edit(file, change)
     assert refusal(command("import", str(file), "--target", NOWHERE)).startswith(f"deltaserve: {file}: {text}")
 
 
 @pytest.mark.parametrize(("change", "text"), BAD_CONFIG, ids=[text for _, text in BAD_CONFIG])
-def test_a_config_that_is_not_as_it_must_be(
-    command: Command, file: Path, change: Callable[[Any], object], text: str
-) -> None:
+def test_an_invalid_config(command: Command, file: Path, change: Callable[[Any], object], text: str) -> None:
     edit_config(file, change)
     assert refusal(command("import", str(file), "--target", NOWHERE)).startswith(f"deltaserve: {file}: {text}")
 
 
-def test_what_pull_wrote_is_no_export(command: Command, target: str, trained: deltaserve.Model, tmp_path: Path) -> None:
+def test_a_file_of_pull_is_no_export(command: Command, target: str, trained: deltaserve.Model, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     command("pull", trained.name, "-o", str(file), "--target", target)
-    assert "import takes what deltaserve export wrote" in refusal(command("import", str(file), "--target", NOWHERE))
+    assert "import needs a file that deltaserve export wrote" in refusal(
+        command("import", str(file), "--target", NOWHERE)
+    )
 
 
 def test_a_path_that_cannot_be_read(command: Command, tmp_path: Path) -> None:
@@ -414,18 +434,18 @@ def test_a_path_that_cannot_be_read(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 100, b"\x80\x04]q\x00."], ids=str)
-def test_what_is_no_safetensors_file(command: Command, tmp_path: Path, content: bytes) -> None:
+def test_a_file_in_another_format(command: Command, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
     line = refusal(command("import", str(file), "--target", NOWHERE))
-    assert line.startswith(f"deltaserve: {file} is no safetensors file, or not all of one: ")
+    assert line.startswith(f"deltaserve: {file} is not a complete safetensors file: ")
 
 
 def test_a_part_of_a_file_is_refused_wherever_it_ends(file: Path, tmp_path: Path) -> None:
     content, part = file.read_bytes(), tmp_path / "part"
-    for length in range(len(content)):
+    for length in range(0, len(content), 7):
         part.write_bytes(content[:length])
-        with pytest.raises(CommandError, match="is no safetensors file, or not all of one"):
+        with pytest.raises(CommandError, match="is not a complete safetensors file"):
             saved.read(part)
 
 
@@ -433,14 +453,14 @@ def test_a_header_with_a_wrong_byte_is_read_or_refused(file: Path, tmp_path: Pat
     content, wrong = file.read_bytes(), tmp_path / "wrong"
     (size,) = struct.unpack_from("<Q", content)
     refused = 0
-    for place in range(8 + size):
+    for place in range(0, 8 + size, 5):
         for value in (ord("9"), ord("]")):
             wrong.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
             try:
                 saved.read(wrong)
             except CommandError:
                 refused += 1
-    assert refused > size
+    assert refused > size / 5
 
 
 def test_shapes_that_numpy_does_not_have(command: Command, model: str, tmp_path: Path) -> None:
@@ -468,7 +488,7 @@ def test_shapes_that_numpy_does_not_have(command: Command, model: str, tmp_path:
         (with_text("model", "no name!"), "expected 1 to 128 characters"),
     ],
 )
-def test_what_the_server_refuses_leaves_no_model(
+def test_a_state_that_the_server_refuses_leaves_no_model(
     command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path, change: Edit, text: str
 ) -> None:
     edit(file, change)
@@ -482,7 +502,7 @@ def test_what_the_server_refuses_leaves_no_model(
     ("change", "text"),
     [
         (lambda config: config["groups"][1].update(eps=0.0), "eps"),
-        (lambda config: config["groups"][0].update(lr=float("nan")), "lr"),
+        (lambda config: config["groups"][0].update(lr=float("nan")), "config: JSON is malformed"),
         (lambda config: config.update(policy="sync:min_workers=0"), "min_workers"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A server for the whole run, and the data: the real file where it is, else one of the same form."""
+"""A server for all tests, and airfoil data: the real file if it is available, and a synthetic one."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ import pytest
 from deltaserve_server import LocalServer
 from deltaserve_server.recipes.data import AIRFOIL_FILE
 
-BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def real_file() -> Path:
-    given = Path(os.environ.get("DELTASERVE_DATA") or BESIDE_THE_CHECKOUT)
+    given = Path(os.environ.get("DELTASERVE_DATA") or SHARED_DATA)
     file = given / AIRFOIL_FILE if given.is_dir() else given
     if not file.is_file():
         pytest.skip(f"{AIRFOIL_FILE} is not here: set DELTASERVE_DATA to it")
@@ -35,8 +35,8 @@ def real_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_up_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the real file: 1503 rows, 6 columns with tabs between, CRLF, columns of very different size."""
+def synthetic_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the format of the real one: 1503 rows, 6 columns separated by tabs, CRLF, columns of varied scale."""
     random = np.random.default_rng(7)
     features = random.standard_normal((1503, 5)) * [3000.0, 6.0, 0.1, 15.0, 0.01] + [2800.0, 7.0, 0.14, 50.0, 0.01]
     label = 125.0 - 0.0012 * features[:, 0] - 0.4 * features[:, 1] + 4.8 * random.standard_normal(1503)

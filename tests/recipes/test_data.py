@@ -1,4 +1,4 @@
-"""Where the data comes from and what is made of it."""
+"""Where the training data comes from, and how it is prepared."""
 
 import http.server
 import threading
@@ -23,7 +23,7 @@ def test_digits_are_split_in_the_same_way_every_time() -> None:
     assert np.array_equal(train.labels, again.labels)
 
 
-def test_no_digit_is_in_both_parts_and_each_has_its_share() -> None:
+def test_no_example_is_in_both_parts_and_each_digit_has_its_fraction() -> None:
     train, test = load_digits()
     assert not {row.tobytes() for row in train.features} & {row.tobytes() for row in test.features}
     for digit in range(10):
@@ -31,9 +31,9 @@ def test_no_digit_is_in_both_parts_and_each_has_its_share() -> None:
         assert here / (here + there) == pytest.approx(0.2, abs=0.01)
 
 
-def test_airfoil_is_standardised_over_all_rows_and_cut_to_1500(made_up_file: Path) -> None:
-    examples = load_airfoil(made_up_file)
-    rows = np.array([line.split("\t") for line in made_up_file.read_text().splitlines()], dtype=np.float64)
+def test_airfoil_is_standardised_over_all_rows_and_cut_to_1500(synthetic_file: Path) -> None:
+    examples = load_airfoil(synthetic_file)
+    rows = np.array([line.split("\t") for line in synthetic_file.read_text().splitlines()], dtype=np.float64)
     expected = ((rows - rows.mean(axis=0)) / rows.std(axis=0))[:1500]
     assert examples.features.shape == (1500, 5)
     assert examples.features.dtype == examples.labels.dtype == np.float32
@@ -58,11 +58,11 @@ def test_real_airfoil_has_the_published_floor_and_start(real_file: Path) -> None
         (b"1\t2\t3\t4\t5\t6\n1\t2\n", "expected 6 columns"),
         (b"a\tb\tc\td\te\tf\n", "expected 6 columns"),
         (b"1\t2\t3\t4\t5\tnan\n1\t2\t3\t4\t5\t6\n", "finite"),
-        (b"1\t2\t3\t4\t5\t6\n1\t3\t4\t5\t6\t7\n", "never changes"),
+        (b"1\t2\t3\t4\t5\t6\n1\t3\t4\t5\t6\t7\n", "one value in all rows"),
         (b"\xff\xfe\x00", "expected 6 columns"),
     ],
 )
-def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path, content: bytes, text: str) -> None:
+def test_a_file_in_another_format_is_refused_in_one_line(tmp_path: Path, content: bytes, text: str) -> None:
     file = tmp_path / "other.dat"
     file.write_bytes(content)
     with pytest.raises(DataError, match=text) as caught:
@@ -71,13 +71,15 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path: Path, content: 
     assert "other.dat" in str(caught.value)
 
 
-def test_a_given_file_and_a_given_folder_are_found(made_up_file: Path, tmp_path: Path) -> None:
-    assert find_airfoil(made_up_file, tmp_path, NOWHERE) == made_up_file
-    assert find_airfoil(made_up_file.parent, tmp_path, NOWHERE) == made_up_file
+def test_a_given_file_and_a_given_folder_are_found(synthetic_file: Path, tmp_path: Path) -> None:
+    assert find_airfoil(synthetic_file, tmp_path, NOWHERE) == synthetic_file
+    assert find_airfoil(synthetic_file.parent, tmp_path, NOWHERE) == synthetic_file
 
 
 def test_a_given_file_that_is_missing_is_never_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file .*missing\.dat: give the file with --data FILE or DELTASERVE_DATA"):
+    with pytest.raises(
+        DataError, match=r"no such file: .*missing\.dat; give the file with --data FILE or DELTASERVE_DATA"
+    ):
         find_airfoil(tmp_path / "missing.dat", tmp_path, NOWHERE)
 
 
@@ -90,7 +92,7 @@ def test_without_a_network_one_line_says_how_to_give_the_file(tmp_path: Path) ->
 
 @contextmanager
 def serving(content: bytes) -> Iterator[tuple[str, Callable[[], int]]]:
-    """A web server with one file; yields its address and how often it was asked."""
+    """A web server with one file; yields its address and a function that counts requests."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -104,13 +106,13 @@ def serving(content: bytes) -> Iterator[tuple[str, Callable[[], int]]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/{AIRFOIL_FILE}", lambda: len(asked)
         server.shutdown()
 
 
-def test_a_download_with_other_bytes_is_refused_and_not_kept(tmp_path: Path, made_up_file: Path) -> None:
-    with serving(made_up_file.read_bytes()) as (url, _), pytest.raises(DataError, match="other bytes"):
+def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(tmp_path: Path, synthetic_file: Path) -> None:
+    with serving(synthetic_file.read_bytes()) as (url, _), pytest.raises(DataError, match="wrong checksum"):
         find_airfoil(None, tmp_path, url)
     assert not list(tmp_path.iterdir())
 

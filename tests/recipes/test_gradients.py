@@ -1,4 +1,4 @@
-"""The gradients that are written out by hand, against finite differences in float64."""
+"""The gradients against finite differences in float64, and what stale memory must not change."""
 
 from collections.abc import Callable, Mapping
 
@@ -54,7 +54,7 @@ def test_softmax_of_huge_scores_is_finite() -> None:
     assert probability.tolist() == [[1.0, 0.0, 0.0]]
 
 
-def test_a_share_without_examples_has_no_gradient() -> None:
+def test_a_batch_without_examples_has_no_gradient() -> None:
     weights = network.initial_weights(4, 5, 3, seed=0)
     none = network.gradients(weights, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     assert all(not array.any() and array.shape == weights[name].shape for name, array in none.items())
@@ -67,3 +67,25 @@ def test_initial_weights_are_float32_and_of_the_seed(seed: int) -> None:
     assert all(array.dtype == np.float32 for array in first.values())
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["hidden.weight"], other["hidden.weight"])
+
+
+def fill_blas_buffers() -> None:
+    """Leaves signalling NaNs in the buffers of numpy's BLAS."""
+    numbers = np.empty((150, 150), np.float32)
+    numbers.view(np.uint32)[:] = 0x7FA00000
+    with np.errstate(all="ignore"):
+        for product in (numbers @ numbers, numbers @ numbers[:, 0], numbers.T @ numbers[:, :1]):
+            assert np.isnan(product).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13, 19])
+def test_stale_memory_of_blas_causes_no_floating_point_error(count: int) -> None:
+    random = np.random.default_rng(count)
+    x, y = random.standard_normal((count, 5)).astype(np.float32), random.standard_normal(count).astype(np.float32)
+    scratch, hidden = linear.initial_weights(5, 1), network.initial_weights(5, 7, 3, 1)
+    with np.errstate(all="raise", under="ignore"):
+        fill_blas_buffers()
+        found = [*linear.gradients(**scratch, x=x, y=y).values(), linear.errors(**scratch, x=x, y=y)]
+        fill_blas_buffers()
+        found += [*network.gradients(hidden, x, np.arange(count) % 3).values(), *network.forward(hidden, x)]
+    assert all(np.isfinite(values).all() for values in found)

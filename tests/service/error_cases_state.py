@@ -1,4 +1,4 @@
-"""Requests that are refused for what is there, or is not: models, sessions, rounds, limits, a server that stops."""
+"""Requests that the server's state refuses: models, sessions, rounds, limits, shutdown."""
 
 import os
 from collections.abc import Callable
@@ -161,7 +161,7 @@ def a_session_of_another_model(scene: Scene) -> Request:
 
 @case("SESSION_UNKNOWN")
 def a_session_whose_lease_ran_out(scene: Scene) -> Request:
-    short = scene.wire.open("m", "b", lease_seconds=1.0)
+    short = scene.wire.open("m", "b", lease_seconds=0.25)
     eventually(lambda: len(scene.wire.model("m").sessions) == 1, "the lease does not run out")
     return step(short.header(1), *[1.0] * 5)
 

@@ -1,4 +1,4 @@
-"""The command line. What a command needs beyond typer is imported when the command runs."""
+"""The command line `deltaserve`. A command imports what it needs when it runs, so that `--help` is quick."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from deltaserve_server.cli.errors import INTERRUPTED, exit_status, is_interrupt,
 
 
 def main() -> NoReturn:
-    """Runs the command that this process was started with, and ends the process."""
+    """Runs the command of `sys.argv` and exits with its status."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -18,17 +18,16 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command.
 
     Args:
-        arguments: What stands behind `deltaserve`.
+        arguments: The arguments after `deltaserve`.
 
     Returns:
-        The exit status: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl+C. An error has been told in one line on
-        the standard error stream.
+        The exit status: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl+C. An error is one line on standard error.
     """
     try:
         status = command().main(list(arguments), prog_name="deltaserve", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not fail again when it flushes at the end.
+        # The reader of the output is gone. The interpreter flushes at exit and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException as error:

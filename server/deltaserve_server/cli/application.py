@@ -1,4 +1,4 @@
-"""Puts the commands together."""
+"""Assembles the commands."""
 
 from typing import Annotated, Any
 
@@ -6,19 +6,19 @@ import typer
 
 from deltaserve_server.cli import doctor, health, models, pull, serve, snapshots, train, transfer, update, watch
 
-HELP = """Adadelta as a service: a server holds a model's weights and optimizer state, workers push gradients and get
-the new weights back.
+HELP = """An optimizer as a service: a server holds a model's weights and optimizer state; workers push gradients and
+get the new weights back.
 
-To see it work: [bold]deltaserve train digits[/]. To start a server: [bold]deltaserve serve[/]."""
+Try it with [bold]deltaserve train digits[/]. Start a server with [bold]deltaserve serve[/]."""
 
 
 def command() -> Any:
-    """Returns the whole command, as typer runs it."""
+    """Returns the command line as a click command."""
     return typer.main.get_command(typer_application())
 
 
 def typer_application() -> typer.Typer:
-    """Returns the whole command, as typer knows it."""
+    """Returns the command line as a typer application."""
     application = typer.Typer(
         help=HELP,
         rich_markup_mode="rich",
@@ -34,8 +34,8 @@ def typer_application() -> typer.Typer:
     application.command()(transfer.export)
     application.command("import")(transfer.import_)
     application.command()(models.delete)
-    for looking in (health.health, doctor.doctor):
-        application.command()(looking)
+    for function in (health.health, doctor.doctor):
+        application.command()(function)
     return application
 
 
@@ -43,7 +43,7 @@ def start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Prints the version, or the help where no command is given."""
+    """Prints the version, or the help if no command is given."""
     if version:
         from deltaserve import __version__
 

@@ -1,4 +1,4 @@
-"""A client for one command."""
+"""The client of a command."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,25 +9,25 @@ from deltaserve_server.cli.health import check
 if TYPE_CHECKING:
     import deltaserve
 
-REACH_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def connected(target: str, timeout_seconds: float = 30.0) -> "Iterator[deltaserve.Client]":
-    """Yields a client of a server that answers.
+    """Yields a client, after a check that the server answers.
 
-    The client itself keeps trying until its time is up, which is right for a worker; who types a command wants to know
-    at once that nothing is there.
+    Without the check the client would retry until its timeout, which suits a worker; a user at a terminal wants to know
+    at once that there is no server.
 
     Args:
-        target: HOST:PORT, or unix:PATH.
-        timeout_seconds: How long each call may take.
+        target: The server's address, HOST:PORT or unix:PATH.
+        timeout_seconds: The limit of each call, its retries included.
 
     Raises:
-        CommandError: nothing answers there.
+        CommandError: No server answers.
     """
     import deltaserve
 
-    check(target, REACH_SECONDS)
+    check(target, CHECK_SECONDS)
     with deltaserve.connect(target, timeout_seconds=timeout_seconds) as client:
         yield client

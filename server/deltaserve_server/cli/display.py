@@ -1,10 +1,10 @@
-"""How numbers and tables look. Nothing is cut off, whatever the terminal's width: output may be piped."""
+"""Formats numbers and tables. Nothing is truncated to the width of the terminal, because output may be piped."""
 
 from collections.abc import Sequence
 
 
 def format_bytes(count: float) -> str:
-    """Returns a number of bytes with a unit that keeps it readable: `37.5 KiB`."""
+    """Formats a number of bytes with a suitable unit: `37.5 KiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -13,7 +13,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration in its two largest units: `3 min 2 s`."""
+    """Formats a duration in its two largest units: `3 min 2 s`."""
     whole = int(seconds)
     for size, large, small_size, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
@@ -22,7 +22,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns columns as wide as their widest cell; numbers stand on the right."""
+    """Formats rows as columns, each as wide as its widest cell; numbers are right-aligned."""
     cells = [list(header), *([str(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [
@@ -39,6 +39,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Returns a line for each pair, the second parts below each other."""
+    """Formats each pair as a line, the second parts aligned."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)

@@ -1,4 +1,4 @@
-"""`deltaserve doctor`: what a server is like from here, and what to do about what is wrong."""
+"""`deltaserve doctor`: examines a server from this machine, and says what to do about problems."""
 
 import secrets
 import socket
@@ -13,7 +13,7 @@ import typer
 from deltaserve_server.cli.display import format_bytes
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.health import check
-from deltaserve_server.cli.models import KEEPS, device
+from deltaserve_server.cli.models import DURABILITY, device
 from deltaserve_server.cli.options import DEFAULT_TARGET, TargetArgument
 
 if TYPE_CHECKING:
@@ -26,20 +26,26 @@ SLOW_ROUND_TRIP_SECONDS = 0.005
 SLOW_MB_PER_SECOND = 100.0
 VECTOR_ELEMENTS = 4 << 20
 STEPS = 5
-Quick = Annotated[bool, typer.Option("--quick", help="Leave out the measurements.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Skip the measurements.")]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `advice` says what to do; None means that all is well."""
+    """One line of the report.
+
+    Attributes:
+        name: What was examined.
+        text: What was found.
+        advice: What to do about a problem; None means that there is none.
+    """
 
     name: str
     text: str
     advice: str | None = None
 
 
-class Hopeless(Exception):
-    """A finding after which there is nothing more to look at."""
+class FatalFinding(Exception):
+    """A problem that prevents the rest of the examination."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.text)
@@ -47,25 +53,25 @@ class Hopeless(Exception):
 
 
 def doctor(target: TargetArgument = DEFAULT_TARGET, quick: Quick = False) -> None:
-    """Check a server from here: reachable, versions, device, limits, round-trip time and MB/s.
+    """Examine a server from this machine: connection, version, limits, latency, throughput.
 
-    The measurement creates a model of 16 MiB under a random name, steps it and deletes it.
+    To measure throughput it creates a model of 16 MiB under a random name and deletes it.
     """
-    wrong = 0
+    problems = 0
     try:
         for finding in examine(target, quick):
-            wrong += _show(finding)
-    except Hopeless as hopeless:
-        wrong += _show(hopeless.finding)
-    if wrong:
-        raise CommandError(f"{wrong} thing{'s' * (wrong > 1)} to look at, see above")
+            problems += _show(finding)
+    except FatalFinding as fatal:
+        problems += _show(fatal.finding)
+    if problems:
+        raise CommandError(f"{problems} problem{'s' * (problems > 1)} found, see above")
 
 
 def examine(target: str, quick: bool) -> Iterator[Finding]:
-    """Yields the findings, one after the other as they are made.
+    """Yields each finding as soon as it is made.
 
     Raises:
-        Hopeless: the rest cannot be examined.
+        FatalFinding: The rest cannot be examined.
     """
     import deltaserve
 
@@ -75,11 +81,11 @@ def examine(target: str, quick: bool) -> Iterator[Finding]:
         try:
             info = client.server_info()
         except deltaserve.Error as error:
-            advice = "use the port of a deltaserve server, and a version that fits"
-            raise Hopeless(Finding("protocol", str(error), advice)) from error
+            advice = "use the port of a deltaserve server, and the same version here and there"
+            raise FatalFinding(Finding("protocol", str(error), advice)) from error
         yield _version(info)
         yield Finding("device", device(info))
-        yield Finding("keeps", KEEPS.get(info.durability, info.durability))
+        yield Finding("durable", DURABILITY.get(info.durability, info.durability))
         yield _limits(info.limits)
         yield _memory(info.limits)
         if not quick:
@@ -89,46 +95,46 @@ def examine(target: str, quick: bool) -> Iterator[Finding]:
 
 
 def _show(finding: Finding) -> bool:
-    """Prints a finding; returns whether something is wrong."""
-    wrong = finding.advice is not None
-    mark = typer.style("look", fg="red", bold=True) if wrong else typer.style("ok  ", fg="green")
+    """Prints a finding; returns whether it is a problem."""
+    is_problem = finding.advice is not None
+    mark = typer.style("look", fg="red", bold=True) if is_problem else typer.style("ok  ", fg="green")
     typer.echo(f"{mark}  {finding.name:<11} {finding.text}")
-    if wrong:
+    if is_problem:
         typer.echo(f"      {'':<11} -> {finding.advice}")
-    return wrong
+    return is_problem
 
 
 def _reachable(target: str) -> Finding:
     if target.startswith("unix:"):
-        return _reachable_here(target.removeprefix("unix:"))
+        return _reachable_socket(target.removeprefix("unix:"))
     host, _, port = target.rpartition(":")
     begin = time.perf_counter()
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise Hopeless(_unreachable(host, port, error)) from error
+        raise FatalFinding(_unreachable(host, port, error)) from error
     return Finding("reachable", f"{target} accepts connections ({_ms(time.perf_counter() - begin)})")
 
 
-def _reachable_here(path: str) -> Finding:
+def _reachable_socket(path: str) -> Finding:
     try:
-        with socket.socket(socket.AF_UNIX) as tried:
-            tried.connect(path)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
     except OSError as error:
-        advice = f"start one there: deltaserve serve --bind unix:{path}"
-        raise Hopeless(Finding("reachable", f"nobody listens on {path}: {error.strerror}", advice)) from error
-    return Finding("reachable", f"the socket {path} accepts connections")
+        advice = f"start a server there: deltaserve serve --bind unix:{path}"
+        raise FatalFinding(Finding("reachable", f"nothing listens on {path}: {error.strerror}", advice)) from error
+    return Finding("reachable", f"{path} accepts connections")
 
 
 def _unreachable(host: str, port: str, error: OSError) -> Finding:
     if isinstance(error, socket.gaierror):
-        text, advice = f"no address is known for {host}", "check the spelling, or use the IP address"
+        text, advice = f"the name {host} has no address", "check the spelling, or use the IP address"
     elif isinstance(error, ConnectionRefusedError):
         text = f"nothing listens on port {port} of {host}"
-        advice = f"start one there: deltaserve serve --bind {host}:{port} (0.0.0.0:{port} for other machines)"
+        advice = f"start a server there: deltaserve serve --bind {host}:{port} (0.0.0.0:{port} for other machines)"
     else:
         text = f"no answer from {host} port {port}"
-        advice = "look for a firewall between, or a server that is bound to its own 127.0.0.1"
+        advice = "look for a firewall in between, or for a server that listens on 127.0.0.1 only"
     return Finding("reachable", text, advice)
 
 
@@ -136,8 +142,8 @@ def _health(target: str) -> Finding:
     try:
         status = check(target, CONNECT_SECONDS)
     except CommandError as error:
-        return Finding("health", str(error), "use the port of a deltaserve server, or look into its log")
-    advice = None if status == "SERVING" else "wait until it has started; if it stays so, look into its log"
+        return Finding("health", str(error), "use the port of a deltaserve server, or read its log")
+    advice = None if status == "SERVING" else "wait until it has started; if this does not change, read its log"
     return Finding("health", status, advice)
 
 
@@ -147,13 +153,13 @@ def _version(info: "deltaserve.ServerInfo") -> Finding:
     text = f"server {info.version}, here {ours}"
     if info.version.split(".")[0] == ours.split(".")[0]:
         return Finding("version", text)
-    return Finding("version", text, f"install the same on both: pip install deltaserve=={info.version}")
+    return Finding("version", text, f"install the same version on both: pip install deltaserve=={info.version}")
 
 
 def _limits(limits: "deltaserve.Limits") -> Finding:
     text = f"{limits.models} models, {limits.sessions} sessions, messages up to {format_bytes(limits.message_bytes)}"
-    # Every client sends chunks of 1 MiB and some bytes around them.
-    advice = None if limits.message_bytes > 1 << 20 else "start the server with a larger --message-bytes, as 4MiB"
+    # Clients send chunks of 1 MiB, in messages that are slightly larger.
+    advice = None if limits.message_bytes > 1 << 20 else "start the server with a larger --message-bytes, such as 4MiB"
     return Finding("limits", text, advice)
 
 
@@ -166,33 +172,33 @@ def _memory(limits: "deltaserve.Limits") -> Finding:
 
 def _round_trip(client: "deltaserve.Client") -> Finding:
     seconds = sorted(_timed(client.server_info) for _ in range(ROUND_TRIPS))
-    middle, high = statistics.median(seconds), seconds[int(0.99 * ROUND_TRIPS)]
-    slow = middle > SLOW_ROUND_TRIP_SECONDS
-    advice = "bring workers and server closer, or compute more per step (a larger batch)" if slow else None
-    return Finding("round trip", f"{_ms(middle)} median, {_ms(high)} p99 of {ROUND_TRIPS} calls", advice)
+    median, p99 = statistics.median(seconds), seconds[int(0.99 * ROUND_TRIPS)]
+    slow = median > SLOW_ROUND_TRIP_SECONDS
+    advice = "run workers closer to the server, or compute more per step (a larger batch)" if slow else None
+    return Finding("round trip", f"{_ms(median)} median, {_ms(p99)} p99 of {ROUND_TRIPS} calls", advice)
 
 
 def _throughput(target: str, limits: "deltaserve.Limits") -> Finding:
     import deltaserve
 
-    # Weights and state, a version being written, one being read, a snapshot's, a push: with some room to spare.
+    # Weights, state, a version that is written, one that is read, a snapshot and a push, with a margin.
     if limits.memory_available_bytes < 10 * 4 * VECTOR_ELEMENTS:
-        text = "not measured: too little memory is free"
-        return Finding("throughput", text, "free memory on the server to have this measured")
+        text = "not measured: the server has too little free memory"
+        return Finding("throughput", text, "delete models, or start the server with a larger --memory-bytes")
     with deltaserve.connect(target, timeout_seconds=MEASURE_SECONDS) as client:
         try:
             rate = _megabytes_per_second(client)
         except deltaserve.Error as error:
-            return Finding("throughput", str(error), "look into the server's log")
+            return Finding("throughput", str(error), "read the server's log")
     slow = rate < SLOW_MB_PER_SECOND
-    advice = "look for a slow link or a busy machine between here and the server" if slow else None
+    advice = "look for a slow network, or a busy machine at either end" if slow else None
     size = format_bytes(4 * VECTOR_ELEMENTS)
-    text = f"{rate:.0f} MB/s in steps of {size} there, update, {size} back"
+    text = f"{rate:.0f} MB/s in steps that send {size}, update and receive {size}"
     return Finding("throughput", text, advice)
 
 
 def _megabytes_per_second(client: "deltaserve.Client") -> float:
-    """Steps a temporary model; returns the median rate over both directions."""
+    """Steps a temporary model; returns the median rate, both directions together."""
     import numpy as np
 
     vector = np.ones(VECTOR_ELEMENTS, np.float32)

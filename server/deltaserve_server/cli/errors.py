@@ -1,12 +1,12 @@
-"""Every error as one line that says what to do, and its exit status."""
+"""Turns every error into one line for the user, and into an exit status."""
 
 import typer
 
 INTERRUPTED = 130
-_OF_A_LIBRARY = "Value error, "
-"""What typer's newest releases leave in front of some messages."""
+_LIBRARY_PREFIX = "Value error, "
+"""What recent releases of typer put before some messages."""
 
-EXTRAS = {
+EXTRAS = {  # by package: the extra that installs it
     "torch": "torch",
     "triton": "cuda",
     "sklearn": "train",
@@ -21,27 +21,27 @@ EXTRAS = {
 
 
 class CommandError(Exception):
-    """A command cannot do what it was asked to. The text is one line for the user."""
+    """A command failed. The text is one line for the user, with what to do."""
 
 
 class UsageError(CommandError):
-    """The command was not given as it must be; exit status 2."""
+    """The command line is wrong; exit status 2."""
 
     exit_code = 2
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether this is Ctrl+C, in its own shape or in the one that typer's releases give it."""
+    """Returns whether the error is Ctrl+C, which typer may have replaced by an exception of its own."""
     return isinstance(error, KeyboardInterrupt | typer.Abort)
 
 
 def exit_status(error: Exception) -> int:
-    """Returns 2 for wrong usage, else 1."""
+    """Returns the exit status of an error: 2 for wrong usage, else 1."""
     return int(getattr(error, "exit_code", 1))
 
 
 def one_line(error: Exception) -> str:
-    """Returns what to tell the user."""
+    """Returns the text of an error as one line."""
     return " ".join(_text(error).split())
 
 
@@ -51,18 +51,18 @@ def _text(error: Exception) -> str:
 
     if isinstance(error, CommandError | TrainingError | deltaserve.Error):
         return str(error)
-    # typer's usage errors have a common base only in its newest releases; all have this method.
+    # Only recent releases of typer have a common base class for usage errors; all have this method.
     if hasattr(error, "format_message"):
         return _usage(error, error.format_message())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
-        return f"this needs {error.name}: pip install 'deltaserve[{extra}]'"
+        return f"this needs the package {error.name}: pip install 'deltaserve[{extra}]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (a fault of deltaserve; DELTASERVE_TRACEBACK=1 shows where)"
+    return f"{type(error).__name__}: {error} (a bug in deltaserve; DELTASERVE_TRACEBACK=1 shows the traceback)"
 
 
 def _usage(error: Exception, message: str) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "deltaserve"
-    plain = message.replace(_OF_A_LIBRARY, "").rstrip(".")
+    plain = message.replace(_LIBRARY_PREFIX, "").rstrip(".")
     return f"{plain}; see {path} --help"

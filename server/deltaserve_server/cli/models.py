@@ -1,5 +1,6 @@
-"""`deltaserve models`, `status` and `delete`: what a server holds."""
+"""`deltaserve models`, `status` and `delete`: the models of a server."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,21 +14,23 @@ from deltaserve_server.cli.policy import format_policy
 if TYPE_CHECKING:
     import deltaserve
 
-OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="One model in detail.", show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Show this model instead of the server.", show_default=False)
+]
 
 
 def models(target: Target = DEFAULT_TARGET) -> None:
-    """List the models that a server holds."""
+    """List the models of a server."""
     with connected(target) as client:
         summaries = client.models()
     if summaries:
         typer.echo(_model_table(summaries))
     else:
-        typer.echo(f"no models yet; try: deltaserve train digits --workers 2 --target {target}")
+        typer.echo(f"no models; try: deltaserve train digits --workers 2 --target {target}")
 
 
 def status(model: OptionalModel = None, target: Target = DEFAULT_TARGET) -> None:
-    """Show how a server is, or one of its models with its workers."""
+    """Show the status of a server, or of a model and its workers."""
     with connected(target) as client:
         typer.echo(_server_status(client, target) if model is None else _model_status(client.model(model)))
 
@@ -35,15 +38,17 @@ def status(model: OptionalModel = None, target: Target = DEFAULT_TARGET) -> None
 def delete(
     model: ModelArgument,
     target: Target = DEFAULT_TARGET,
-    force: Annotated[bool, typer.Option("--force", help="Also while workers have sessions with it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete it even if workers have sessions.")] = False,
 ) -> None:
-    """Forget a model and its sessions."""
+    """Delete a model and its sessions."""
     with connected(target) as client:
         info = client.model(model).info()
         if info.sessions and not force:
-            raise CommandError(f"{model} has {len(info.sessions)} live sessions: stop the workers, or add --force")
+            raise CommandError(
+                f"{model} has {len(info.sessions)} live sessions: stop its workers, or delete it with --force"
+            )
         client.delete_model(model)
-    typer.echo(f"deleted {model}, which was at version {info.version}")
+    typer.echo(f"deleted {model} at version {info.version}")
 
 
 def _server_status(client: "deltaserve.Client", target: str) -> str:
@@ -56,7 +61,7 @@ def _server_status(client: "deltaserve.Client", target: str) -> str:
             ("server", f"{target}, deltaserve {info.version}, up {format_seconds(info.uptime_seconds)}"),
             ("device", device(info)),
             ("memory", f"{free} of {whole} free"),
-            ("keeps", KEEPS.get(info.durability, info.durability)),
+            ("durable", DURABILITY.get(info.durability, info.durability)),
             ("models", f"{len(summaries)} of {limits.models}"),
             ("sessions", f"{sessions} of {limits.sessions}"),
         ]
@@ -64,17 +69,17 @@ def _server_status(client: "deltaserve.Client", target: str) -> str:
     return f"{lines}\n\n{_model_table(summaries)}" if summaries else lines
 
 
-KEEPS = {
-    "none": "nothing: models are gone when the server's process ends",
-    "snapshot": "each model as of its last snapshot",
+DURABILITY = {
+    "none": "nothing: models end with the server process",
+    "snapshot": "the last snapshot of each model",
     "journal": "every acknowledged push",
-    "fsync": "every acknowledged push, also where the power goes",
+    "fsync": "every acknowledged push, even if the power fails",
 }
-"""What survives, by a server's durability."""
+"""What survives when the server dies, by the server's durability."""
 
 
 def device(info: "deltaserve.ServerInfo") -> str:
-    """Returns a server's device in words."""
+    """Describes the device of a server."""
     threads = f", {info.threads} thread{'s' * (info.threads != 1)}" if info.device_kind == "cpu" else ""
     return f"{info.device_kind}: {info.device_name}{threads}"
 
@@ -87,22 +92,22 @@ def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
     header = ("MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "POLICY")
     rows = [
         (
-            one.name,
-            one.element_count,
-            one.tensor_count,
-            one.session_count,
-            one.version,
-            _durable(one.durable_version),
-            format_policy(one.policy),
+            model.name,
+            model.element_count,
+            model.tensor_count,
+            model.session_count,
+            model.version,
+            _durable(model.durable_version),
+            format_policy(model.policy),
         )
-        for one in summaries
+        for model in summaries
     ]
     return table(header, rows)
 
 
 def _model_status(model: "deltaserve.Model") -> str:
     info = model.info()
-    elements = sum(_size(tensor.shape) for tensor in model.tensors)
+    elements = sum(math.prod(tensor.shape) for tensor in model.tensors)
     head = facts(
         [
             ("model", model.name),
@@ -115,15 +120,8 @@ def _model_status(model: "deltaserve.Model") -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    return count
-
-
 def group_table(model: "deltaserve.Model") -> str:
-    """Returns the hyperparameters, a line a parameter group."""
+    """Formats the hyperparameters, one line per parameter group."""
     rows = [
         (index, group.lr, group.rho, group.eps, group.weight_decay, "yes" if group.maximize else "no")
         for index, group in enumerate(model.groups)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and the parsers of their values."""
 
 import re
 from pathlib import Path
@@ -12,34 +12,34 @@ UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def parse_bytes(text: str) -> int:
-    """Reads a number of bytes: `1048576`, `8GiB`, `8G`, `1.5 GB`.
+    """Parses a number of bytes: `1048576`, `8GiB`, `8G`, `1.5 GB`.
 
     Raises:
-        typer.BadParameter: it is no such number, or not positive.
+        typer.BadParameter: The text is not a positive number of bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) <= 0:
-        raise typer.BadParameter(f"{text!r} is no number of bytes; write 1073741824 or 8GiB")
+        raise typer.BadParameter(f"expected a number of bytes, as 1073741824 or 8GiB, got {text!r}")
     return int(float(match[1]) * unit)
 
 
 def parse_folder(text: str) -> Path:
-    """Reads a folder's name.
+    """Parses the name of a directory.
 
     Raises:
-        typer.BadParameter: it is empty, as an unset variable of a shell is.
+        typer.BadParameter: The text is empty, as an unset variable of a shell is.
     """
     if not text:
-        raise typer.BadParameter("'' is no folder")
+        raise typer.BadParameter("expected a directory, got ''")
     return Path(text)
 
 
 def parse_address(text: str) -> str:
-    """Checks an address, HOST:PORT or unix:PATH.
+    """Checks an address, HOST:PORT or unix:PATH, and returns it.
 
     Raises:
-        typer.BadParameter: it is no such thing.
+        typer.BadParameter: The text is not an address.
     """
     from deltaserve._connection import check_target
 
@@ -50,7 +50,7 @@ def parse_address(text: str) -> str:
     return text
 
 
-TARGET_HELP = "The server."
+TARGET_HELP = "Address of the server, or unix:PATH."
 Target = Annotated[
     str,
     typer.Option("--target", metavar="HOST:PORT", envvar="DELTASERVE_TARGET", parser=parse_address, help=TARGET_HELP),
@@ -59,5 +59,5 @@ TargetArgument = Annotated[
     str,
     typer.Argument(metavar="HOST:PORT", envvar="DELTASERVE_TARGET", parser=parse_address, help=TARGET_HELP),
 ]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.", show_default=False)]
-POLICY_HELP = "When a push becomes an update, as sync:quorum=3, async:max_staleness=8 or bounded:slack=2."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.", show_default=False)]
+POLICY_HELP = "When a push becomes an update: sync:quorum=3, async:max_staleness=8, bounded:slack=2."

@@ -1,4 +1,4 @@
-"""The file that a command writes: how it is named, and that it comes whole or not at all."""
+"""The output file of a command. It is written whole or not at all."""
 
 import contextlib
 import os
@@ -15,51 +15,51 @@ if TYPE_CHECKING:
     from deltaserve._common.element_types import Array
 
 TRANSFER_SECONDS = 600.0
-"""How long a call may take that moves a whole model."""
+"""The limit of a call that transfers a whole model."""
 
 Output = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write, as NAME.safetensors.", show_default=False),
+    typer.Option("--output", "-o", metavar="FILE", help="File to write, as NAME.safetensors.", show_default=False),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")]
 
 
 def check(output: Path, force: bool) -> None:
-    """Says before the transfer what would stop the writing after it.
+    """Checks before the transfer that the file can be written after it.
 
     Raises:
-        CommandError: The file cannot be written, or exists and is not to be replaced.
+        CommandError: The file cannot be written, or it exists and `force` is not set.
     """
     if output.is_dir():
-        raise CommandError(f"{output} is a folder: name a file")
+        raise CommandError(f"{output} is a directory: name a file")
     if not output.absolute().parent.is_dir():
-        raise CommandError(f"there is no folder {output.parent}: make it first")
+        raise CommandError(f"the directory {output.parent} does not exist: create it first")
     if output.exists() and not force:
-        raise CommandError(f"{output} exists: name another file, or add --force")
+        raise CommandError(f"{output} exists: name another file, or overwrite it with --force")
 
 
 def encode(tensors: "Mapping[str, Array]", metadata: Mapping[str, str]) -> bytes:
-    """Returns a safetensors file.
+    """Returns the content of a safetensors file.
 
     Raises:
-        CommandError: A tensor has the name under which such a file has its metadata.
+        CommandError: A tensor is named `__metadata__`, which the format uses itself.
     """
     from safetensors.numpy import save
 
     if "__metadata__" in tensors:
-        raise CommandError("a tensor is named __metadata__, which no safetensors file can hold")
+        raise CommandError("a tensor is named __metadata__, which a safetensors file cannot hold: rename it")
     return save(dict(tensors), metadata=dict(metadata))
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
+    """Writes a file whole or not at all: to a temporary file in the same directory, fsync, rename."""
     descriptor, name = tempfile.mkstemp(dir=file.absolute().parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp's files are for their owner alone; weights are as readable as any file of this user.
+        # mkstemp creates files that only their owner can read; this one gets the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)

@@ -1,4 +1,4 @@
-"""How far the workers are: a bar for each on a terminal, plain lines elsewhere."""
+"""Shows the progress of workers: a bar for each on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from deltaserve_server.recipes.worker import Progress
 
 Observer = Callable[["Progress"], None]
-LINES_A_WORKER = 4
+LINES_PER_WORKER = 4
 
 
 def shown(workers: int) -> contextlib.AbstractContextManager[Observer]:
-    """Returns a context whose value takes each worker's progress and shows it on the standard error stream."""
+    """Returns a context manager that yields an observer, which shows progress on standard error."""
     return _bars(workers) if sys.stderr.isatty() else contextlib.nullcontext(_lines())
 
 
@@ -40,13 +40,13 @@ def _bars(workers: int) -> Iterator[Observer]:
 
 
 def _lines() -> Observer:
-    """Returns an observer that prints a line whenever a worker has done a further quarter of its steps."""
-    told: dict[int, int] = {}
+    """Returns an observer that prints a line for each quarter of a worker's steps."""
+    printed: dict[int, int] = {}
 
     def show(progress: "Progress") -> None:
-        part = progress.step * LINES_A_WORKER // progress.steps
-        if told.get(progress.worker) != part:
-            told[progress.worker] = part
+        part = progress.step * LINES_PER_WORKER // progress.steps
+        if printed.get(progress.worker) != part:
+            printed[progress.worker] = part
             text = ", ".join([f"step {progress.step} of {progress.steps}", *_notes(progress)])
             print(f"worker {progress.worker}: {text}", file=sys.stderr, flush=True)
 
@@ -55,4 +55,4 @@ def _lines() -> Observer:
 
 def _notes(progress: "Progress") -> list[str]:
     loss = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
-    return [*loss, *([f"{progress.late} too late"] if progress.late else [])]
+    return [*loss, *([f"{progress.late} late"] if progress.late else [])]

@@ -1,4 +1,4 @@
-"""`deltaserve pull`: a model's weights as a safetensors file."""
+"""`deltaserve pull`: writes the weights of a model to a safetensors file."""
 
 import typer
 
@@ -9,9 +9,9 @@ from deltaserve_server.cli.output import TRANSFER_SECONDS, Force, Output, check,
 
 
 def pull(model: ModelArgument, output: Output, target: Target = DEFAULT_TARGET, force: Force = False) -> None:
-    """Write a model's weights, all of one version, to a safetensors file.
+    """Write the weights of a model to a safetensors file.
 
-    For all that a model is, its optimizer state too: deltaserve export.
+    deltaserve export writes the optimizer state too.
     """
     check(output, force)
     with connected(target, TRANSFER_SECONDS) as client:

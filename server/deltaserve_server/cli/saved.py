@@ -1,7 +1,7 @@
-"""A whole model as a safetensors file, which other tools read too.
+"""A whole model as a safetensors file, which other tools can read too.
 
-Its tensors, float32: `NAME` has the weights, `square_avg/NAME` and `acc_delta/NAME` the optimizer state. Its metadata,
-all of it text: `model`, `version`, `update_count/NAME`, and `config`, which is JSON:
+Tensors, float32: `NAME` holds the weights, `square_avg/NAME` and `acc_delta/NAME` the optimizer state. Metadata, all of
+it text: `model`, `version`, `update_count/NAME`, and `config`, which is JSON:
 
     {
         "tensors": [{"name": "w", "group": 0}],
@@ -9,173 +9,154 @@ all of it text: `model`, `version`, `update_count/NAME`, and `config`, which is 
         "policy": "sync:min_workers=4"
     }
 
-"tensors" is the layout, whose order a safetensors file does not keep by itself; "policy" is as on the command line.
+"tensors" is the layout, because a safetensors file does not keep the order of its tensors. "policy" is text as on the
+command line.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
 import typer
+from safetensors import SafetensorError, safe_open
 
+from deltaserve import Hyperparameters, ModelInfo, ModelState, TensorSpec
+from deltaserve._common.element_types import Array
 from deltaserve_server.cli import output
 from deltaserve_server.cli.errors import CommandError
-from deltaserve_server.cli.policy import format_policy, parse_policy
-
-if TYPE_CHECKING:
-    import deltaserve
-    from deltaserve._common.element_types import Array
-    from deltaserve._types import Policy
+from deltaserve_server.cli.policy import Policy, format_policy, parse_policy
 
 PREFIXES = {"weights": "", "square_avg": "square_avg/", "acc_delta": "acc_delta/"}
 COUNT_PREFIX = "update_count/"
-MOST_UPDATES = (1 << 63) - 1
-"""So many updates the protocol allows a state to come with."""
+MAX_UPDATES = (1 << 63) - 1
+"""The largest version and update count that the protocol allows in a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """What a file says of a model.
+    """The content of a file.
 
     Attributes:
         name: The model's name.
         tensors: Its layout.
         groups: Its hyperparameters by parameter group.
-        policy: When a push becomes an update.
-        state: Its numbers.
+        policy: Its policy.
+        state: Its weights and optimizer state.
     """
 
     name: str
-    tensors: "tuple[deltaserve.TensorSpec, ...]"
-    groups: "tuple[deltaserve.Hyperparameters, ...]"
-    policy: "Policy"
-    state: "deltaserve.ModelState"
+    tensors: tuple[TensorSpec, ...]
+    groups: tuple[Hyperparameters, ...]
+    policy: Policy
+    state: ModelState
 
 
-def encode(info: "deltaserve.ModelInfo", state: "deltaserve.ModelState") -> bytes:
-    """Returns the file of a model.
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    group: int
+
+
+class _Group(msgspec.Struct, forbid_unknown_fields=True):
+    lr: float
+    rho: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class _Config(msgspec.Struct, forbid_unknown_fields=True):
+    tensors: list[_Tensor]
+    groups: list[_Group]
+    policy: str
+
+
+def encode(info: ModelInfo, state: ModelState) -> bytes:
+    """Returns the content of a model's file.
 
     Args:
-        info: The model, asked for after its state: it may have been extended meanwhile.
-        state: Its numbers, with the optimizer's.
+        info: The model, requested after its state. It may have got more tensors meanwhile; they are not written.
+        state: Its weights and optimizer state.
 
     Raises:
-        CommandError: A tensor has a name that the file needs for something else, or the model is another by now.
+        CommandError: The name of a tensor conflicts with the format, or the model was replaced meanwhile.
     """
-    held = {key: getattr(state, key) for key in PREFIXES}
-    tensors = {prefix + name: array for key, prefix in PREFIXES.items() for name, array in held[key].items()}
+    vectors = {key: getattr(state, key) for key in PREFIXES}
+    tensors = {prefix + name: array for key, prefix in PREFIXES.items() for name, array in vectors[key].items()}
     if len(tensors) != len(PREFIXES) * len(state.weights):
-        raise CommandError(f"tensors of {info.name} are named like parts of the state: only pull can write it")
+        raise CommandError(
+            f"the tensors of {info.name} have names that export uses for optimizer state: only pull can write it"
+        )
     layout = info.tensors[: len(state.weights)]
     if [spec.name for spec in layout] != list(state.weights):
-        raise CommandError(f"{info.name} was deleted and made anew meanwhile: export it again")
-    config = {
-        "tensors": [{"name": spec.name, "group": spec.group} for spec in layout],
-        "groups": [asdict(group) for group in info.groups],
-        "policy": format_policy(info.policy),
-    }
-    metadata = {"model": info.name, "version": str(state.version), "config": json.dumps(config)}
+        raise CommandError(f"{info.name} was deleted and created again during the export: export it again")
+    config = _Config(
+        tensors=[_Tensor(spec.name, spec.group) for spec in layout],
+        groups=[_Group(**asdict(group)) for group in info.groups],
+        policy=format_policy(info.policy),
+    )
+    metadata = {"model": info.name, "version": str(state.version), "config": msgspec.json.encode(config).decode()}
     metadata |= {COUNT_PREFIX + name: str(count) for name, count in state.update_counts.items()}
     return output.encode(tensors, metadata)
 
 
 def read(file: Path) -> SavedModel:
-    """Returns what a file holds.
+    """Returns the content of a file.
 
     Raises:
-        CommandError: It does not hold a whole model. Whether numbers and names are in range is the server's to say.
-        OSError: It cannot be read.
+        CommandError: The file does not hold a whole model. The server checks the ranges of numbers and names.
+        OSError: The file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise CommandError(f"there is no file {file}")
-    file.open("rb").close()  # says better than safetensors why a file cannot be read
+    file.open("rb").close()  # raises a clearer error than safetensors if the file cannot be read
     try:
         with safe_open(file, "np") as opened:
-            return _saved(opened)
+            return _decode(opened)
     except SafetensorError as error:
-        raise CommandError(f"{file} is no safetensors file, or not all of one: {error}") from error
+        raise CommandError(f"{file} is not a complete safetensors file: {error}") from error
     except CommandError as error:
         raise CommandError(f"{file}: {error}") from error
 
 
-def _saved(opened: Any) -> SavedModel:
+def _decode(opened: Any) -> SavedModel:
     metadata = opened.metadata() or {}
-    config = _config(_text(metadata, "config"))
-    groups = tuple(map(_hyperparameters, config["groups"]))
-    places = dict(_place(value, len(groups)) for value in config["tensors"])
-    if len(places) != len(config["tensors"]):
-        raise CommandError("config: two tensors have one name")
-    policy = _policy(config["policy"])
-    state = _state(opened, metadata, places)
-    return SavedModel(
-        name=_text(metadata, "model"), tensors=_layout(state, places), groups=groups, policy=policy, state=state
-    )
+    try:
+        config = msgspec.json.decode(_text(metadata, "config"), type=_Config)
+        policy = parse_policy(config.policy).policy()
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CommandError(f"config: {error}") from error
+    except typer.BadParameter as error:
+        raise CommandError(f"config: policy: {error.message}") from error
+    groups = tuple(Hyperparameters(**msgspec.structs.asdict(group)) for group in config.groups)
+    group_of = {tensor.name: tensor.group for tensor in config.tensors}
+    if len(group_of) != len(config.tensors):
+        raise CommandError("config: two tensors have the same name")
+    for name, group in group_of.items():
+        if group not in range(len(groups)):
+            raise CommandError(f"config: tensor {name!r} is in group {group}, but there are {len(groups)} groups")
+    state = _decode_state(opened, metadata, group_of)
+    tensors = tuple(TensorSpec(name, state.weights[name].shape, group) for name, group in group_of.items())
+    return SavedModel(name=_text(metadata, "model"), tensors=tensors, groups=groups, policy=policy, state=state)
 
 
 def _text(metadata: Mapping[str, str], key: str) -> str:
     if key not in metadata:
-        raise CommandError(f"its metadata has no {key!r}: import takes what deltaserve export wrote")
+        raise CommandError(f"its metadata has no {key!r}: import needs a file that deltaserve export wrote")
     return metadata[key]
 
 
 def _count(metadata: Mapping[str, str], key: str) -> int:
     text = _text(metadata, key)
-    if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or int(text) > MOST_UPDATES:
-        raise CommandError(f"{key!r}: expected a whole number of at most {MOST_UPDATES}, got {text!r}")
+    if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or int(text) > MAX_UPDATES:
+        raise CommandError(f"{key!r}: expected a whole number of at most {MAX_UPDATES}, got {text!r}")
     return int(text)
 
 
-def _config(text: str) -> dict[str, Any]:
-    try:
-        # What other programs write has 1 for 1.0; and an integer may be larger than any float.
-        config = json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):
-        raise CommandError("config: expected JSON") from None
-    kinds = {"tensors": list, "groups": list, "policy": str}
-    if not isinstance(config, dict) or _kinds(config) != kinds:
-        raise CommandError("config: expected tensors and groups, which are lists, and policy, which is text")
-    return config
-
-
-def _kinds(values: Mapping[str, Any]) -> dict[str, type]:
-    return {name: type(value) for name, value in values.items()}
-
-
-def _hyperparameters(value: Any) -> "deltaserve.Hyperparameters":
-    from deltaserve import Hyperparameters
-
-    kinds = {field.name: type(field.default) for field in fields(Hyperparameters)}
-    if not isinstance(value, dict) or _kinds(value) != kinds:
-        names = ", ".join(name for name, kind in kinds.items() if kind is float)
-        raise CommandError(f"config: groups: expected numbers {names}, and maximize, true or false")
-    return Hyperparameters(**value)
-
-
-def _place(value: Any, groups: int) -> tuple[str, int]:
-    """Returns a tensor's name and the index of its group."""
-    if not isinstance(value, dict) or _kinds(value) != {"name": str, "group": float}:
-        raise CommandError("config: tensors: expected name, which is text, and group, which is a number")
-    if value["group"] not in range(groups):
-        raise CommandError(f"config: tensor {value['name']!r} is in group {value['group']:g}, and there are {groups}")
-    return value["name"], int(value["group"])
-
-
-def _policy(text: str) -> "Policy":
-    try:
-        return parse_policy(text).policy()
-    except typer.BadParameter as error:
-        raise CommandError(f"config: policy: {error.message}") from error
-
-
-def _state(opened: Any, metadata: Mapping[str, str], names: Collection[str]) -> "deltaserve.ModelState":
-    """Reads the numbers, after everything that can be found without them."""
-    from deltaserve import ModelState
-
+def _decode_state(opened: Any, metadata: Mapping[str, str], names: Collection[str]) -> ModelState:
+    """Reads the vectors, after all checks that are possible without them."""
     version = _count(metadata, "version")
     counts = {name: _count(metadata, COUNT_PREFIX + name) for name in names}
     _check_tensors(opened, names)
@@ -186,32 +167,26 @@ def _state(opened: Any, metadata: Mapping[str, str], names: Collection[str]) -> 
 
 
 def _check_tensors(opened: Any, names: Collection[str]) -> None:
-    """Raises CommandError unless the file has all its tensors and no others, float32, in shapes that fit together."""
+    """Raises CommandError unless the file has exactly the model's tensors, as float32, in matching shapes."""
     expected = {prefix + name: name for name in names for prefix in PREFIXES.values()}
     present = set(opened.keys())
     if len(expected) != len(PREFIXES) * len(names):
-        raise CommandError("config: tensors are named like parts of the state")
-    for word, wrong in (("lacks", expected.keys() - present), ("has, beside its model,", present - expected.keys())):
-        if wrong:
-            raise CommandError(f"it {word} tensor {min(wrong)!r}")
+        raise CommandError("config: tensors have names that are used for optimizer state")
+    for wrong, keys in (("missing", expected.keys() - present), ("unexpected", present - expected.keys())):
+        if keys:
+            raise CommandError(f"{wrong} tensor {min(keys)!r}")
     for key, name in expected.items():
         found, weights = opened.get_slice(key), opened.get_slice(name)
         if found.get_dtype() != "F32":
-            raise CommandError(f"tensor {key!r} is {found.get_dtype()}, not F32")
+            raise CommandError(f"tensor {key!r}: expected type F32, got {found.get_dtype()}")
         if found.get_shape() != weights.get_shape():
-            raise CommandError(f"tensor {key!r} has shape {found.get_shape()}, not {weights.get_shape()}")
+            raise CommandError(f"tensor {key!r}: expected shape {weights.get_shape()}, got {found.get_shape()}")
 
 
-def _tensor(opened: Any, key: str) -> "Array":
+def _tensor(opened: Any, key: str) -> Array:
     array: Array
     try:
         array = opened.get_tensor(key)
-    except ValueError as error:  # numpy has no arrays of more dimensions, nor of larger ones that are empty
+    except ValueError as error:  # the format allows more dimensions, and larger empty arrays, than numpy does
         raise CommandError(f"tensor {key!r}: {error}") from error
     return array
-
-
-def _layout(state: "deltaserve.ModelState", places: Mapping[str, int]) -> "tuple[deltaserve.TensorSpec, ...]":
-    from deltaserve import TensorSpec
-
-    return tuple(TensorSpec(name, state.weights[name].shape, group) for name, group in places.items())

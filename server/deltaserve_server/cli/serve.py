@@ -1,4 +1,4 @@
-"""`deltaserve serve`: a server in this process, until it is told to stop."""
+"""`deltaserve serve`: runs a server in this process until a signal stops it."""
 
 import errno
 import logging
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deltaserve")
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
-_STATUS = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
-"""By signal: with what a server that stops for it ends."""
+_EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
+"""The exit status of a server that was stopped by a signal."""
 
 
 class Device(StrEnum):
-    """Where models live."""
+    """The kind of device that holds the models."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -40,7 +40,7 @@ class Device(StrEnum):
 
 
 class Durability(StrEnum):
-    """What survives the death of the server."""
+    """What survives when the server process dies."""
 
     NONE = "none"
     SNAPSHOT = "snapshot"
@@ -48,159 +48,170 @@ class Durability(StrEnum):
     FSYNC = "fsync"
 
 
-class Level(StrEnum):
-    """What is worth a line in the log."""
+class LogLevel(StrEnum):
+    """The lowest level that is logged."""
 
     DEBUG = "debug"
     INFO = "info"
     WARNING = "warning"
 
 
-Bind = Annotated[
+def _setting(variable: str, *flags: str, panel: str | None = None, **details: Any) -> Any:
+    """Returns an option that an environment variable can set; the help of the command explains the variables' names."""
+    return typer.Option(*flags, envvar=f"DELTASERVE_{variable}", show_envvar=False, rich_help_panel=panel, **details)
+
+
+BindOption = Annotated[
     str,
-    typer.Option(
+    _setting(
+        "BIND",
         metavar="HOST:PORT",
-        envvar="DELTASERVE_BIND",
         parser=parse_address,
-        help="Where to listen. 0.0.0.0 means every address of this machine; port 0 chooses a free port. Or unix:PATH.",
+        help="Address to listen on, or unix:PATH. 0.0.0.0 means all addresses of this machine, port 0 a free port.",
     ),
 ]
 DeviceOption = Annotated[
-    Device,
-    typer.Option("--device", envvar="DELTASERVE_DEVICE", help="Where models live; auto takes a GPU if there is one."),
+    Device, _setting("DEVICE", "--device", help="Device that holds the models; auto means a GPU if there is one.")
 ]
-Threads = Annotated[
+ThreadsOption = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        envvar="DELTASERVE_THREADS",
-        help="Threads for updates on the CPU.",
-        show_default="one a core",
+    _setting("THREADS", min=1, metavar="N", help="Threads for updates on the CPU.", show_default="one per core"),
+]
+GraceOption = Annotated[
+    float,
+    _setting("GRACE_SECONDS", min=0, metavar="SECONDS", help="How long a stopping server waits for open rounds."),
+]
+LogLevelOption = Annotated[
+    LogLevel, _setting("LOG_LEVEL", "--log-level", metavar="LEVEL", help="debug, info or warning.")
+]
+SharedMemoryOption = Annotated[
+    bool | None,
+    _setting(
+        "SHARED_MEMORY",
+        "--shared-memory/--no-shared-memory",
+        panel="Transport",
+        help="Let workers of the same user on this host exchange vectors through shared memory.",
+        show_default="yes if --bind is a loopback address or unix:PATH",
     ),
 ]
-Memory = Annotated[
+
+_LIMITS = "Limits"
+
+MemoryOption = Annotated[
     int | None,
-    typer.Option(
+    _setting(
+        "MEMORY_BYTES",
+        panel=_LIMITS,
         metavar="BYTES",
-        envvar="DELTASERVE_MEMORY_BYTES",
         parser=parse_bytes,
-        help="For all models, versions and waiting pushes, as 8GiB.",
+        help="Memory for models, their versions and waiting pushes, as 8GiB.",
         show_default="80 % of the memory",
     ),
 ]
-Message = Annotated[
+MessageOption = Annotated[
     int,
-    typer.Option(
-        metavar="BYTES",
-        envvar="DELTASERVE_MESSAGE_BYTES",
-        parser=parse_bytes,
-        help="Largest message.",
-    ),
+    _setting("MESSAGE_BYTES", panel=_LIMITS, metavar="BYTES", parser=parse_bytes, help="Largest size of a message."),
 ]
-Models = Annotated[int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_MODELS", help="Models at a time.")]
-Sessions = Annotated[
-    int, typer.Option(min=1, metavar="N", envvar="DELTASERVE_SESSIONS", help="Live sessions at a time.")
+ModelsOption = Annotated[int, _setting("MODELS", panel=_LIMITS, min=1, metavar="N", help="Most models at a time.")]
+SessionsOption = Annotated[
+    int, _setting("SESSIONS", panel=_LIMITS, min=1, metavar="N", help="Most live sessions at a time.")
 ]
-SharedMemory = Annotated[
-    bool | None,
-    typer.Option(
-        "--shared-memory/--no-shared-memory",
-        envvar="DELTASERVE_SHARED_MEMORY",
-        help="Whether workers of the same user on this host may exchange vectors through memory.",
-        show_default="if --bind is loopback or unix:PATH",
-    ),
-]
-Grace = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        metavar="SECONDS",
-        envvar="DELTASERVE_GRACE_SECONDS",
-        help="How long rounds under way may go on after SIGTERM or Ctrl+C.",
-    ),
-]
-DataDir = Annotated[
+
+_DURABILITY = "Durability"
+
+DataDirOption = Annotated[
     Path | None,
-    typer.Option(
+    _setting(
+        "DATA_DIR",
+        panel=_DURABILITY,
         metavar="DIR",
-        envvar="DELTASERVE_DATA_DIR",
         parser=parse_folder,
-        help="Where models are kept safe; one server, one directory.",
-        show_default="nowhere",
+        help="Directory for snapshots and journals; only one server may use it.",
+        show_default="none: models are in memory only",
     ),
 ]
 DurabilityOption = Annotated[
     Durability | None,
-    typer.Option(
+    _setting(
+        "DURABILITY",
         "--durability",
-        envvar="DELTASERVE_DURABILITY",
-        help="What survives the server's death: the last snapshot; with journal every acknowledged push; with fsync "
-        "those also where the machine loses its power.",
+        panel=_DURABILITY,
+        metavar="MODE",
+        help="What survives if the server dies. none: nothing. snapshot: the last snapshot. journal: every "
+        "acknowledged push. fsync: every acknowledged push, even if the power fails.",
         show_default="snapshot with --data-dir, else none",
     ),
 ]
-SnapshotUpdates = Annotated[
+SnapshotUpdatesOption = Annotated[
     int | None,
-    typer.Option(
+    _setting(
+        "SNAPSHOT_UPDATES",
+        panel=_DURABILITY,
         min=1,
         metavar="N",
-        envvar="DELTASERVE_SNAPSHOT_UPDATES",
-        help="Take a snapshot of a model after so many updates.",
-        show_default="never for that reason",
+        help="Take a snapshot of a model every N updates.",
+        show_default="by time only",
     ),
 ]
-SnapshotSeconds = Annotated[
+SnapshotSecondsOption = Annotated[
     float,
-    typer.Option(
+    _setting(
+        "SNAPSHOT_SECONDS",
+        panel=_DURABILITY,
         min=0,
         metavar="SECONDS",
-        envvar="DELTASERVE_SNAPSHOT_SECONDS",
-        help="And after so many seconds in which something happened; 0 means never for that reason.",
+        help="Take a snapshot of a changed model at this interval; 0 means by --snapshot-updates only.",
     ),
 ]
-CopyTo = Annotated[
+CopyToOption = Annotated[
     str | None,
-    typer.Option(
+    _setting(
+        "COPY_TO",
+        panel=_DURABILITY,
         metavar="URL",
-        envvar="DELTASERVE_COPY_TO",
-        help="Copy each snapshot to this folder too, any that fsspec knows: s3://bucket/path, file:///mnt/backup.",
-        show_default="nowhere",
+        help="Also copy snapshots to this folder, at any URL that fsspec supports: s3://bucket/path, file:///mnt/x.",
+        show_default="no copies",
     ),
 ]
-AcceptDataLoss = Annotated[
+AcceptDataLossOption = Annotated[
     bool,
-    typer.Option("--accept-data-loss", help="Start also where a file in --data-dir is corrupt, with what is good."),
+    typer.Option(
+        "--accept-data-loss",
+        rich_help_panel=_DURABILITY,
+        help="Start even if a file in --data-dir is corrupt, with the data that is intact.",
+    ),
 ]
-LogLevel = Annotated[Level, typer.Option("--log-level", envvar="DELTASERVE_LOG_LEVEL", help="What is logged.")]
 
 
 def serve(
     context: typer.Context,
-    bind: Bind = "127.0.0.1:50051",
+    bind: BindOption = "127.0.0.1:50051",
     device: DeviceOption = Device.AUTO,
-    threads: Threads = None,
-    memory_bytes: Memory = None,
-    message_bytes: Message = "4MiB",  # type: ignore[assignment]  # typer parses defaults too
-    models: Models = 64,
-    sessions: Sessions = 256,
-    shared_memory: SharedMemory = None,
-    data_dir: DataDir = None,
+    threads: ThreadsOption = None,
+    memory_bytes: MemoryOption = None,
+    message_bytes: MessageOption = "4MiB",  # type: ignore[assignment]  # typer parses defaults too
+    models: ModelsOption = 64,
+    sessions: SessionsOption = 256,
+    shared_memory: SharedMemoryOption = None,
+    data_dir: DataDirOption = None,
     durability: DurabilityOption = None,
-    snapshot_updates: SnapshotUpdates = None,
-    snapshot_seconds: SnapshotSeconds = 60.0,
-    copy_to: CopyTo = None,
-    accept_data_loss: AcceptDataLoss = False,
-    grace_seconds: Grace = 5.0,
-    log_level: LogLevel = Level.INFO,
+    snapshot_updates: SnapshotUpdatesOption = None,
+    snapshot_seconds: SnapshotSecondsOption = 60.0,
+    copy_to: CopyToOption = None,
+    accept_data_loss: AcceptDataLossOption = False,
+    grace_seconds: GraceOption = 5.0,
+    log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Start a server. It logs to the standard error stream; Ctrl+C or SIGTERM stop it in good order."""
+    """Start a server, which logs to standard error.
+
+    Ctrl+C or SIGTERM stops it after open rounds and last snapshots.
+    A second signal ends it at once.
+
+    Environment variables set options too: DELTASERVE_BIND sets --bind.
+    """
     from deltaserve_server import Server, ServerConfig
 
-    _start_log(log_level)
-    _log_settings(context)
-    signals = _Signals()
-    config = _configured(
+    config = _make_config(
         ServerConfig,
         bind=bind,
         device=device.value,
@@ -218,14 +229,17 @@ def serve(
         accept_data_loss=accept_data_loss,
     )
     _check_bind(bind)
-    server = _started(lambda: Server(config), signals.check)
+    _start_log(log_level)
+    _log_settings(context)
+    signals = _StopSignals()
+    server = _start(lambda: Server(config), signals.check)
     typer.echo(_welcome(server))
     sys.stdout.flush()
     number = signals.wait()
-    then = "" if config.effective_durability == "none" else ", then last snapshots are written"
-    log.info("%s: stopping; rounds go on for at most %g s%s", number.name, grace_seconds, then)
-    kept = server.stop(grace_seconds=grace_seconds)
-    status = _STATUS[number] if kept else 1
+    then = "" if config.effective_durability == "none" else ", then takes last snapshots"
+    log.info("%s: stopping; waits at most %g s for open rounds%s", number.name, grace_seconds, then)
+    saved = server.stop(grace_seconds=grace_seconds)
+    status = _EXIT_STATUS[number] if saved else 1
     _exit_if_stuck(server, status)
     raise typer.Exit(status)
 
@@ -238,15 +252,15 @@ def _exit_if_stuck(server: "Server | None", status: int) -> None:
         os._exit(status)
 
 
-def _configured(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
+def _make_config(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
     try:
         return kind(**settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def _started(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
-    """Makes and starts a server; what stops it from starting is told in one line. `check` may end it meanwhile."""
+def _start(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
+    """Makes and starts a server, and reports in one line what prevents it; `check` may end the command meanwhile."""
     from deltaserve_server.durability.errors import DataDirectoryError
 
     server: Server | None = None
@@ -265,21 +279,24 @@ def _started(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server
 
 
 def _check_bind(bind: str) -> None:
-    """Says why an address cannot be listened on: gRPC does not tell, and writes to the error stream by itself."""
+    """Raises CommandError with the reason if the address cannot be bound, which gRPC only writes to standard error."""
     if bind.startswith("unix:"):
-        with socket.socket(socket.AF_UNIX) as tried, suppress(OSError):
-            if tried.connect_ex(bind.removeprefix("unix:")) == 0:  # gRPC would put its socket in the place of that one
-                raise CommandError(f"cannot listen on {bind}: another server is there; choose another with --bind")
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            if probe.connect_ex(bind.removeprefix("unix:")) == 0:  # gRPC would replace the other server's socket
+                raise CommandError(f"cannot listen on {bind}: another server uses it; choose another path with --bind")
         return
     host, _, port = bind.rpartition(":")
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-            tried.listen()
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
     except OSError as error:
-        reasons = {errno.EADDRINUSE: "the port is in use", errno.EADDRNOTAVAIL: "this machine has no such address"}
+        reasons = {
+            errno.EADDRINUSE: "the port is in use",
+            errno.EADDRNOTAVAIL: "the address does not belong to this machine",
+        }
         reason = reasons.get(error.errno or 0, error.strerror)
         raise CommandError(f"cannot listen on {bind}: {reason}; choose another with --bind HOST:PORT") from error
 
@@ -288,52 +305,52 @@ def _welcome(server: "Server") -> str:
     from deltaserve import __version__
 
     device, host, port = server.device, server.config.bind.rpartition(":")[0], server.target.rpartition(":")[2]
-    listens = server.target if server.target.startswith("unix:") else f"{host}:{port}"
+    address = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     config = server.config
     durability = config.effective_durability
-    safe = [f"keeps    {durability} in {config.data_dir}"] if durability != "none" else []
+    durable = [f"durable  {durability} in {config.data_dir}"] if durability != "none" else []
     lines = [
-        f"deltaserve {__version__} listens on {listens}",
+        f"deltaserve {__version__} listens on {address}",
         f"device   {device.kind}: {device.name}{threads}",
-        *safe,
+        *durable,
         f'connect  deltaserve.connect("{server.target}")',
         f"try      deltaserve train digits --workers 2 --target {server.target}",
     ]
     return "\n".join(lines)
 
 
-class _Signals:
-    """SIGTERM and SIGINT, taken over. The first one is to stop the server, a second one ends it at once."""
+class _StopSignals:
+    """Handles SIGTERM and SIGINT: the first one asks the server to stop, a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self._arrived: list[signal.Signals] = []
-        self._wake: SimpleQueue[None] = SimpleQueue()  # which a handler may use, whatever it has interrupted
-        for number in _STATUS:
-            signal.signal(number, self._take)
+        self._received: list[signal.Signals] = []
+        self._wake: SimpleQueue[None] = SimpleQueue()  # unlike a lock, safe in a handler wherever it interrupts
+        for number in _EXIT_STATUS:
+            signal.signal(number, self._handle)
 
     def check(self) -> None:
-        """Ends the command where one has come, while the server does not serve yet."""
-        if self._arrived:
-            number = self._arrived[0]
-            log.info("%s: stopping, before all models were read", number.name)
-            raise typer.Exit(_STATUS[number])
+        """Ends the command if a signal arrived before the server serves."""
+        if self._received:
+            number = self._received[0]
+            log.info("%s: stopping before all models are recovered", number.name)
+            raise typer.Exit(_EXIT_STATUS[number])
 
     def wait(self) -> signal.Signals:
-        """Waits for the first."""
-        while not self._arrived:  # a signal that came while the process was stopped wakes any thread: look again
+        """Waits for the first signal and returns it."""
+        while not self._received:  # another thread may receive the signal, which does not wake this one: poll
             with suppress(Empty):
-                self._wake.get(timeout=_LOOK_SECONDS)
-        return self._arrived[0]
+                self._wake.get(timeout=_POLL_SECONDS)
+        return self._received[0]
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._arrived:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
             os._exit(128 + number)
-        self._arrived.append(signal.Signals(number))
+        self._received.append(signal.Signals(number))
         self._wake.put(None)
 
 
-def _start_log(level: Level) -> None:
+def _start_log(level: LogLevel) -> None:
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
@@ -342,7 +359,7 @@ def _start_log(level: Level) -> None:
 
 
 def _log_settings(context: typer.Context) -> None:
-    """Logs each setting that was chosen, and who chose it: the flag beats the environment."""
+    """Logs each setting that is not a default, and whether a flag or the environment set it; flags win."""
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         value = context.params.get(str(parameter.name))

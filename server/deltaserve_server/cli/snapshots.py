@@ -1,4 +1,4 @@
-"""`deltaserve snapshots`: the snapshots of a model that a server keeps."""
+"""`deltaserve snapshots`: lists the snapshots of a model, and takes one."""
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -12,25 +12,25 @@ from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
 if TYPE_CHECKING:
     import deltaserve
 
-Save = Annotated[bool, typer.Option("--save", help="Take one first, of the model as it is now.")]
+Save = Annotated[bool, typer.Option("--save", help="Take a snapshot first.")]
 Timeout = Annotated[
     float,
-    typer.Option(min=0.1, metavar="SECONDS", help="How long it may take, the wait for a disk without room included."),
+    typer.Option(min=0.1, metavar="SECONDS", help="Timeout. A server whose disk is full waits for space."),
 ]
 
 
 def snapshots(
     model: ModelArgument, target: Target = DEFAULT_TARGET, save: Save = False, timeout: Timeout = 60.0
 ) -> None:
-    """List a model's snapshots, oldest first, or take one."""
+    """List the snapshots of a model, oldest first, or take one."""
     with connected(target, timeout) as client:
-        held = client.model(model)
+        chosen = client.model(model)
         if save:
-            held.save_snapshot()
-        kept = held.snapshots()
-    typer.echo(table(("SNAPSHOT", "VERSION", "SIZE", "TAKEN AT"), [_row(one) for one in kept]))
+            chosen.save_snapshot()
+        listed = chosen.snapshots()
+    typer.echo(table(("SNAPSHOT", "VERSION", "SIZE", "TAKEN AT"), [_row(snapshot) for snapshot in listed]))
 
 
-def _row(one: "deltaserve.SnapshotInfo") -> tuple[int, int, str, str]:
-    taken = datetime.fromtimestamp(one.taken_at, UTC)
-    return one.number, one.version, format_bytes(one.bytes), f"{taken:%Y-%m-%d %H:%M:%S} UTC"
+def _row(snapshot: "deltaserve.SnapshotInfo") -> tuple[int, int, str, str]:
+    taken = datetime.fromtimestamp(snapshot.taken_at, UTC)
+    return snapshot.number, snapshot.version, format_bytes(snapshot.bytes), f"{taken:%Y-%m-%d %H:%M:%S} UTC"

@@ -1,4 +1,4 @@
-"""`deltaserve train`: the recipes, with worker processes of their own."""
+"""`deltaserve train`: trains a recipe with worker processes."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from deltaserve_server.cli.options import POLICY_HELP, parse_address
 from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
 
 if TYPE_CHECKING:
-    from deltaserve_server.recipes.recipes import Policy, Recipe
-    from deltaserve_server.recipes.run import Outcome
+    from deltaserve_server.recipes.recipe import Policy, Recipe
+    from deltaserve_server.recipes.training import RunResult
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -27,26 +27,28 @@ application = typer.Typer(rich_markup_mode="rich")
 
 @application.callback(invoke_without_command=True)
 def train(context: typer.Context) -> None:
-    """Train a recipe: real data, real workers, in seconds."""
+    """Train a small model on real data with several workers, in seconds."""
     if context.invoked_subcommand is None:
-        raise UsageError("say what to train: deltaserve train digits, or deltaserve train airfoil")
+        raise UsageError("nothing to train: choose deltaserve train digits or deltaserve train airfoil")
 
 
 class AirfoilRecipe(StrEnum):
-    """The book's two ways to the same regression."""
+    """The two implementations of the regression in the book."""
 
     SCRATCH = "scratch"
     CONCISE = "concise"
 
 
-Workers = Annotated[int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Worker processes.")]
+Workers = Annotated[
+    int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Number of worker processes.")
+]
 PolicyOption = Annotated[
     PolicyText,
     typer.Option(
         "--policy",
         metavar="POLICY",
         parser=parse_policy,
-        help=f"{POLICY_HELP} sync waits for all workers, unless min_workers or quorum is less.",
+        help=f"{POLICY_HELP} sync waits for all workers unless min_workers or quorum is set.",
     ),
 ]
 TrainTarget = Annotated[
@@ -55,30 +57,31 @@ TrainTarget = Annotated[
         "--target",
         metavar="HOST:PORT",
         parser=parse_address,
-        help="The server. One worker alone joins whoever else trains the model there.",
-        show_default="a server of its own, stopped at the end",
+        help="Address of the server, or unix:PATH. A single worker joins other runs of the same model.",
+        show_default="a server inside this command",
     ),
 ]
 ModelName = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="The model's name.", show_default="the recipe's")
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Name of the model.", show_default="the name of the recipe"),
 ]
-Seed = Annotated[int, typer.Option(min=0, metavar="N", help="For the first weights and the order of the examples.")]
-Timeout = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for the server or other workers.")
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Seed of the initial weights and the order of the examples.")
 ]
+Timeout = Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Timeout of the server and of other workers.")]
 Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
         metavar="FILE",
         envvar="DELTASERVE_DATA",
-        help="airfoil_self_noise.dat, or the folder that holds it.",
-        show_default="the cache, else a download",
+        help="The file airfoil_self_noise.dat, or its directory.",
+        show_default="a download, which is cached",
     ),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw loss against epoch, as .png, .svg or .pdf.", show_default=False),
+    typer.Option("--plot", metavar="FILE", help="Plot the loss to this .png, .svg or .pdf file.", show_default=False),
 ]
 
 
@@ -91,12 +94,13 @@ def digits(
     seed: Seed = 0,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Handwritten digits: a small network in numpy, 1437 images to learn from, 360 to test."""
+    """Train a small network on 1437 handwritten digits, and test it on 360."""
     from deltaserve_server.recipes.data import load_digits
-    from deltaserve_server.recipes.recipes import Digits
+    from deltaserve_server.recipes.digits import Digits
 
+    chosen = _policy(policy, workers, alone=target is None)
     train, test = load_digits()
-    _train(Digits(train=train, test=test, seed=seed), workers, policy, target, model, timeout)
+    _train(Digits(train=train, test=test, seed=seed), workers, chosen, target, model, timeout)
 
 
 @application.command()
@@ -104,7 +108,7 @@ def airfoil(
     workers: Workers = 1,
     policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
     recipe: Annotated[
-        AirfoilRecipe, typer.Option("--recipe", help="scratch: in numpy, 2 epochs. concise: in torch, 4 epochs.")
+        AirfoilRecipe, typer.Option("--recipe", help="scratch: numpy, 2 epochs. concise: torch, 4 epochs.")
     ] = AirfoilRecipe.SCRATCH,
     data: Data = None,
     plot: Plot = None,
@@ -113,25 +117,26 @@ def airfoil(
     seed: Seed = 0,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Airfoil noise: the linear regression of Dive into Deep Learning's section on Adadelta."""
-    from deltaserve_server.recipes import figure
+    """Train the linear regression of the Adadelta section in "Dive into Deep Learning"."""
+    from deltaserve_server.recipes import loss_figure
+    from deltaserve_server.recipes.airfoil import AirfoilConcise, AirfoilScratch
     from deltaserve_server.recipes.data import find_airfoil, load_airfoil
-    from deltaserve_server.recipes.recipes import AirfoilConcise, AirfoilScratch
 
+    chosen = _policy(policy, workers, alone=target is None)
     if plot is not None:
-        figure.check(plot)
+        loss_figure.check(plot)
     if recipe is AirfoilRecipe.CONCISE:
         _check_torch()
     examples = load_airfoil(find_airfoil(data, cache_folder()))
     kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
-    outcome = _train(kind(train=examples, seed=seed), workers, policy, target, model, timeout)
+    result = _train(kind(train=examples, seed=seed), workers, chosen, target, model, timeout)
     if plot is not None:
-        figure.draw(outcome.curve, kind.epochs, plot)
+        loss_figure.draw(result.curve, kind.epochs, plot)
         typer.echo(f"figure: {plot}")
 
 
 def cache_folder() -> Path:
-    """Returns where this platform keeps what can be downloaded again."""
+    """Returns this platform's directory for downloads that can be repeated."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "deltaserve"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaserve"
@@ -147,39 +152,38 @@ def _check_torch() -> None:
 
 
 def _train(
-    recipe: "Recipe", workers: int, policy: PolicyText, target: str | None, model: str | None, timeout: float
-) -> "Outcome":
-    """Trains, shows how it goes, prints what came out."""
+    recipe: "Recipe", workers: int, policy: "Policy", target: str | None, model: str | None, timeout: float
+) -> "RunResult":
+    """Trains, shows progress and prints the result."""
     from deltaserve_server.cli.progress import shown
-    from deltaserve_server.recipes.run import run
+    from deltaserve_server.recipes.training import run
 
-    chosen = _policy(policy, workers, alone=target is None)
-    # The workers share the machine's cores. They inherit this, and it is set before there are threads that read it.
+    # The workers share the cores of the machine. Set before any library starts threads; the workers inherit it.
     os.environ.update(ONE_THREAD)
-    with _leaving_on_sigterm(), _server(target, timeout) as address:
-        kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(chosen)}, batches of {recipe.batch_size} each"
+    with _exit_on_sigterm(), _server(target, timeout) as address:
+        kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(policy)}, batches of {recipe.batch_size} each"
         typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")
         with shown(workers) as observer:
-            outcome = run(
+            result = run(
                 recipe,
                 target=address,
                 model=model,
                 workers=workers,
-                policy=chosen,
+                policy=policy,
                 elastic=target is not None and workers == 1,
                 timeout_seconds=timeout,
                 observer=observer,
             )
-    _print(outcome)
+    _print(result)
     if target is not None:
         name = model or recipe.name
-        typer.echo(f"the weights: deltaserve pull {name} --target {target} -o {name}.safetensors")
-    return outcome
+        typer.echo(f"get the weights: deltaserve pull {name} --target {target} -o {name}.safetensors")
+    return result
 
 
 @contextlib.contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM unwind, so that workers and server are stopped; in a container it would do nothing otherwise."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exception, which stops workers and server; process 1 of a container would ignore it."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -193,11 +197,11 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _server(target: str | None, timeout: float) -> "Iterator[str]":
-    """Yields a server's address: the one that was asked for, or that of one which lives as long as this block."""
+    """Yields the given address, or that of a server that runs until the end of the block."""
     import deltaserve
 
     if target is not None:
-        with deltaserve.connect(target, timeout_seconds=timeout) as client:  # which waits for it as workers do
+        with deltaserve.connect(target, timeout_seconds=timeout) as client:  # waits for the server, as workers do
             version = client.server_info().version
         typer.echo(f"server: {target}, deltaserve {version}")
         yield target
@@ -209,34 +213,35 @@ def _server(target: str | None, timeout: float) -> "Iterator[str]":
         yield server.target
 
 
-def _policy(written: PolicyText, workers: int, alone: bool) -> "Policy":
-    """Returns the policy: a round of `sync` is of all workers of the run, or of a quorum, unless it says otherwise.
+def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
+    """Returns the policy; the default of sync's `min_workers` is the quorum, or the number of workers without one.
 
     Args:
-        written: What was asked for.
-        workers: Of this run.
-        alone: Whether no others can join them.
+        parsed: The policy on the command line.
+        workers: Number of workers of this run.
+        alone: Whether no workers of other runs can join.
 
     Raises:
-        UsageError: No round would ever close.
+        UsageError: A round would never close.
     """
     import deltaserve
 
-    if written.kind is not deltaserve.Sync:
-        return written.policy()
-    policy = written.policy(min_workers=written.settings.get("quorum", workers))
+    if parsed.kind is not deltaserve.Sync:
+        return parsed.policy()
+    policy = parsed.policy(min_workers=parsed.settings.get("quorum", workers))
     assert isinstance(policy, deltaserve.Sync)
     if alone and policy.min_workers > workers:
-        raise UsageError(f"a round of {policy.min_workers} workers never closes with {workers}: give --workers too")
+        needed = policy.min_workers
+        raise UsageError(f"a round of {needed} workers never closes with {workers}: add --workers {needed}")
     return policy
 
 
-def _print(outcome: "Outcome") -> None:
-    if outcome.accuracy is not None:
-        typer.echo(f"test accuracy: {outcome.accuracy:.3f}")
-    typer.echo(f"loss: {outcome.loss:.3f}, {outcome.epoch_seconds:.3f} sec/epoch")
-    typer.echo(f"updates applied: {outcome.updates} (the model is at version {outcome.version})")
-    if outcome.late or outcome.passed:
-        passed = f"; {outcome.passed} parts of batches were skipped to keep up" if outcome.passed else ""
-        typer.echo(f"came too late: {outcome.late} of {outcome.pushes} gradients{passed}")
-    typer.echo(f"samples/s: {outcome.samples_per_second:.0f}")
+def _print(result: "RunResult") -> None:
+    if result.accuracy is not None:
+        typer.echo(f"test accuracy: {result.accuracy:.3f}")
+    typer.echo(f"loss: {result.loss:.3f}, {result.epoch_seconds:.3f} sec/epoch")
+    typer.echo(f"updates applied: {result.updates} (the model is at version {result.version})")
+    if result.late or result.skipped:
+        skipped = f"; {result.skipped} batches were skipped to catch up" if result.skipped else ""
+        typer.echo(f"late gradients: {result.late} of {result.pushes}{skipped}")
+    typer.echo(f"samples/s: {result.samples_per_second:.0f}")

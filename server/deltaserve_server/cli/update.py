@@ -1,4 +1,4 @@
-"""`deltaserve update`: another policy or other hyperparameters, while the workers train."""
+"""`deltaserve update`: changes the policy or hyperparameters of a model while workers train it."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -21,17 +21,20 @@ Policy = Annotated[
         "--policy",
         metavar="POLICY",
         parser=parse_policy,
-        help=f"{POLICY_HELP} What is left out gets its default.",
+        help=f"{POLICY_HELP} Settings that are not given get their defaults.",
         show_default=False,
     ),
 ]
-Lr = Annotated[float | None, typer.Option("--lr", metavar="X", help="Factor of the update.", show_default=False)]
+Lr = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="X", help="Learning rate, the factor of each update.", show_default=False),
+]
 Rho = Annotated[
-    float | None, typer.Option("--rho", metavar="X", help="Decay of both leaky averages.", show_default=False)
+    float | None, typer.Option("--rho", metavar="X", help="Decay of the two running averages.", show_default=False)
 ]
 Eps = Annotated[
     float | None,
-    typer.Option("--eps", metavar="X", help="Added to both averages before their square root.", show_default=False),
+    typer.Option("--eps", metavar="X", help="Added to both averages for stability.", show_default=False),
 ]
 WeightDecay = Annotated[
     float | None, typer.Option("--weight-decay", metavar="X", help="L2 penalty.", show_default=False)
@@ -39,7 +42,7 @@ WeightDecay = Annotated[
 Group = Annotated[
     int | None,
     typer.Option(
-        "--group", min=0, metavar="INDEX", help="The parameter group whose hyperparameters change.", show_default="all"
+        "--group", min=0, metavar="INDEX", help="Change this parameter group only.", show_default="all groups"
     ),
 ]
 
@@ -54,16 +57,16 @@ def update(
     group: Group = None,
     target: Target = DEFAULT_TARGET,
 ) -> None:
-    """Change a model's policy or hyperparameters, for all its workers.
+    """Change the policy or the hyperparameters of a model.
 
-    Workers that push hyperparameters of their own, as RemoteAdadelta does, go on using those.
+    Workers that push their own hyperparameters, as RemoteAdadelta does, keep them.
     """
     given = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
     changes = {name: value for name, value in given.items() if value is not None}
     if group is not None and not changes:
-        raise UsageError("--group says whose hyperparameters change: give --lr, --rho, --eps or --weight-decay too")
+        raise UsageError("--group needs a hyperparameter to change: add --lr, --rho, --eps or --weight-decay")
     if policy is None and not changes:
-        raise UsageError("say what to change: --policy, --lr, --rho, --eps or --weight-decay")
+        raise UsageError("nothing to change: give --policy, --lr, --rho, --eps or --weight-decay")
     with connected(target) as client:
         changed = client.model(model)
         version = changed.update(
@@ -77,11 +80,11 @@ def update(
 def _changed(
     model: "deltaserve.Model", group: int | None, changes: dict[str, float]
 ) -> "list[deltaserve.Hyperparameters]":
-    """Returns the model's hyperparameters by group, with what is to change in one of them or in all."""
+    """Returns the hyperparameters of all groups, changed in one group or in all."""
     count = len(model.groups)
     if group is not None and group >= count:
         raise UsageError(f"--group: expected {'0' if count == 1 else f'0 to {count - 1}'}, got {group}")
     return [
-        replace(held, **changes) if group in (None, index) else held  # type: ignore[arg-type]
-        for index, held in enumerate(model.groups)
+        replace(current, **changes) if group in (None, index) else current  # type: ignore[arg-type]
+        for index, current in enumerate(model.groups)
     ]

@@ -1,4 +1,4 @@
-"""`deltaserve watch`: a model's updates, as they happen."""
+"""`deltaserve watch`: shows the updates of a model as they happen."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
     import deltaserve
 
 PATIENCE_SECONDS = 10.0
-"""How long a server that is gone may take to come back."""
+"""How long the command waits for a server that is gone to come back."""
 
 NAMES_WIDTH = 30
 COLUMNS = "{:>9}  {:>6}  {:>8}  {:>12}  {:>5}  {}"
 HEADER = COLUMNS.format("VERSION", "LR", "UPDATE", "GRADIENTS", "STALE", "WORKERS")
 Count = Annotated[
     int | None,
-    typer.Option("--count", "-n", min=1, metavar="N", help="End after so many updates.", show_default="never"),
+    typer.Option("--count", "-n", min=1, metavar="N", help="Exit after N updates.", show_default="never"),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="A JSON object a line. The first tells where the model stands; it is no update."),
+    typer.Option("--json", help="Print JSON lines; the first one is the current version, not an update."),
 ]
 
 
 def watch(model: ModelArgument, count: Count = None, as_json: Json = False, target: Target = DEFAULT_TARGET) -> None:
-    """Show a model's updates as they happen, a line each, until Ctrl+C.
+    """Show the updates of a model as they happen, until Ctrl+C.
 
-    LR is after damping; UPDATE is the norm of the change of the weights.
-    GRADIENTS are the norms of the pushed gradients, least and largest.
-    STALE is how many versions old the oldest of them was.
+    LR is the learning rate after damping.
+    UPDATE is the norm of the change of the weights.
+    GRADIENTS are the smallest and the largest norm of the pushed gradients.
+    STALE is the largest staleness of these gradients, in versions.
     """
     with connected(target, PATIENCE_SECONDS) as client:
         watched = client.model(model)
@@ -56,14 +57,14 @@ def _head(event: "deltaserve.ModelEvent", model: "deltaserve.Model") -> str:
 
 
 def _lines(event: "deltaserve.ModelEvent") -> str:
-    """Returns what to show of an event: a line, and one before it where others were missed."""
-    missed = f"{'...':>9}  {event.missed} missed, too fast to be told\n" if event.missed else ""
+    """Formats an event as a line, after a line about the events that were missed before it."""
+    missed = f"{'...':>9}  {event.missed} events missed: they came too fast\n" if event.missed else ""
     return missed + _line(event)
 
 
 def _line(event: "deltaserve.ModelEvent") -> str:
     if event.update_norm is None:
-        return f"{event.version:>9}  no update: a state was put in place, or late workers were let in"
+        return f"{event.version:>9}  no update: a state was imported, or late workers joined"
     pushes = event.contributions
     return COLUMNS.format(
         event.version,
@@ -76,13 +77,13 @@ def _line(event: "deltaserve.ModelEvent") -> str:
 
 
 def _range(values: Iterable[float]) -> str:
-    """Returns the least and the largest of some numbers, once where they look the same."""
+    """Formats the range of some numbers, or one number if both ends look the same."""
     ordered = sorted(values)
     return "..".join(dict.fromkeys(f"{value:.3g}" for value in (ordered[0], ordered[-1])))
 
 
 def _names(workers: Sequence[str]) -> str:
-    """Returns as many names as there is room for, at least one, and how many there are besides."""
+    """Formats as many names as fit, at least one, and the number of the others."""
     texts = [", ".join(workers)]
     texts += [
         f"{', '.join(workers[:shown])} and {len(workers) - shown} more" for shown in range(len(workers) - 1, 0, -1)

@@ -9,7 +9,7 @@ from deltaserve_server.config import ServerConfig
 from deltaserve_server.durability import recovery
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory, Prepared
-from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError, disk_full_advice
 from deltaserve_server.durability.model_storage import Durability, ModelStorage
 from deltaserve_server.durability.recovery import Expected
 from deltaserve_server.durability.snapshot import Entry, Progress
@@ -360,21 +360,22 @@ class ModelCatalog:
                 progress,
                 accept_data_loss=accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
+                clock=self.clock,
             )
             elements = recovered.machine.layout.size
             if reservation.size != self.quotas.model_bytes(elements):  # the journal has extended the model
                 reservation.release()
                 reservation = self.quotas.reserve_model(elements)
-            storage = directory.storage(name, recovered.kept)
+            storage = directory.storage(name, recovered.stored)
         except BudgetExceeded as error:
             text = f"model {name} needs {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
             raise DataDirectoryError(text) from error
         except OSError as error:
-            where = error.filename or folder.files.folder
-            raise DataDirectoryError(f"model {name}: {where}: {error.strerror}") from error
+            path, advice = error.filename or folder.files.folder, disk_full_advice(error, directory.path)
+            raise DataDirectoryError(f"model {name}: {path}: {error.strerror}{advice}") from error
         engine = self._engine(recovered.machine, recovered.store, reservation, storage)
         try:
-            if recovered.waited:  # only now is there a journal to write it to
+            if recovered.version_bumped:  # only now is there a journal to write it to
                 engine.version_bumped()
         except Refused as error:
             raise DataDirectoryError(f"model {name}: {error.metadata.get('why')}") from error

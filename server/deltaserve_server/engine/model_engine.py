@@ -186,7 +186,7 @@ class ModelEngine:
         """Returns what a session's worker needs to map memory for its gradients; see `SharedGradients.open`."""
         with self.lock.read_lock:
             handle = self._shared.open(session.id, self.machine.layout.offsets[session.tensor_count], budget)
-            self._store.share()  # the next versions can then be mapped too, for the answers
+            self._store.use_shared_memory()  # the next versions can then be mapped too, for the answers
             return handle
 
     def shared_gradient(self, session_id: bytes) -> Vector | None:
@@ -311,10 +311,10 @@ class ModelEngine:
             first_version, decisions = self.machine.change(groups, policy, self._clock.monotonic())
             # A round that a policy without rounds breaks up is not closed: each of its pushes is an update.
             self._events.policy_is(synchronous=isinstance(self.machine.policy, Sync))
-            self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next is not None))
+            self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)
             if self.storage:
-                self.storage.hurry()
+                self.storage.request_snapshot()
             return first_version
 
     def state(self) -> State:
@@ -332,7 +332,7 @@ class ModelEngine:
             self._commits.add(StatePut(tuple(update_counts)), state.pieces())
             self._publish(self.machine.version)
             if self.storage:
-                self.storage.hurry()
+                self.storage.request_snapshot()
 
     def extend(
         self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
@@ -346,7 +346,7 @@ class ModelEngine:
             self._commits.add(Extended(tuple(tensors), tuple(groups)), [(0, weights)])
             self._reservations.append(reservation)
             if self.storage:
-                self.storage.hurry()
+                self.storage.request_snapshot()
 
     @contextmanager
     def inspected(self) -> Iterator[Position]:

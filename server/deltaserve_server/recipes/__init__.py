@@ -1,5 +1,5 @@
-"""Training recipes: small, real runs of the service with worker processes of their own.
+"""Training recipes: small, real training runs with a process for each worker.
 
-A recipe (`digits`, `airfoil`) says what is learned from which data; `run` starts the workers, watches them and stops
-all that it started. Nothing here knows of a terminal: what happens is told to an `Observer`.
+A recipe (`digits.py`, `airfoil.py`) names the data, the network and the settings. `training.py` starts a process for
+each worker, and `worker.py` runs in it. Nothing here writes to the terminal; callers get progress through an observer.
 """

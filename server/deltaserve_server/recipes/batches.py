@@ -1,4 +1,4 @@
-"""Which examples a worker computes a gradient on, step by step."""
+"""Which examples each worker computes its gradients on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,38 +6,42 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_WEIGHT = 1e-9
+Rows = NDArray[np.intp]
+
+EMPTY_WEIGHT = 1e-9
+"""The weight of a gradient of no examples: the server needs a positive one, and the mean must not feel it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """One worker's part of one batch.
+class WorkerBatch:
+    """One worker's slice of one batch.
 
     Attributes:
-        rows: Row numbers of the worker's examples. May be empty where a last batch has fewer examples than workers.
-        batch: Number of examples in the whole batch, of all workers.
+        rows: Row numbers of the worker's examples; empty if the batch has fewer examples than there are workers.
+        batch_examples: Number of examples in the whole batch, of all workers.
     """
 
-    rows: NDArray[np.intp]
-    batch: int
+    rows: Rows
+    batch_examples: int
 
     @property
     def weight(self) -> float:
-        """What the mean gradient of the share counts in its round, so that the round's is the mean of the batch."""
-        return len(self.rows) or LEAST_WEIGHT
+        """The weight of this slice's mean gradient in its round, which makes the update the mean over the batch."""
+        return len(self.rows) or EMPTY_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How an epoch's examples are dealt out.
+class BatchPlan:
+    """How the workers of a run divide the examples.
 
     Attributes:
         examples: Number of training examples.
-        batch_size: Examples a worker takes at a step; the batch they make together is `workers` times as large.
+        batch_size: Examples of one worker in one step; a batch of all workers is `workers` times as large.
         epochs: Passes over the examples.
-        seed: Workers with the same seed see the same order and so take parts of the same batches.
-        worker: Which part is this worker's, from 0.
-        workers: How many parts there are.
+        seed: Decides the order of the examples. The workers of a run share a seed, and so take slices of the same
+            batches.
+        worker: This worker's index, from 0.
+        workers: Number of workers.
     """
 
     examples: int
@@ -49,21 +53,21 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of batches of an epoch; the last one may be smaller."""
+        """Number of batches in an epoch; the last one may be smaller."""
         return -(-self.examples // (self.batch_size * self.workers))
 
     @property
     def steps(self) -> int:
-        """Number of batches in all, the same for every worker."""
+        """Number of batches in all epochs, the same for every worker."""
         return self.steps_per_epoch * self.epochs
 
-    def shares(self) -> Iterator[Share]:
-        """Yields this worker's part of every batch."""
+    def batches(self) -> Iterator[WorkerBatch]:
+        """Yields this worker's slice of every batch."""
         random = np.random.default_rng(self.seed)
-        whole = self.batch_size * self.workers
+        size = self.batch_size * self.workers
         for _ in range(self.epochs):
             order = random.permutation(self.examples)
-            for start in range(0, self.examples, whole):
-                batch = order[start : start + whole]
+            for start in range(0, self.examples, size):
+                batch = order[start : start + size]
                 rows = np.array_split(batch, self.workers)[self.worker]
-                yield Share(rows=rows, batch=len(batch))
+                yield WorkerBatch(rows=rows, batch_examples=len(batch))

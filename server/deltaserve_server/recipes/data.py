@@ -1,4 +1,4 @@
-"""The data of the recipes, as float32 arrays in memory."""
+"""Loads the training data of the recipes as float32 arrays."""
 
 import hashlib
 import os
@@ -18,12 +18,17 @@ AIRFOIL_SHA1 = "76e5be1548fd8222e5074cf0faae75edff8cf93f"
 AIRFOIL_URL = "http://d2l-data.s3-accelerate.amazonaws.com/airfoil_self_noise.dat"
 AIRFOIL_COLUMNS = 6
 AIRFOIL_EXAMPLES = 1500
-HOW_TO_GIVE_THE_FILE = "give the file with --data FILE or DELTASERVE_DATA=FILE"
+GIVE_THE_FILE = "give the file with --data FILE or DELTASERVE_DATA=FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Features (n, d), float32, and labels (n,): float32 in a regression, class numbers (int64) otherwise."""
+    """Features and labels.
+
+    Attributes:
+        features: Shape (n, d), float32.
+        labels: Shape (n,): float32 for a regression, int64 class numbers for a classification.
+    """
 
     features: NDArray[np.float32]
     labels: NDArray[Any]
@@ -33,10 +38,10 @@ class Examples:
 
 
 def load_digits() -> tuple[Examples, Examples]:
-    """Reads the 8 x 8 digits that ship with scikit-learn and splits them, the same way every time.
+    """Loads the 8 x 8 digits that ship with scikit-learn, and splits them the same way every time.
 
     Returns:
-        1437 training and 360 test examples, features in [0, 1], each digit in both parts in its share.
+        1437 training and 360 test examples, stratified by digit; features are in [0, 1].
 
     Raises:
         MissingPackageError: scikit-learn is not installed.
@@ -57,15 +62,15 @@ def load_digits() -> tuple[Examples, Examples]:
 
 
 def load_airfoil(file: Path) -> Examples:
-    """Reads the airfoil file as the book does: standardised over all rows, label included, then the first 1500 rows.
+    """Loads the airfoil data as the book does: every column standardised over all rows, then the first 1500 rows.
 
     Raises:
-        DataError: the file cannot be read or has another form.
+        DataError: The file cannot be read, or does not have the format of the airfoil data.
     """
     table = _read_table(file)
     spread = table.std(axis=0)
     if not spread.all():
-        raise DataError(f"{file} is not the airfoil data: a column never changes")
+        raise DataError(f"{file} is not the airfoil data: a column has one value in all rows")
     table = ((table - table.mean(axis=0)) / spread)[:AIRFOIL_EXAMPLES]
     return Examples(features=np.ascontiguousarray(table[:, :-1]), labels=np.ascontiguousarray(table[:, -1]))
 
@@ -77,22 +82,22 @@ def _read_table(file: Path) -> NDArray[np.float32]:
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{file} is not the airfoil data: expected 6 columns of numbers with tabs between") from error
+        raise DataError(f"{file} is not the airfoil data: expected 6 columns of numbers, separated by tabs") from error
     if table.shape != (len(lines), AIRFOIL_COLUMNS) or not np.isfinite(table).all():
         raise DataError(f"{file} is not the airfoil data: expected 6 columns of finite numbers")
     return table
 
 
 def find_airfoil(given: Path | None, cache: Path, url: str = AIRFOIL_URL) -> Path:
-    """Finds the airfoil file: what the user gave, else the cache, else a download into the cache.
+    """Returns the airfoil file: the given one, else the cached one, else a download into the cache.
 
     Args:
-        given: A file, or a folder that holds `airfoil_self_noise.dat`. None means that the user gave nothing.
-        cache: Folder for the download; made if it is missing.
-        url: Where to download from.
+        given: The file, or a folder with `airfoil_self_noise.dat`; None means the cache or a download.
+        cache: Folder of downloads, created if it does not exist.
+        url: The address to download from.
 
     Raises:
-        DataError: there is no such file, or the download failed or gave other bytes.
+        DataError: The given file does not exist, the download failed, or its checksum is wrong.
     """
     if given is not None:
         return _given_file(given)
@@ -105,7 +110,7 @@ def find_airfoil(given: Path | None, cache: Path, url: str = AIRFOIL_URL) -> Pat
 def _given_file(given: Path) -> Path:
     file = given / AIRFOIL_FILE if given.is_dir() else given
     if not file.is_file():
-        raise DataError(f"no file {file}: {HOW_TO_GIVE_THE_FILE}")
+        raise DataError(f"no such file: {file}; {GIVE_THE_FILE}")
     return file
 
 
@@ -115,17 +120,17 @@ def _is_airfoil(content: bytes) -> bool:
 
 def _download(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310  (a constant address)
+        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310  a constant address
             content: bytes = response.read(1 << 20)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot download the airfoil data: {HOW_TO_GIVE_THE_FILE} ({AIRFOIL_FILE})") from error
+        raise DataError(f"cannot download the airfoil data ({AIRFOIL_FILE}): {GIVE_THE_FILE}") from error
     if not _is_airfoil(content):
-        raise DataError(f"the download of {AIRFOIL_FILE} gave other bytes than expected: {HOW_TO_GIVE_THE_FILE}")
+        raise DataError(f"the downloaded {AIRFOIL_FILE} has a wrong checksum: {GIVE_THE_FILE}")
     return content
 
 
 def _write_whole(file: Path, content: bytes) -> None:
-    """Writes by rename, so that a second run never reads half a file."""
+    """Writes a temporary file and renames it, so that another run never reads half a file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent)
@@ -133,4 +138,4 @@ def _write_whole(file: Path, content: bytes) -> None:
             stream.write(content)
         Path(temporary).replace(file)
     except OSError as error:
-        raise DataError(f"cannot write to the cache {file.parent}: {HOW_TO_GIVE_THE_FILE}") from error
+        raise DataError(f"cannot write to the cache {file.parent}: {error.strerror}; {GIVE_THE_FILE}") from error

@@ -1,6 +1,6 @@
-"""A small network with one hidden layer in plain numpy: forward, loss and gradients written out.
+"""A network with one hidden layer in numpy: forward pass, loss and gradients.
 
-Weights are a dict of float32 arrays under these names; x is (n, inputs), y is (n,) class numbers:
+For x of shape (n, inputs) and y of shape (n,), which holds class numbers:
 
     h = max(0, x W1 + b1),  z = h W2 + b2,  loss = mean(-log softmax(z)[y])
 """
@@ -15,7 +15,7 @@ Weights = Mapping[str, Vector]
 
 
 def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[str, Vector]:
-    """Draws weights with He's scale for the hidden layer and Glorot-like for the output; biases are 0."""
+    """Returns random weights of variance 2 / inputs, in the output layer 1 / hidden, and biases of 0."""
     random = np.random.default_rng(seed)
 
     def layer(rows: int, columns: int, variance: float) -> Vector:
@@ -29,7 +29,7 @@ def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[s
     }
 
 
-@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
+@np.errstate(invalid="ignore")  # OpenBLAS may set the flag for stale data in its buffers
 def forward(weights: Weights, x: Vector) -> tuple[Vector, Vector]:
     """Returns the hidden activations (n, hidden) and the class scores (n, classes)."""
     h: Vector = np.maximum(x @ weights["hidden.weight"] + weights["hidden.bias"], 0)
@@ -38,15 +38,15 @@ def forward(weights: Weights, x: Vector) -> tuple[Vector, Vector]:
 
 
 def softmax(z: Vector) -> Vector:
-    """Returns each row's probabilities; the row's maximum is taken out first, so that nothing overflows."""
+    """Returns the probabilities of each row; subtracting the row's maximum first prevents overflow."""
     e: Vector = np.exp(z - z.max(axis=1, keepdims=True))
     probability: Vector = e / e.sum(axis=1, keepdims=True)
     return probability
 
 
-@np.errstate(invalid="ignore")  # OpenBLAS may raise that flag for what its buffers held before, not for these numbers
+@np.errstate(invalid="ignore")  # OpenBLAS may set the flag for stale data in its buffers
 def gradients(weights: Weights, x: Vector, y: NDArray[np.int64]) -> dict[str, Vector]:
-    """Returns the gradient of the loss by name (float32, the weights' shapes); 0 where there are no examples."""
+    """Returns the gradient of the loss by tensor name, float32, in the shapes of the weights; 0 without examples."""
     h, z = forward(weights, x)
     dz = softmax(z)
     dz[np.arange(len(y)), y] -= 1
@@ -67,5 +67,5 @@ def loss(weights: Weights, x: Vector, y: NDArray[np.int64]) -> float:
 
 
 def accuracy(weights: Weights, x: Vector, y: NDArray[np.int64]) -> float:
-    """Returns the share of examples whose highest score is their class."""
+    """Returns the fraction of examples whose highest score belongs to their class."""
     return float((forward(weights, x)[1].argmax(axis=1) == y).mean())

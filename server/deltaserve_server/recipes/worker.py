@@ -1,4 +1,4 @@
-"""One worker's process: trains, and tells the parent about it over a pipe."""
+"""The process of one worker: it trains, and reports to the parent over a pipe."""
 
 import multiprocessing
 import os
@@ -12,45 +12,45 @@ from multiprocessing.connection import Connection
 from types import FrameType
 
 import deltaserve
-from deltaserve_server.recipes.batches import Plan, Share
-from deltaserve_server.recipes.recipes import Learner, Recipe, Seat
+from deltaserve_server.recipes.batches import BatchPlan, WorkerBatch
+from deltaserve_server.recipes.recipe import JoinOptions, Learner, Recipe
 
-REPORT_EVERY_SECONDS = 0.05
+REPORT_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Begin:
-    """Says to a worker that all workers of its run have their sessions."""
+    """Tells a worker that all workers of its run have a session."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one worker is to do.
+    """The work of one worker.
 
     Attributes:
-        recipe: What is learned.
-        seat: Where.
-        worker: This worker's number among those of this run, from 0.
-        workers: How many there are in this run.
-        elastic: The worker is the only one of this run, among workers of other runs: it takes its examples in an order
-            of its own, drawn from its rank, so that not all of them compute the same.
+        recipe: What to train.
+        join: How to join the model.
+        worker: Index of this worker in its run, from 0.
+        workers: Number of workers in this run.
+        elastic: This worker is the only one of its run and trains beside workers of other runs. Its rank then decides
+            the order of its examples, so that two workers do not compute the same gradients.
     """
 
     recipe: Recipe
-    seat: Seat
+    join: JoinOptions
     worker: int
     workers: int
     elastic: bool
 
     @property
     def synchronous(self) -> bool:
-        """Whether others wait for each push, also for that of a share without examples."""
-        return isinstance(self.seat.policy, deltaserve.Sync)
+        """Whether other workers wait for each push, even for one of an empty batch."""
+        return isinstance(self.join.policy, deltaserve.Sync)
 
-    def plan(self, rank: int) -> Plan:
-        """Returns how the examples are dealt out, given the rank of the worker's session."""
+    def plan(self, rank: int) -> BatchPlan:
+        """Returns the batches of this worker, whose session has the given rank."""
         recipe = self.recipe
-        return Plan(
+        return BatchPlan(
             examples=len(recipe.train),
             batch_size=recipe.batch_size,
             epochs=recipe.epochs,
@@ -65,8 +65,11 @@ class Progress:
     """How far a worker is.
 
     Attributes:
-        loss: The last that it measured; None before the first, and of workers that do not.
-        late: How many batches went by without it, because it was too slow.
+        worker: Index of the worker in its run.
+        step: Number of steps that are done.
+        steps: Number of steps in all.
+        loss: The loss that was measured last; None before the first measurement and for workers that do not measure.
+        late: Number of batches that do not count because this worker was too slow.
     """
 
     worker: int
@@ -77,17 +80,19 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
-    """A worker's work is done.
+class WorkerResult:
+    """What a worker did; its last message.
 
     Attributes:
-        started, ended: Of the first and the last step, on the monotonic clock that all processes share.
-        training_seconds: Between them, without the time spent on measuring the loss.
-        samples: Examples that went into those of this worker's gradients that count.
-        pushes: How many gradients it has computed.
-        late: How many of them came too late to count.
-        passed: Batches that it left out besides, because their rounds had closed meanwhile.
-        curve: (epoch, loss), where this worker measured it.
+        worker: Index of the worker in its run.
+        started: When the first step started, in seconds of the monotonic clock, which all processes share.
+        ended: When the last step ended, on the same clock.
+        training_seconds: The time between the two, without the measurements of the loss.
+        samples: Number of examples in the gradients that the server applied.
+        pushes: Number of gradients that were computed.
+        late: Number of these gradients that arrived too late.
+        skipped: Number of batches without a gradient, because their rounds had closed.
+        curve: Pairs of epoch and loss; empty for workers that do not measure.
     """
 
     worker: int
@@ -97,28 +102,35 @@ class Done:
     samples: int
     pushes: int
     late: int
-    passed: int
+    skipped: int
     curve: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failed:
-    """A worker gave up; `text` is one line for the user."""
+class WorkerFailure:
+    """Why a worker gave up; its last message.
+
+    Attributes:
+        text: One line for the user.
+    """
 
     text: str
 
 
-Message = Progress | Done | Failed
+Message = Progress | WorkerResult | WorkerFailure
 
 
 @dataclass
-class Watch:
-    """A stopwatch that stands still while the loss is measured, and the curve of what was measured.
+class LossRecorder:
+    """Measures the loss now and then, and the time spent on everything else.
 
     Attributes:
-        recipe: Whose loss.
-        epoch_examples: Examples of an epoch.
-        measures: Whether this worker measures at all; one of a run is enough.
+        recipe: Defines the loss.
+        epoch_examples: Number of examples in an epoch.
+        measures: Whether this worker measures the loss; one worker of a run is enough.
+        seen: Number of examples in the batches so far, of all workers.
+        seconds: Training time before the last measurement.
+        curve: Pairs of epoch and loss.
     """
 
     recipe: Recipe
@@ -129,9 +141,9 @@ class Watch:
     curve: list[tuple[float, float]] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
 
-    def after(self, share: Share, learner: Learner, last: bool) -> None:
-        """Counts a step's batch; measures the loss when due, and after the last step."""
-        before, self.seen = self.seen, self.seen + share.batch
+    def after(self, batch: WorkerBatch, learner: Learner, last: bool) -> None:
+        """Counts a batch, and measures the loss if it is due or the batch is the last one."""
+        before, self.seen = self.seen, self.seen + batch.batch_examples
         every = self.recipe.evaluate_every or self.epoch_examples
         if self.measures and (last or before // every != self.seen // every):
             self.seconds += time.monotonic() - self._since
@@ -139,22 +151,22 @@ class Watch:
             self._since = time.monotonic()
 
     def stop(self) -> float:
-        """Returns the seconds in all, without those of measuring."""
+        """Returns the training time in seconds, without the measurements."""
         self.seconds += time.monotonic() - self._since
         return self.seconds
 
     @property
     def loss(self) -> float | None:
-        """The last loss that was measured."""
+        """The loss that was measured last."""
         return self.curve[-1][1] if self.curve else None
 
 
 @dataclass
 class Trainer:
-    """Does a job's steps, and counts what became of them.
+    """Runs the steps of a job and counts their outcomes.
 
-    In a synchronous run a batch belongs to a round: a worker that was too slow for some goes on with the batch of the
-    round that is open, so that all are done at the same time and none waits for others that have left.
+    In a synchronous run each batch belongs to a round. A worker that missed rounds skips their batches and continues
+    with the batch of the open round. All workers then finish together, and none waits for others that have left.
     """
 
     job: Job
@@ -162,66 +174,66 @@ class Trainer:
     samples: int = 0
     pushes: int = 0
     late: int = 0
-    passed: int = 0
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         self._first_version = self.learner.version
-        self._in_step = self.job.synchronous and not self.job.elastic
+        self._follows_rounds = self.job.synchronous and not self.job.elastic
 
-    def take(self, step: int, share: Share) -> None:
-        """Takes the step with this number, from 1, or passes over its batch."""
-        if self._in_step and self.learner.version - self._first_version >= step and self._by_rounds():
-            self.passed += 1
-        elif len(share.rows) or self.job.synchronous:
+    def take(self, step: int, batch: WorkerBatch) -> None:
+        """Runs step number `step`, counted from 1, or skips its batch."""
+        if self._follows_rounds and self.learner.version - self._first_version >= step and self._is_still_sync():
+            self.skipped += 1
+        elif len(batch.rows) or self.job.synchronous:
             self.pushes += 1
-            if self._pushed(share):
-                self.samples += len(share.rows)
+            if self._push(batch):
+                self.samples += len(batch.rows)
             else:
                 self.late += 1
 
-    def _by_rounds(self) -> bool:
-        """Whether versions still count rounds: another may have changed the policy."""
-        self._in_step = isinstance(self.learner.model.info().policy, deltaserve.Sync)
-        return self._in_step
+    def _is_still_sync(self) -> bool:
+        """Whether versions still count rounds: somebody may have changed the policy meanwhile."""
+        self._follows_rounds = isinstance(self.learner.model.info().policy, deltaserve.Sync)
+        return self._follows_rounds
 
-    def _pushed(self, share: Share) -> bool:
-        """Makes the step, again where its round has failed for want of other workers; returns whether it counts."""
-        deadline = time.monotonic() + self.job.seat.timeout_seconds
+    def _push(self, batch: WorkerBatch) -> bool:
+        """Makes the step, and repeats it while its round fails for lack of workers; returns whether it counts."""
+        deadline = time.monotonic() + self.job.join.timeout_seconds
         while True:
             try:
-                return self.learner.step(share)
+                return self.learner.step(batch)
             except deltaserve.UnavailableError as error:
                 if error.reason != "ROUND_FAILED" or time.monotonic() > deadline:
                     raise
 
 
-def train(job: Job, tell: Callable[[Message], None], begin: Callable[[], object] = lambda: None) -> None:
+def train(job: Job, report: Callable[[Message], None], begin: Callable[[], object] = lambda: None) -> None:
     """Does a job in this process.
 
     Args:
         job: What to do.
-        tell: Called with each message; the first is of step 0, the last is Done.
-        begin: Called before the first step; returns when the other workers of the run have their sessions too.
+        report: Called with each message; the first one is the progress at step 0, the last one the result.
+        begin: Called before the first step; returns when the other workers of the run have a session too.
 
     Raises:
-        deltaserve.Error: the server refused, or was lost.
+        deltaserve.Error: The server refused a call or cannot be reached.
     """
-    with job.recipe.learner(job.seat) as learner:
+    with job.recipe.learner(job.join) as learner:
         plan = job.plan(learner.rank)
-        tell(Progress(worker=job.worker, step=0, steps=plan.steps, loss=None))
+        report(Progress(worker=job.worker, step=0, steps=plan.steps, loss=None))
         begin()
-        told = started = time.monotonic()
-        trainer, watch = Trainer(job, learner), Watch(job.recipe, plan.examples, measures=job.worker == 0)
-        for step, share in enumerate(plan.shares(), start=1):
-            trainer.take(step, share)
-            watch.after(share, learner, last=step == plan.steps)
-            if time.monotonic() - told > REPORT_EVERY_SECONDS or step == plan.steps:
-                told = time.monotonic()
-                late = trainer.late + trainer.passed
-                tell(Progress(worker=job.worker, step=step, steps=plan.steps, loss=watch.loss, late=late))
-        ended, training_seconds = time.monotonic(), watch.stop()
-    tell(
-        Done(
+        reported = started = time.monotonic()
+        trainer, recorder = Trainer(job, learner), LossRecorder(job.recipe, plan.examples, measures=job.worker == 0)
+        for step, batch in enumerate(plan.batches(), start=1):
+            trainer.take(step, batch)
+            recorder.after(batch, learner, last=step == plan.steps)
+            if time.monotonic() - reported > REPORT_SECONDS or step == plan.steps:
+                reported = time.monotonic()
+                late = trainer.late + trainer.skipped
+                report(Progress(worker=job.worker, step=step, steps=plan.steps, loss=recorder.loss, late=late))
+        ended, training_seconds = time.monotonic(), recorder.stop()
+    report(
+        WorkerResult(
             worker=job.worker,
             started=started,
             ended=ended,
@@ -229,16 +241,16 @@ def train(job: Job, tell: Callable[[Message], None], begin: Callable[[], object]
             samples=trainer.samples,
             pushes=trainer.pushes,
             late=trainer.late,
-            passed=trainer.passed,
-            curve=tuple(watch.curve),
+            skipped=trainer.skipped,
+            curve=tuple(recorder.curve),
         )
     )
 
 
 def main(pipe: "Connection[Message, Job | Begin]") -> None:
-    """Entry point of a worker's process; job and Begin come over the pipe. Exit status: 0 if all is done, else 1."""
+    """Runs a worker's process, which gets its job over the pipe; exits with status 0 if the job is done, else 1."""
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job = pipe.recv()
         assert isinstance(job, Job)
@@ -247,44 +259,40 @@ def main(pipe: "Connection[Message, Job | Begin]") -> None:
             pipe.send(failure)
             sys.exit(1)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The parent is gone, and with it whoever wanted to know.
-        sys.exit(1)
+        sys.exit(1)  # the parent is gone, so there is nobody to report to
     finally:
-        # From here on this process ends by itself; a signal would only break into the interpreter's own end.
+        # The process now ends by itself; a signal would only interrupt the interpreter's shutdown and print an error.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _failure(job: Job, tell: Callable[[Message], None], begin: Callable[[], object]) -> Failed | None:
-    """Does a job; returns what went wrong with it."""
+def _failure(job: Job, report: Callable[[Message], None], begin: Callable[[], object]) -> WorkerFailure | None:
+    """Does a job; returns why it failed, or None."""
     try:
-        train(job, tell, begin)
+        train(job, report, begin)
     except deltaserve.Error as error:
-        text = str(error) + _advice(job, error)
+        text = str(error)
+        if error.reason == "MODEL_MISMATCH":
+            join = job.join
+            text += f": choose another --model, or delete that one: deltaserve delete {join.model} "
+            text += f"--target {join.target}"
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
     else:
         return None
-    return Failed(text=" ".join(text.split()))
-
-
-def _advice(job: Job, error: deltaserve.Error) -> str:
-    if error.reason != "MODEL_MISMATCH":
-        return ""
-    seat = job.seat
-    return f": choose another --model, or delete that one: deltaserve delete {seat.model} --target {seat.target}"
+    return WorkerFailure(text=" ".join(text.split()))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends by unwinding, so that the session is closed and nobody waits for its lease."""
-    # A second signal must not cut the closing short: who is in a hurry uses SIGKILL.
+    """Ends the process by an exception, so that the session closes and nobody waits for its lease to expire."""
+    # A second signal must not interrupt the closing of the session; SIGKILL still ends the process at once.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
-def _follow_parent() -> None:
-    """Ends this process when the one that started it is gone, however it went."""
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

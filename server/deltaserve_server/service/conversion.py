@@ -332,9 +332,9 @@ def difference(existing: Machine, wanted: Machine) -> str | None:
     changed them since.
     """
     ours, theirs, count = existing.layout.tensors, wanted.layout.tensors, len(existing.groups)
-    if (len(theirs), len(wanted.groups)) in existing.shorter:  # the model before an extension, which may follow
+    if (len(theirs), len(wanted.groups)) in existing.earlier_sizes:  # the model before an extension, which may follow
         ours, count = ours[: len(theirs)], len(wanted.groups)
-    created_groups, created_policy = existing.created_as[0][:count], existing.created_as[1]
+    created_groups, created_policy = existing.initial_settings[0][:count], existing.initial_settings[1]
     groups = wanted.groups if wanted.groups == created_groups else existing.groups[:count]
     policy = wanted.policy if wanted.policy == created_policy else existing.policy
     for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):

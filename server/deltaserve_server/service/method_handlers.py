@@ -130,7 +130,7 @@ def _refused(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, BudgetExceeded):
-        retry_seconds = _RETRY_SECONDS if error.passing else None
+        retry_seconds = _RETRY_SECONDS if error.is_temporary else None
         return Refused("MEMORY_BUDGET", retry_seconds, needed=error.needed, available=max(error.available, 0))
     # The text of the exception stays here: it may hold what the caller must not see.
     incident = secrets.token_hex(8)

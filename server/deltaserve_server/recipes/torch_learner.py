@@ -1,0 +1,81 @@
+"""A worker in torch: `RemoteAdadelta` takes the place of `torch.optim.Adadelta`."""
+
+import logging
+from contextlib import ExitStack
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import deltaserve
+from deltaserve.torch import RemoteAdadelta
+from deltaserve_server.recipes.batches import WorkerBatch
+from deltaserve_server.recipes.data import Examples
+from deltaserve_server.recipes.recipe import JoinOptions, Weights
+
+
+class TorchLearner:
+    """A worker with a linear layer in this process and its optimizer on the server."""
+
+    def __init__(self, examples: Examples, seed: int, join: JoinOptions) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        self._features = torch.from_numpy(examples.features)
+        self._labels = torch.from_numpy(examples.labels).reshape(-1, 1)
+        self._net = nn.Linear(self._features.shape[1], 1)
+        nn.init.normal_(self._net.weight, std=0.01)
+        self._loss = nn.MSELoss(reduction="sum")  # the mean over an empty batch would be NaN
+        with ExitStack() as opened:
+            self._optimizer = RemoteAdadelta(
+                self._net.named_parameters(),
+                join.target,
+                model=join.model,
+                rho=0.9,
+                policy=join.policy,
+                timeout_seconds=join.timeout_seconds,
+            )
+            opened.callback(self._optimizer.close)
+            client = opened.enter_context(deltaserve.connect(join.target, timeout_seconds=join.timeout_seconds))
+            self.model = client.model(join.model)
+            self.version = self._optimizer.version
+            self._close = opened.pop_all().close
+        logging.getLogger("deltaserve").addFilter(_is_worth_a_line)
+
+    @property
+    def rank(self) -> int:
+        """The session's rank."""
+        return self._optimizer.rank
+
+    @property
+    def weights(self) -> Weights:
+        """Weight and bias."""
+        return {name: _array(parameter) for name, parameter in self._net.named_parameters()}
+
+    def step(self, batch: WorkerBatch) -> bool:
+        """Runs the loop body that a local optimizer would have."""
+        rows = torch.from_numpy(batch.rows)
+        self._optimizer.zero_grad()
+        loss = self._loss(self._net(self._features[rows]), self._labels[rows]) / max(len(rows), 1)
+        loss.backward()
+        self._optimizer.step(weight=batch.weight)
+        result = self._optimizer.last_result
+        self.version = result.version if result else self._optimizer.version
+        return result is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._close()
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Drops RemoteAdadelta's warnings about stale gradients: the run counts them and reports the number."""
+    return not (record.module == "_remote" and "gradient" in str(record.msg))
+
+
+def _array(parameter: nn.Parameter) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = parameter.detach().numpy()
+    return array
