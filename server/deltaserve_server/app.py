@@ -119,7 +119,7 @@ class Server:
             Quotas(self.config, self.config.memory_bytes or place.memory_bytes),
             self.incarnation,
             place.make_store,
-            *_durable_place(self.config),
+            *_durable_place(self.config, clock),
             clock=clock,
             observers=self._observers,
         )
@@ -285,7 +285,7 @@ class LocalServer(Server):
         return replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config
 
 
-def _durable_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | None]:
+def _durable_place(config: ServerConfig, clock: Clock) -> tuple[DataDirectory | None, Copies | None]:
     """Returns the data directory, and what copies its snapshots elsewhere."""
     if config.data_dir is None or config.effective_durability == "none":
         return None, None
@@ -294,7 +294,7 @@ def _durable_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies |
         updates=config.snapshot_updates,
         seconds=config.snapshot_seconds,
     )
-    directory = DataDirectory(config.data_dir, schedule)
+    directory = DataDirectory(config.data_dir, schedule, clock)
     try:
         return directory, Copies(config.copy_to) if config.copy_to else None
     except BaseException:

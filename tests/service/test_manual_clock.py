@@ -1,6 +1,7 @@
 """Leases and rounds on a clock that the test advances: nothing here waits."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tests.support.clock import ManualClock
 from wire import Wire, refusal, sync
 
-from deltaserve_server import LocalServer
+from deltaserve_server import LocalServer, ServerConfig
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,15 @@ def test_the_uptime_is_the_clock_s(wire: Wire, clock: ManualClock) -> None:
     before = wire.info().uptime_seconds
     clock.advance(100.0)
     assert wire.info().uptime_seconds == pytest.approx(before + 100.0)
+
+
+def test_a_snapshot_is_due_when_the_clock_says_so(tmp_path: Path) -> None:
+    clock = ManualClock()
+    config = ServerConfig(device="cpu", data_dir=tmp_path, snapshot_seconds=60.0)
+    with LocalServer(config, clock=clock) as server, Wire(server.target) as wire:
+        wire.create("m")
+        wire.step(wire.open("m", "a", lease_seconds=3600.0).header(1), np.ones(5))
+        clock.advance(59.0)
+        assert wire.model("m").position.durable_version == 0
+        clock.advance(1.0)
+        assert wire.model("m").position.durable_version == 1

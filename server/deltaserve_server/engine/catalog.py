@@ -360,6 +360,7 @@ class ModelCatalog:
                 progress,
                 accept_data_loss=accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
+                clock=self.clock,
             )
             elements = recovered.machine.layout.size
             if reservation.size != self.quotas.model_bytes(elements):  # the journal has extended the model
