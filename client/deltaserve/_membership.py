@@ -191,7 +191,9 @@ class Membership:
             case NothingLost():
                 cause = "the lease had run out" if opened.lineage == self.lineage else "the server was restarted"
                 _log.warning("worker %s: %s; it goes on in a new session", self._worker, cause)
-                if not known:
+                # A server that lost the session has lost the push with it. But a session with acknowledged pushes is
+                # not lost if the weights are not: the server has forgotten it, as one of very many that ended.
+                if not known and (opened.lineage == self.lineage or session.sequence > 1):
                     owed = StaleGradientError(
                         f"worker {self._worker}: the session ended too long ago to know whether its last push was "
                         "applied; the gradient is left out, a new session is open and the current weights are in place"
