@@ -191,7 +191,9 @@ class Membership:
             case NothingLost():
                 cause = "the lease had run out" if opened.lineage == self.lineage else "the server was restarted"
                 _log.warning("worker %s: %s; it goes on in a new session", self._worker, cause)
-                if not known and not self._predates(opened):
+                # A session with acknowledged pushes is not lost if the weights are not: the server has forgotten it, as
+                # one of very many that ended.
+                if not known and (session.sequence > 1 or not self._predates(opened)):
                     owed = StaleGradientError(
                         f"worker {self._worker}: the session ended too long ago to know whether its last push was "
                         "applied; the gradient is left out, a new session is open and the current weights are in place"

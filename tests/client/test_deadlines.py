@@ -64,7 +64,7 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "Model.watch": lambda scene: next(scene.model.watch()),
 }
 
-AT_ONCE = {"Client.target", "Client.close", "Worker.close", "Worker.last_result", "Worker.version"}
+AT_ONCE = {"Client.target", "Client.close", "Worker.close", "Worker.last_result", "Worker.rank", "Worker.version"}
 """What asks nobody, or raises nothing."""
 
 
