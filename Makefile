@@ -1,4 +1,4 @@
-# One command a habit; `make` alone lists them.
+# The project's commands; `make` alone lists them.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,34 +10,36 @@ BIN := .venv/bin
 SETUP := .venv/.setup
 FLOOR := .venv-floor/.setup
 
-# The stubs' generators; docs/decisions/0001-stubs.md says why these. The stamp's name holds what is installed.
+# The generators of the stubs; docs/decisions/0001-stubs.md gives the reasons. The stamp's name has their versions.
 STUBS := grpcio-tools==1.71.2 mypy-protobuf==3.6.0 protobuf==5.29.6
 PROTO := .venv-proto/.setup-$(subst $() ,-,$(subst ==,-,$(STUBS)))
 
-# What is checked: the folders that are there.
+# The folders that `make check` covers, if they exist.
 SOURCES := $(wildcard client server proto/generate.py tests examples benchmarks)
 
 # `buf breaking` compares with the last release, or before the first one with the last commit.
 BUF_AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null || git rev-parse --verify --quiet HEAD 2>/dev/null)
 
-.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto bench bench-peers clean
+.PHONY: help setup demo test test-deep test-floor simulate chaos check stubs buf proto languages bench bench-peers clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo "TORCH_INDEX_URL=URL takes torch from another index, for instance its CPU builds; PYTHON=... another Python."
 
-setup: $(SETUP) ## make the environment .venv and nothing else
+setup: $(SETUP) ## make only the environment .venv
 
 demo: $(SETUP) ## train digits with a server and two workers
 	@exec $(BIN)/deltaserve train digits --workers 2 --policy sync
 
-# Much of a test is waiting, or done by processes of its own: hence one more at a time than a small machine has cores. A few
-# tests are done before several processes would have begun.
-test: $(SETUP) ## run the tests, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
-	@$(BIN)/pytest --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
+# Tests spend much of their time waiting or in child processes: hence one process more than a small machine has cores.
+# `worksteal` gives each process a contiguous part of the tests, so that most fixtures of a module are created once.
+PYTEST_JOBS = --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal --durations 15 --durations-min 1
 
-test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations, planted defects
-	@$(BIN)/pytest -m deep --numprocesses $(or $(JOBS),$(if $(PYTEST_ARGS),0,3)) --dist worksteal $(PYTEST_ARGS)
+test: $(SETUP) ## run the fast tier, JOBS=3 at a time; or some, one at a time, as PYTEST_ARGS="-k name" says
+	@$(BIN)/pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
+
+test-deep: $(SETUP) ## run the deep tier: chaos, storms, kill matrices, long simulations; a failed test runs again, alone
+	@$(BIN)/python -m tests.support.deep $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 test-floor: $(FLOOR) $(SETUP) ## run the client at the oldest versions it supports
 	@cd .venv-floor && bin/python -I -W error -c 'import deltaserve; print("import deltaserve:", *deltaserve.__all__)'
@@ -71,6 +73,9 @@ buf:
 proto: $(PROTO) ## make the stubs from proto/
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python proto/generate.py
 
+languages: ## generate and compile the stubs of C++, Java and Go, with Debian's packages
+	@proto/compile_stubs.sh
+
 bench: $(SETUP) ## run the benchmarks; BENCH_ARGS="--quick --json FILE" goes to them
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -78,13 +83,13 @@ bench-peers: $(SETUP) ## set up the peers in .venv-peers, then run them and delt
 	@$(MAKE) --no-print-directory --keep-going $(PEERS:%=.venv-peers/%/.setup) || echo "Peers that are not installed are left out."
 	@$(BIN)/python -m benchmarks --only peers $(BENCH_ARGS)
 
-clean: ## remove the environments and everything else that was made
+clean: ## remove the environments and all other generated files
 	rm -rf .venv .venv-proto .venv-floor .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find client server proto tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- the environments ---------------------------------------------------------------------------
 
-# $(call environment,FOLDER): an empty environment, or one line that says what is missing.
+# $(call environment,FOLDER): creates an empty environment, or prints one line that says what is missing.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "deltaserve needs Python 3.11 or newer as $(PYTHON), or say which: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -93,13 +98,13 @@ define environment
 	@$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(1)
 endef
 
-# $(call install,FOLDER,ARGUMENTS): pip, saying only the large downloads and the errors; the rest is in FOLDER/setup.log.
+# $(call install,FOLDER,ARGUMENTS): runs pip and prints only large downloads and errors; FOLDER/setup.log has the rest.
 define install
 	@set -o pipefail; $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --log $(1)/setup.log $(2) 2>&1 \
 	  | sed -unE -e 's/%2B/+/' \
 	    -e 's/^ *(Downloading|Using cached) (.*\/)?([^-]+-[^-]+)-[^ ]* (\(([0-9]{2,}\.[0-9]|[0-9]{3,}) MB\))$$/  \3 \4/p' \
 	    -e 's/^Installing collected packages:.*/  unpacking, which can take a minute/p' -e '/^ERROR/p' \
-	  || { echo "The installation failed; $(1)/setup.log has the whole story." >&2; exit 1; }
+	  || { echo "The installation failed; $(1)/setup.log has the details." >&2; exit 1; }
 endef
 
 $(SETUP): pyproject.toml constraints.txt
@@ -123,7 +128,7 @@ $(FLOOR): pyproject.toml constraints-floor.txt
 	$(call install,.venv-floor,--constraint constraints-floor.txt --editable .)
 	@touch $@
 
-# What deltaserve is measured beside, each in an environment of its own, which benchmarks/peers/ names too.
+# The peers that benchmarks compare with, each in its own environment. benchmarks/peers/ uses the same names.
 PEERS := torch_rpc tensorflow_ps ray_actor grpc_naive
 PINNED = $(shell grep -E '^($(1))==' constraints.txt)
 torch_rpc := $(call PINNED,torch|numpy)

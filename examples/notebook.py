@@ -1,9 +1,9 @@
-"""A notebook's worth of deltaserve: a server inside the notebook, workers in threads, a look at the model's state.
+"""deltaserve in a notebook: a server in this process, workers in threads, and a look at the optimizer state.
 
-Open it in an editor that knows `# %%` cells, or run it as it is: `python examples/notebook.py`.
+Open this file in an editor that supports `# %%` cells, or run it: `python examples/notebook.py`.
 """
 
-# %% A server in this process. `with LocalServer() as server:` does the same inside one cell.
+# %% Start a server in this process. In a single cell, `with LocalServer() as server:` does the same.
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +15,7 @@ server = LocalServer()
 server.start()
 print("server:", server.target)
 
-# %% A model with two synchronous workers: each update takes the mean of both gradients.
+# %% Create a model for two synchronous workers: each update uses the mean of their gradients.
 WORKERS = 2
 client = deltaserve.connect(server.target)
 model = client.create_model(
@@ -24,9 +24,9 @@ model = client.create_model(
 print("created:", model.created, "policy:", model.policy)
 
 
-# %% Each worker minimises its own parabola; together they meet in the middle.
+# %% Train. Each worker minimises its own parabola; together they settle half-way between the two minima.
 def minimise(goal: float) -> float:
-    """Steps towards `goal`; returns where it has arrived."""
+    """Makes 1000 steps towards `goal` and returns the position reached."""
     with deltaserve.connect(server.target) as own, own.model("parabola").worker() as worker:
         weights = worker.pull()
         for _ in range(1000):
@@ -35,15 +35,15 @@ def minimise(goal: float) -> float:
 
 
 with ThreadPoolExecutor(WORKERS) as threads:
-    print("arrived at:", list(threads.map(minimise, [-1.0, 2.0])), "expected: 0.5")
+    print("reached:", list(threads.map(minimise, [-1.0, 2.0])), "expected: 0.5")
 
-# %% What the server holds: weights and Adadelta's two averages, all of one version.
+# %% Look at the model's state: the weights and Adadelta's two running averages, all of one version.
 state = model.pull_state()
 assert state.square_avg is not None
 print("version:", state.version)
 print("weights:", state.weights["x"])
 print("square_avg:", state.square_avg["x"])
 
-# %% The end.
+# %% Stop.
 client.close()
 server.stop(grace_seconds=0)

@@ -1,9 +1,9 @@
-"""A worker in numpy, without torch: a linear regression whose weights and Adadelta live on a server.
+"""Linear regression with numpy: the weights and Adadelta's state live on a server. No torch needed.
 
     python examples/numpy_linear.py [HOST:PORT]
 
-Several at a time with the same HOST:PORT (`deltaserve serve`) train one model together; without it, a server lives
-inside this process as long as the training.
+With HOST:PORT, the address of a `deltaserve serve`, several of these train one model together. Without it, a server
+runs in this process for as long as the training takes.
 """
 
 import sys
@@ -17,11 +17,11 @@ TRUE_W, TRUE_B = np.array([2.0, -3.4], np.float32), np.array([4.2], np.float32)
 
 
 def train(target: str) -> float:
-    """Trains against the server at `target`; returns by how much the weights are off at most."""
+    """Trains with the server at `target` and returns the largest error of a weight."""
     random = np.random.default_rng()
-    first = {"w": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)}
+    initial = {"w": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)}
     with deltaserve.connect(target) as client:
-        model = client.create_model("line", first, rho=0.9, eps=1e-4)  # creates it, or joins
+        model = client.create_model("line", initial, rho=0.9, eps=1e-4)  # creates the model or joins it
         with model.worker() as worker:
             weights = worker.pull()
             for _ in range(2000):
@@ -34,7 +34,7 @@ def train(target: str) -> float:
 
 
 def main() -> None:
-    """Trains against the server that is named, or against one of its own."""
+    """Trains with the server given on the command line, or with one of its own."""
     if len(sys.argv) > 1:
         error = train(sys.argv[1])
     else:

@@ -1,9 +1,9 @@
-"""Handwritten digits with torch, the optimizer on a server: three lines differ from a local `torch.optim.Adadelta`.
+"""Handwritten digits with torch and the optimizer on a server: three lines differ from a local `torch.optim.Adadelta`.
 
     python examples/torch_digits.py [HOST:PORT]
 
-Several at a time with the same HOST:PORT (`deltaserve serve`) train one model together; without it, a server lives
-inside this process as long as the training.
+With HOST:PORT, the address of a `deltaserve serve`, several of these train one model together. Without it, a server
+runs in this process for as long as the training takes.
 """
 
 import sys
@@ -19,7 +19,7 @@ EPOCHS, BATCH = 10, 32
 
 
 def train(target: str) -> float:
-    """Trains against the server at `target`; returns the share of test images that is right."""
+    """Trains with the server at `target` and returns the accuracy on the test images."""
     bunch = load_digits()
     images, digits = torch.tensor(bunch.data / 16, dtype=torch.float32), torch.tensor(bunch.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def train(target: str) -> float:
 
 
 def main() -> None:
-    """Trains against the server that is named, or against one of its own."""
+    """Trains with the server given on the command line, or with one of its own."""
     if len(sys.argv) > 1:
         accuracy = train(sys.argv[1])
     else:

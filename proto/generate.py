@@ -1,8 +1,8 @@
 """Generates the Python stubs from the .proto files: `python proto/generate.py`, or `--check` to compare only.
 
-The stubs are made by old generators on purpose: generated code refuses a runtime older than itself, and workers live in
-crowded environments (see docs/decisions/0001-stubs.md). These generators need protobuf < 6 and so an environment of
-their own, which `make proto` provides.
+The generators are old on purpose: generated code refuses a runtime that is older than its generator, and workers run in
+crowded environments (see docs/decisions/0001-stubs.md). These generators need protobuf < 6, so `make proto` gives them
+a separate environment.
 """
 
 import argparse
@@ -17,7 +17,7 @@ STUBS = SOURCES.parent / "client" / "deltaserve" / "v1"
 
 
 def generate(target: Path) -> None:
-    """Writes the stubs of every .proto under `target`, as the package path deltaserve/v1/."""
+    """Writes the stubs of every .proto file to `target`, in the folder deltaserve/v1/."""
     protos = sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.proto"))
     subprocess.run(
         [
@@ -31,16 +31,16 @@ def generate(target: Path) -> None:
 
 
 def main() -> int:
-    """Generates or checks; returns the exit status."""
+    """Generates or compares the stubs; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the committed stubs differ")
+    parser.add_argument("--check", action="store_true", help="only compare; fail if the committed stubs differ")
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        made = Path(folder) / "deltaserve" / "v1"
-        names = {path.name for path in made.iterdir()}
+        generated = Path(folder) / "deltaserve" / "v1"
+        names = {path.name for path in generated.iterdir()}
         committed = {path.name for path in STUBS.glob("*_pb2*")}
-        _, differing, missing = filecmp.cmpfiles(made, STUBS, names, shallow=False)
+        _, differing, missing = filecmp.cmpfiles(generated, STUBS, names, shallow=False)
         stale = sorted({*differing, *missing, *(committed - names)})
         if check:
             for name in stale:
@@ -50,7 +50,7 @@ def main() -> int:
         for name in committed - names:
             (STUBS / name).unlink()
         for name in names:
-            (STUBS / name).write_bytes((made / name).read_bytes())
+            (STUBS / name).write_bytes((generated / name).read_bytes())
     return 0
 
 

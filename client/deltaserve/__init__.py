@@ -1,4 +1,4 @@
-"""deltaserve: an optimizer as a service. This is a worker's side of it.
+"""deltaserve: an optimizer as a service. This package is the worker's side.
 
 Example:
     >>> import numpy as np
@@ -12,6 +12,7 @@ Example:
 """
 
 from deltaserve._client import Client, connect
+from deltaserve._common.policies import Async, Bounded, Sync
 from deltaserve._errors import (
     ConflictError,
     Error,
@@ -25,8 +26,6 @@ from deltaserve._errors import (
 )
 from deltaserve._model import Model
 from deltaserve._types import (
-    Async,
-    Bounded,
     Contribution,
     Hyperparameters,
     Limits,
@@ -39,7 +38,6 @@ from deltaserve._types import (
     SessionInfo,
     SnapshotInfo,
     StepResult,
-    Sync,
     TensorSpec,
 )
 from deltaserve._version import __version__

@@ -1,6 +1,7 @@
-"""The command line `deltaserve`, also as `python -m deltaserve`.
+"""Runs the command line `deltaserve`, also as `python -m deltaserve`.
 
-It lives beside the server, which a worker need not have installed: this door is always there and says what is missing.
+The command line is part of the server package, whose dependencies a worker need not have installed. This entry point
+always exists, and names the extra that is missing.
 """
 
 import sys

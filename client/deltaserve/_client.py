@@ -7,55 +7,49 @@ from typing import Self
 from numpy.typing import ArrayLike
 
 from deltaserve._common.flat_vector import contiguous
+from deltaserve._common.policies import Async, Policy, from_policy
 from deltaserve._connection import Connection
+from deltaserve._conversion import from_groups, from_tensors, to_model_info, to_model_summary, to_server_info
+from deltaserve._credentials import Credentials
 from deltaserve._model import Model, tensor_specs, weight_messages
-from deltaserve._types import (
-    Async,
-    Hyperparameters,
-    ModelSummary,
-    Policy,
-    ServerInfo,
-    from_policy,
-    from_tensors,
-    to_model_info,
-    to_model_summary,
-    to_server_info,
-)
+from deltaserve._types import Hyperparameters, ModelSummary, ServerInfo
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2
 
 
-def connect(target: str, *, timeout_seconds: float = 120.0) -> "Client":
-    """Returns a client of the server at `target`; the connection is made with the first call.
+def connect(target: str, *, timeout_seconds: float = 120.0, credentials: Credentials | None = None) -> "Client":
+    """Returns a client of the server at `target`; its first call opens the connection.
 
     Args:
         target: HOST:PORT, or unix:PATH.
-        timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+        timeout_seconds: Time for any call in all, its retries and the wait for a round included.
+        credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
-        ValueError: `target` is no address, or `timeout_seconds` not more than 0.
+        ValueError: `target` is no address, or `timeout_seconds` is not a finite number above 0.
 
     Example:
         >>> with connect("localhost:50051") as client:
         ...     client.models()  # doctest: +SKIP
     """
-    return Client(target, timeout_seconds=timeout_seconds)
+    return Client(target, timeout_seconds=timeout_seconds, credentials=credentials)
 
 
 class Client:
     """A connection to a server; a context manager that closes it.
 
-    Every method that asks the server raises `UnavailableError` where it is not reached within the timeout.
+    Every method that asks the server raises `UnavailableError` if the server does not answer within the timeout.
 
     Args:
         target: HOST:PORT, or unix:PATH.
-        timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+        timeout_seconds: Time for any call in all, its retries and the wait for a round included.
+        credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
-        ValueError: `target` is no address, or `timeout_seconds` not more than 0.
+        ValueError: `target` is no address, or `timeout_seconds` is not a finite number above 0.
     """
 
-    def __init__(self, target: str, *, timeout_seconds: float = 120.0) -> None:
-        self._connection = Connection(target, timeout_seconds)
+    def __init__(self, target: str, *, timeout_seconds: float = 120.0, credentials: Credentials | None = None) -> None:
+        self._connection = Connection(target, timeout_seconds, credentials)
 
     @property
     def target(self) -> str:
@@ -67,15 +61,15 @@ class Client:
         return to_server_info(self._connection.call("GetServerInfo", system_service_pb2.GetServerInfoRequest()))
 
     def models(self) -> list[ModelSummary]:
-        """Returns every model in a line, by name."""
+        """Returns a summary of every model, by name."""
         answer = self._connection.call("ListModels", model_service_pb2.ListModelsRequest())
         return [to_model_summary(model) for model in answer.models]
 
     def model(self, name: str) -> Model:
-        """Returns a model that exists.
+        """Returns an existing model.
 
         Raises:
-            RequestError: There is none of this name.
+            RequestError: There is no model of this name.
         """
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
         return Model(self._connection, name, info.tensors, info.groups, info.policy, created=False)
@@ -94,52 +88,52 @@ class Client:
         group_of: Mapping[str, int] | None = None,
         policy: Policy | None = None,
     ) -> Model:
-        """Creates a model, or joins the one of this name, whose weights then stay as they are.
+        """Creates a model, or joins the existing one of this name, which keeps its weights.
 
         Args:
             name: 1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit.
             tensors: Initial weights by tensor name, converted to float32. Their order is the layout.
-            lr: As in `Hyperparameters`, for a model of one parameter group.
-            rho: Likewise.
-            eps: Likewise.
-            weight_decay: Likewise.
-            maximize: Likewise.
-            groups: Hyperparameters by parameter group, in place of the five above.
-            group_of: By tensor name: the index of its group; 0 where there is none.
+            lr: Factor of the update, for a model with one parameter group.
+            rho: Decay of both leaky averages, for a model with one parameter group.
+            eps: Added to both averages, for a model with one parameter group.
+            weight_decay: L2 penalty, for a model with one parameter group.
+            maximize: Ascend instead of descend, for a model with one parameter group.
+            groups: Hyperparameters by parameter group; they replace the five arguments before.
+            group_of: Index of a tensor's parameter group, by tensor name; 0 for tensors that it leaves out.
             policy: When a push becomes an update; None means `Async()`.
 
         Raises:
-            TypeError: `policy` is none, or a tensor does not consist of real numbers.
-            ValueError: `group_of` has a tensor that is not among them.
+            TypeError: `policy` is not a policy, or a tensor does not consist of real numbers.
+            ValueError: `group_of` names a tensor that `tensors` lacks.
             RequestError: A name, a shape or a hyperparameter is not allowed.
-            ConflictError: A model of this name exists and differs; the message says in what.
-            UnavailableError: The server has no room for it.
+            ConflictError: A model of this name exists and differs; the message says how.
+            UnavailableError: The server has no memory left for the model.
         """
         arrays = {key: contiguous(value) for key, value in tensors.items()}
-        one = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        single = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
         specs = tensor_specs(arrays, group_of)
         config = common_pb2.ModelConfig(
             name=name,
             tensors=from_tensors(specs),
-            groups=[group._to_proto() for group in (groups if groups is not None else (one,))],
+            groups=from_groups(groups if groups is not None else (single,)),
             policy=from_policy(Async() if policy is None else policy),
         )
         kind = model_service_pb2.CreateModelRequest
         answer = self._connection.send("CreateModel", lambda: weight_messages(kind, config, list(arrays.values())))
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
-        known = info.groups[: len(config.groups)]  # others may have extended it since
+        known = info.groups[: len(config.groups)]  # another worker may have extended the model since
         return Model(self._connection, name, specs, known, info.policy, answer.created)
 
     def delete_model(self, name: str) -> None:
-        """Forgets a model; its workers' next calls fail.
+        """Deletes a model; its workers' next calls fail.
 
         Raises:
-            RequestError: There is none of this name.
+            RequestError: There is no model of this name.
         """
         self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=name))
 
     def close(self) -> None:
-        """Closes the workers that are still open, then the connection; calls under way end."""
+        """Closes the open workers, then the connection; calls in progress end."""
         self._connection.close()
 
     def __enter__(self) -> Self:

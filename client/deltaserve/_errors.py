@@ -1,15 +1,15 @@
-"""What goes wrong with a server, as exceptions."""
+"""The exceptions of the public interface."""
 
 from collections.abc import Mapping
 
 
 class Error(Exception):
-    """Whatever goes wrong with a server.
+    """Base class of all errors of a server or of the connection to it.
 
     Attributes:
-        reason: The server's reason, a name of `ErrorReason` in the proto without its prefix; None where the server did
-            not decide: it was not reached, or did not answer in time.
-        metadata: What the reason says further, by the keys that the proto lists with it.
+        reason: The server's reason, a name of `ErrorReason` in the proto without its prefix. None if the server did not
+            decide: it was not reached, or did not answer in time.
+        metadata: Details of the reason, by the keys that the proto lists for it.
     """
 
     def __init__(self, message: str, *, reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
@@ -19,27 +19,26 @@ class Error(Exception):
 
 
 class RequestError(Error):
-    """The request cannot be met as it is: change it. Nothing was changed by it."""
+    """The server cannot carry out the request as it is, and has changed nothing. Change the request."""
 
 
 class ConflictError(Error):
-    """The request contradicts what is there: another layout, another round, other content under the same number."""
+    """The request contradicts the server's state: another layout, another round, other values under the same number."""
 
 
 class StaleGradientError(ConflictError):
-    """The gradient is of weights that are too old. Newer ones are here now: compute it again, or leave it out."""
+    """The gradient was computed on weights that are too old. Newer ones are in place: compute it again, or skip it."""
 
 
 class RolledBackError(StaleGradientError):
-    """The server was restarted from an older state: the gradient is of weights that are lost, and so are some pushes.
+    """The server restarted from an older state: the weights that the gradient was computed on are lost.
 
-    The weights of now are in place, and the worker goes on from them: compute the gradient again, or leave it out.
+    The current weights are in place, and the worker goes on from them: compute the gradient again, or skip it.
 
     Attributes:
         version: The version that the worker's weights had.
-        restored_version: The last version before that which is not lost.
-        lost_pushes: Numbers of this worker's pushes that were applied, and are lost; counted in the session that it
-            had.
+        restored_version: The last version before it that is not lost.
+        lost_pushes: Numbers of this worker's pushes that were applied and are lost, as counted in its old session.
     """
 
     def __init__(self, message: str, *, version: int, restored_version: int, lost_pushes: range) -> None:
@@ -50,15 +49,15 @@ class RolledBackError(StaleGradientError):
 
 
 class SessionError(Error):
-    """The worker's session is over: fenced by a newer one of the same name, closed, or its lease ran out."""
+    """The worker's session is over: a newer one of the same name replaced it, it was closed, or its lease ran out."""
 
 
 class UnavailableError(Error):
-    """The server was not reached, did not answer in time or had no room, after all retries."""
+    """The server was not reached, did not answer in time or had no capacity, after all retries."""
 
 
 class StateLostError(Error):
-    """The server was restarted and does not have the model any more, or lacks a part of it; the message says what."""
+    """The server restarted without the model, or without a part of it; the message says which."""
 
 
 class ServerError(Error):

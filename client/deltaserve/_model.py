@@ -1,4 +1,4 @@
-"""A model on a server: looked at, read whole, put back, extended; and the sessions of workers."""
+"""A model on a server."""
 
 import os
 import re
@@ -16,25 +16,19 @@ from numpy.typing import ArrayLike
 from deltaserve._common.codec import Chunk, StreamCodec
 from deltaserve._common.element_types import ELEMENT_TYPES, Array, ElementType, WireType, named
 from deltaserve._common.flat_vector import FlatVector, contiguous
+from deltaserve._common.policies import Policy, from_policy, to_policy
 from deltaserve._connection import Connection
-from deltaserve._transport.exchange import Transport, check_transport
-from deltaserve._types import (
-    Hyperparameters,
-    ModelEvent,
-    ModelInfo,
-    ModelState,
-    Policy,
-    SnapshotInfo,
-    TensorSpec,
-    from_policy,
+from deltaserve._conversion import (
+    from_groups,
     from_tensors,
     to_groups,
     to_model_event,
     to_model_info,
-    to_policy,
     to_snapshot,
     to_tensors,
 )
+from deltaserve._transport.protocol import TransportName, check_transport
+from deltaserve._types import Hyperparameters, ModelEvent, ModelInfo, ModelState, SnapshotInfo, TensorSpec
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
 
@@ -45,11 +39,11 @@ class Model:
     """A model on a server. Made by `Client.create_model` and `Client.model`.
 
     Attributes:
-        name: Its name.
-        tensors: Its layout.
-        groups: Its hyperparameters by parameter group.
+        name: The model's name.
+        tensors: The layout.
+        groups: The hyperparameters by parameter group.
         policy: When a push becomes an update.
-        created: Whether this object created it.
+        created: Whether `Client.create_model` created it, and did not join an existing one.
     """
 
     def __init__(
@@ -69,7 +63,7 @@ class Model:
         self.created = created
 
     def info(self) -> ModelInfo:
-        """Returns the model as it now is: version, sessions, layout."""
+        """Returns the model's present version, sessions and layout."""
         return to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=self.name)))
 
     def worker(
@@ -77,81 +71,86 @@ class Model:
         name: str | None = None,
         *,
         lease_seconds: float | None = None,
-        transport: Transport = "auto",
+        transport: TransportName = "auto",
         wire: WireType = "float32",
     ) -> Worker:
-        """Opens a session and returns the worker; an older session of the same name ends.
+        """Opens a session and returns the worker. An older session of the same name ends.
 
         Args:
-            name: The worker's name, in the charset of model names; one worker, one name. None makes one up.
-            lease_seconds: How long the session outlives its last sign of life; None means the server's default.
-            transport: "auto" has vectors go through shared memory where the server is on this host, runs as the same
-                user and allows it; "stream" never; "shared" insists on it when
-                the session is opened.
-            wire: The type in which elements travel in messages, "float32", "bfloat16" or "float16", in both directions.
-                Weights and state are float32 on the server all the same. Shared memory holds float32.
+            name: The worker's name, in the charset of model names, unique among the workers. None generates one.
+            lease_seconds: How long the session outlives the worker's last call; None means the server's default.
+            transport: "auto" uses shared memory if the server runs on this host as the same user and allows it,
+                "stream" never does, "shared" raises an error if shared memory cannot be used.
+            wire: The type of elements in messages, in both directions: "float32", "bfloat16" or "float16". Weights and
+                state are float32 on the server in any case, and in shared memory.
 
         Raises:
-            ValueError: There is no such transport or type.
-            RequestError: The name or the lease is not allowed, the model is gone, or the server shares no memory and is
-                to.
-            OSError: Its memory is to be shared, and cannot be opened.
-            UnavailableError: The server has its number of sessions.
+            ValueError: There is no transport or type of this name.
+            RequestError: The name or the lease is not allowed, the model is gone, or the server refuses shared memory
+                under transport="shared".
+            OSError: Shared memory cannot be opened under transport="shared".
+            UnavailableError: The server has reached its limit of sessions.
         """
         check_transport(transport)
         return self._worker(name, lease_seconds, transport, named(wire, ELEMENT_TYPES))
 
-    def _worker(self, name: str | None, lease_seconds: float | None, transport: Transport, wire: ElementType) -> Worker:
+    def _worker(
+        self, name: str | None, lease_seconds: float | None, transport: TransportName, wire: ElementType
+    ) -> Worker:
         name = name or worker_name()
         groups = len(self.groups)
         return Worker(self._connection, self.name, name, lease_seconds, self.tensors, groups, transport, wire)
 
     def pull_state(self, optimizer_state: bool = True) -> ModelState:
-        """Returns the model's numbers, all of one version.
+        """Returns the model's weights and state, all of one version.
 
         Args:
-            optimizer_state: Also `square_avg` and `acc_delta`.
+            optimizer_state: Whether to include `square_avg` and `acc_delta`.
         """
         request = model_service_pb2.PullStateRequest(model=self.name, optimizer_state=optimizer_state)
-        return self._connection.receive("PullState", request, _take_state)
+
+        def start(attempt: int, seconds: float) -> Any:
+            return self._connection.stub("PullState")(request.SerializeToString(), timeout=seconds)
+
+        return self._connection.receive("PullState", start, _take_state)
 
     def put_state(self, state: ModelState) -> None:
-        """Puts numbers in place of the model's present ones, for all its workers; makes a new version.
+        """Replaces the model's weights and state, for all its workers. This makes a new version.
 
         Args:
-            state: As from `pull_state`; without optimizer state it becomes zero.
+            state: A state as from `pull_state`. Without optimizer state, the model's becomes zero.
 
         Raises:
             ValueError: A tensor is missing, or has another shape.
-            RequestError: A value is not finite, or a square negative.
-            UnavailableError: It may be in place all the same, and is not put there again by itself: workers may have
-                gone on from it. `info().version` tells.
+            RequestError: A value is not finite, or a leaky average is negative.
+            UnavailableError: The state may be in place; `info().version` tells. It is not sent again, because workers
+                may have gone on from it.
         """
         vectors = {name: self._arrays(getattr(state, name), name) for name in _VECTORS}
         counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
         codec = StreamCodec(model_service_pb2.PutStateRequest)
-        self._connection.send("PutState", lambda: _messages(codec, header, vectors), once=True)
+        self._connection.send("PutState", lambda: _messages(codec, header, vectors), repeats_uncertain=False)
 
     def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
         """Changes the hyperparameters, the policy or both, for all workers, from the next update on.
 
-        Pushes that carry hyperparameters of their own, as those of `RemoteAdadelta` do, go on using those.
+        Pushes that carry their own hyperparameters, such as those of `RemoteAdadelta`, still use those.
 
         Args:
-            groups: By parameter group, as many as there are; None means that they stay.
-            policy: None means that it stays.
+            groups: Hyperparameters for every parameter group; None changes none.
+            policy: The new policy; None keeps the present one.
 
         Returns:
-            The first version that is made with the change in place; that after the next where a part of the open round
-            was reduced already in another way than the new policy would.
+            The first version made with the change. It is the version after the next if pushes of the open round are
+            already reduced in a way that the new policy does not use.
 
         Raises:
             RequestError: A setting is out of range.
         """
         request = model_service_pb2.UpdateModelRequest(
             model=self.name,
-            groups=[group._to_proto() for group in groups or ()],
+            groups=from_groups(groups or ()),
             policy=None if policy is None else from_policy(policy),
         )
         answer = self._connection.call("UpdateModel", request)
@@ -159,19 +158,19 @@ class Model:
         return int(answer.first_version)
 
     def watch(self) -> Generator[ModelEvent, None, None]:
-        """Yields where the model stands, then an event for every version, as they come, until the loop is left.
+        """Yields the present version, then an event for every new version, until the loop ends.
 
-        Who is slow misses events and is told how many. A connection that breaks is made again.
+        A slow reader misses events and learns how many. A broken connection is opened again.
 
         Raises:
             RequestError: The model is gone.
-            UnavailableError: The server was not reached within the timeout, or has its number of watchers.
+            UnavailableError: The server did not answer within the timeout, or has reached its limit of watchers.
         """
         request = model_service_pb2.WatchModelRequest(model=self.name)
         last = -1
         for message in self._connection.stream("WatchModel", request):
             event = to_model_event(message)
-            if event.version == last:  # the connection was made again, and nothing happened meanwhile
+            if event.version == last:  # the connection was opened again, and nothing has happened meanwhile
                 continue
             if 0 <= last < event.version:
                 event = replace(event, missed=event.version - last - 1)
@@ -185,18 +184,18 @@ class Model:
         groups: Sequence[Hyperparameters] = (),
         group_of: Mapping[str, int] | None = None,
     ) -> bool:
-        """Adds tensors at the end of the layout; workers opened before go on without them.
+        """Adds tensors at the end of the layout. Open workers go on without them.
 
         Args:
-            tensors: Initial weights by name, converted to float32.
+            tensors: Initial weights by tensor name, converted to float32.
             groups: Parameter groups to add.
-            group_of: By tensor name: the index of its group among all groups; 0 where there is none.
+            group_of: Index of a tensor's group among all groups, by tensor name; 0 for tensors that it leaves out.
 
         Returns:
-            False where the model already had exactly these.
+            False if the model already had exactly these tensors.
 
         Raises:
-            ValueError: `group_of` has a tensor that is not among them.
+            ValueError: `group_of` names a tensor that `tensors` lacks.
             ConflictError: The layout has changed in another way.
             RequestError: A name or a shape is not allowed.
         """
@@ -207,7 +206,7 @@ class Model:
             tensor_count=len(self.tensors),
             group_count=len(self.groups),
             tensors=from_tensors(specs),
-            groups=[group._to_proto() for group in groups],
+            groups=from_groups(groups),
         )
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
         answer = self._connection.send(
@@ -218,7 +217,7 @@ class Model:
         return bool(answer.extended)
 
     def save_snapshot(self) -> SnapshotInfo:
-        """Takes a snapshot of the model as it is now; returns when it is safe on the server's disk.
+        """Takes a snapshot of the model; returns when it is durable on the server's disk.
 
         Raises:
             RequestError: The server has no data directory.
@@ -234,10 +233,10 @@ class Model:
             RequestError: The server has no data directory.
         """
         request = model_service_pb2.ListSnapshotsRequest(model=self.name)
-        return [to_snapshot(one) for one in self._connection.call("ListSnapshots", request).snapshots]
+        return [to_snapshot(snapshot) for snapshot in self._connection.call("ListSnapshots", request).snapshots]
 
     def delete(self) -> None:
-        """Forgets the model; its workers' next calls fail."""
+        """Deletes the model; its workers' next calls fail."""
         self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=self.name))
 
     def _arrays(self, values: Mapping[str, Array] | None, what: str) -> list[Array]:
@@ -254,10 +253,10 @@ class Model:
 
 
 def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None) -> tuple[TensorSpec, ...]:
-    """Returns the layout of tensors, each in the group that `group_of` gives, or in group 0.
+    """Returns the layout of tensors, each in the group that `group_of` names, or in group 0.
 
     Raises:
-        ValueError: `group_of` has a tensor that is not among them.
+        ValueError: `group_of` names a tensor that `arrays` lacks.
     """
     groups = group_of or {}
     unknown = groups.keys() - arrays.keys()
@@ -267,13 +266,13 @@ def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None
 
 
 def worker_name() -> str:
-    """Returns a name that no other worker has: host, process, and something random."""
+    """Returns a unique worker name: host, process id and random digits."""
     host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64].lstrip("._-") or "worker"
     return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def weight_messages(kind: type[Message], header: Message, arrays: Sequence[Array], start: int = 0) -> Iterator[bytes]:
-    """Yields a stream's header and the weights in chunks, their offsets counted from `start`."""
+    """Yields the header of a stream, then weights in chunks whose offsets count from `start`."""
     codec = StreamCodec(kind)
     yield codec.header(header)
     for offset, parts in FlatVector(arrays).chunks():
@@ -287,15 +286,15 @@ def _messages(codec: StreamCodec[Any], header: Message, vectors: Mapping[str, Se
             yield codec.chunk(name, offset, parts)
 
 
-def _take_state(header: model_service_pb2.PullStateHeader, pieces: Iterable[Chunk]) -> ModelState:
+def _take_state(header: model_service_pb2.PullStateHeader, chunks: Iterable[Chunk]) -> ModelState:
     specs = to_tensors(header.config)
     vectors: dict[str, dict[str, Array]] = {}
     flat: dict[str, FlatVector] = {}
-    for piece in pieces:
-        if piece.vector not in vectors:
-            vectors[piece.vector] = {spec.name: np.empty(spec.shape, np.float32) for spec in specs}
-            flat[piece.vector] = FlatVector(list(vectors[piece.vector].values()))
-        flat[piece.vector].write(piece.offset, piece.data)
+    for chunk in chunks:
+        if chunk.vector not in vectors:
+            vectors[chunk.vector] = {spec.name: np.empty(spec.shape, np.float32) for spec in specs}
+            flat[chunk.vector] = FlatVector(list(vectors[chunk.vector].values()))
+        flat[chunk.vector].write(chunk.offset, chunk.data)
     return ModelState(
         version=header.position.version,
         weights=vectors["weights"],

@@ -1,4 +1,4 @@
-"""A worker's session as the client holds it: opened, renewed in the background, closed."""
+"""A worker's session: its numbers, the renewal of its lease in the background, its end."""
 
 import logging
 import os
@@ -16,24 +16,26 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
 
-_GOODBYE_SECONDS = 2.0
+_CLOSE_SECONDS = 2.0
 
 
 class Session:
-    """A session; its lease is renewed at a third of it by a thread of its own, for as long as somebody holds it.
+    """A session of a worker with a model. A thread renews the lease every third of it while the object exists.
 
     Args:
-        connection: To the server.
+        connection: The connection to the server.
         model: The model's name.
         worker: The worker's name.
         lease_seconds: None means the server's default.
         tensor_count: How many of the model's tensors the worker knows.
-        group_count: How many of its groups.
-        lineage: What the worker knows the model by; None where it knows nothing of it.
+        group_count: How many of the model's parameter groups the worker knows.
+        lineage: The lineage that the worker knows the model by; None if it knows none.
 
     Attributes:
-        opened: What the server answered.
-        id: What names the session in every request.
+        opened: The server's answer.
+        id: The fields that name the session in every request.
+        sequence: The number of the next push; of the last one while `sent` is set.
+        sent: Whether push `sequence` was sent and its answer is not known: the server may have accepted it.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Session:
             "session_id": self.opened.session_id,
             "epoch": self.opened.epoch,
         }
+        self.sequence = 1
+        self.sent = False
         self._process = os.getpid()
         self._open = True
         self._closed: SimpleQueue[None] = SimpleQueue()
@@ -71,31 +75,36 @@ class Session:
         thread = threading.Thread(target=_renew, args=renewal, name=f"lease of {worker}", daemon=True)
         BackgroundCall(thread.start, None).run()
 
+    @property
+    def last_sent(self) -> int:
+        """The number of the last push that was sent; 0 before the first."""
+        return self.sequence if self.sent else self.sequence - 1
+
     def keep(self, timeout_seconds: float | None = None) -> rpc.KeepSessionResponse:
-        """Renews the lease; returns what the server has of this session."""
+        """Renews the lease and returns what the server knows of the session."""
         answer: rpc.KeepSessionResponse = self._connection.call(
             "KeepSession", rpc.KeepSessionRequest(**self.id), timeout_seconds=timeout_seconds
         )
         return answer
 
     def close(self) -> None:
-        """Ends the session, once; in a forked child it does nothing: the session is the parent's."""
+        """Ends the session, once. Does nothing in a forked child: the session is the parent's."""
         if not self._open or self._process != os.getpid():
             return
-        self.lose()
+        self.abandon()
         request = rpc.CloseSessionRequest(**self.id)
         try:
-            self._connection.call("CloseSession", request, timeout_seconds=_GOODBYE_SECONDS)
+            self._connection.call("CloseSession", request, timeout_seconds=_CLOSE_SECONDS)
         except (Error, ValueError) as error:
-            _log.info("worker %s: the session ends with its lease: %s", self._worker, error)
+            _log.info("worker %s: the session was not closed and ends with its lease: %s", self._worker, error)
 
-    def lose(self) -> None:
-        """Ends the renewals alone, as of a session that the server does not know any more."""
+    def abandon(self) -> None:
+        """Stops the renewals without a call, for a session that the server no longer knows."""
         self._open = False
         self._closed.put(None)
 
     def renew(self, timeout_seconds: float) -> bool:
-        """Renews the lease in the background; returns whether that is to go on."""
+        """Renews the lease from the background thread; returns whether to renew it again."""
         failpoint("worker.renewing")
         try:
             self.keep(timeout_seconds)
@@ -103,9 +112,9 @@ class Session:
             if not self._open:
                 return False
             if isinstance(error, SessionError) and error.reason == "SESSION_UNKNOWN":
-                _log.info("worker %s: the session has ended; the next step goes on in a new one", self._worker)
+                _log.info("worker %s: the session has ended; the next step opens a new one", self._worker)
                 return False
-            passes = _passes(error)
+            passes = _is_transient(error)
             level = logging.INFO if passes else logging.WARNING
             _log.log(level, "worker %s: the lease was not renewed: %s", self._worker, error)
             return passes
@@ -113,7 +122,7 @@ class Session:
 
 
 def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", seconds: float) -> None:
-    """Renews a session every so often until it is closed, or nobody's: the one who opened it may be interrupted."""
+    """Renews a session every `seconds` until it is closed or garbage: an interrupt may leave one without an owner."""
     while True:
         with suppress(Empty):
             return closed.get(timeout=seconds)
@@ -123,6 +132,6 @@ def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", secon
         del session
 
 
-def _passes(error: Exception) -> bool:
-    """Whether the next try may succeed: the server had no room or no time, or it was not the server that decided."""
+def _is_transient(error: Exception) -> bool:
+    """Returns whether the next renewal may succeed: the server was busy or out of reach."""
     return isinstance(error, UnavailableError) or (isinstance(error, Error) and error.reason is None)

@@ -1,9 +1,8 @@
 """A worker: one session with one model."""
 
 import logging
-import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
+from enum import Enum
 from math import prod
 from time import monotonic, sleep
 from types import TracebackType
@@ -16,20 +15,15 @@ from deltaserve._common.element_types import Array, ElementType
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.flat_vector import FlatVector, contiguous
 from deltaserve._connection import Connection
-from deltaserve._errors import (
-    ConflictError,
-    Error,
-    RolledBackError,
-    SessionError,
-    StaleGradientError,
-    UnavailableError,
-)
-from deltaserve._restarts import explained, rolled_back
+from deltaserve._conversion import from_groups, to_push_status, to_step_result
+from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, UnavailableError
+from deltaserve._membership import Membership
 from deltaserve._session import Session
-from deltaserve._transport.exchange import Exchange, Transport
 from deltaserve._transport.overlapped import OverlappedPush
-from deltaserve._types import Hyperparameters, PushStatus, StepResult, TensorSpec, to_push_status, to_step_result
-from deltaserve.v1 import common_pb2
+from deltaserve._transport.protocol import Answer, Push, TransportName
+from deltaserve._transport.pull import pull
+from deltaserve._types import Hyperparameters, PushStatus, StepResult, TensorSpec
+from deltaserve._weights import ServerRestartedError
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
@@ -37,19 +31,26 @@ _log = logging.getLogger("deltaserve")
 _POLL_SECONDS = 0.1
 
 
-class _RestartedError(Exception):
-    """An answer came from a server that was started anew; nothing of it was taken."""
+class PushState(Enum):
+    """What a worker's next push starts from."""
+
+    FIRST = "no weights were pulled yet"
+    IDLE = "the weights are whole, and every push has its answer"
+    UNCERTAIN = "a push was sent, and its answer was lost: the server may have accepted it"
+    TORN = "the weights are of two versions; no gradient that was computed on them counts"
+    TORN_UNCERTAIN = "the answer to a push broke off: if the server has accepted it, the push counts"
+    OWED = "the weights are lost, or the fate of the last push is: the caller must learn it first"
 
 
 class Worker:
-    """One worker's standing with a model; a context manager that closes it. Made by `Model.worker`.
+    """One worker's session with a model; a context manager that closes it. Made by `Model.worker`.
 
-    Its lease is renewed in the background. One thread at a time may use it. It is closed at the latest when it is
-    garbage or the process exits; one that is killed keeps a synchronous round waiting for as long as its lease.
+    The lease is renewed in the background. Use a worker in one thread at a time. It closes at the latest when it is
+    garbage-collected or the process exits. If the process is killed, a synchronous round waits for the worker until its
+    lease runs out.
 
     Attributes:
         name: The worker's name.
-        rank: The lowest number that no other live worker of the model had when this one came.
         tensors: The layout as this worker knows it.
     """
 
@@ -61,7 +62,7 @@ class Worker:
         lease_seconds: float | None,
         tensors: tuple[TensorSpec, ...],
         group_count: int,
-        transport: Transport,
+        transport: TransportName,
         wire: ElementType,
     ) -> None:
         self._connection = connection
@@ -69,81 +70,53 @@ class Worker:
         self.name = name
         self.tensors = tensors
         self._result: rpc.PushResult | None = None
-        self._last_result: StepResult | None = None  # made of it when it is asked for
-        self._own: dict[str, Array] | None = None
-        self._version: int | None = None
-        self._torn = False
-        self._lineage: bytes | None = None
-        self._owed: StaleGradientError | None = None
-        self._share_again = False
-        self._transport = transport
-        self._exchange = Exchange(connection, wire)
-        self._open_session = partial(Session, connection, model, name, lease_seconds, len(tensors), group_count)
-        self._join()
-        try:
-            self._share()
-        except (Error, OSError):
-            self._session.close()
-            raise
+        self._last_result: StepResult | None = None  # converted from `_result` on demand
+        self._overlapped: OverlappedPush | None = None
+        self._membership = Membership(connection, model, name, lease_seconds, tensors, group_count, transport, wire)
+        self._weights = self._membership.weights
 
-    def _join(self) -> None:
-        """Opens a session and numbers pushes from 1."""
-        session = self._open_session(self._lineage)
-        finalize = weakref.finalize(self, session.close)
-        opened = session.opened
-        # From here on without a call that could be interrupted: the numbers are those of this session.
-        self._session = session
-        self._finalize = finalize
-        self.rank: int = opened.rank
-        self._position = opened.position
-        self._first_version: int = opened.first_version
-        self._lineage = opened.lineage
-        self._sequence = 1
-        self._sent = False
-
-    def _share(self) -> None:
-        self._share_again = False
-        self._exchange.share(self._session.id, sum(prod(spec.shape) for spec in self.tensors), self._transport)
+    @property
+    def rank(self) -> int:
+        """The lowest number that no other live worker of the model had when this one joined."""
+        return self._session.opened.rank
 
     @property
     def version(self) -> int:
-        """The version of the weights that this worker has; before the first pull, the one it is to start from."""
-        return self._first_version if self._version is None else self._version
+        """The version of this worker's weights; before the first pull, the version to start from."""
+        return self._first_version if self._weights.version is None else self._weights.version
 
     @property
     def last_result(self) -> StepResult | None:
-        """What became of the last push; None before the first, and where it was refused."""
+        """The result of the last push; None before the first, and if the push was refused."""
         if self._last_result is None and self._result:
             self._last_result = to_step_result(self._result)
         return self._last_result
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The newest weights by tensor name, in the worker's own memory: the next `pull` or `step` writes over them."""
-        if self._own is None or self._torn:
+        """The newest weights by tensor name, in the worker's own memory: the next `pull` or `step` overwrites them."""
+        if self._weights.newest is None or self._weights.torn:
             self.pull()
-        return dict(self._own or {})
+        return dict(self._weights.newest or {})
 
     def pull(self, *, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Returns the newest weights; the first time, no older ones than this worker is to start from.
+        """Returns the newest weights; the first time, weights no older than this worker must start from.
 
-        Where the server has gone back to an older state meanwhile, these are the weights of now; a warning in the log
-        says what is lost.
+        If the server has gone back to an older state, these are its current weights, and a warning in the log says what
+        is lost.
 
         Args:
-            out: By tensor name: C-contiguous float32 arrays to write to; None means the worker's own memory.
+            out: C-contiguous float32 arrays to write to, by tensor name; None means the worker's own memory.
 
         Raises:
-            StateLostError: The server was restarted without the model.
-            Error: See there.
+            StateLostError: The server restarted without the model.
+            Error: The server refused the request, or did not answer in time.
         """
-        arrays = self._memory(out)
-        own = dict(arrays) if out is None else None
-        target = FlatVector(list(arrays.values()))
-        lost = self._refresh(target, self._first_version if self._version is None else None)
+        arrays = self._weights.aim(out)
+        lost = self._refresh(self._first_version if self._weights.version is None else None)
         if lost:
             _log.warning("%s", lost)
-        self._own = own
+        self._weights.newest = dict(arrays) if out is None else None
         return arrays
 
     def step(
@@ -154,102 +127,81 @@ class Worker:
         weight: float = 1.0,
         out: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
-        """Pushes a gradient and returns the weights after the update that it became part of, or newer ones.
+        """Pushes a gradient and returns the weights of the update that it became part of, or newer ones.
 
-        Under `Sync` it waits for the round, under `Bounded` for slower workers. Where it raises without a `reason`, or
-        is interrupted, the push may have been accepted all the same: called again with the same gradients, it finds
-        out and does not push twice.
+        Under `Sync` it waits for the round, under `Bounded` for slower workers. If it raises an error without a
+        `reason`, or is interrupted, the server may have accepted the push. Call it again with the same gradients: it
+        finds out, and does not push twice.
 
         Args:
             gradients: By tensor name, of the tensor's shape, converted to float32. None for a tensor without a
-                gradient: it keeps its weights and state, unless another worker of the round has one.
+                gradient: it keeps its weights and state, unless another worker of the round has a gradient for it.
             hyperparameters: For this update, by parameter group; None means the model's own.
-            weight: How much it counts in the mean of its round, for instance its number of samples; 1e-9 to 1e9.
-            out: By tensor name: C-contiguous float32 arrays to write the weights to; None means the worker's memory.
+            weight: The push's weight in the mean of its round, for instance its number of samples; 1e-9 to 1e9.
+            out: C-contiguous float32 arrays to write the weights to, by tensor name; None means the worker's memory.
 
         Raises:
             ValueError: A tensor is missing, unknown or has another shape.
             TypeError: A gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
-            StaleGradientError: The gradient is of weights that are too old for the round or for `max_staleness`, or
-                that had arrived in part only. Newer weights are in place now.
-            RolledBackError: The gradient is of weights that a restart of the server has lost; the error says which
-                pushes were lost too. The weights of now are in place.
+            StaleGradientError: The gradient was computed on weights that are too old for the round or for
+                `max_staleness`, or on weights that had arrived only in part. Newer weights are in place now.
+            RolledBackError: The gradient was computed on weights that a restart of the server has lost; the error says
+                which pushes are lost too. The current weights are in place.
             ConflictError: Workers of one round pushed different hyperparameters.
-            SessionError: The session is over, because a newer one of this name was opened, or it was closed; a note
-                says what became of the last push.
-            StateLostError: The server was restarted without the model.
-            UnavailableError: The server was not reached, or the round did not close, within the timeout; or the round
-                failed for want of workers.
+            SessionError: The session is over: a newer one of this name was opened, or it was closed. A note says what
+                became of the last push.
+            StateLostError: The server restarted without the model.
+            UnavailableError: The server did not answer, or the round did not close, within the timeout; or the round
+                failed for lack of workers.
         """
-        if self._version is None:
+        if self._push_state is PushState.FIRST:
             self.pull(out=out)
-        pushed, absent = self._gradients(gradients)
-        arrays = self._memory(out)
-        own = dict(arrays) if out is None else None
-        target = FlatVector(list(arrays.values()))
-        mended = self._owed or (StaleGradientError(self._torn_text()) if self._torn else None)
-        if mended and not (self._sent and self._is_accepted()):
-            raise self._refresh(target, self._first_version if self._owed else None) or mended
-        header = self._header(absent, hyperparameters, weight)
-        if self._share_again and not self._sent:
-            self._share()
-        while not self._is_through(header, pushed, absent, target, mended):
-            self._address(header)
-        self._own = own
+        gradient, absent = self._gradients(gradients)
+        arrays = self._weights.aim(out)
+        stale = self._require_whole_weights()
+        push = Push(self._header(absent, hyperparameters, weight), gradient, absent)
+        push.overlapped, self._overlapped = self._overlapped, None
+        while True:
+            session, transport = self._session, self._membership.transport()
+            push.resent = session.sent
+            self._address(push.header)
+            failpoint("worker.before_send")
+            self._set_result(None)
+            # From here until its answer is recorded, the push is uncertain, whatever interrupts this call.
+            session.sent = True
+            try:
+                answer = transport.step(push, self._weights)
+            except (Error, ServerRestartedError) as error:
+                self._resolve(error, push, stale)
+            else:
+                break
+        self._record(answer)
+        self._weights.newest = dict(arrays) if out is None else None
         return arrays
 
-    def _is_through(
-        self,
-        header: rpc.PushHeader,
-        pushed: FlatVector,
-        absent: list[int],
-        target: FlatVector,
-        mended: StaleGradientError | None,
-    ) -> bool:
-        """Pushes; returns False where that is to be done again, the session, or the server, being another now."""
-        session = self._session
-        try:
-            self._push_after_any(header, pushed, absent, target, mended)
-        except _RestartedError:
-            stale = self._go_on()
-        except SessionError as error:
-            if error.reason != "SESSION_UNKNOWN" or not self._finalize.alive:
-                error.add_note(self._fate())
-                raise
-            stale = self._rejoin()
-        else:
-            return True
-        if self._session is not session:
-            stale = stale or mended
-        if stale:
-            raise self._refresh(target, self._first_version) or stale from None
-        return False
-
     def get_push(self, sequence: int | None = None) -> PushStatus:
-        """Returns what became of a push, also when the session is over.
+        """Returns what became of a push. It also works after the session has ended.
 
         Args:
-            sequence: Its number, 1 for the first; None means the last one that was sent.
+            sequence: The push's number, 1 for the first; None means the last one that was sent.
 
         Raises:
             ValueError: Nothing was pushed yet, or there is no such number.
             SessionError: The session ended too long ago.
         """
-        number = self._last_number if sequence is None else sequence
+        number = self._session.last_sent if sequence is None else sequence
         if number < 1:
             problem = "there is no push yet" if sequence is None else f"sequence: expected 1 or more, got {sequence}"
             raise ValueError(problem)
-        status = self._ask(number)
+        status = self._membership.find_push(number)
         if status is None:
             raise SessionError("the session ended too long ago")
         return to_push_status(status)
 
     def close(self) -> None:
         """Ends the session. A push that waits for its round still counts."""
-        self._session.close()  # not the finalizer's: interrupted, that would not be there for a second try
-        self._exchange.close()
-        self._finalize.detach()
+        self._membership.close()
 
     def __enter__(self) -> Self:
         return self
@@ -259,36 +211,184 @@ class Worker:
     ) -> None:
         self.close()
 
-    # --- a step that begins early, as `RemoteAdadelta(overlap=True)` makes it
+    # --- a push that begins during backward, for `RemoteAdadelta(overlap=True)`
 
     def _begin(
         self, push: OverlappedPush, absent: list[int], hyperparameters: Sequence[Hyperparameters], weight: float
     ) -> bool:
-        """Begins to send the next push, in any thread, while its gradient is still being made.
+        """Starts to send the next push, from any thread, while its gradient is still being computed.
 
         Args:
-            push: What is begun.
+            push: The push.
             absent: Indices of the tensors that are expected to have no gradient.
             hyperparameters: As in `step`.
             weight: As in `step`.
 
         Returns:
-            False where that is of no use, or the next step has something else to settle first.
+            False if the transport gains nothing by it, or if the next step must first settle something else.
         """
-        if self._version is None or self._torn or self._sent:
+        if self._push_state is not PushState.IDLE:
             return False
         missing = set(absent)
         size = sum(prod(spec.shape) for index, spec in enumerate(self.tensors) if index not in missing)
-        return self._exchange.begin(push, self._header(absent, hyperparameters, weight), size)
+        return self._membership.begin(push, self._header(absent, hyperparameters, weight), size)
 
     def _take_over(self, push: OverlappedPush | None) -> None:
-        """Has the next step take over a push that was begun, if it is the one to be made."""
-        self._exchange.early = push
+        """Lets the next step take over a push that has begun, if it turns out to be the push to send."""
+        self._overlapped = push
 
-    # --- what is sent
+    # --- the state of the push
+
+    @property
+    def _push_state(self) -> PushState:
+        if self._membership.owed:
+            return PushState.OWED
+        if self._weights.version is None:
+            return PushState.FIRST
+        states = {
+            (False, False): PushState.IDLE,
+            (True, False): PushState.UNCERTAIN,
+            (False, True): PushState.TORN,
+            (True, True): PushState.TORN_UNCERTAIN,
+        }
+        return states[self._session.sent, self._weights.torn]
+
+    def _require_whole_weights(self) -> StaleGradientError | None:
+        """Pulls and raises an error if the gradient was computed on weights that do not count.
+
+        Returns:
+            The error to raise if the server has accepted another gradient than this one; None if the weights are whole.
+
+        Raises:
+            StaleGradientError: The weights were torn, or lost.
+        """
+        torn = StaleGradientError(
+            f"worker {self.name}: the gradient was computed on weights that had arrived in part only; they are whole "
+            "now: compute it again"
+        )
+        match self._push_state:
+            case PushState.OWED:
+                raise self._refresh(self._first_version) or torn
+            case PushState.TORN:
+                raise self._refresh() or torn
+            case PushState.TORN_UNCERTAIN:
+                # The gradient may be that of the accepted push, which was computed on the whole weights before.
+                if not self._membership.has_push():
+                    raise self._refresh() or torn
+                return torn
+        return None
+
+    def _resolve(self, error: Error | ServerRestartedError, push: Push, stale: StaleGradientError | None) -> None:
+        """Decides what follows a push that failed. Returns if the same push is to be sent again.
+
+        Args:
+            error: Why it failed.
+            push: The push.
+            stale: What to raise if the push turns out to be another one than the server has accepted.
+
+        Raises:
+            Error: The push is not to be sent again.
+        """
+        session = self._session
+        match error:
+            case StaleGradientError():
+                session.sent = False  # the server keeps nothing of a push that it refuses: its number is free
+                error.add_note("Newer weights are in place now.")
+                raise self._refresh(int(error.metadata["current"])) or error from None
+            case ConflictError(reason="SEQUENCE_REUSED") if push.resent:
+                self._skip_accepted(stale)
+            case ServerRestartedError():
+                self._membership.resume()
+            case ConflictError(reason="LINEAGE_CHANGED"):
+                self._membership.resume(error)
+            case SessionError(reason="SESSION_UNKNOWN") if self._membership.is_open:
+                self._membership.rejoin()
+            case SessionError():
+                error.add_note(self._fate())
+                raise error from None
+            case UnavailableError(reason=None):
+                where = f"deltaserve status {self._model} --target {self._connection.target}"
+                error.add_note(f"If the server is there, the push waits for other workers; to see for whom: {where}")
+                raise error from None
+            case _:
+                raise self._membership.explained(error) from None
+        owed = self._membership.owed or (stale if self._session is not session else None)
+        if owed:
+            raise self._refresh(self._first_version) or owed from None
+
+    def _skip_accepted(self, stale: StaleGradientError | None) -> None:
+        """Waits for the push that the server has accepted under this number, so that the gradient gets the next one.
+
+        Args:
+            stale: What to raise then, instead; None if the gradient counts.
+        """
+        session = self._session
+        push, deadline = self._membership.find_push(session.sequence), monotonic() + self._connection.timeout_seconds
+        while push and push.state == rpc.PUSH_STATE_WAITING:  # polled, because a round that fails makes no version
+            if monotonic() > deadline:
+                raise UnavailableError(f"worker {self.name}: push {session.sequence} still waits for its round")
+            sleep(_POLL_SECONDS)
+            push = self._membership.find_push(session.sequence)
+        if push is None:  # a restart has lost the session
+            return self._membership.rejoin()
+        owed = self._refresh(push.position.version)
+        if owed:
+            raise owed from None
+        self._set_result(push.result if push.HasField("result") else None)
+        if push.state == rpc.PUSH_STATE_APPLIED:
+            _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, session.sequence)
+            session.sequence += 1
+        session.sent = False
+        if stale:
+            raise stale from None
+        return None
+
+    def _record(self, answer: Answer) -> None:
+        """Records the answer to a push."""
+        session = self._session
+        self._weights.torn = False
+        self._set_result(answer.result)
+        if answer.result.duplicate:
+            _log.info("worker %s: push %d had been applied by an earlier attempt", self.name, session.sequence)
+        self._weights.finish(answer.position)
+        # Last, and without a call at which Python would handle an interrupt: until then the answer counts as lost.
+        session.sequence += 1
+        session.sent = False
+        failpoint("worker.recorded")
+
+    # --- the weights
+
+    def _refresh(self, wait_for_version: int | None = None) -> StaleGradientError | None:
+        """Pulls, however often the server restarts meanwhile. Returns the error that is owed to the caller."""
+        while True:
+            try:
+                self._pull(wait_for_version)
+            except ServerRestartedError:
+                self._membership.resume()
+                if self._membership.owed:
+                    wait_for_version = self._first_version
+            else:
+                owed, self._membership.owed = self._membership.owed, None
+                return owed
+
+    def _pull(self, wait_for_version: int | None) -> None:
+        deadline = monotonic() + self._connection.timeout_seconds
+        wire = self._membership.wire
+        while True:
+            try:
+                position = pull(self._connection, self._model, wait_for_version, wire, self._weights)
+            except Error as error:
+                raise self._membership.explained(error) from None
+            self._weights.finish(position)
+            if position.version >= (wait_for_version or 0):
+                return
+            if monotonic() > deadline:
+                raise UnavailableError(f"model {self._model} has not reached version {wait_for_version} in time")
+
+    # --- the request
 
     def _gradients(self, gradients: Mapping[str, ArrayLike | None]) -> tuple[FlatVector, list[int]]:
-        """Returns the gradient as a flat vector, and the indices of tensors without one."""
+        """Returns the gradient as a flat vector, and the indices of tensors without a gradient."""
         unknown = gradients.keys() - {spec.name for spec in self.tensors}
         if unknown:
             raise ValueError(f"the model has no tensor named {min(unknown)}")
@@ -309,9 +409,9 @@ class Worker:
         self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, weight: float
     ) -> rpc.PushHeader:
         header = rpc.PushHeader(
-            base_version=self._version,
+            base_version=self._weights.version,
             absent_tensors=absent,
-            hyperparameters=[group._to_proto() for group in hyperparameters or ()],
+            hyperparameters=from_groups(hyperparameters or ()),
             weight=weight,
         )
         self._address(header)
@@ -319,238 +419,21 @@ class Worker:
 
     def _address(self, header: rpc.PushHeader) -> None:
         """Makes it the header of the session's next push."""
-        header.MergeFrom(rpc.PushHeader(**self._session.id, sequence=self._sequence))
+        session, lineage = self._session, self._membership.lineage
+        header.MergeFrom(rpc.PushHeader(**session.id, sequence=session.sequence, lineage=lineage or None))
 
-    def _push_after_any(
-        self,
-        header: rpc.PushHeader,
-        pushed: FlatVector,
-        absent: list[int],
-        target: FlatVector,
-        mended: StaleGradientError | None,
-    ) -> None:
-        """Pushes, whatever became of the push before; raises `mended`, if anything, instead of a push beyond that."""
-        sent = self._sent
-        try:
-            self._push(header, pushed, absent, target)
-        except ConflictError as error:
-            if error.reason != "SEQUENCE_REUSED" or not sent:
-                raise
-            self._skip_accepted(target)
-            if mended:
-                raise mended from None
-            self._address(header)
-            self._push(header, pushed, absent, target)
-
-    def _push(self, header: rpc.PushHeader, pushed: FlatVector, absent: list[int], target: FlatVector) -> None:
-        failpoint("worker.before_send")
-        # From here on an interrupt, or the refusal of a second attempt, says nothing of what became of the first.
-        unsure, self._sent = self._sent, True
-        self._take_note(None)
-        try:
-            result, position = self._exchange.step(
-                header, pushed, absent, target, self._check, self._arriving, unsure=unsure
-            )
-            self._torn = False
-        except StaleGradientError as error:
-            self._catch_up(error, target)
-            raise
-        except Error as error:
-            if isinstance(error, UnavailableError) and error.reason is None:
-                where = f"deltaserve status {self._model} --target {self._connection.target}"
-                error.add_note(f"If the server is there, the push waits for other workers; to see for whom: {where}")
-            raise self._explained(error) from None
-        self._take_note(result)
-        if result.duplicate:
-            _log.info("worker %s: push %d had been applied by an earlier attempt", self.name, self._sequence)
-        self._moved(position)
-        # Last, and without a call that could be interrupted: until then the answer counts as lost.
-        self._sequence += 1
-        self._sent = False
-        failpoint("worker.recorded")
-
-    # --- what comes
-
-    def _pull(self, target: FlatVector, wait_for_version: int | None) -> None:
-        deadline = monotonic() + self._connection.timeout_seconds
-        while True:
-            request = rpc.PullRequest(model=self._model, wait_for_version=wait_for_version)
-            try:
-                self._moved(self._exchange.pull(request, target, self._arriving))
-            except Error as error:
-                raise self._explained(error) from None
-            if self._position.version >= (wait_for_version or 0):
-                return
-            if monotonic() > deadline:
-                raise UnavailableError(f"model {self._model} has not reached version {wait_for_version} in time")
-
-    def _refresh(self, target: FlatVector, wait_for_version: int | None) -> StaleGradientError | None:
-        """Pulls, however often the server is started anew meanwhile; returns what is owed to the caller by then."""
-        while True:
-            try:
-                self._pull(target, wait_for_version)
-            except _RestartedError:
-                if self._go_on():
-                    wait_for_version = self._first_version
-            else:
-                owed, self._owed = self._owed, None
-                return owed
-
-    def _catch_up(self, error: StaleGradientError, target: FlatVector) -> None:
-        """Takes the weights that a gradient should have been of. Its number is free: no attempt at it is accepted."""
-        error.add_note("Newer weights are in place now.")
-        self._sent = False
-        # Last: whoever is interrupted later must not take the gradient for one of these weights.
-        self._pull(target, int(error.metadata["current"]))
-
-    def _go_on(self) -> StaleGradientError | None:
-        """Goes on with a server that was started anew: in the same session, where it has lost nothing.
-
-        Returns:
-            As `_rejoin`.
-        """
-        try:
-            self._position = self._session.keep().position
-        except SessionError as error:
-            if error.reason != "SESSION_UNKNOWN":
-                raise
-            return self._rejoin()
-        except Error as error:
-            raise self._explained(error) from None
-        _log.info("worker %s: the server was restarted, and nothing is lost", self.name)
-        self._share_again = True  # not now: what became of the last push is not known
-        return None
-
-    def _rejoin(self) -> StaleGradientError | None:
-        """Opens a new session where the old one is not known any more.
-
-        Its lease ran out, as after a pause or a long silence; or the server was started anew from an older state. A
-        push that the old session had accepted is still answered there, also by a server that was started anew: then the
-        worker stays, and takes that.
-
-        Returns:
-            What to raise where the weights that the worker has are lost, or where the server does not know any more
-            which pushes the old session made. It is owed until `_refresh` returns it.
-        """
-        known = self._ask(self._sequence)
-        if known and known.state != rpc.PUSH_STATE_NOT_ACCEPTED:
-            self._position = known.position
-            self._lineage = known.lineage  # nothing that this worker knows is lost there
-            return None
-        finalize, lineage, next_number = self._finalize, self._lineage, self._sequence
-        self._session.lose()
-        try:
-            self._join()
-        except Error as error:
-            raise self._explained(error) from None
-        lost = range(known.last_applied_sequence + 1 if known else 1, next_number)
-        self._owed = self._owed or self._found_out(lineage, lost, known is not None)
-        self._share()
-        failpoint("worker.rejoined")
-        finalize.detach()
-        return self._owed
-
-    def _found_out(self, lineage: bytes | None, lost: range, known: bool) -> StaleGradientError | None:
-        """Returns what a new session tells of the one before.
-
-        Args:
-            lineage: What the worker knew the model by.
-            lost: Numbers of the pushes that are lost, if the model went back.
-            known: Whether the server knows the session before.
-        """
-        if self._lineage != lineage:
-            return self._rolled_back(lineage, lost)
-        _log.warning("worker %s: the lease had run out; it goes on in a new session", self.name)
-        if known:
-            return None
-        return StaleGradientError(
-            f"worker {self.name}: the lease had run out too long ago to know whether the last push was applied; the "
-            "gradient is left out, a new session is open and newer weights are in place"
-        )
-
-    def _rolled_back(self, lineage: bytes | None, lost: range) -> RolledBackError | None:
-        """Compares what this worker has with what is left of the lineage that it knew."""
-        version, ancestors = self.version, self._session.opened.ancestors
-        restored = next(one.version for one in ancestors if one.lineage == lineage)
-        if version <= restored and not lost:
-            _log.warning("worker %s: the server was restarted; it goes on in a new session", self.name)
-            return None
-        return rolled_back(self.name, self._model, version, restored, lost)
-
-    def _ask(self, number: int) -> rpc.GetPushResponse | None:
-        """Returns what became of a push of the session; None where that is no longer known."""
-        request = rpc.GetPushRequest(model=self._model, session_id=self._session.id["session_id"], sequence=number)
-        try:
-            answer: rpc.GetPushResponse = self._connection.call("GetPush", request)
-        except SessionError:
-            return None
-        return answer
-
-    def _is_accepted(self) -> bool:
-        """Whether the server has the push whose answer was lost; if it has not, it may still get it."""
-        push = self._ask(self._sequence)
-        return push is not None and push.state != rpc.PUSH_STATE_NOT_ACCEPTED
-
-    def _skip_accepted(self, target: FlatVector) -> None:
-        """Goes on after an interrupted push that was accepted: if it counts, the next one takes the next number."""
-        push, deadline = self._ask(self._sequence), monotonic() + self._connection.timeout_seconds
-        while push and push.state == rpc.PUSH_STATE_WAITING:  # asked for again: a round that fails makes no version
-            if monotonic() > deadline:
-                raise UnavailableError(f"worker {self.name}: push {self._sequence} still waits for its round")
-            sleep(_POLL_SECONDS)
-            push = self._ask(self._sequence)
-        if push is None:  # as of a session that a restart has lost
-            raise SessionError(f"worker {self.name}: the session ended too long ago", reason="SESSION_UNKNOWN")
-        counts = push.state == rpc.PUSH_STATE_APPLIED
-        if counts:
-            _log.warning("worker %s: push %d, whose answer was lost, counts", self.name, self._sequence)
-        self._pull(target, push.position.version)
-        self._take_note(push.result if push.HasField("result") else None)
-        self._sequence += counts
-        self._sent = False
-
-    def _check(self, position: common_pb2.ModelPosition) -> None:
-        """Looks at where the model stands, as an answer has it.
-
-        Raises:
-            _RestartedError: It is of another incarnation than what came before.
-            Error: It is not of the model that the session was opened with.
-        """
-        before = self._position
-        if position.incarnation != before.incarnation:
-            raise _RestartedError
-        if position.version < before.version:
-            raise Error(f"model {self._model} went back from version {before.version} to {position.version}")
-
-    def _arriving(self, position: common_pb2.ModelPosition) -> None:
-        """Looks at an answer before its weights are written; until the last of them is, they are of two versions."""
-        self._check(position)
-        self._torn = True
-
-    def _take_note(self, result: rpc.PushResult | None) -> None:
-        """Takes note of what became of a push."""
-        self._result, self._last_result = result, None
-
-    def _moved(self, position: common_pb2.ModelPosition) -> None:
-        """Takes note of the version that the weights now have."""
-        self._position = position
-        self._version = position.version
-        self._torn = False
-
-    def _torn_text(self) -> str:
-        return (
-            f"worker {self.name}: weights had arrived in part only, and the gradient is of those; they are whole now: "
-            "compute it again"
-        )
-
-    def _explained(self, error: Error) -> Error:
-        """Returns the error, or what it means where the server is another than the session was opened with."""
-        return explained(error, self._connection, self._model, self._position)
+    # --- helpers
 
     @property
-    def _last_number(self) -> int:
-        """The number of the last push that was sent; 0 before the first."""
-        return self._sequence if self._sent else self._sequence - 1
+    def _session(self) -> Session:
+        return self._membership.session
+
+    @property
+    def _first_version(self) -> int:
+        return self._session.opened.first_version
+
+    def _set_result(self, result: rpc.PushResult | None) -> None:
+        self._result, self._last_result = result, None
 
     def _fate(self) -> str:
         """Says what became of the last push, for a session that is over."""
@@ -559,20 +442,4 @@ class Worker:
         except (Error, ValueError):
             return "What became of its last push is not known."
         version = f", as part of version {push.result.version}" if push.result else ""
-        return f"Its last push, number {self._last_number}: {push.state}{version}."
-
-    def _memory(self, out: Mapping[str, Array] | None) -> dict[str, Array]:
-        if out is None:
-            return dict(self._own or {spec.name: np.empty(spec.shape, np.float32) for spec in self.tensors})
-        arrays = {spec.name: _checked(spec, out) for spec in self.tensors}
-        self._own = None  # no longer the newest
-        return arrays
-
-
-def _checked(spec: TensorSpec, out: Mapping[str, Array]) -> Array:
-    array = out.get(spec.name)
-    if array is None:
-        raise ValueError(f"out: tensor {spec.name} is missing")
-    if array.shape != spec.shape or array.dtype != np.dtype("<f4") or not array.flags.carray:
-        raise ValueError(f"out: tensor {spec.name} must be a writable C-contiguous float32 array of shape {spec.shape}")
-    return array
+        return f"Its last push, number {self._session.last_sent}: {push.state}{version}."

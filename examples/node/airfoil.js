@@ -1,5 +1,5 @@
-// The regression itself: the airfoil data as the book prepares it, or made-up data of the same form (5 features and a
-// label in each row), its loss and gradient. The flat vector v is w (5) and b (1); nothing here knows of a server.
+// The regression itself: its data, loss and gradient. The data is the airfoil file prepared as in the book, or made-up
+// rows of the same form (5 features and a label). The flat vector v is w (5) and b (1). Nothing here uses a server.
 const fs = require('node:fs');
 
 const EXAMPLES = 1500;
@@ -16,11 +16,11 @@ function madeUp() {
 function read(file) {
   const rows = fs.readFileSync(file, 'ascii').trim().split(/\r?\n/).map((line) => line.split('\t').map(Number));
   const fits = (row) => row.length === 6 && row.every(Number.isFinite);
-  if (!rows.every(fits)) throw new Error(`${file}: expected 6 columns of numbers with tabs between`);
+  if (!rows.every(fits)) throw new Error(`${file}: expected 6 columns of numbers, separated by tabs`);
   return rows;
 }
 
-// Every column, the label too, gets mean 0 and standard deviation 1 over all rows; the first 1500 rows are used.
+// Standardizes every column, including the label, over all rows; then takes the first 1500 rows.
 function examples(file) {
   const rows = file ? read(file) : Array.from({ length: EXAMPLES + 3 }, madeUp);
   for (let j = 0; j < 6; j += 1) {
@@ -40,7 +40,7 @@ function shuffle(rows) {
 
 const initial = () => Array.from({ length: 6 }, (_, j) => (j < 5 ? 0.01 * normal() : 0));
 
-// By how much the prediction x w + b misses the label.
+// The error of the prediction x w + b.
 const off = (v, row) => row.slice(0, 5).reduce((sum, x, j) => sum + x * v[j], v[5] - row[5]);
 
 const loss = (v, rows) => rows.reduce((sum, row) => sum + off(v, row) ** 2 / 2, 0) / rows.length;

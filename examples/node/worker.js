@@ -1,5 +1,5 @@
-// A worker with nothing but gRPC and the .proto files: the book's linear regression, its Adadelta on the server.
-//   node worker.js [HOST:PORT [FILE [MODEL]]]      FILE: airfoil_self_noise.dat; '' means made-up data of its form
+// A worker that needs only gRPC and the .proto files: the book's linear regression, with Adadelta on the server.
+//   node worker.js [HOST:PORT [FILE [MODEL]]]      FILE: airfoil_self_noise.dat; '' means made-up data of that form
 const { setTimeout: sleep } = require('node:timers/promises');
 const grpc = require('@grpc/grpc-js');
 const loader = require('@grpc/proto-loader');
@@ -17,11 +17,11 @@ const { root } = protobuf.parse(`syntax = "proto3"; message Any { string type_ur
   message ErrorInfo { string reason = 1; string domain = 2; map<string, string> metadata = 3; }`);
 
 const deadline = () => ({ deadline: Date.now() + 60_000 });
-const toBytes = (values) => Buffer.from(Float32Array.from(values).buffer); // little-endian, as every Node platform is
+const toBytes = (values) => Buffer.from(Float32Array.from(values).buffer); // little-endian on every platform of Node
 const toFloats = (bytes) => new Float32Array(Uint8Array.from(bytes).buffer);
 const promised = (start) => new Promise((resolve, reject) => start((e, value) => (e ? reject(e) : resolve(value))));
 
-// Sending a push again after a lost answer is safe: it is known by its sequence number and counts once.
+// Repeating a push after a lost answer is safe: the server recognises its sequence number and counts it once.
 async function call(client, method, request, wait = 100) {
   try {
     return await promised((done) => client[method](request, deadline(), done));

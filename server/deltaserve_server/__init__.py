@@ -10,7 +10,7 @@ __all__ = ["LocalServer", "Server", "ServerConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for when it is: the command line's client half does without the server's libraries."""
+    """Imports a public name on first use: the client commands of `deltaserve` do without the server's libraries."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from deltaserve_server import app, config

@@ -1,10 +1,10 @@
-"""Puts the parts of a server together; the only place that knows all of them."""
+"""Puts the parts of a server together. No other module knows all of them."""
 
 import logging
 import secrets
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltaserve.v1 import (
     errors_pb2,  # noqa: F401  reflection serves what is imported
@@ -37,11 +37,17 @@ from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.model_storage import Durability, Schedule
 from deltaserve_server.engine.catalog import ModelCatalog
+from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
+from deltaserve_server.engine.events import LogObserver, Observer, Observers
+from deltaserve_server.engine.quotas import Quotas
 from deltaserve_server.memory import Budget, Store, heap
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
-from deltaserve_server.service.rpc import handler
+from deltaserve_server.service.method_handlers import handler
+from deltaserve_server.service.port import Port
+from deltaserve_server.service.servicers.health_service import HealthServicer
 from deltaserve_server.service.servicers.model_service import ModelServicer
+from deltaserve_server.service.servicers.reflection_service import ReflectionServicer
 from deltaserve_server.service.servicers.system_service import SystemServicer
 from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
@@ -50,18 +56,35 @@ _log = logging.getLogger(__name__)
 _FRAME_BYTES = 4 * MIB
 _SPARE_THREADS = 32
 
+_POLL_SECONDS = 0.02
+_GRPC_GRACE_SECONDS = 0.5
+_GIVE_UP_SECONDS = 3.0
+"""How long a stop waits for gRPC's calls after they are cancelled, and for each pool of threads."""
+
+_NOTICE_SECONDS = 10.0
+"""How often a stop that takes long says so in the log."""
+
 
 class Server:
     """A parameter server; a context manager that starts and stops it.
 
     Args:
-        config: Its settings.
+        config: The server's settings.
+        clock: What leases, rounds and snapshots run on.
+        observers: Learn of events.
+        credentials: The server's certificates; None means that connections are not encrypted.
 
     Raises:
-        OSError: From `start`, where the address cannot be bound.
-        RuntimeError: The device that is asked for is not there.
-        ValueError: The place for copies cannot be used.
-        DataDirectoryError: The data directory cannot be used; from `start`, where a model in it does not come back.
+        OSError: From `start`: the address cannot be bound.
+        RuntimeError: The device is not there.
+        ValueError: The folder for copies cannot be used.
+        DataDirectoryError: The data directory cannot be used. From `start`: a model in it cannot be recovered.
+
+    Attributes:
+        config: The server's settings.
+        incarnation: Identifies this server process.
+        device: The device that holds the models' vectors.
+        abandoned: What `stop` has waited for in vain. A process that goes on may be unable to exit by itself.
 
     Example:
         >>> with Server(ServerConfig(bind="127.0.0.1:0")) as server:
@@ -71,31 +94,49 @@ class Server:
 
     _owns_process = True
 
-    def __init__(self, config: ServerConfig | None = None) -> None:
-        self.config = config or ServerConfig()
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        observers: Iterable[Observer] = (),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self.config = self._complete(config)
         self.incarnation = secrets.token_hex(16)
-        self._health = health.HealthServicer()
-        threads = self.config.threads or usable_threads()
-        executor = ThreadPoolExecutor(threads, "update")
-        place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(executor, threads)
+        self.abandoned: list[str] = []
+        self._port = Port(self.config.bind, credentials)
+        self._threads = self.config.threads or usable_threads()
+        # One pool for all models: more threads than cores would only take turns.
+        self._executor = ThreadPoolExecutor(self._threads, "update")
+        place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(self._executor, self._threads)
         self.device = place.device
-        memory_bytes = self.config.memory_bytes or place.memory_bytes
+        self._health = HealthServicer()
+        # Health first: a client that hears of a model may ask for its health at once.
+        self._observers = Observers([self._health, LogObserver(), *observers])
         self._catalog = ModelCatalog(
             self.config,
-            memory_bytes,
+            Quotas(self.config, self.config.memory_bytes or place.memory_bytes),
             self.incarnation,
             place.make_store,
-            self._health,
-            executor,
-            threads,
-            *_safe_place(self.config),
+            *_durable_place(self.config),
+            clock=clock,
+            observers=self._observers,
         )
-        # Twice: a worker may retry while the server has not yet seen that its first call is gone.
+        # Twice the sessions: a worker may retry before the server has noticed that its first call is gone.
         workers = 2 * self.config.sessions + self.config.watchers + _SPARE_THREADS
-        self._grpc = grpc.server(ThreadPoolExecutor(workers, "rpc"), options=_options(self.config))
-        self._add_services()
+        self._calls = ThreadPoolExecutor(workers, "rpc")
+        self._grpc = grpc.server(self._calls, options=_options(self.config))
+        self._services = self._add_services()
         self._target: str | None = None
         self._stopping = threading.Lock()
+        self._saved: Future[bool] | None = None
+        self._stopped = threading.Event()
+
+    @staticmethod
+    def _complete(config: ServerConfig | None) -> ServerConfig:
+        """Returns the settings to use for those that were given."""
+        return config or ServerConfig()
 
     @property
     def target(self) -> str:
@@ -105,66 +146,70 @@ class Server:
         return self._target
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
-        """Binds, brings back what is in the data directory, and serves.
+        """Listens, recovers the models of the data directory, and serves.
 
-        Meanwhile whoever asks for a model that is still to come is told so.
+        Clients that ask for a model which is not recovered yet are told to wait.
 
         Args:
-            check: Is called again and again while models are read. What it raises ends the server in good order, and
-                is raised from here; nothing is lost by that.
+            check: Called again and again during recovery. An exception of it stops the server without loss and is
+                raised from here.
 
         Raises:
             OSError: The address cannot be bound.
-            DataDirectoryError: A model does not come back.
+            DataDirectoryError: A model cannot be recovered.
         """
-        if self._owns_process:
+        if self._owns_process:  # a notebook's heap is none of a server's business
             heap.keep_freed()
-        bind = self.config.bind
         try:
-            port = self._grpc.add_insecure_port(bind)
-        except RuntimeError:
-            port = 0
-        if not port:
+            listens = self._port.bind(self._grpc)
+        except OSError:
             self._catalog.stop()
-            raise OSError(f"cannot listen on {bind}: is another server there, or is the address not this machine's?")
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._grpc.start()
-        # Before models are read, and not after: to make their updates again takes the kernels too.
+            raise
+        self._health.set_services(self._services, serving=False)
+        self._grpc.start()  # before the recovery, so that clients hear how long it takes
+        # Before the recovery, which needs the kernels too: it applies journaled updates again.
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
             self._catalog.restore(check, accept_data_loss=self.config.accept_data_loss)
         except BaseException as error:
-            kept = self._catalog.stop()
-            self._grpc.stop(0).wait()
-            if kept or isinstance(error, DataDirectoryError):
+            saved = self._stop_models()
+            self._stop_grpc(0.0)
+            if saved or isinstance(error, DataDirectoryError):
                 raise
-            raise DataDirectoryError("a model that was served already has no last snapshot, as the log says") from error
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        host = bind.rpartition(":")[0]
-        listens = bind if bind.startswith("unix:") else f"{host}:{port}"
+            raise DataDirectoryError(
+                "the last snapshot of a model that was served already failed, see the log"
+            ) from error
+        self._health.set_services(self._services, serving=True)
+        host, _, port = listens.rpartition(":")
         self._target = f"localhost:{port}" if host in ("0.0.0.0", "[::]") else listens  # noqa: S104
         _log.info("serving on %s, incarnation %s", listens, self.incarnation)
 
     def wait(self) -> None:
         """Returns when the server has stopped."""
-        self._grpc.wait_for_termination()
+        self._stopped.wait()
 
     def stop(self, grace_seconds: float = 5.0) -> bool:
         """Refuses new pushes, lets rounds that wait go on for at most `grace_seconds`, then stops.
 
+        Last snapshots have no time limit; the log says so every ten seconds. Every other wait has one: `abandoned` and
+        the log say what the server has given up.
+
         Returns:
-            Whether each model that is to be kept has its last snapshot; the log says what is in the way of it.
+            Whether every durable model has its last snapshot; the log says why one has not.
         """
-        with self._stopping:
+        # In real time, whatever the models' clock is: a process that is told to stop has to end.
+        with self._stopping:  # a second caller waits for the first, and gets the same answer
             deadline = monotonic() + grace_seconds
-            self._health.enter_graceful_shutdown()  # every service and every model: NOT_SERVING
-            self._catalog.drain()
+            self._health.enter_graceful_shutdown()  # the status of every service and model becomes NOT_SERVING
+            self._catalog.quotas.draining = True
+            # Rounds that are open may still close; their workers get their answers before the models end.
             while self._catalog.waiting() and monotonic() < deadline:
-                sleep(0.02)
-            kept = self._catalog.stop()
-            self._grpc.stop(max(deadline - monotonic(), 0.5)).wait()
+                sleep(_POLL_SECONDS)
+            saved = self._stop_models()
+            self._stop_grpc(max(deadline - monotonic(), _GRPC_GRACE_SECONDS))
             _log.info("stopped")
-            return kept
+            self._stopped.set()
+            return saved
 
     def __enter__(self) -> Self:
         self.start()
@@ -175,27 +220,55 @@ class Server:
     ) -> None:
         self.stop(grace_seconds=0)
 
-    def _add_services(self) -> None:
+    def _stop_models(self) -> bool:
+        """Ends the models; returns whether each durable one has its last snapshot."""
+        if self._saved is None:  # else an earlier call was interrupted: its thread goes on
+            self._saved = Future()
+            # In a thread of its own: the main thread can then take a second signal even while the disk hangs.
+            threading.Thread(target=self._save_models, args=[self._saved], name="stop", daemon=True).start()
+        while not wait([self._saved], _NOTICE_SECONDS).done:
+            _log.warning("still stopping: models and their last snapshots take long; a second signal gives them up")
+        return self._saved.result()
+
+    def _save_models(self, saved: "Future[bool]") -> None:
+        try:
+            saved.set_result(self._catalog.stop())
+        except BaseException as error:  # raised in the thread that called stop
+            saved.set_exception(error)
+
+    def _stop_grpc(self, grace_seconds: float) -> None:
+        if not self._grpc.stop(grace_seconds).wait(grace_seconds + _GIVE_UP_SECONDS):
+            self.abandoned.append("calls that did not end when they were cancelled")
+        # Without this the interpreter would wait for these threads when it exits, and without a limit.
+        for what, executor in (("calls", self._calls), ("updates", self._executor)):
+            if not _shut_down(executor, _GIVE_UP_SECONDS):
+                self.abandoned.append(f"threads of {what}")
+        for what in self.abandoned:
+            _log.error("stopping: gave up waiting for %s", what)
+
+    def _add_services(self) -> list[str]:
+        """Adds the services to gRPC's server; returns the names whose health is the server's own."""
         servicers = {
             model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]: ModelServicer(self._catalog),
-            worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"]: WorkerServicer(self._catalog),
+            worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"]: WorkerServicer(
+                self._catalog, self._executor, self._threads
+            ),
             system_service_pb2.DESCRIPTOR.services_by_name["SystemService"]: SystemServicer(self._catalog, self.device),
         }
-        self._grpc.add_generic_rpc_handlers([handler(service, servicer) for service, servicer in servicers.items()])
+        handlers = [handler(service, servicer, self._observers) for service, servicer in servicers.items()]
+        names = [service.full_name for service in servicers]
+        reflected = ReflectionServicer([*names, health.SERVICE_NAME, reflection.SERVICE_NAME])
+        descriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+        handlers.append(handler(descriptor, reflected, self._observers, chunked=False))
+        self._grpc.add_generic_rpc_handlers(handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        self._services = [service.full_name for service in servicers]
-        reflection.enable_server_reflection([*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc)
-
-    def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
-        for name in ("", *self._services):
-            self._health.set(name, status)
+        return ["", *names]
 
 
 class LocalServer(Server):
     """A server in this process on a free loopback port, for notebooks, tests and short runs.
 
-    Args:
-        config: Its settings; `bind` is replaced by a free port where it is the default.
+    The arguments are those of `Server`. The default device is the CPU, and a free port replaces the default `bind`.
 
     Example:
         >>> import deltaserve
@@ -206,17 +279,20 @@ class LocalServer(Server):
 
     _owns_process = False
 
-    def __init__(self, config: ServerConfig | None = None) -> None:
+    @staticmethod
+    def _complete(config: ServerConfig | None) -> ServerConfig:
         config = config or ServerConfig(device="cpu")
-        super().__init__(replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config)
+        return replace(config, bind="127.0.0.1:0") if config.bind == DEFAULT_BIND else config
 
 
-def _safe_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | None]:
-    """Returns where models are kept safe, and where their snapshots are copied to."""
-    if config.data_dir is None or config.keeps == "none":
+def _durable_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | None]:
+    """Returns the data directory, and what copies its snapshots elsewhere."""
+    if config.data_dir is None or config.effective_durability == "none":
         return None, None
     schedule = Schedule(
-        durability=Durability(config.keeps), updates=config.snapshot_updates, seconds=config.snapshot_seconds
+        durability=Durability(config.effective_durability),
+        updates=config.snapshot_updates,
+        seconds=config.snapshot_seconds,
     )
     directory = DataDirectory(config.data_dir, schedule)
     try:
@@ -226,13 +302,22 @@ def _safe_place(config: ServerConfig) -> tuple[DataDirectory | None, Copies | No
         raise
 
 
+def _shut_down(executor: Executor, seconds: float) -> bool:
+    """Ends a pool of threads; returns whether they all ended in time."""
+    thread = threading.Thread(target=executor.shutdown, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    # A peer that is gone without a word is noticed by pings, which must not be taken for an attack.
     silent = round(config.keepalive_seconds * 1000)
     return [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
         ("grpc.max_receive_message_length", config.message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.http2.max_frame_size", _FRAME_BYTES),
+        ("grpc.max_send_message_length", -1),  # chunks keep answers within every client's limit
+        ("grpc.http2.max_frame_size", _FRAME_BYTES),  # one frame for a chunk: fewer wake-ups for large vectors
         ("grpc.experimental.tcp_read_chunk_size", _FRAME_BYTES),
         ("grpc.keepalive_time_ms", silent),
         ("grpc.keepalive_timeout_ms", silent // 2),
@@ -245,7 +330,13 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where models live: what GetServerInfo tells of it, its usable memory, and what makes a model's store there."""
+    """Where models live.
+
+    Attributes:
+        device: The device, as GetServerInfo describes it.
+        memory_bytes: How much memory models may use.
+        make_store: Makes a model's store.
+    """
 
     device: Device
     memory_bytes: int
@@ -260,7 +351,7 @@ def _on_cpu(executor: ThreadPoolExecutor, threads: int) -> _Place:
 
 
 def _on_gpu() -> _Place:
-    """Raises RuntimeError where there is no GPU, or no torch."""
+    """Raises RuntimeError if there is no GPU, or no torch."""
     try:
         from deltaserve_server.memory.device import DeviceStore, device_memory_bytes, device_name
     except ModuleNotFoundError as error:
@@ -270,10 +361,10 @@ def _on_gpu() -> _Place:
     return _Place(device, memory_bytes, lambda weights, budget: DeviceStore(weights, 0, budget))
 
 
-def _wants_gpu(asked: DeviceKind) -> bool:
-    """Whether models are to live on a GPU; without an NVIDIA driver torch is not even imported to find out."""
-    if asked != "auto":
-        return asked == "cuda"
+def _wants_gpu(kind: DeviceKind) -> bool:
+    """Returns whether models live on a GPU. Importing torch takes seconds: without an NVIDIA driver it is not tried."""
+    if kind != "auto":
+        return kind == "cuda"
     if not (find_spec("torch") and find_spec("triton") and find_library("cuda")):
         return False
     import torch
@@ -292,7 +383,7 @@ def _processor() -> str:
 
 
 def _load_kernels() -> None:
-    """Compiles or loads the CPU kernels, which takes longer than all the rest, while the server already serves."""
+    """Compiles or loads the CPU kernels, in the background: this takes longer than the rest of a server's start."""
     started = monotonic()
     from deltaserve_server.adadelta import cpu, values  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""How a server is set up."""
+"""The settings of a server."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ DurabilityKind = Literal["none", "snapshot", "journal", "fsync"]
 MIB = 1 << 20
 
 _LEASE_SECONDS = 1e9
-"""Longer than any lease is of use."""
+"""The longest lease that a server may be told to give."""
 
 _LOOPBACK = "127.", "localhost:", "[::1]:"
 
@@ -21,12 +21,12 @@ DEFAULT_BIND = "127.0.0.1:50051"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What holds the vectors.
+    """The device that holds the models' vectors.
 
     Attributes:
         kind: "cpu" or "cuda".
-        name: The device's own name.
-        threads: Threads that an update runs on; 0 on a GPU.
+        name: The name that the device has for itself.
+        threads: How many threads an update runs on; 0 on a GPU.
     """
 
     kind: str
@@ -39,30 +39,32 @@ class ServerConfig:
     """A server's settings.
 
     Attributes:
-        bind: HOST:PORT to listen on; port 0 chooses a free one. Or unix:PATH, a socket of this host.
-        device: Where models live; "auto" takes a GPU where torch finds one.
+        bind: HOST:PORT to listen on, where port 0 chooses a free port; or unix:PATH, a socket of this host.
+        device: Where models live; "auto" takes a GPU if torch finds one.
         threads: Threads for updates on the CPU; None means one a core.
-        memory_bytes: For all models, their versions and pushes that wait; None means 80 % of the machine's memory, or
-            of what its control group allows.
-        staged_bytes: For pushes that have not yet become an update; None means half of `memory_bytes`.
-        message_bytes: Largest message; gRPC's own default, which every client accepts.
-        models: Models at a time.
-        sessions: Live sessions at a time, over all models.
-        watchers: Calls of WatchModel at a time, over all models.
+        memory_bytes: Memory for models, their versions and pushes that wait; None means 80 % of the memory of the
+            machine, or of its control group.
+        staged_bytes: Memory for pushes that are not part of an update yet; None means half of `memory_bytes`.
+        message_bytes: Size of the largest message. The default is gRPC's own, which every client accepts.
+        models: How many models there may be.
+        sessions: How many live sessions all models may have.
+        watchers: How many WatchModel calls all models may have.
         lease_seconds: The lease of a session that does not ask for one.
-        lease_seconds_min: Shortest lease.
-        lease_seconds_max: Longest lease.
-        keepalive_seconds: How long a connection may be silent before it is pinged; the answer may take half as long.
-        shared_memory: Whether workers on this host that run as the same user may exchange vectors through memory that
-            the server shares with them; None means if `bind` is a loopback address or a Unix socket.
-        data_dir: Where models are kept safe; None means nowhere.
+        lease_seconds_min: The shortest lease that a session may ask for.
+        lease_seconds_max: The longest lease that a session may ask for.
+        keepalive_seconds: The server pings a connection that is silent for this long, and closes it if no answer
+            comes within half of it.
+        shared_memory: Whether workers of this host and user may exchange vectors through shared memory; None means
+            yes if `bind` is a loopback address or a Unix socket.
+        data_dir: The folder where models are durable; None means nowhere.
         durability: What survives the death of the server: "none"; "snapshot", each model as of its last snapshot;
-            "journal", every acknowledged push; "fsync", those also where the machine loses its power. None means
-            "snapshot" where there is a `data_dir`.
-        snapshot_updates: A snapshot is taken after so many updates of a model; None means not for that reason.
-        snapshot_seconds: And after so many seconds in which something happened to it; None likewise.
-        copy_to: An fsspec URL of a folder that each snapshot is copied to, as s3://bucket/path; None means none.
-        accept_data_loss: Start also where a file in `data_dir` is corrupt, with what is good.
+            "journal", every acknowledged push; "fsync", every acknowledged push even if the machine loses power. None
+            means "snapshot" with a `data_dir`, "none" without.
+        snapshot_updates: A snapshot is due after this many updates of a model; None means it is not.
+        snapshot_seconds: A snapshot is due this long after the last one if the model has changed; None means it is
+            not.
+        copy_to: An fsspec URL of a folder that each snapshot is copied to, as s3://bucket/path; None means nowhere.
+        accept_data_loss: Whether to start with what is good if a file in `data_dir` is corrupt.
     """
 
     bind: str = DEFAULT_BIND
@@ -90,6 +92,7 @@ class ServerConfig:
         host, separator, port = self.bind.rpartition(":")
         if not self._unix and (not separator or not host or not port.isdecimal() or int(port) > 65_535):
             raise ValueError(f"bind: expected HOST:PORT or unix:PATH, got {self.bind!r}")
+        # Errors name the setting as the keyword argument and the flag do.
         counts = "threads", "memory_bytes", "staged_bytes", "message_bytes", "models", "sessions", "watchers"
         for name in (*counts, "snapshot_updates"):
             value = getattr(self, name)
@@ -102,28 +105,31 @@ class ServerConfig:
             raise ValueError(f"keepalive_seconds: expected more than 0, got {self.keepalive_seconds}")
         if self.snapshot_seconds is not None and self.snapshot_seconds <= 0:
             raise ValueError(f"snapshot_seconds: expected more than 0, got {self.snapshot_seconds}")
-        if self.data_dir is not None and self.keeps == "none":
-            raise ValueError("with durability none nothing is kept: leave out the data directory, or choose another")
-        if self.data_dir is None:
-            asked = {
-                f"durability {self.durability}": self.keeps != "none",
+        if self.data_dir is not None and self.effective_durability == "none":
+            raise ValueError(
+                "durability: expected snapshot, journal or fsync with a data directory, got none; "
+                "choose one of them, or leave out the data directory"
+            )
+        if self.data_dir is None:  # a setting without effect is a mistake, and may cost somebody's model
+            given = {
+                f"durability {self.durability}": self.effective_durability != "none",
                 "snapshot_updates": self.snapshot_updates is not None,
                 "copy_to": self.copy_to is not None,
                 "accept_data_loss": self.accept_data_loss,
             }
-            for name in (name for name, given in asked.items() if given):
-                raise ValueError(f"{name}: there is no data directory; say where, as in --data-dir DIR")
+            for name in (name for name, is_given in given.items() if is_given):
+                raise ValueError(f"{name}: needs a data directory; name one, as in --data-dir DIR")
 
     @property
-    def keeps(self) -> DurabilityKind:
-        """What `durability` comes to."""
+    def effective_durability(self) -> DurabilityKind:
+        """`durability`, or its default."""
         if self.durability is not None:
             return self.durability
         return "none" if self.data_dir is None else "snapshot"
 
     @property
-    def shares_memory(self) -> bool:
-        """What `shared_memory` comes to."""
+    def offers_shared_memory(self) -> bool:
+        """`shared_memory`, or its default."""
         if self.shared_memory is not None:
             return self.shared_memory
         return self._unix or self.bind.startswith(_LOOPBACK)
@@ -136,6 +142,7 @@ class ServerConfig:
 def usable_memory_bytes() -> int:
     """Returns 80 % of the memory that this process may use."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Both versions of control groups; a container's limit is lower than the machine's memory.
     limits = [machine, *map(_limit, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
     return min(limit for limit in limits if limit) * 4 // 5
 
@@ -148,5 +155,5 @@ def usable_threads() -> int:
 def _limit(path: str) -> int | None:
     try:
         return int(Path(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no such control group, or "max"
         return None

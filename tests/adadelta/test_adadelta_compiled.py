@@ -1,4 +1,4 @@
-"""What numba makes of this room's functions, and what becomes of them where its cache is of no use."""
+"""The code that numba generates for the kernels, and its cache on disk."""
 
 import functools
 import os
@@ -18,10 +18,8 @@ from deltaserve_server.adadelta import Hyperparameters, _compiled, cpu, values
 
 ROOM = Path(deltaserve_server.adadelta.__file__).parent
 
-compiles_all = pytest.mark.timeout(400)
-"""Of tests without a cache that is of use: on a busy machine that takes long."""
 
-# The room alone, without the package around it, prints what it computes.
+# Loads the package adadelta alone, without the server's package around it.
 ALONE = """
 import sys, types
 package = types.ModuleType("deltaserve_server")
@@ -55,7 +53,7 @@ def expected() -> str:
 
 @functools.cache
 def assembly(function: Any, dispatcher: Any) -> str:
-    """Compiles anew: code from the cache has no assembly to look at."""
+    """Compiles the function again, because code from the cache has no assembly to inspect."""
     signature = dispatcher.nopython_signatures[0]
     fresh: Any = numba.njit(signature, nogil=True, error_model="numpy")(function)
     return str(fresh.inspect_asm(signature.args))
@@ -65,14 +63,14 @@ def assembly(function: Any, dispatcher: Any) -> str:
 def update_code() -> str:
     code = assembly(cpu._update_range, cpu._update)
     if "vfmadd" not in code:
-        pytest.skip("the names that are looked for are those of x86 with AVX2")
+        pytest.skip("the test looks for instructions of x86 with AVX2")
     return code
 
 
 def test_update_is_vector_code_in_single_precision(update_code: str) -> None:
     for instruction in (r"vsqrtps", r"vdivps", r"vfn?madd\d+ps"):
         assert re.search(instruction + r"\s+.*%[yz]mm", update_code), instruction
-    # Double precision is the squares' alone: no packed double is ever rounded to a float.
+    # Only the squares are in double precision: no packed double is rounded to a float.
     assert not re.search(r"vsqrt[sp]d|vdiv[sp]d|vmul[sp]d|vcvtpd2ps", update_code)
     assert "fmaf" not in update_code
 
@@ -88,8 +86,8 @@ def test_squares_are_vector_code(function: Any, dispatcher: Any) -> None:
     assert not re.search(r"vfmadd\d+sd|vmulsd", code)
 
 
-def test_new_weights_can_go_around_the_caches(update_code: str) -> None:
-    # Packed singles, once for a whole vector; and all is in order again before others look.
+def test_new_weights_can_be_stored_around_the_caches(update_code: str) -> None:
+    # Streaming stores of packed singles, and the fence that orders them before later stores.
     assert re.search(r"vmovntps\s+%[yz]mm", update_code)
     assert re.search(r"mfence|lock", update_code)
 
@@ -105,7 +103,7 @@ def test_a_scaled_sum_is_vector_code_and_rounds_twice() -> None:
 def test_products_are_fused_where_the_source_says_so_and_nowhere_else(update_code: str) -> None:
     roots = len(re.findall(r"vsqrtps\s+.*%[yz]mm", update_code))
     fused = len(re.findall(r"vfn?m(?:add|sub)\d+ps\s+.*%[yz]mm", update_code))
-    # To two roots there are three sums and the decay's.
+    # Each two roots come with three fused sums and the weight decay's.
     assert roots % 2 == 0
     assert fused == 4 * roots // 2
 
@@ -117,12 +115,13 @@ def test_inspect_is_vector_code() -> None:
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A cache that was just filled, and what the process that filled it said."""
+    """A cache folder, and the output of the process that filled it."""
     folder = tmp_path_factory.mktemp("cache")
     return folder, run(COMPUTES, NUMBA_CACHE_DIR=str(folder))
 
 
-@compiles_all
+@pytest.mark.deep
+@pytest.mark.timeout(400)  # compiles all kernels
 def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cache, first = first_run
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
@@ -134,7 +133,7 @@ def test_a_cache_is_used(first_run: tuple[Path, subprocess.CompletedProcess[str]
     assert files == {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb[ci]")}
 
 
-def test_numba_is_imported_while_another_thread_takes_a_variable_out_of_the_environment() -> None:
+def test_importing_numba_survives_a_variable_that_disappears_from_the_environment() -> None:
     another_thread = """
 import os
 names = type(os.environ).__iter__
@@ -147,9 +146,10 @@ type(os.environ).__iter__ = interrupted
     assert run(another_thread + COMPUTES, TAKEN_OUT="now").stdout == "now\ngone before\n" + expected()
 
 
-@compiles_all
+@pytest.mark.deep
+@pytest.mark.timeout(400)  # compiles all kernels
 @pytest.mark.parametrize(("kind", "damage"), [("nbi", b"\x80"), ("nbc", b"")])
-def test_a_damaged_cache_is_no_reason_not_to_start(
+def test_the_kernels_work_with_a_damaged_cache(
     first_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, kind: str, damage: bytes
 ) -> None:
     cache = shutil.copytree(first_run[0], tmp_path / "cache")
@@ -157,21 +157,22 @@ def test_a_damaged_cache_is_no_reason_not_to_start(
         path.write_bytes(damage)
     again = run(COMPUTES, NUMBA_CACHE_DIR=str(cache))
     assert again.stdout == expected()
-    assert "cache is of no use" in again.stderr
+    assert "cannot use its cache" in again.stderr
 
 
-@compiles_all
-def test_no_folder_for_a_cache_is_no_reason_not_to_start(tmp_path: Path) -> None:
-    """No folder can be made beside the code, as in a read-only image, nor in the home folder."""
+@pytest.mark.deep
+@pytest.mark.timeout(400)  # compiles all kernels
+def test_the_kernels_work_without_a_folder_for_the_cache(tmp_path: Path) -> None:
+    """As in a read-only image without a home folder."""
     shutil.copytree(ROOM, tmp_path / "adadelta", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "adadelta" / "__pycache__").write_bytes(b"")
     nowhere = str(tmp_path / "adadelta" / "__pycache__")
     made = run(COMPUTES, tmp_path, NUMBA_CACHE_DIR="", HOME=nowhere, XDG_CACHE_HOME=nowhere)
     assert made.stdout == expected()
-    assert "cache is of no use" in made.stderr
+    assert "cannot use its cache" in made.stderr
 
 
-def test_a_fault_in_the_function_itself_is_raised() -> None:
+def test_an_error_of_the_function_itself_is_raised() -> None:
     with pytest.raises(numba.core.errors.NumbaError):
         _compiled.compiled(_compiled.types.void(_compiled.types.float32), lambda x: x.no_such_attribute)
 
@@ -197,14 +198,15 @@ for sent in (rng.standard_normal(size, dtype=np.float32), bits, bits.view(np.flo
     print(found, squares.tobytes().hex())
     if sent.dtype != np.float32:
         out = np.empty(size, sent.dtype)
-        halves.narrow(rng.integers(0, 0x7F800000, size, np.uint32).view(np.float32), out)
+        float16.narrow(rng.integers(0, 0x7F800000, size, np.uint32).view(np.float32), out)
         print(out.tobytes().hex())
 """
 
 
-@compiles_all
+@pytest.mark.deep
+@pytest.mark.timeout(400)  # compiles all kernels
 def test_a_processor_without_vector_extensions_gives_the_same_bits(tmp_path: Path) -> None:
-    """Neither fused multiply-add nor conversions of float16 nor vectors of more than 16 bytes."""
+    """A processor without fused multiply-add, float16 conversion and vectors of more than 16 bytes."""
     here = run(PLAIN_PROCESSOR)
     plain = run(PLAIN_PROCESSOR, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
     assert plain.stdout == here.stdout
@@ -212,25 +214,20 @@ def test_a_processor_without_vector_extensions_gives_the_same_bits(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("module", "absent"),
+    ("modules", "absent"),
     [
-        ("adadelta", ["numba", "torch", "triton", "numpy", "deltaserve"]),
-        ("adadelta.reference", ["numba", "torch", "triton", "deltaserve"]),
-        ("adadelta.cpu", ["torch", "triton", "deltaserve"]),
-        ("adadelta.values", ["torch", "triton", "deltaserve"]),
-        ("adadelta.formats", ["numba", "torch", "triton", "deltaserve"]),
-        ("adadelta.halves", ["torch", "triton", "deltaserve"]),
-        ("adadelta.robust", ["numba", "torch", "triton", "deltaserve"]),
-        ("adadelta.cuda", ["numba", "deltaserve"]),
+        (["adadelta"], ["numpy", "numba", "torch", "triton", "deltaserve"]),
+        (["adadelta.reference", "adadelta.formats", "adadelta.robust"], ["numba", "torch", "triton", "deltaserve"]),
+        (["adadelta.cpu", "adadelta.values", "adadelta.float16"], ["torch", "triton", "deltaserve"]),
+        (["adadelta.cuda"], ["numba", "deltaserve"]),
     ],
 )
-def test_what_a_module_does_not_import(module: str, absent: list[str]) -> None:
-    code = f"import deltaserve_server.{module}\nprint([name for name in {absent} if name in sys.modules])"
-    made = run(code)
-    assert made.stdout == "[]\n"
+def test_what_modules_do_not_import(modules: list[str], absent: list[str]) -> None:
+    imports = "".join(f"import deltaserve_server.{module}\n" for module in modules)
+    assert run(f"{imports}print([name for name in {absent} if name in sys.modules])").stdout == "[]\n"
 
 
-def test_a_gradient_may_be_read_only_and_what_is_written_may_not() -> None:
+def test_inputs_may_be_read_only_and_outputs_may_not() -> None:
     def vector(writeable: bool = True) -> cpu.Vector:
         made = np.ones(5, np.float32)
         made.flags.writeable = writeable
@@ -245,7 +242,7 @@ def test_a_gradient_may_be_read_only_and_what_is_written_may_not() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 2, 3, 4, 5])
-def test_wrong_vectors_are_refused_and_nothing_is_changed(place: int) -> None:
+def test_wrong_vectors_are_refused_and_nothing_changes(place: int) -> None:
     wrong: list[Any] = [np.ones(6, np.float32), np.ones(5), np.ones(10, np.float32)[::2], np.ones((5, 1), np.float32)]
     for vector in wrong:
         good = [np.full(5, 2, np.float32) for _ in range(5)]

@@ -1,5 +1,6 @@
-"""What is Triton's alone; that it computes the same as the others, the conformance suite shows."""
+"""The code that Triton generates for the kernel, and its checks. The conformance suite tests its results."""
 
+import functools
 import re
 from typing import Any
 
@@ -14,8 +15,9 @@ pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has n
 from deltaserve_server.adadelta import cuda  # noqa: E402
 
 
+@functools.cache
 def compiled(architecture: int, gradient: str = "fp32") -> dict[str, str]:
-    """Compiles the kernel, which needs no GPU."""
+    """Compiles the kernel for an architecture, which needs no GPU, and returns its code by stage."""
     names = cuda._update_range.arg_names
     types = dict.fromkeys(names[:5], "*fp32") | {"squares": "*fp64"} | dict.fromkeys(names[6:], "fp32")
     types["gradient"] = f"*{gradient}"
@@ -31,7 +33,7 @@ def compiled(architecture: int, gradient: str = "fp32") -> dict[str, str]:
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_generated_code_rounds_as_ieee_says_and_moves_16_bytes_at_a_time(architecture: int) -> None:
+def test_the_code_rounds_as_in_ieee_754_and_moves_16_bytes_at_a_time(architecture: int) -> None:
     code = compiled(architecture)["ptx"]
     counts = {
         instruction: len(re.findall(rf"\s{re.escape(instruction)}\s", code))
@@ -51,11 +53,11 @@ def test_generated_code_rounds_as_ieee_says_and_moves_16_bytes_at_a_time(archite
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("gradient", ["fp16", "bf16"])
-def test_a_gradient_of_16_bits_is_read_as_such(architecture: int, gradient: str) -> None:
+def test_a_gradient_of_16_bits_is_loaded_in_16_bits(architecture: int, gradient: str) -> None:
     code = compiled(architecture, gradient)["ptx"]
     loads = len(re.findall(r"\sld\.global\.v4\.b32\s", code))
     each = cuda._BLOCK // (4 * 32)
-    assert loads == 3 * each // 4 + each // 8  # 16 bytes hold 8 of them
+    assert loads == 3 * each // 4 + each // 8  # 16 bytes hold 8 values
     assert len(re.findall(r"\sdiv\.rn\.f32\s", code)) == 2 * each
     assert "ftz" not in code
 
@@ -67,7 +69,7 @@ def test_only_the_squares_are_in_double_precision(architecture: int) -> None:
         instruction for line in code.splitlines() for instruction in re.findall(r"\s([a-z][\w.]*\.f64\S*)\s", line)
     }
     assert "cvt.f64.f32" in doubles
-    # Squares and sums, and nothing that makes a float32 of one, nor a product and a sum in one rounding.
+    # Only products and sums: no conversion to float32, and no product and sum with one rounding.
     assert {name.split(".")[0] for name in doubles - {"cvt.f64.f32"}} <= {"mul", "add", "mov", "selp"}
     assert "fma.rn.f64" not in code
     assert len(re.findall(r"st\.global\.b64", code)) == 1
@@ -76,7 +78,7 @@ def test_only_the_squares_are_in_double_precision(architecture: int) -> None:
 def test_offsets_have_64_bits() -> None:
     additions = [line for line in compiled(80)["ttir"].splitlines() if "tt.addptr" in line]
     vectors = [line for line in additions if f"tensor<{cuda._BLOCK}xi64>" in line]
-    assert (len(vectors), len(additions)) == (5, 6)  # the sixth is the place of the block's sum, which has 32
+    assert (len(vectors), len(additions)) == (5, 6)  # the sixth is the address of the block's sum, with 32 bits
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -110,7 +112,7 @@ def test_wrong_tensors_are_refused(place: int, wrong: torch.Tensor, error: type[
         (torch.ones(1, 1, dtype=torch.float64), TypeError),
     ],
 )
-def test_a_wrong_place_for_the_squares_is_refused(wrong: torch.Tensor, error: type[Exception]) -> None:
+def test_wrong_squares_are_refused(wrong: torch.Tensor, error: type[Exception]) -> None:
     vectors = [torch.full((5,), 2.0) for _ in range(5)]
     arguments: list[Any] = [*vectors[1:], wrong, Hyperparameters()]
     with pytest.raises(error):

@@ -1,3 +1,5 @@
+"""Hyperparameters: defaults, ranges, and the rounding to float32."""
+
 import dataclasses
 import inspect
 import math
@@ -10,9 +12,9 @@ from hypothesis import strategies as st
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, scalars
 
-# The midpoint between the largest float32 and what would be the next one: from here on, values round to infinity.
+# The midpoint between the largest float32 and 2**128: values from here on round to infinity.
 TOO_LARGE = FLOAT32_MAX + 2.0**103
-# Half the smallest float32 above 0: up to here, values round to 0.
+# Half the smallest float32 above 0: values up to here round to 0.
 TOO_SMALL = 2.0**-150
 
 
@@ -22,13 +24,10 @@ def test_defaults_are_torchs() -> None:
         assert field.default == torchs[field.name].default
 
 
-def test_defaults_are_fine() -> None:
-    assert Hyperparameters().problem() is None
-
-
 @pytest.mark.parametrize(
     "good",
     [
+        {},
         {"lr": 0.0},
         {"lr": FLOAT32_MAX},
         {"lr": math.nextafter(TOO_LARGE, 0)},
@@ -41,7 +40,7 @@ def test_defaults_are_fine() -> None:
         {"weight_decay": TOO_SMALL},
     ],
 )
-def test_the_ends_of_each_range_are_fine(good: dict[str, float]) -> None:
+def test_the_limits_of_each_range_are_valid(good: dict[str, float]) -> None:
     assert Hyperparameters(**good).problem() is None  # type: ignore[arg-type]
 
 
@@ -54,14 +53,14 @@ def test_the_ends_of_each_range_are_fine(good: dict[str, float]) -> None:
         *(("weight_decay", value) for value in (-1e-9, math.nan, math.inf, TOO_LARGE)),
     ],
 )
-def test_a_value_out_of_range_is_named(field: str, bad: float) -> None:
+def test_a_value_out_of_range_is_reported(field: str, bad: float) -> None:
     problem = Hyperparameters(**{field: bad}).problem()  # type: ignore[arg-type]
     assert problem is not None
     assert problem[0] == field
     assert problem[1]
 
 
-def test_magnitude_max_is_the_last_with_a_finite_square() -> None:
+def test_magnitude_max_is_the_largest_with_a_finite_square() -> None:
     largest = torch.tensor(MAGNITUDE_MAX, dtype=torch.float32)
     assert torch.isfinite(largest * largest)
     above = torch.nextafter(largest, torch.tensor(math.inf))

@@ -1,4 +1,4 @@
-"""The reference, by which the others are judged, beside torch's own optimizer in double precision."""
+"""The reference implementation, compared with torch's optimizer in double precision."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from deltaserve_server.adadelta import Hyperparameters, reference
 
 
-def test_reference_is_torch_in_double_precision() -> None:
+def test_the_reference_equals_torch_in_double_precision() -> None:
     rng = np.random.default_rng(0)
     hyperparameters = Hyperparameters(lr=0.3, rho=0.95, eps=1e-5, weight_decay=0.01, maximize=True)
     parameter = torch.nn.Parameter(torch.from_numpy(rng.standard_normal(1000)))

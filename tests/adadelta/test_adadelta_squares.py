@@ -1,4 +1,4 @@
-"""Sums of squares: how long a gradient is, how far an update went."""
+"""Sums of squares: the norm of a gradient, and of an update's change."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ Vector = NDArray[np.float32]
 
 
 def any_magnitude(seed: int, size: int) -> Vector:
-    """Whatever passes admission: zeros of both signs, denormals, the largest."""
+    """Any values that admission accepts: zeros of both signs, denormals, the largest."""
     rng = np.random.default_rng(seed)
     last = int(np.float32(MAGNITUDE_MAX).view(np.uint32))
     special = np.array([0, 1, 0x007FFFFF, 0x00800000, last], np.uint32)
@@ -36,7 +36,7 @@ def lanes(chunk: Vector, start: int, squares: NDArray[np.float64]) -> NDArray[np
 
 
 def stated_lanes(vector: Vector, start: int) -> list[list[float]]:
-    """In Python's floats, one after the other."""
+    """Computes the lanes in Python's floats, one element after the other."""
     sums: list[list[float]] = values.lanes(start + vector.size).tolist()
     for position, value in enumerate(vector.tolist(), start):
         sums[position // 2**18][position % 16] += value * value
@@ -51,7 +51,7 @@ def test_numbers_worked_by_hand() -> None:
     assert values.norm(squares) == 85
 
 
-def test_every_2_to_the_18_elements_have_lanes_of_their_own() -> None:
+def test_each_block_of_2_to_the_18_elements_has_its_own_lanes() -> None:
     squares = lanes(np.array([3, -4, 12], np.float32), 2 * 2**18 - 1, values.lanes(5 * 2**18))
     assert squares.shape == (5, 16)
     assert squares[1].tolist() == [*[0] * 15, 9]
@@ -60,7 +60,7 @@ def test_every_2_to_the_18_elements_have_lanes_of_their_own() -> None:
     assert values.norm(squares) == 13
 
 
-def test_nothing_is_of_length_0() -> None:
+def test_the_norm_of_no_elements_is_0() -> None:
     assert values.norm(lanes(np.empty(0, np.float32), 7, values.lanes(7))) == 0
     assert values.norm(lanes(np.empty(0, np.float32), 0, values.lanes(0))) == 0
 
@@ -71,7 +71,7 @@ def test_nothing_is_of_length_0() -> None:
     start=st.one_of(st.integers(0, 100), st.integers(2**18 - 5000, 2**18 + 10)),
     shift=st.integers(0, 7),
 )
-def test_lanes_are_the_plain_statements(seed: int, size: int, start: int, shift: int) -> None:
+def test_lanes_equal_the_plain_computation(seed: int, size: int, start: int, shift: int) -> None:
     vector = any_magnitude(seed, size)
     made = lanes(unaligned(vector, shift), start, values.lanes(start + size))
     assert made.tolist() == stated_lanes(vector, start)
@@ -106,7 +106,7 @@ def test_the_order_of_the_blocks_does_not_change_a_bit(order: list[int], start: 
 
 
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 3000))
-def test_a_norm_is_numpys(seed: int, size: int) -> None:
+def test_the_norm_is_numpys(seed: int, size: int) -> None:
     vector = any_magnitude(seed, size)
     made = values.norm(lanes(vector, 0, values.lanes(size)))
     assert made == pytest.approx(np.linalg.norm(vector.astype(np.float64)), rel=1e-6)
@@ -121,7 +121,7 @@ def test_the_largest_values_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, FLOAT32_MAX])
-def test_a_bad_value_is_found_whatever_the_lanes_become(bad: float) -> None:
+def test_an_invalid_value_is_found(bad: float) -> None:
     chunk = np.ones(300, np.float32)
     chunk[217] = bad
     assert values.inspect(chunk, 3, 0, values.lanes(303))[0] == 217
@@ -139,7 +139,7 @@ def test_a_bad_value_is_found_whatever_the_lanes_become(bad: float) -> None:
         (np.frombuffer(bytes(128), np.float64).reshape(1, 16), TypeError),
     ],
 )
-def test_other_lanes_are_refused(wrong: NDArray[np.float64], error: type[Exception]) -> None:
+def test_lanes_of_another_shape_or_type_are_refused(wrong: NDArray[np.float64], error: type[Exception]) -> None:
     with pytest.raises(error):
         values.inspect(np.ones(100, np.float32), 0, 0, wrong)
     assert not wrong.any()
@@ -149,7 +149,7 @@ def test_other_lanes_are_refused(wrong: NDArray[np.float64], error: type[Excepti
 def test_elements_without_lanes_are_refused(start: int) -> None:
     squares = values.lanes(2**18)
     values.inspect(np.zeros(100, np.float32), 2**18 - 100, 0, squares)
-    with pytest.raises(ValueError, match="lanes"):
+    with pytest.raises(ValueError, match="sums of squares"):
         values.inspect(np.ones(100, np.float32), start, 0, squares)
     assert not squares.any()
 
@@ -164,7 +164,7 @@ def updated(size: int, seed: int = 0) -> tuple[Vector, Vector, float]:
 
 
 def stated_change(weights: Vector, new_weights: Vector) -> float:
-    """In Python's floats: every sixteenth element, one after the other, then halves of halves."""
+    """Computes the sum in Python's floats: 16 lanes first, then the upper half onto the lower half."""
     sums = [0.0] * 16
     for i, difference in enumerate((new_weights - weights).tolist()):
         sums[i % 16] += difference * difference
@@ -175,15 +175,15 @@ def stated_change(weights: Vector, new_weights: Vector) -> float:
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 255, 256, 257, 32_768, 100_003])
-def test_the_change_is_that_of_the_weights(size: int) -> None:
+def test_the_change_equals_the_plain_computation(size: int) -> None:
     weights, new_weights, squares = updated(size)
     assert squares == stated_change(weights, new_weights)
     assert squares == pytest.approx(np.sum((new_weights.astype(np.float64) - weights) ** 2), rel=1e-6)
     assert updated(size)[2] == squares
 
 
-def test_every_element_of_the_change_counts_once() -> None:
-    """One weight at a time is changed."""
+def test_every_element_counts_once_in_the_change() -> None:
+    """Each case changes one weight."""
     for at in range(300):
         gradient, square_avg, acc_delta, weights, new_weights = (np.zeros(300, np.float32) for _ in range(5))
         gradient[at] = 1
@@ -191,7 +191,7 @@ def test_every_element_of_the_change_counts_once() -> None:
         assert squares == np.float64(new_weights[at]) ** 2 > 0
 
 
-def test_a_change_as_far_as_a_float32_goes_is_finite() -> None:
+def test_the_largest_change_is_finite() -> None:
     size = 1000
     gradient, square_avg, acc_delta = (np.full(size, x, np.float32) for x in (MAGNITUDE_MAX, 0, FLOAT32_MAX))
     weights, new_weights = np.zeros(size, np.float32), np.empty(size, np.float32)
@@ -201,6 +201,6 @@ def test_a_change_as_far_as_a_float32_goes_is_finite() -> None:
     assert squares == pytest.approx(size * FLOAT32_MAX**2, rel=1e-12)
 
 
-def test_the_references_change() -> None:
+def test_the_change_of_the_reference() -> None:
     assert reference.squared_change([1, 2, -3], [4, 2, 1]) == 25
     assert reference.squared_change([], []) == 0

@@ -1,4 +1,4 @@
-"""How a push goes into a sum."""
+"""The kernel that adds a push to a sum."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from deltaserve_server.adadelta import cpu
     factor=st.one_of(st.sampled_from([1.0, 0.1, 3.0, 1e-9, 1e9]), st.floats(1e-9, 1e9)),
     shift=st.integers(0, 7),
 )
-def test_product_and_sum_are_rounded_one_after_the_other(seed: int, size: int, factor: float, shift: int) -> None:
+def test_the_product_and_the_sum_are_each_rounded(seed: int, size: int, factor: float, shift: int) -> None:
     rng = np.random.default_rng(seed)
     total, values = (rng.standard_normal(size, dtype=np.float32) for _ in range(2))
     expected = total + values * np.float32(factor)
@@ -25,7 +25,7 @@ def test_product_and_sum_are_rounded_one_after_the_other(seed: int, size: int, f
     assert total.tobytes() == expected.tobytes()
 
 
-def test_factor_1_adds_the_values_as_they_are() -> None:
+def test_a_factor_of_1_adds_the_values_unchanged() -> None:
     values = np.array([1, -1e-45, 1e-39, 3e38, -0.0, 0.1], np.float32)
     total = np.full(6, -0.0, np.float32)
     cpu.add(total, values, 1)
@@ -36,7 +36,7 @@ def test_factor_1_adds_the_values_as_they_are() -> None:
     "wrong",
     [np.ones(6, np.float32), np.ones(5), np.ones(10, np.float32)[::2], np.ones((5, 1), np.float32)],
 )
-def test_other_vectors_are_refused(wrong: Any) -> None:
+def test_wrong_vectors_are_refused_and_nothing_changes(wrong: Any) -> None:
     good = np.full(5, 2, np.float32)
     for total, values in ((good, wrong), (wrong, good)):
         with pytest.raises((TypeError, ValueError)):

@@ -1,3 +1,5 @@
+"""The inspection of a gradient: invalid values and the fingerprint."""
+
 import itertools
 
 import numpy as np
@@ -33,7 +35,7 @@ def random_values(seed: int, size: int) -> Vector:
 
 
 def stated_fingerprint(values: Vector, start: int) -> int:
-    """SplitMix64 of position and bits, as its authors write it, in Python's integers."""
+    """Computes SplitMix64 of position and bits as published, in Python's integers."""
     total = 0
     for position, bits in enumerate(values.view(np.uint32).tolist(), start):
         z = (position * 0x9E3779B97F4A7C15 + bits) % 2**64
@@ -54,12 +56,12 @@ def unaligned(values: Vector, shift: int) -> Vector:
     return np.frombuffer(message, np.uint8)[shift:].view(np.float32)
 
 
-def test_nothing() -> None:
+def test_no_values() -> None:
     assert inspect(np.empty(0, np.float32), 5, 77) == (-1, 77)
 
 
 def test_published_numbers() -> None:
-    # The first outputs of SplitMix64 from seed 0, which are ours for zeros at positions 1, 2, ...
+    # The first outputs of SplitMix64 from seed 0 are the fingerprints of zeros at positions 1, 2, ...
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     for position, expected in enumerate(published, 1):
         assert inspect(np.zeros(1, np.float32), position, 0) == (-1, expected)
@@ -72,7 +74,7 @@ def test_published_numbers() -> None:
     start=st.one_of(st.integers(0, 2**20), st.integers(0, 2**36)),
     before=st.integers(0, 2**64 - 1),
 )
-def test_equals_the_plain_statement(seed: int, size: int, start: int, before: int) -> None:
+def test_the_fingerprint_equals_the_plain_computation(seed: int, size: int, start: int, before: int) -> None:
     values = random_values(seed, size)
     assert inspect(values, start, before) == (-1, (before + stated_fingerprint(values, start)) % 2**64)
 
@@ -88,7 +90,7 @@ def test_any_bits_at_any_byte(bits: list[int], shift: int) -> None:
 
 @settings(max_examples=50)
 @given(seed=st.integers(0, 2**32), size=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 10_000), max_size=6))
-def test_chunks_do_not_matter(seed: int, size: int, cuts: list[int]) -> None:
+def test_chunks_do_not_change_the_fingerprint(seed: int, size: int, cuts: list[int]) -> None:
     values = random_values(seed, size)
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
     fingerprint = 0
@@ -97,7 +99,7 @@ def test_chunks_do_not_matter(seed: int, size: int, cuts: list[int]) -> None:
     assert fingerprint == inspect(values, 0, 0)[1]
 
 
-def test_any_single_flipped_bit_is_seen() -> None:
+def test_any_flipped_bit_changes_the_fingerprint() -> None:
     values = random_values(1, 67)
     original = inspect(values, 0, 0)[1]
     seen = {original}
@@ -109,7 +111,7 @@ def test_any_single_flipped_bit_is_seen() -> None:
     assert len(seen) == 1 + 67 * 32
 
 
-def test_any_single_flipped_bit_of_a_long_push_is_seen() -> None:
+def test_any_flipped_bit_of_a_long_push_changes_the_fingerprint() -> None:
     values = random_values(2, 1_000_000)
     original = inspect(values, 0, 0)[1]
     rng = np.random.default_rng(3)
@@ -120,8 +122,8 @@ def test_any_single_flipped_bit_of_a_long_push_is_seen() -> None:
     assert inspect(values, 0, 0)[1] == original
 
 
-def test_order_and_signs_matter() -> None:
-    """Changes with a structure, which a weak sum would not see."""
+def test_changes_of_order_and_sign_change_the_fingerprint() -> None:
+    """A weak checksum would miss changes with such a structure."""
     values = random_values(4, 4096)
     others = [values[::-1], np.roll(values, 1), -values, values * 2, np.zeros_like(values)]
     for first in range(0, 256, 4):
@@ -136,7 +138,7 @@ def test_order_and_signs_matter() -> None:
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_each_bad_value_at_each_position(kind: str) -> None:
+def test_each_invalid_value_at_each_position(kind: str) -> None:
     for size in (1, 7, 8, 9, 33, 130):
         for position in range(size):
             values = random_values(5, size)
@@ -146,7 +148,7 @@ def test_each_bad_value_at_each_position(kind: str) -> None:
             assert inspect(values, 0, 0)[0] == position
 
 
-def test_the_largest_values_pass() -> None:
+def test_the_largest_values_are_valid() -> None:
     values = np.full(100, LARGEST)
     values[::2] *= -1
     values[::3] = np.float32(1e-45)
@@ -160,6 +162,6 @@ def test_the_largest_values_pass() -> None:
     "wrong",
     [np.zeros(4, np.float64), np.zeros((2, 2), np.float32), np.zeros(8, np.float32)[::2], np.zeros(4, np.int32)],
 )
-def test_other_arrays_are_refused(wrong: Vector) -> None:
+def test_wrong_arrays_are_refused(wrong: Vector) -> None:
     with pytest.raises(TypeError):
         inspect(wrong, 0, 0)

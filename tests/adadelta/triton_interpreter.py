@@ -1,8 +1,8 @@
-"""Makes the interpreter of older Triton releases compute as their compiler does, so that bits can be compared.
+"""Corrects the interpreter of Triton so that its results have the bits of compiled code.
 
-Up to 3.8 the interpreter rounds a fused multiply-add twice, takes a denormal Python float for a float64, and makes
-another number of a denormal bfloat16. And what Triton writes in its own language, it only interprets where the
-environment said so before Triton was imported.
+Up to release 3.8 the interpreter rounds a fused multiply-add twice, treats a denormal Python float as a float64, and
+converts denormal bfloat16 wrongly. It also interprets functions of Triton's own library, such as `tl.sum`, only if the
+environment asked for it before Triton was imported.
 """
 
 import functools
@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 
 @functools.cache
 def cuda() -> ModuleType:
-    """Returns the module `cuda` once more, its kernels run by the interpreter: on CPU tensors, on any machine."""
+    """Returns a second copy of the module `cuda` whose kernels the interpreter runs, on CPU tensors."""
     spec = importlib.util.find_spec("deltaserve_server.adadelta.cuda")
     assert spec is not None
     assert spec.loader is not None
@@ -32,7 +32,7 @@ def cuda() -> ModuleType:
 
 
 def correct(patch: pytest.MonkeyPatch) -> None:
-    """Puts the exact operations in place of the interpreter's for as long as `patch` holds."""
+    """Replaces operations of the interpreter by exact ones, until `patch` is undone."""
     converted = interpreter._implicit_cvt
 
     def convert(argument: Any) -> Any:
@@ -61,7 +61,7 @@ def correct(patch: pytest.MonkeyPatch) -> None:
 
 
 def _fused(x: NDArray[np.float32], y: NDArray[np.float32], z: NDArray[np.float32]) -> NDArray[np.float32]:
-    """x * y + z, rounded once: the sum in float64 is rounded to odd, which the last rounding cannot see."""
+    """Returns x * y + z, rounded once: the sum in float64 is rounded to odd, so that the final rounding is correct."""
     product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
     with np.errstate(all="ignore"):
         total = product + addend

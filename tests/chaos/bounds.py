@@ -1,4 +1,4 @@
-"""What holds of the updates that are left, by whatever lives of the server: numbers, rounds, staleness, slack."""
+"""Checks of the surviving updates: sequence numbers, rounds, staleness and slack."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from deltaserve import Async, Bounded, Sync
 
 
 def check_numbers(made: Mapping[Push, Sequence[int]]) -> Iterable[str]:
-    """A session's pushes are applied in the order of their numbers, without a gap."""
+    """Checks that each session's pushes were applied in the order of their numbers, without a gap."""
     sessions: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for push, versions in made.items():
         sessions[push.worker, push.session].append((versions[0], push.sequence))
@@ -33,13 +33,13 @@ def check_bounds(scenario: Scenario, updates: Sequence[Update], figures: dict[st
     if isinstance(policy, Bounded):
         apart = _farthest_apart(updates)
         figures["steps apart"] = apart
-        # Of two live sessions each is at most slack + 1 steps ahead of the other, with the push whose answer waits.
+        # Each of two live sessions is at most slack + 1 steps ahead of the other, counting the push that waits.
         if apart > 2 * (policy.slack + 1):
             yield f"two workers moved {apart} steps apart; slack {policy.slack} allows {2 * (policy.slack + 1)}"
 
 
 def _check_rounds(updates: Sequence[Update]) -> Iterable[str]:
-    """Every push of a round is of the weights that the last update made; a version may lie between, of the same."""
+    """Checks that every push of a round is based on the weights of the last update; version bumps may lie between."""
     last = 0
     for update in updates:
         for one in update.contributions:
@@ -49,7 +49,7 @@ def _check_rounds(updates: Sequence[Update]) -> Iterable[str]:
 
 
 def _farthest_apart(updates: Sequence[Update]) -> int:
-    """Returns how far the distance of two sessions changed, at most, while both lived."""
+    """Returns the largest change of the distance of two sessions while both lived."""
     times: dict[tuple[str, int], list[int]] = defaultdict(list)
     for update in updates:
         for one in update.contributions:

@@ -1,7 +1,7 @@
-"""`make chaos`: run after run with faults until enough of them have fired; prints what became of the pushes.
+"""`make chaos`: runs with faults until enough of them have fired, and prints tables of the outcomes.
 
-The status is 1 where anything that is promised did not hold; then the logs stay, and the command that runs it again is
-said.
+The exit status is 1 if any promise was broken. The logs of such a run stay, and the output has the command to repeat
+it.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from queue import Empty
 from time import monotonic
 
 import run_program
-from course import DOORS, Course, missing
+from defects import DEFECTS
 from outcomes import Outcome, tables
-from plants import PLANTS
 from scenarios import DURABILITIES, POLICIES, Plan, Scenario
+from schedule import DOORS, Schedule, missing
 from supervisor import Supervisor
 
 _RUN_SECONDS = 240
@@ -43,35 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanting = missing(outcomes, options)
     for fault in sorted(wanting):
         print(f"never fired: {' '.join(fault)}")
-    return 1 if _told(outcomes) or wanting else 0
+    return 1 if _print_problems(outcomes) or wanting else 0
 
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=1000, help="go on until so many faults have fired")
+    parser.add_argument("--trials", type=int, default=1000, help="run until this many faults have fired")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of faults in a run")
-    parser.add_argument("--rate", type=float, default=1.0, help="how much more often than usual faults happen")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the faults of a run")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the usual rate of faults")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS))
     parser.add_argument("--durabilities", nargs="+", choices=DURABILITIES, default=list(DURABILITIES))
     parser.add_argument(
-        "--alternate", action="store_true", help="every policy through one door and with one durability, in turn"
+        "--alternate", action="store_true", help="combine each policy with one door and one durability, in turn"
     )
-    parser.add_argument("--first", nargs="*", default=[], help="where the server is to die before it does elsewhere")
+    parser.add_argument("--first", nargs="*", default=[], help="failpoints at which the server dies first")
     parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, help="runs at a time")
-    parser.add_argument("--plant", choices=PLANTS, default="none", help="a defect of the server")
+    parser.add_argument("--defect", choices=DEFECTS, default="none", help="a planted defect of the server")
     parser.add_argument(
-        "--every-fault", action="store_true", help="go on until each has fired, and fail if one does not"
+        "--every-fault", action="store_true", help="run until each fault has fired, and fail if one does not"
     )
-    parser.add_argument("--json", type=Path, help="write the outcomes here")
-    parser.add_argument("--folder", type=Path, help="where logs go; a new one by default")
-    parser.add_argument("--one", action="store_true", help="one run in this process; prints JSON")
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    parser.add_argument("--folder", type=Path, help="folder for logs; a new one by default")
+    parser.add_argument("--one", action="store_true", help="execute one run in this process and print JSON")
     return parser
 
 
 def _run_here(options: argparse.Namespace) -> int:
-    """Makes the run that the first policy, door and durability name, and prints what became of it."""
+    """Executes one run with the first policy, door and durability, and prints its outcome."""
     scenario = Scenario(options.policies[0], options.doors[0], options.durabilities[0])
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     status = run_program.main([run_program.packed(_plan(options, scenario, options.seed, options.first, folder))])
@@ -82,11 +82,11 @@ def _run_here(options: argparse.Namespace) -> int:
 def _runs(options: argparse.Namespace) -> Iterator[Outcome]:
     """Yields the outcomes of runs, several at a time, until enough faults have fired."""
     supervisor = Supervisor("run_program", Path(os.devnull))
-    course = Course(options)
+    schedule = Schedule(options)
     running: dict[int, tuple[Outcome, float]] = {}
-    while running or course.goes_on():
-        while len(running) < options.jobs and course.goes_on():
-            outcome, plan = _begun(options, *course.next())
+    while running or schedule.goes_on():
+        while len(running) < options.jobs and schedule.goes_on():
+            outcome, plan = _prepare(options, *schedule.next())
             running[supervisor.start([run_program.packed(plan)], {})] = outcome, monotonic() + _RUN_SECONDS
         for pid, (_, end) in running.items():
             if monotonic() > end:
@@ -94,18 +94,18 @@ def _runs(options: argparse.Namespace) -> Iterator[Outcome]:
         with suppress(Empty):
             event = supervisor.events.get(timeout=1)
             outcome, _ = running.pop(event.pid)
-            _take_note(outcome, event.status)
-            course.ended(outcome)
+            _read_outcome(outcome, event.status)
+            schedule.ended(outcome)
             print(outcome.line(), file=sys.stderr, flush=True)
             yield outcome
     supervisor.close()
 
 
-def _begun(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str]) -> tuple[Outcome, Plan]:
+def _prepare(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str]) -> tuple[Outcome, Plan]:
     policy, door, durability = scenario.policy_name, scenario.door, scenario.durability
     folder = Path(tempfile.mkdtemp(prefix=f"chaos-{policy}-{door}-{durability}-"))
     settings = {"--policies": policy, "--doors": door, "--durabilities": durability, "--seed": seed}
-    settings |= {"--seconds": options.seconds, "--rate": options.rate, "--plant": options.plant}
+    settings |= {"--seconds": options.seconds, "--rate": options.rate, "--defect": options.defect}
     words = [str(word) for pair in settings.items() for word in pair]
     again = shlex.join([sys.executable, __file__, "--one", *words, *(["--first", *first] if first else [])])
     outcome = Outcome(policy=policy, door=door, durability=durability, seed=seed, folder=folder, again=again)
@@ -113,12 +113,12 @@ def _begun(options: argparse.Namespace, scenario: Scenario, seed: int, first: Se
 
 
 def _plan(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str], folder: Path) -> Plan:
-    seconds, rate, plant = options.seconds, options.rate, options.plant
-    return Plan(scenario=scenario, seed=seed, seconds=seconds, rate=rate, plant=plant, folder=folder, first=first)
+    seconds, rate, defect = options.seconds, options.rate, options.defect
+    return Plan(scenario=scenario, seed=seed, seconds=seconds, rate=rate, defect=defect, folder=folder, first=first)
 
 
-def _take_note(outcome: Outcome, status: int) -> None:
-    """Reads what became of a run; where all is well, its logs go."""
+def _read_outcome(outcome: Outcome, status: int) -> None:
+    """Reads the outcome of a run, and removes its logs if there are no problems."""
     try:
         said = json.loads((outcome.folder / run_program.OUTCOME).read_text())
         for name, value in said.items():
@@ -129,8 +129,8 @@ def _take_note(outcome: Outcome, status: int) -> None:
         shutil.rmtree(outcome.folder)
 
 
-def _told(outcomes: Sequence[Outcome]) -> bool:
-    """Says what is wrong and how to run it again; returns whether anything is."""
+def _print_problems(outcomes: Sequence[Outcome]) -> bool:
+    """Prints all violations and the commands to repeat their runs; returns whether there are any."""
     wrong = [outcome for outcome in outcomes if outcome.problems]
     for outcome in wrong:
         print(f"\n{outcome.line()}: logs in {outcome.folder}; again:\n  {outcome.again}")

@@ -1,4 +1,4 @@
-"""Chance that leaves nothing out for long."""
+"""Random choice that leaves nothing out for long."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Deck(Generic[T]):
-    """Cards that are drawn in random order, all of them before any comes again."""
+    """Draws cards in random order, and all of them before any card a second time."""
 
     def __init__(self, chance: random.Random, cards: Sequence[T]) -> None:
         self._chance = chance

@@ -1,4 +1,4 @@
-"""Which faults there are, and what a process is told of those that it brings about itself."""
+"""The faults of a run, and the failpoints that each process gets in its environment."""
 
 import random
 from collections import Counter
@@ -20,7 +20,7 @@ SERVER_POINTS: Mapping[str, tuple[str, ...]] = {
     "push.published": ("sleep", "stop"),
     "push.acknowledged": ("sleep", "stop", "error"),
 }
-"""No error where a half of an event is done: there the model would end, as it has to."""
+"""Actions at the server's failpoints. None raises an error in the middle of an event, which would end the model."""
 
 WORKER_POINTS: Mapping[str, tuple[str, ...]] = {
     "worker.opened": ("kill", "stop"),
@@ -33,33 +33,33 @@ WORKER_POINTS: Mapping[str, tuple[str, ...]] = {
     "worker.mid_answer": ("kill", "stop", "error"),
     "worker.recorded": ("kill", "stop"),
 }
-"""No error where a step is done: the caller could not know."""
+"""Actions at a worker's failpoints. None raises an error after a step is done, where the caller could not tell."""
 
-STREAM_ALONE = ("worker.mid_body", "worker.sent")
+STREAM_ONLY = ("worker.mid_body", "worker.sent")
 
 SIGNALS = ("kill worker", "stop worker shortly", "stop worker past its lease", "stop server")
-"""At random times, from outside."""
+"""Signals at random times."""
 
 DEATHS = ("kill server", "terminate server")
-"""Likewise, of a server that comes back."""
+"""Signals that end a server, which comes back."""
 
-KEEPING_POINTS = (
+STORAGE_POINTS = (
     *("file.created", "file.mid_write", "file.written", "file.synced", "file.renamed", "file.safe"),
     *("snapshot.cut", "snapshot.tensors", "snapshot.manifest", "snapshot.removing"),
     *("recovery.manifest", "recovery.tensors", "recovery.done"),
 )
-"""Where there is a data directory."""
+"""Failpoints of a server with a data directory."""
 
 JOURNAL_POINTS = ("journal.recorded", "journal.written", "journal.synced", "recovery.replay")
-"""Where there is a journal beside."""
+"""Failpoints of a server with a journal."""
 
 _FIRST_TIMES: Mapping[str, int] = {"journal": 12, "push": 12, "file": 4, "snapshot": 2, "recovery": 1}
-"""A server dies at one of the first so many times that it is at a place, by the first part of the place's name."""
+"""A server dies at one of the first N times that it reaches a failpoint: N by the first part of its name."""
 
 _FIRST_TIMES_AT: Mapping[str, int] = {"file.mid_write": 8, "snapshot.removing": 5, "recovery.replay": 6}
 
-_AGAIN = 0.3
-"""How often a server also dies while it comes back, whatever else is to happen to it."""
+_RECOVERY_DEATHS = 0.3
+"""Probability that a server also dies during recovery."""
 
 _CHAIN = "an answer is lost, the next attempt stands still until the lease has run out, and then something happens"
 
@@ -76,9 +76,9 @@ PROXY_FAULTS = (
 
 
 def all_faults(door: str, durability: str) -> set[str]:
-    """Returns the name of every fault that can happen to a model of this door, whose server is so durable."""
+    """Returns the names of all faults that can happen with a kind of push and a durability."""
     points = {**SERVER_POINTS, **WORKER_POINTS}
-    mine = {name: actions for name, actions in points.items() if door == "stream" or name not in STREAM_ALONE}
+    mine = {name: actions for name, actions in points.items() if door == "stream" or name not in STREAM_ONLY}
     return {f"{name} {action}" for name, actions in mine.items() for action in actions} | {
         *(f"signal {name}" for name in SIGNALS),
         *PROXY_FAULTS,
@@ -87,30 +87,30 @@ def all_faults(door: str, durability: str) -> set[str]:
 
 
 def all_deaths(durability: str) -> set[str]:
-    """Returns the name of every death that a server can die."""
+    """Returns the names of all deaths of a server with a durability."""
     if durability == "none":
         return set()
     return {*(f"{name} kill" for name in death_points(durability)), *(f"signal {name}" for name in DEATHS)}
 
 
 def death_points(durability: str) -> list[str]:
-    """Returns the places at which a server dies that comes back."""
+    """Returns the failpoints at which a server with a data directory dies."""
     journal = JOURNAL_POINTS if durability != "snapshot" else ()
-    return [*SERVER_POINTS, *KEEPING_POINTS, *journal]
+    return [*SERVER_POINTS, *STORAGE_POINTS, *journal]
 
 
 def server_environment(chance: random.Random, deaths: Sequence[str], rate: float, log: Path) -> dict[str, str]:
-    """Returns the environment of one life of a server: everything that may happen at a place, by chance, and deaths.
+    """Returns the environment of one life of a server: random sleeps, stops and errors, and its deaths.
 
     Args:
-        chance: Decides.
-        deaths: As from `Deaths.draw`.
-        rate: How much more often than usual things happen.
-        log: Where they are noted.
+        chance: Source of randomness.
+        deaths: Entries from `Deaths.draw`.
+        rate: Factor of the usual rate of faults.
+        log: File for the faults that fire.
     """
-    others = dict.fromkeys((*KEEPING_POINTS, *JOURNAL_POINTS), ("sleep", "stop")) if deaths else {}
+    others = dict.fromkeys((*STORAGE_POINTS, *JOURNAL_POINTS), ("sleep", "stop")) if deaths else {}
     entries = [
-        f"{name}={_spelled(name, action)}@1/{max(round(_ONE_IN[action] / rate), 1)}"
+        f"{name}={_action(name, action)}@1/{max(round(_ONE_IN[action] / rate), 1)}"
         for name, actions in {**SERVER_POINTS, **others}.items()
         for action in actions
     ]
@@ -118,30 +118,30 @@ def server_environment(chance: random.Random, deaths: Sequence[str], rate: float
 
 
 class Deaths:
-    """Where a server dies in each of its lives.
+    """Chooses where a server dies in each of its lives.
 
     Args:
-        chance: Decides.
+        chance: Source of randomness.
         durability: As in a scenario.
-        first: Places where it is to die before others, the first time that it is there, or the Nth: NAME@N.
+        first: Failpoints to die at first, as NAME for the first time that the server reaches it, or NAME@N.
     """
 
     def __init__(self, chance: random.Random, durability: str, first: Sequence[str]) -> None:
-        self._chance = chance
+        self._random = chance
         self._first = chance.sample(first, len(first))
         points = death_points(durability)
         self._deck = Deck(chance, points)
-        self._again = [name for name in points if name.startswith("recovery.")]
+        self._recovery = [name for name in points if name.startswith("recovery.")]
 
     def draw(self) -> list[str]:
-        """Returns the entries of one life."""
+        """Returns the failpoint entries of one life."""
         if self._first:
             name, _, nth = self._first.pop().partition("@")
             return [f"{name}=kill@{nth or 1}"]
         names = [self._deck.draw()]
-        if self._chance.random() < _AGAIN:
-            names.append(self._chance.choice(self._again))
-        return [f"{name}=kill@{self._chance.randint(1, _first_times(name))}" for name in names]
+        if self._random.random() < _RECOVERY_DEATHS:
+            names.append(self._random.choice(self._recovery))
+        return [f"{name}=kill@{self._random.randint(1, _first_times(name))}" for name in names]
 
 
 def _first_times(name: str) -> int:
@@ -149,13 +149,13 @@ def _first_times(name: str) -> int:
 
 
 def worker_deck(chance: random.Random, door: str) -> Deck[str]:
-    """Returns what is drawn from for the lives of workers."""
-    names = [name for name in WORKER_POINTS if door == "stream" or name not in STREAM_ALONE]
+    """Returns the deck of faults for the lives of workers."""
+    names = [name for name in WORKER_POINTS if door == "stream" or name not in STREAM_ONLY]
     return Deck(chance, [*names, *names, _CHAIN, _CHAIN])
 
 
 def worker_environment(chance: random.Random, deck: Deck[str], rate: float, log: Path) -> dict[str, str]:
-    """Returns the environment of one life of a worker: two things that happen to it sooner or later, or the chain."""
+    """Returns the environment of one life of a worker: two faults, or the chain of three."""
     entries = []
     names = [deck.draw(), deck.draw()]
     if _CHAIN in names:
@@ -166,17 +166,17 @@ def worker_environment(chance: random.Random, deck: Deck[str], rate: float, log:
     for name in names:
         rare = name in ("worker.opened", "worker.rejoined", "worker.renewing")
         nth = chance.randint(1, 2 if rare else max(round(15 / rate), 2))
-        entries.append(f"{name}={_spelled(name, chance.choice(WORKER_POINTS[name]))}@{nth}")
+        entries.append(f"{name}={_action(name, chance.choice(WORKER_POINTS[name]))}@{nth}")
     return _environment(";".join(entries), chance.randrange(1 << 30), log)
 
 
 def fired(log: Path) -> Counter[str]:
-    """Returns how often what has happened at failpoints, by name and action."""
+    """Returns how often each action fired at each failpoint, as NAME ACTION."""
     lines = log.read_text().splitlines() if log.exists() else []
     return Counter(" ".join(line.split()[2:4]) for line in lines)
 
 
-def _spelled(name: str, action: str) -> str:
+def _action(name: str, action: str) -> str:
     return _SLEEPS.get(name.split(".")[0], "sleep(0.02)") if action == "sleep" else action
 
 

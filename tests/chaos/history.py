@@ -1,7 +1,7 @@
-"""What the server's account says: the lives of a server, what each has made, and what is left of that.
+"""The history that the server's log tells: each start of the server, its updates, and which of them survive.
 
-Where a server comes back at an older version than it had, what it makes is a new branch, and the end of the old one is
-lost. So a version is named by it and by the life that made it.
+If a server comes back at an older version, its updates form a new branch, and the end of the old branch is lost. A
+version is therefore identified by its number and the life that made it.
 """
 
 import json
@@ -17,18 +17,18 @@ from deltaserve import Contribution, Hyperparameters
 _NEVER = 1 << 62
 
 Claim = tuple[str, int, str]
-"""What some life, named by its incarnation, has promised to outlive it: a version; and who was told so."""
+"""A life, by incarnation, a version that must survive it, and who was promised so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """A version.
+    """One version of the model.
 
     Attributes:
-        version: Its number.
-        contributions: What its pushes were in it, as the server told; none where no update made it.
-        pushes: The same pushes by name, in the same order.
-        hyperparameters: What it used, by group.
+        version: The version's number.
+        contributions: Its pushes as the server reported them; empty for a version bump.
+        pushes: The names of the same pushes, in the same order.
+        hyperparameters: The hyperparameters that it used, by group.
     """
 
     version: int
@@ -38,7 +38,7 @@ class Update:
 
     @property
     def parts(self) -> list[tuple[Push, Contribution]]:
-        """Its pushes."""
+        """The pushes, each with its contribution."""
         return list(zip(self.pushes, self.contributions, strict=True))
 
 
@@ -47,39 +47,39 @@ class Life:
     """One start of the server.
 
     Attributes:
-        incarnation: Names it.
-        restored: The version that it began with; None where there was no model, or it died before.
-        updates: What it made; the last of them may have come to nothing.
-        told: The newest version that everybody may know of.
-        saved: The newest version of a snapshot that was safe.
-        serving: The time since when everything was there; None where it died before.
+        incarnation: The server's incarnation.
+        restored: The version that it began with; None without a model, or if it died before.
+        updates: Its updates in order. The last one may not have completed.
+        announced: The newest version that clients may know of.
+        saved: The newest version whose snapshot was safe on disk.
+        serving: The time at which it had started; None if it died before.
         ended: Whether it ended in good order.
     """
 
     incarnation: str
     restored: int | None = None
     updates: list[Update] = field(default_factory=list)
-    told: int = 0
+    announced: int = 0
     saved: int = 0
     serving: float | None = None
     ended: bool = False
 
     @property
     def start(self) -> int:
-        """The version that it began with."""
+        """The version that it began with, 0 without a model."""
         return self.restored or 0
 
     @property
     def top(self) -> int:
-        """The last version that it may have made."""
+        """The newest version that it may have made."""
         return self.updates[-1].version if self.updates else self.start
 
 
 class History:
-    """All lives of a server, those that ended before anything was there left out.
+    """All lives of a server.
 
     Attributes:
-        lives: In order.
+        lives: The lives in order, without those that ended before they loaded a model.
     """
 
     def __init__(self, lives: Iterable[Life]) -> None:
@@ -102,21 +102,21 @@ class History:
         return cls(lives)
 
     def index(self, incarnation: str) -> int:
-        """Returns which life an incarnation is."""
+        """Returns the index of the life with an incarnation."""
         return self._index[incarnation]
 
-    def left(self, made: int, at: int = -1) -> int:
-        """Returns up to which version what life `made` has made, or begun with, is there in life `at`, the last."""
+    def surviving_version(self, made: int, at: int = -1) -> int:
+        """Returns the newest version of life `made` that exists in life `at`, by default the last one."""
         return self._lowest[made][at]
 
     def surviving(self, at: int = -1) -> Iterator[Update]:
-        """Yields the versions that lead to the state in life `at`, all that it made among them."""
+        """Yields the versions that lead to the state in life `at`, including all of its own."""
         last = at % len(self.lives)
         for made in range(last + 1):
-            yield from (one for one in self.lives[made].updates if one.version <= self.left(made, last))
+            yield from (one for one in self.lives[made].updates if one.version <= self.surviving_version(made, last))
 
     def places(self) -> dict[Push, list[tuple[int, int]]]:
-        """Returns in which lives and versions each push was, by its name."""
+        """Returns the lives and versions of each push."""
         found: dict[Push, list[tuple[int, int]]] = {}
         for index, life in enumerate(self.lives):
             for one in life.updates:
@@ -125,21 +125,21 @@ class History:
         return found
 
     def most_lost(self) -> int:
-        """Returns how many versions that somebody may have known of were lost at most, in one restart."""
+        """Returns the largest number of announced versions that one restart lost."""
         pairs = zip(self.lives, self.lives[1:], strict=False)
-        return max((max(before.told, before.start) - after.start for before, after in pairs), default=0)
+        return max((max(before.announced, before.start) - after.start for before, after in pairs), default=0)
 
 
 def _take(life: Life, entry: dict[str, Any]) -> None:
     match entry:
         case {"restored": version}:
             life.restored = version
-        case {"made": version, "pushes": pushes, "hyperparameters": groups}:
+        case {"update": version, "pushes": pushes, "hyperparameters": groups}:
             life.updates.append(_update(version, pushes, groups))
-        case {"numbered": version}:
+        case {"bumped": version}:
             life.updates.append(Update(version=version))
-        case {"told": version}:
-            life.told = max(life.told, version)
+        case {"announced": version}:
+            life.announced = max(life.announced, version)
         case {"saved": version}:
             life.saved = max(life.saved, version)
         case {"serving": at}:
@@ -166,12 +166,12 @@ def _update(version: int, pushes: Sequence[Sequence[Any]], groups: Sequence[Sequ
 
 
 def check(history: History, scenario: Scenario, claims: Iterable[Claim]) -> Iterator[str]:
-    """Yields what a server that keeps its promises does not do."""
+    """Yields each broken promise of the server."""
     yield from _check_numbers(history)
     for before, life in enumerate(history.lives):
         kept = [("began with", life.start), ("had a snapshot of", life.saved)]
         if scenario.journals:
-            kept.append(("told of", life.told))
+            kept.append(("told of", life.announced))
         if life.ended:
             kept.append(("ended at", life.top))
         for what, version in kept:
@@ -181,12 +181,12 @@ def check(history: History, scenario: Scenario, claims: Iterable[Claim]) -> Iter
 
 
 def _check_numbers(history: History) -> Iterator[str]:
-    """Versions are counted without a gap, and what comes back was there before."""
-    top, there = 0, False
+    """Checks that versions have no gaps, and that each life comes back at a version that existed."""
+    top, has_model = 0, False
     for index, life in enumerate(history.lives):
-        if life.restored is None and there:
+        if life.restored is None and has_model:
             yield f"life {index} came back without the model"
-        there = there or life.restored is not None or bool(life.updates)
+        has_model = has_model or life.restored is not None or bool(life.updates)
         if life.start > top:
             yield f"life {index} came back at version {life.start}; there were {top}"
         versions = [life.start, *(one.version for one in life.updates)]
@@ -196,8 +196,8 @@ def _check_numbers(history: History) -> Iterator[str]:
 
 
 def _broken(history: History, life: int, version: int, who: str) -> Iterator[str]:
-    """Yields what is wrong where a version that was promised to survive a life did not."""
+    """Yields a problem if a version that was promised to survive a life did not."""
     for after in range(life + 1, len(history.lives)):
-        if history.left(life, after) < version:
+        if history.surviving_version(life, after) < version:
             yield f"{who} version {version}; life {after} came back at {history.lives[after].start}"
             return

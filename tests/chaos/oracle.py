@@ -1,4 +1,4 @@
-"""Replays the updates that a server says it has made, from what its workers wrote down of their pushes."""
+"""Replays the updates in the server's log, with the gradients in the workers' journals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,72 +16,72 @@ from deltaserve_server.adadelta import cpu, robust
 
 @dataclass(frozen=True)
 class Part:
-    """One push of an update: what the server told of it, and what it contained."""
+    """One push of an update: the server's contribution, and the gradient that the worker sent."""
 
-    told: Contribution
+    contribution: Contribution
     content: Gradient
 
 
-Held = tuple[Push, float]
-"""A push and the norm of its gradient: after a restart, and an error, it may be sent again with another one."""
+PushContent = tuple[Push, float]
+"""A push and its gradient's norm. After a restart and an error, a worker may send another gradient in its place."""
 
 
-class _Numbers(NamedTuple):
-    """A model's numbers at one version."""
+class _State(NamedTuple):
+    """A model's state at one version."""
 
     weights: Vector
     square_avg: Vector
     acc_delta: Vector
     update_counts: list[int]
 
-    def copy(self) -> "_Numbers":
-        return _Numbers(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy(), list(self.update_counts))
+    def copy(self) -> "_State":
+        return _State(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy(), list(self.update_counts))
 
 
 class Oracle:
-    """A model's numbers as they have to be.
+    """Computes the state that a model must have.
 
     Args:
-        scenario: Which model.
-        sent: Which gradient a push holds.
+        scenario: The model and its policy.
+        sent: The gradient of each push.
 
     Attributes:
-        checks: By life and version: the CRC-32 of the weights.
-        problems: What cannot be.
+        checks: CRC-32 of the weights, by life and version.
+        problems: Contradictions in the server's log.
     """
 
-    def __init__(self, scenario: Scenario, sent: Mapping[Held, GradientName]) -> None:
+    def __init__(self, scenario: Scenario, sent: Mapping[PushContent, GradientName]) -> None:
         self._scenario = scenario
         self._sent = sent
         zeros = np.zeros_like(scenario.initial)
-        self._now = _Numbers(scenario.initial.copy(), zeros, zeros.copy(), [0] * len(scenario.tensors))
+        self._now = _State(scenario.initial.copy(), zeros, zeros.copy(), [0] * len(scenario.tensors))
         self.checks: dict[tuple[int, int], int] = {}
         self.problems: list[str] = []
 
     @property
     def update_counts(self) -> list[int]:
-        """By tensor."""
+        """Number of updates of each tensor."""
         return self._now.update_counts
 
     def replay(self, history: History) -> None:
-        """Makes every update anew, also those that were lost: somebody may have seen them."""
+        """Repeats every update, including lost ones, whose weights a worker may have received."""
         points = {life.start for life in history.lives}
         kept = {0: self._now.copy()}
         for index, life in enumerate(history.lives):
             self._now = kept[life.start].copy()
-            self._take_note(index, life.start)
+            self._record_check(index, life.start)
             for update in life.updates:
                 if update.contributions:
                     self._update(update)
-                self._take_note(index, update.version)
+                self._record_check(index, update.version)
                 if update.version in points:
                     kept[update.version] = self._now.copy()
 
-    def _take_note(self, life: int, version: int) -> None:
+    def _record_check(self, life: int, version: int) -> None:
         self.checks[life, version] = crc32(self._now.weights.tobytes())
 
     def different_bits(self, state: ModelState) -> int:
-        """Returns in how many bits a model's numbers are not those of the replay."""
+        """Returns the number of bits in which a model's state differs from the replay."""
         assert state.square_avg is not None
         assert state.acc_delta is not None
         count = 0
@@ -120,7 +120,7 @@ class Oracle:
             now.weights[start:stop] = new
 
     def _reduce(self, parts: Sequence[Part]) -> tuple[Vector, float]:
-        """Returns an update's gradient and what it is to be divided by, as `memory/host.py` says that it is done."""
+        """Returns an update's gradient and its divisor, computed as `memory/host.py` documents."""
         policy = self._scenario.policy
         mean = not isinstance(policy, Sync) or policy.reduction == "mean"
         factors = [self._factor(part, mean) for part in parts]
@@ -142,19 +142,20 @@ class Oracle:
 
     def _factor(self, part: Part, mean: bool) -> float:
         policy = self._scenario.policy
-        clip, norm = policy.clip_norm if isinstance(policy, Sync) else None, part.told.gradient_norm
+        clip, norm = policy.clip_norm if isinstance(policy, Sync) else None, part.contribution.gradient_norm
         scale = clip / norm if clip is not None and norm > clip else 1.0
         return scale * part.content.weight if mean else scale
 
     def _check(self, update: Update, parts: Sequence[Part]) -> None:
-        """Compares what the server tells of an update with what follows from its pushes."""
-        names = [part.told.worker for part in parts]
+        """Compares the server's report of an update with its pushes."""
+        names = [part.contribution.worker for part in parts]
         if names != sorted(set(names)):
             self.problems.append(f"version {update.version}: not one push of each worker in order of names: {names}")
         for part in parts:
             norm = float(np.linalg.norm(self._scenario.filled(part.content).astype(np.float64)))
-            if part.told.weight != part.content.weight or abs(part.told.gradient_norm - norm) > 1e-9 * norm:
-                self.problems.append(f"version {update.version}: {part.told} has another weight or norm than was sent")
+            reported = part.contribution
+            if reported.weight != part.content.weight or abs(reported.gradient_norm - norm) > 1e-9 * norm:
+                self.problems.append(f"version {update.version}: {reported} has another weight or norm than was sent")
         expected = self._hyperparameters(parts)
         if update.hyperparameters != expected:
             self.problems.append(f"version {update.version}: used {update.hyperparameters}, not {expected}")
@@ -162,5 +163,5 @@ class Oracle:
     def _hyperparameters(self, parts: Sequence[Part]) -> tuple[Hyperparameters, ...]:
         carried = next((part.content.hyperparameters for part in parts if part.content.hyperparameters), GROUPS)
         policy = self._scenario.policy
-        divisor = 1 + parts[0].told.staleness if isinstance(policy, Async) and policy.damping else 1
+        divisor = 1 + parts[0].contribution.staleness if isinstance(policy, Async) and policy.damping else 1
         return tuple(replace(group, lr=group.lr / divisor) for group in carried)

@@ -1,4 +1,4 @@
-"""What became of runs, and how that is shown."""
+"""The outcomes of runs, and the tables that show them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +20,17 @@ _COUNTS = {
 
 @dataclass
 class Verdict:
-    """What became of a run.
+    """The verdict on a run.
 
     Attributes:
-        acknowledged: Gradients that some worker was told of.
-        applied: Gradients that are in an update that is left.
-        rolled_back: Acknowledged gradients that went with a server that need not keep them.
-        lost: Other acknowledged gradients that are in no update that is left.
-        doubled: Gradients that are in more than one, by whatever pushes.
-        bits: Bits in which the model differs from the replay.
-        problems: All that is wrong, in words.
-        figures: The largest value seen of each bound.
+        acknowledged: Number of gradients whose push was acknowledged.
+        applied: Number of gradients in a surviving update.
+        rolled_back: Number of acknowledged gradients that a restart lost, as the durability allows.
+        lost: Number of other acknowledged gradients without a surviving update.
+        doubled: Number of gradients in more than one surviving update, by any pushes.
+        bits: Number of bits in which the model differs from the replay.
+        problems: Descriptions of all violations.
+        figures: The largest value seen of each bounded quantity.
     """
 
     acknowledged: int = 0
@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class Outcome(Verdict):
-    """What a run's process said; `again` is the command that makes the run once more."""
+    """A run and its verdict; `again` is the command that repeats the run."""
 
     policy: str
     door: str
@@ -57,18 +57,18 @@ class Outcome(Verdict):
     failures: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
-        """Returns it in a line."""
+        """Returns a summary in one line."""
         verdict = f"{len(self.problems)} violations" if self.problems else "all holds"
         counts = f"{self.fired.total():4} fired, {self.acknowledged:5} acknowledged, {self.applied:5} applied"
         return f"{self.policy:8} {self.door:6} {self.durability:8} seed {self.seed}: {counts}: {verdict}"
 
     def plain(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns the outcome as a JSON object."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"folder": str(self.folder)}
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:
-    """Returns a table of the policies for each durability, and one of all durabilities."""
+    """Returns one table of policies for each durability, and one of all durabilities."""
     durabilities = [name for name in DURABILITIES if any(outcome.durability == name for outcome in outcomes)]
     parts = []
     for durability in durabilities:
@@ -83,7 +83,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
 def _table(
     title: str, outcomes: Sequence[Outcome], names: Sequence[str], column_of: Callable[[Outcome], str]
 ) -> Iterator[str]:
-    """Yields lines: how often each fault fired in each column, and below it what became of the pushes there."""
+    """Yields the lines of a table: how often each fault fired, and below it the counts of pushes."""
     columns = [[outcome for outcome in outcomes if column_of(outcome) == name] for name in names]
     faults = sorted({fault for outcome in outcomes for fault in outcome.fired})
     rows = [(fault, [sum(outcome.fired[fault] for outcome in column) for column in columns]) for fault in faults]

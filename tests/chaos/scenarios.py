@@ -1,4 +1,4 @@
-"""What is tried: models, policies, and gradients that anyone can compute again from what names them."""
+"""Scenarios: models, policies, and gradients that anyone can recompute from their names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ MODEL = "m"
 LEASE_SECONDS = 1.0
 
 DURABILITIES = ("none", "snapshot", "journal", "fsync")
-"""What is to survive the server's death; where nothing is, it does not die."""
+"""Durabilities of the server. With "none" it never dies."""
 
 GROUPS = (Hyperparameters(lr=1.0, rho=0.9, eps=1e-6), Hyperparameters(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01))
 
 CARRIED = (Hyperparameters(lr=0.75, rho=0.9), Hyperparameters(lr=0.25, rho=0.8, weight_decay=0.02))
-"""The hyperparameters of those pushes that carry some."""
+"""The hyperparameters of pushes that carry their own."""
 
 POLICIES: Mapping[str, deltaserve.Sync | deltaserve.Async | deltaserve.Bounded] = {
     "sync": Sync(),
@@ -41,16 +41,16 @@ _SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 
 _SPREAD = 1 << 16
-"""Places in the pattern where a gradient may begin."""
+"""Number of offsets in the pattern at which a gradient may start."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One policy on one model: through the unary door, or, with more than 1 MiB, through the stream.
+    """One policy on one model.
 
     Attributes:
-        policy_name: A key of POLICIES.
-        door: "unary" or "stream".
+        policy_name: Key of POLICIES.
+        door: How workers push: "unary", or "stream" with a model of more than 1 MiB.
         durability: One of DURABILITIES.
     """
 
@@ -64,22 +64,22 @@ class Scenario:
 
     @property
     def mortal(self) -> bool:
-        """Whether the server dies."""
+        """Whether faults kill the server."""
         return self.durability != "none"
 
     @property
     def journals(self) -> bool:
-        """Whether nothing is lost that anybody was told of."""
+        """Whether no announced version may be lost."""
         return self.durability in ("journal", "fsync")
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """The layout; every other tensor is of the second group."""
+        """The layout; every second tensor belongs to the second group."""
         return tuple(TensorSpec(name, shape, i % 2) for i, (name, shape) in enumerate(_SHAPES[self.door].items()))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """By tensor: where its elements begin and end in the flat vector."""
+        """Start and end of each tensor in the flat vector."""
         sizes = [int(np.prod(spec.shape)) for spec in self.tensors]
         return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
@@ -96,12 +96,12 @@ class Scenario:
         return np.random.default_rng(8).integers(-9, 10, self.size + _SPREAD).astype(np.float32)
 
     def cut(self, flat: Vector) -> dict[str, Vector]:
-        """Returns a flat vector's tensors."""
+        """Splits a flat vector into its tensors."""
         parts = zip(self.tensors, self.bounds, strict=True)
         return {spec.name: flat[start:stop].reshape(spec.shape) for spec, (start, stop) in parts}
 
     def gradient(self, name: "GradientName") -> "Gradient":
-        """Returns a worker's gradient: it follows from what names it, and from nothing else."""
+        """Returns the gradient with a name, which depends on the name alone."""
         key = crc32("/".join(map(str, name)).encode())
         start = key % _SPREAD
         absent = frozenset({key // 7 % len(self.tensors)} if key % 7 == 0 else ())
@@ -114,7 +114,7 @@ class Scenario:
         )
 
     def gradient_norm(self, name: "GradientName") -> float:
-        """Returns the L2 norm of what a push of this gradient holds."""
+        """Returns the L2 norm of a push of this gradient."""
         return float(np.linalg.norm(self.filled(self.gradient(name)).astype(np.float64)))
 
     def filled(self, gradient: "Gradient") -> Vector:
@@ -127,7 +127,7 @@ class Scenario:
 
 
 class GradientName(NamedTuple):
-    """Names a gradient: the worker, which of its lives, and a number. It stays the same over attempts to push it."""
+    """Names a gradient: the worker, its life, and a number. All attempts to push a gradient keep its name."""
 
     worker: str
     life: int
@@ -136,13 +136,13 @@ class GradientName(NamedTuple):
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a push contains.
+    """The content of a push.
 
     Attributes:
-        values: The whole flat vector; those of absent tensors are not sent.
+        values: The whole flat vector. The worker does not send the values of absent tensors.
         absent: Indices of tensors without a gradient.
         weight: As in `Worker.step`.
-        hyperparameters: Likewise.
+        hyperparameters: As in `Worker.step`.
     """
 
     values: Vector
@@ -152,9 +152,9 @@ class Gradient:
 
 
 class Push(NamedTuple):
-    """Names a push: the worker, the session's id in hexadecimal digits, the number in it.
+    """Names a push: the worker, the session's id in hexadecimal digits, and the sequence number.
 
-    Not by its epoch: those of sessions that a restart has lost are given again.
+    Epochs are no part of it, because the server reuses those of sessions that a restart lost.
     """
 
     worker: str
@@ -164,22 +164,22 @@ class Push(NamedTuple):
 
 @dataclass(kw_only=True)
 class Plan:
-    """What to run.
+    """The plan of a run.
 
     Attributes:
-        scenario: On which model, under which policy, how durable.
-        seed: Decides what happens.
-        seconds: For how long faults happen.
-        rate: How much more often they do than usual.
-        plant: A defect of the server; see `plants`.
-        folder: Where logs, journals and the server's data go.
-        first: Places where the server is to die before others.
+        scenario: Model, policy and durability.
+        seed: Seed of all faults.
+        seconds: Duration of the faults.
+        rate: Factor of the usual rate of faults.
+        defect: Key of DEFECTS, a planted defect of the server.
+        folder: Folder of logs, journals and the server's data.
+        first: Failpoints at which the server dies first.
     """
 
     scenario: Scenario
     seed: int
     seconds: float
     rate: float = 1.0
-    plant: str = "none"
+    defect: str = "none"
     folder: Path
     first: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""The server under test, in a process of its own; or one with a planted defect, to see that the harness finds it."""
+"""The server under test, in a process of its own, with a planted defect if asked for one."""
 
 import json
 import logging
@@ -10,8 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from account import Account
-from plants import PLANTS
+from defects import DEFECTS
+from server_log import ServerLog
 
 from deltaserve_server import Server, ServerConfig
 
@@ -20,28 +20,28 @@ _LOOK_SECONDS = 0.02
 
 
 def main(arguments: list[str]) -> int:
-    """Serves until SIGTERM; the argument is JSON, without which it is a plain server on a free port.
+    """Serves until SIGTERM. The argument is a JSON object; without it the server is plain and takes a free port.
 
-    port, data, durability, updates: As ServerConfig has them.
-    account: Where the account is kept.
-    plant: A defect.
+    port, data, durability, updates: As in ServerConfig.
+    log: Path of the server's log.
+    defect: Key of DEFECTS.
     """
     settings: dict[str, Any] = json.loads(arguments[0]) if arguments else {}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
-    PLANTS[settings.get("plant", "none")]()
+    DEFECTS[settings.get("defect", "none")]()
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    account = Account(settings.get("account", os.devnull))
-    account.keep()
+    log = ServerLog(settings.get("log", os.devnull))
+    log.install()
     server = Server(_config(settings))
-    account.write(life=server.incarnation)
+    log.write(life=server.incarnation)
     server.start()
-    account.write(serving=monotonic())
+    log.write(serving=monotonic())
     print(server.target, flush=True)
     while not stopping.wait(_LOOK_SECONDS):
-        pass  # a signal that came while the process was stopped wakes any thread: this one has to look
+        pass  # polls, because a signal that arrives while the process is stopped may wake another thread
     server.stop(_GRACE_SECONDS)
-    account.write(ended=True)
+    log.write(ended=True)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Starts a program again and again, quickly: a process in which everything is loaded forks one each time.
+"""Starts a program many times, quickly: a supervisor process has all modules loaded and forks for each start.
 
-That process is forked itself, before anything of gRPC runs. It obeys lines of JSON on its standard input and says on
-its standard output what becomes of its children. It alone sends them signals: it knows whose id is still theirs.
+The harness forks the supervisor before it uses gRPC, which does not survive a fork. The supervisor reads commands as
+lines of JSON from its standard input, and reports its children's events on its standard output. It alone sends them
+signals, because only a parent knows that a process id still belongs to its child.
 """
 
 import json
@@ -20,18 +21,18 @@ from typing import Any, NamedTuple, NoReturn
 
 from deltaserve._common import failpoints
 
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 _DESCRIPTORS = 4096
 
 _LOADED = (
     *("deltaserve", "google.rpc.error_details_pb2", "grpc_status.rpc_status"),
     *("deltaserve_server.app", "deltaserve_server.adadelta.cpu", "deltaserve_server.adadelta.values"),
 )
-"""What programs load, beside what they import themselves."""
+"""Modules that programs need beside their own imports."""
 
 
 class Event(NamedTuple):
-    """What became of a child: "ended" with its status, negative for a signal; or "stopped"."""
+    """A child "ended" with its status, negative for a signal, or "stopped"."""
 
     what: str
     pid: int
@@ -40,11 +41,11 @@ class Event(NamedTuple):
 
 
 class Supervisor:
-    """The supervisor as the harness sees it. To be made while this process has one thread.
+    """The harness's end of a supervisor. Create it while this process has only one thread.
 
     Args:
-        program: A module here with a function `main`.
-        errors: A file for what its processes say.
+        program: A module of this folder with a function `main`.
+        errors: File for the error output of its processes.
     """
 
     def __init__(self, program: str, errors: Path) -> None:
@@ -63,7 +64,7 @@ class Supervisor:
         self._reading: threading.Thread | None = None
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Starts the program; returns its process id."""
+        """Starts the program and returns its process id."""
         if self._reading is None:
             self._reading = threading.Thread(target=self._read, daemon=True)
             self._reading.start()
@@ -71,11 +72,11 @@ class Supervisor:
         return self._started.get(timeout=30)
 
     def signal(self, pid: int, number: signal.Signals) -> None:
-        """Sends a signal to a process, if it lives."""
+        """Sends a signal to a process, if it still runs."""
         self._tell({"signal": int(number), "pid": pid})
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Kills all processes of the program and ends the supervisor."""
         os.close(self._told)
         os.waitpid(self._pid, 0)
 
@@ -94,7 +95,7 @@ class Supervisor:
 
 
 class _Program:
-    """The supervisor itself."""
+    """The supervisor process."""
 
     def __init__(self, program: str) -> None:
         self._program = program
@@ -103,47 +104,47 @@ class _Program:
 
     def run(self) -> None:
         while True:
-            self._look()
-            if not select.select([0], [], [], _LOOK_SECONDS)[0]:
+            self._reap()
+            if not select.select([0], [], [], _POLL_SECONDS)[0]:
                 continue
             data = os.read(0, 1 << 16)
             if not data:
                 break
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
-                self._obey(json.loads(line))
+                self._execute(json.loads(line))
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
 
-    def _obey(self, command: dict[str, Any]) -> None:
+    def _execute(self, command: dict[str, Any]) -> None:
         if "start" in command:
             pid = os.fork()
             if not pid:
                 _become(self._program, command["start"], command["environment"])
             self._children.add(pid)
-            _say({"started": pid})
+            _report({"started": pid})
         elif command["pid"] in self._children:
             os.kill(command["pid"], command["signal"])
 
-    def _look(self) -> None:
-        """Says which children have ended or stopped."""
+    def _reap(self) -> None:
+        """Reports the children that have ended or stopped."""
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             if not pid:
                 return
             if os.WIFSTOPPED(status):
-                _say({"what": "stopped", "pid": pid, "status": 0, "at": monotonic()})
+                _report({"what": "stopped", "pid": pid, "status": 0, "at": monotonic()})
                 continue
             self._children.discard(pid)
-            _say({"what": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status), "at": monotonic()})
+            _report({"what": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status), "at": monotonic()})
 
 
-def _say(message: dict[str, Any]) -> None:
+def _report(message: dict[str, Any]) -> None:
     os.write(1, (json.dumps(message) + "\n").encode())
 
 
 def _supervise(program: str, heard: int, saying: int, log: int) -> NoReturn:
-    """Becomes the supervisor of a program; lets go of all that this process had open."""
+    """Turns this process into the supervisor of a program, without the files that were open."""
     status = 4
     try:
         _take_over(heard, saying, log)
@@ -155,7 +156,7 @@ def _supervise(program: str, heard: int, saying: int, log: int) -> NoReturn:
 
 
 def _become(program: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
-    """Becomes the program."""
+    """Turns this process into the program."""
     status = 4
     try:
         _take_over(os.open(os.devnull, os.O_RDWR), 2, 2)
@@ -175,7 +176,6 @@ def _take_over(heard: int, saying: int, log: int) -> None:
 
 
 def _arm() -> None:
-    """Has failpoints be as the environment now says: it was read when they were loaded."""
-
+    """Arms failpoints from the new environment; their module read the old one when it was imported."""
     failpoints._log_path = os.environ.get("DELTASERVE_FAILPOINTS_LOG")
     failpoints._armed = failpoints._from_environment()

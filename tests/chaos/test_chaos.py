@@ -1,4 +1,4 @@
-"""Servers, workers and lines that die, stop and stutter: no push is lost, none is applied twice, not a bit differs."""
+"""Servers, workers and connections that die, stop and stall: no push is lost or applied twice, and no bit differs."""
 
 import json
 import re
@@ -16,21 +16,20 @@ _PROGRAM = Path(__file__).with_name("chaos.py")
 _JOBS = 4
 
 _SEEDS = "1", "2", "3", "4", "5", "6", "7", "8"
-"""A short run may miss a defect, on a busy machine more often, or meet only what follows from it; several do not.
-The first that shows it is the last."""
+"""Seeds to try until a run shows a planted defect: a short run may miss it, on a busy machine more often."""
 
 _AFTER_UPDATES = "push.published@3", "push.acknowledged@3", "push.published@6", "push.acknowledged@6"
 _DEATHS = {
     "snapshot": (*_AFTER_UPDATES, "snapshot.manifest@1", "snapshot.manifest@2"),
     "journal": (*_AFTER_UPDATES, "journal.recorded@8", "journal.written@8"),
 }
-"""Where a server dies first that has a defect: soon after it has made an update, or a snapshot."""
+"""Failpoints at which a server with a defect dies first: soon after an update or a snapshot."""
 
 pytestmark = [pytest.mark.deep, pytest.mark.timeout(400)]
 
 
 class Ran(NamedTuple):
-    """What a program said, and what it wrote down of its runs."""
+    """Status and output of chaos.py, and the outcomes of its runs."""
 
     status: int
     text: str
@@ -59,9 +58,9 @@ def test_every_fault_and_every_death_of_the_server_with_every_durability(tmp_pat
 
 
 class Planted(NamedTuple):
-    """How a defect is brought to light, and a word of what is said of it; or the count that it adds to."""
+    """A planted defect, the scenario that shows it, and a pattern of its report, or the count that it raises."""
 
-    plant: str
+    name: str
     policy: str
     durability: str
     found: str
@@ -80,7 +79,7 @@ _DEFECTS = (
         "skips-records",
         "async",
         "journal",
-        r"the server does not start any more: .*its version cannot be|told of version \d+; life \d+ came back at",
+        r"the server cannot start any more: .*its version cannot be|told of version \d+; life \d+ came back at",
     ),
     Planted("forgets-last-record", "async", "journal", r"told of version \d+; life \d+ came back at"),
     Planted("forgets-sessions", "stale", "journal", r"GetPush says of .* not accepted; it is in versions|SEQUENCE_GAP"),
@@ -98,26 +97,26 @@ _DEFECTS = (
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
-    """Runs against servers that have a defect, by its name."""
+    """Runs against servers with planted defects, by the defect's name."""
     folder = tmp_path_factory.mktemp("planted")
 
     def find(defect: Planted) -> Ran:
-        kind = ("--plant", defect.plant, "--policies", defect.policy, "--durabilities", defect.durability)
+        kind = ("--defect", defect.name, "--policies", defect.policy, "--durabilities", defect.durability)
         once = ("--doors", "unary", "--jobs", "1", "--trials", "1")
         often = ("3", "--first", *_DEATHS[defect.durability]) if defect.durability in _DEATHS else ("3", "--rate", "3")
         for seed in _SEEDS:
-            ran = run(folder, f"{defect.plant}-{seed}", *kind, *once, "--seed", seed, "--seconds", *often)
+            ran = run(folder, f"{defect.name}-{seed}", *kind, *once, "--seed", seed, "--seconds", *often)
             if defect.shows(ran):
                 break
         return ran
 
     with ThreadPoolExecutor(_JOBS) as threads:
-        return dict(zip([defect.plant for defect in _DEFECTS], threads.map(find, _DEFECTS), strict=True))
+        return dict(zip([defect.name for defect in _DEFECTS], threads.map(find, _DEFECTS), strict=True))
 
 
-@pytest.mark.parametrize("defect", _DEFECTS, ids=[defect.plant for defect in _DEFECTS])
+@pytest.mark.parametrize("defect", _DEFECTS, ids=[defect.name for defect in _DEFECTS])
 def test_a_defect_of_the_server_is_found(planted: Mapping[str, Ran], defect: Planted) -> None:
-    ran = planted[defect.plant]
+    ran = planted[defect.name]
     assert defect.shows(ran), ran.text
     assert ran.status == 1, ran.text
     assert "logs in " in ran.text
@@ -125,7 +124,7 @@ def test_a_defect_of_the_server_is_found(planted: Mapping[str, Ran], defect: Pla
 
 
 def test_a_dead_or_stopped_worker_holds_a_round_no_longer_than_its_lease_or_the_rounds_timeout() -> None:
-    command = [sys.executable, str(_PROGRAM.with_name("holds.py"))]
+    command = [sys.executable, str(_PROGRAM.with_name("round_holds.py"))]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("worker.") == 20

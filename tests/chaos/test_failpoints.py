@@ -1,4 +1,4 @@
-"""The failpoints themselves: what the environment may say, what happens then, and that every name is a place."""
+"""Failpoints: the entries in the environment, their actions, and the list of names."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,8 @@ from deltaserve._common import failpoints
 from deltaserve._common.failpoints import NAMES, FailpointError, failpoint
 
 _REACHES = """
-import sys
 from deltaserve._common.failpoints import failpoint, FailpointError
-for number in range(1, int(sys.argv[1]) + 1):
+for number in range(1, 6):
     try:
         failpoint("push.staged")
     except FailpointError as error:
@@ -25,30 +25,40 @@ for number in range(1, int(sys.argv[1]) + 1):
 """
 
 
-def reach(times: int, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Reaches push.staged so often, in a process of its own; it prints each error."""
+def start(**environment: str) -> "subprocess.Popen[str]":
+    """Starts a process that reaches push.staged five times and prints each error."""
     given = {f"DELTASERVE_FAILPOINTS{name}": value for name, value in environment.items()}
-    command = [sys.executable, "-c", _REACHES, str(times)]
-    return subprocess.run(command, check=False, env=os.environ | given, capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-c", _REACHES]
+    return subprocess.Popen(command, env=os.environ | given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def happened(outcome: "subprocess.CompletedProcess[str]") -> list[int]:
-    return [int(line.split()[0]) for line in outcome.stdout.splitlines()]
+def errors(monkeypatch: pytest.MonkeyPatch, text: str, times: int, seed: str = "") -> list[int]:
+    """Arms failpoints in this process, reaches push.staged, and returns the times at which it raised an error."""
+    armed: dict[str, list[Any]] = {}
+    for entry in failpoints.parse(text, seed):
+        armed.setdefault(entry.name, []).append(entry)
+    monkeypatch.setattr(failpoints, "_armed", armed)
+    raised = []
+    for number in range(1, times + 1):
+        try:
+            failpoint("push.staged")
+        except FailpointError:
+            raised.append(number)
+    return raised
 
 
-def test_every_name_is_a_place_in_the_code_and_every_place_has_a_name() -> None:
+def test_every_name_is_a_failpoint_in_the_code_and_every_failpoint_has_a_name() -> None:
     roots = [Path(str(package.__file__)).parent for package in (deltaserve, deltaserve_server)]
     sources = [path.read_text() for root in roots for path in root.rglob("*.py")]
     used = {name for source in sources for name in re.findall(r'\bfailpoint\("([a-z_.]+)"\)', source)}
     assert used == NAMES.keys()
 
 
-def test_nothing_happens_unless_the_environment_says_so() -> None:
+def test_nothing_happens_without_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failpoints._armed is None
     for name in NAMES:
         failpoint(name)
-    assert happened(reach(3)) == []
-    assert happened(reach(3, **{"": "push.headers=error"})) == []
+    assert errors(monkeypatch, "push.headers=error", 3) == []
 
 
 @pytest.mark.parametrize(
@@ -61,16 +71,14 @@ def test_nothing_happens_unless_the_environment_says_so() -> None:
         ("push.staged=sleep(0)@2;push.headers=kill", []),
     ],
 )
-def test_it_happens_as_often_as_asked(text: str, numbers: list[int]) -> None:
-    outcome = reach(4, **{"": text})
-    assert outcome.returncode == 0, outcome.stderr
-    assert happened(outcome) == numbers
+def test_an_action_happens_as_often_as_asked(monkeypatch: pytest.MonkeyPatch, text: str, numbers: list[int]) -> None:
+    assert errors(monkeypatch, text, 4) == numbers
 
 
-def test_by_chance_the_seed_decides() -> None:
-    one, same, other = (happened(reach(400, **{"": "push.staged=error@1/10", "_SEED": seed})) for seed in "112")
-    assert one == same != other
-    assert 15 < len(one) < 75
+def test_the_seed_decides_random_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, same, other = (errors(monkeypatch, "push.staged=error@1/10", 400, seed) for seed in "112")
+    assert first == same != other
+    assert 15 < len(first) < 75
 
 
 @pytest.mark.parametrize(
@@ -89,13 +97,19 @@ def test_by_chance_the_seed_decides() -> None:
         ("push.staged", "expected NAME=ACTION"),
     ],
 )
-def test_what_it_does_not_understand_stops_the_process_at_its_start(text: str, message: str) -> None:
-    outcome = reach(0, **{"": text})
-    assert outcome.returncode == 1
-    assert message in outcome.stderr.splitlines()[-1]
+def test_a_wrong_entry_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        failpoints.parse(text)
 
 
-def test_a_place_without_a_name_is_an_error_where_any_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_entry_ends_the_process_at_its_start() -> None:
+    with start(**{"": "push.stagd=kill"}) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "there is no place named push.stagd" in said.splitlines()[-1]
+
+
+def test_a_failpoint_without_a_name_is_an_error_if_any_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failpoints, "_armed", {"push.staged": failpoints.parse("push.staged=error")})
     with pytest.raises(ValueError, match=r"failpoint push\.stagd is not in the list"):
         failpoint("push.stagd")
@@ -103,22 +117,20 @@ def test_a_place_without_a_name_is_an_error_where_any_is_on(monkeypatch: pytest.
         failpoint("push.staged")
 
 
-def test_a_death_is_in_the_log_first(tmp_path: Path) -> None:
+def test_a_death_is_logged_first(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    outcome = reach(5, **{"": "push.staged=kill@3", "_LOG": str(log)})
-    assert outcome.returncode == -signal.SIGKILL
+    with start(**{"": "push.staged=kill@3", "_LOG": str(log)}) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     at, pid, *rest = log.read_text().split()
     assert int(at) > 0
-    assert int(pid) > 1
+    assert int(pid) == process.pid
     assert rest == ["push.staged", "kill", "3"]
 
 
-def test_a_stopped_process_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
-    environment = os.environ | {"DELTASERVE_FAILPOINTS": "push.staged=stop@1;push.staged=error@2"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _REACHES, "2"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=30)[0].startswith("2 failpoint push.staged")
+def test_a_stopped_process_continues_after_sigcont() -> None:
+    with start(**{"": "push.staged=stop@1;push.staged=error@2"}) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=60)[0].startswith("2 failpoint push.staged")

@@ -1,4 +1,4 @@
-"""A worker under test: it steps for as long as it may, and writes down what it sent and what it was told."""
+"""A worker under test: it steps until SIGTERM, and keeps a journal of what it sent and what it was told."""
 
 import os
 import signal
@@ -15,28 +15,27 @@ from scenarios import LEASE_SECONDS, MODEL, GradientName, Scenario
 import deltaserve
 from deltaserve import Error, RolledBackError, ServerError, SessionError, StaleGradientError, UnavailableError
 from deltaserve._common.failpoints import FailpointError
-from deltaserve._transport.exchange import Transport
-from deltaserve.v1.worker_service_pb2 import PushHeader
+from deltaserve._transport.protocol import Transport, TransportName
 
 _TIMEOUT_SECONDS = 4.0
 
 _NEVER = "went back from version", "too long ago"
-"""What no error may say: the server kept its word, and was not away for that long."""
+"""Texts of errors that no fault explains: the server neither lost versions nor was down that long."""
 
 
 class Journal:
-    """A worker's own file: one line a write, which its death does not undo.
+    """A worker's journal: one line in each write, which a kill does not undo.
 
-    B LIFE SESSION SEQUENCE NUMBER: a push is about to be sent, again perhaps, with this gradient.
-    A LIFE SESSION SEQUENCE NUMBER VERSION INCARNATION POSITION DURABLE CHECK: a gradient was acknowledged, in this
-    push, as part of VERSION, or of one that was not told (0); weights of version POSITION came, with this CRC-32, from
-    a server that said that version DURABLE is.
-    K LIFE SESSION SEQUENCE: the worker has found out that a push counts, whose answer was lost.
-    L LIFE SESSION VERSION RESTORED START STOP BEFORE INCARNATION: pushes [START, STOP) of a session were said to be
-    lost, and versions from RESTORED on to that of the worker's weights, which were of server BEFORE, in INCARNATION.
-    F LIFE: the worker's session was fenced, as by an OpenSession that came twice; another worker takes its place.
-    R ERROR REASON: an error that a worker has to expect.
-    ! TRACEBACK: another one.
+    B LIFE SESSION SEQUENCE NUMBER: the worker is about to send this gradient in this push, perhaps again.
+    A LIFE SESSION SEQUENCE NUMBER VERSION INCARNATION POSITION DURABLE CHECK: the server acknowledged the gradient as
+    part of VERSION, or of an unknown version (0), and answered with weights of version POSITION and this CRC-32;
+    version DURABLE was durable.
+    K LIFE SESSION SEQUENCE: the worker found out that a push is applied whose answer was lost.
+    L LIFE SESSION VERSION RESTORED START STOP BEFORE INCARNATION: server INCARNATION reported pushes [START, STOP) of a
+    session as lost, and the versions after RESTORED up to VERSION, that of the worker's weights from server BEFORE.
+    F LIFE: the worker's session was fenced, for instance by a duplicated OpenSession.
+    R ERROR REASON: an error that a fault of the harness explains.
+    ! TRACEBACK: any other error.
     """
 
     def __init__(self, path: str) -> None:
@@ -47,17 +46,17 @@ class Journal:
 
 
 class Program:
-    """Pushes one gradient after the other: the same one until it is acknowledged, or given up unsure of its fate."""
+    """Pushes one gradient after the other, each until it is acknowledged or given up with an unknown outcome."""
 
     def __init__(
-        self, name: str, life: int, target: str, journal: str, scenario: Scenario, transport: Transport, pause: str
+        self, name: str, life: int, target: str, journal: str, scenario: Scenario, transport: TransportName, pause: str
     ) -> None:
         self._name = name
         self._life = life
         self._target = target
         self._journal = Journal(journal)
         self._scenario = scenario
-        self._transport: Transport = transport
+        self._transport: TransportName = transport
         self._pause_seconds = float(pause)
         self._number = 1
         self._pushed: tuple[str, int] = "", 0
@@ -71,47 +70,52 @@ class Program:
                 with deltaserve.connect(self._target, timeout_seconds=_TIMEOUT_SECONDS) as client:
                     model = client.model(MODEL)
                     with model.worker(self._name, lease_seconds=LEASE_SECONDS, transport=self._transport) as worker:
-                        self._write_down_pushes_of(worker)
-                        self._write_down_finds_of(worker)
+                        self._log_pushes(worker)
+                        self._log_discoveries(worker)
                         self._steps(worker)
             except Exception as error:
-                if not _may_pass(error):
+                if not _is_expected(error):
                     self._journal.write("!", repr(traceback.format_exc()))
                     return 3
                 self._failed(error)
                 if isinstance(error, SessionError):
                     self._journal.write("F", self._life)
-            self._number += 1  # what became of the last one is not known
+            self._number += 1  # the outcome of the last one is unknown
         return 0
 
-    def _write_down_pushes_of(self, worker: deltaserve.Worker) -> None:
-        """A step may push twice: after a push whose answer was lost, and in a new session."""
-        push = worker._push
+    def _log_pushes(self, worker: deltaserve.Worker) -> None:
+        """Logs each push before it is sent: one step may push twice, after a lost answer or in a new session."""
+        membership, transport = worker._membership, worker._membership.transport
 
-        def written_down(header: PushHeader, *rest: Any) -> None:
-            self._pushed = header.session_id.hex(), header.sequence
+        def logged() -> Transport:
+            session = membership.session  # the transport is asked for just before a push is sent
+            self._pushed = session.id["session_id"].hex(), session.sequence
             self._journal.write("B", self._life, *self._pushed, self._number)
-            push(header, *rest)
+            return transport()
 
-        worker._push = written_down  # type: ignore[method-assign, assignment]
+        membership.transport = logged  # type: ignore[method-assign]
 
-    def _write_down_finds_of(self, worker: deltaserve.Worker) -> None:
-        """Takes note of what only the worker itself sees: pushes that it found to count, and the session it left."""
-        skip, rejoin = worker._skip_accepted, worker._rejoin
+    def _log_discoveries(self, worker: deltaserve.Worker) -> None:
+        """Logs what only the worker knows: pushes that it found to be applied, and the session that it left."""
+        membership = worker._membership
+        skip, replace = worker._skip_accepted, membership._replace_session
 
         def skipped(*rest: Any) -> None:
-            sequence = worker._sequence
-            skip(*rest)
-            if worker._sequence > sequence:
-                self._journal.write("K", self._life, worker._session.id["session_id"].hex(), sequence)
+            session = worker._session
+            sequence = session.sequence
+            try:
+                skip(*rest)
+            finally:
+                if session.sequence > sequence:
+                    self._journal.write("K", self._life, session.id["session_id"].hex(), sequence)
 
-        def rejoined() -> StaleGradientError | None:
-            if worker._owed is None:  # else it leaves one in which it has done nothing
-                self._left = worker._session.id["session_id"].hex(), worker._position.incarnation
-            return rejoin()
+        def replaced(*rest: Any) -> None:
+            if membership.owed is None:  # else it leaves a session in which it has pushed nothing
+                self._left = worker._session.id["session_id"].hex(), worker._weights.position.incarnation
+            replace(*rest)
 
         worker._skip_accepted = skipped  # type: ignore[method-assign, assignment]
-        worker._rejoin = rejoined  # type: ignore[method-assign]
+        membership._replace_session = replaced  # type: ignore[method-assign, assignment]
 
     def _steps(self, worker: deltaserve.Worker) -> None:
         while not self._ending:
@@ -119,13 +123,13 @@ class Program:
                 self._step(worker)
                 self._number += 1
             except Exception as error:
-                if isinstance(error, SessionError) or not _may_pass(error):
+                if isinstance(error, SessionError) or not _is_expected(error):
                     raise
                 self._failed(error)
                 if isinstance(error, RolledBackError):
                     self._lost(error, worker._session.opened.position.incarnation)
                 if self._number % 4 == 0 and not isinstance(error, StaleGradientError):
-                    self._number += 1  # as one who computes another gradient after an error
+                    self._number += 1  # like a caller that computes a new gradient after an error
             sleep(self._pause_seconds)
 
     def _step(self, worker: deltaserve.Worker) -> None:
@@ -140,7 +144,7 @@ class Program:
         assert result is not None
         version = result.version if result.staleness is not None else 0
         check = crc32(np.concatenate([part.reshape(-1) for part in weights.values()]).tobytes())
-        position = worker._position
+        position = worker._weights.position
         told = self._number, version, position.incarnation, position.version, position.durable_version, check
         self._journal.write("A", self._life, *self._pushed, *told)
 
@@ -158,19 +162,19 @@ class Program:
         self._ending = True
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a worker that meets this error simply steps again: it is one that a fault here may lead to."""
+def _is_expected(error: Exception) -> bool:
+    """Returns whether a fault of the harness explains an error, so that the worker steps again."""
     if any(text in str(error) for text in _NEVER):
         return False
     if isinstance(error, ServerError | UnavailableError | FailpointError | StaleGradientError | SessionError):
         return True
-    # A request whose iterator failed, or a proxy's own end: the transport's word, not the server's.
+    # Without a reason the error comes from the transport: a failed request iterator, or the proxy's own end.
     return type(error) is Error and error.reason is None
 
 
 def main(arguments: list[str]) -> int:
     name, life, target, journal, policy, door, transport, pause = arguments
-    scenario, way = Scenario(policy, door), cast(Transport, transport)
+    scenario, way = Scenario(policy, door), cast(TransportName, transport)
     return Program(name, int(life), target, journal, scenario, way, pause).run()
 
 

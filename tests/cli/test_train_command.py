@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from tests.ports import held_port
+from tests.support.ports import held_port
 
 import deltaserve
 from deltaserve_server.recipes.data import AIRFOIL_FILE, Examples

@@ -13,10 +13,11 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.ports import held_port
+from tests.support.ports import held_port
 
 if TYPE_CHECKING:
     from deltaserve import Worker
+    from deltaserve_server import LocalServer
 
 _SERVE = """
 import json, signal, sys, threading
@@ -198,6 +199,36 @@ StartProxy = Callable[[str], Proxy]
 StartProgram = Callable[..., Program]
 
 
+@pytest.fixture(scope="session")
+def shared_server() -> "Iterator[LocalServer]":
+    """One server in this process for all tests of a session."""
+    from deltaserve_server import LocalServer
+
+    with LocalServer() as local:
+        yield local
+
+
+@pytest.fixture
+def own_server() -> None:
+    """Gives a test a `server` of its own, which it may stop or change."""
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, shared_server: "LocalServer") -> "Iterator[LocalServer]":
+    """A server without a model: the session's, or a new one for tests that use `own_server`."""
+    import deltaserve
+    from deltaserve_server import LocalServer
+
+    if "own_server" in request.fixturenames:
+        with LocalServer() as local:
+            yield local
+        return
+    yield shared_server
+    with deltaserve.connect(shared_server.target, timeout_seconds=30.0) as cleaner:
+        for model in cleaner.models():
+            cleaner.delete_model(model.name)
+
+
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
     with ExitStack() as stack:
@@ -261,12 +292,6 @@ def frequent_renewals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Puts the clients' clock on: of a call that is under way, the attempt that fails next is the last."""
     return lambda: monkeypatch.setattr("deltaserve._connection.monotonic", lambda: monotonic() + 3600)
-
-
-@pytest.fixture
-def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a step of the main thread sent again only where it fails, and not soon: its result would be a duplicate."""
-    monkeypatch.setattr("deltaserve._connection._SOON_SECONDS", 20.0)
 
 
 Eventually = Callable[[Callable[[], Any]], Any]

@@ -46,5 +46,5 @@ def connect():
 SHARES = """
 client, model = connect()
 worker = model.worker("a", lease_seconds=5.0)  # the default is longer than tests wait for its end
-assert worker._exchange._shared is not None
+assert getattr(worker._membership.transport(), "memory", None) is not None
 """

@@ -15,6 +15,8 @@ from deltaserve import Client, Model, Worker
 if TYPE_CHECKING:
     from tests.client.conftest import ServerProcess
 
+pytestmark = pytest.mark.deep
+
 TIMEOUT = 0.3
 SLACK = 10.0
 """What a busy machine may add. The default is a minute."""

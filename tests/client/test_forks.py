@@ -12,6 +12,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import StartProgram
 
+pytestmark = pytest.mark.deep
+
 # What gRPC itself says of a fork ("Other threads are currently calling into gRPC") is on standard error and no error.
 BEGIN = """
 import gc, multiprocessing, os, sys, time

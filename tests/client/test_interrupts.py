@@ -14,6 +14,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram
 
+pytestmark = pytest.mark.deep
+
 PROGRAM = """
 import sys
 import numpy as np

@@ -90,14 +90,15 @@ def test_a_renewal_that_fails_on_the_way_is_not_the_last(
         renewed(model, eventually)
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_a_renewal_that_is_refused_is_told_and_is_the_last(
     model: deltaserve.Model, caplog: pytest.LogCaptureFixture, eventually: "Eventually"
 ) -> None:
     with caplog.at_level(logging.WARNING, "deltaserve"):
-        older = model.worker("a", lease_seconds=1.0)
+        older = model.worker("a", lease_seconds=20.0)
         with model.worker("a"):
             eventually(lambda: "a newer session of worker a has taken over" in caplog.text)
-            sleep(0.8)
+            sleep(0.3)
     assert caplog.text.count("taken over") == 1
     older.close()
 
@@ -131,6 +132,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("way", "status"), WAYS.items(), ids=lambda value: str(value).replace(" ", "-"))
 def test_a_worker_that_is_not_closed_ends_with_its_program(
     way: str, status: int, server: LocalServer, model: deltaserve.Model, start_program: "StartProgram"
@@ -145,6 +147,7 @@ def test_a_worker_that_is_not_closed_ends_with_its_program(
     assert monotonic() - began < 10
 
 
+@pytest.mark.deep
 def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
     server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
     assert monotonic() - killed > 0.8
 
 
+@pytest.mark.deep
 def test_a_program_that_was_stopped_for_longer_than_its_lease_goes_on(
     server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
@@ -196,6 +200,7 @@ def test_a_client_closes_the_workers_that_are_still_open(server: LocalServer, mo
     del kept
 
 
+@pytest.mark.usefixtures("own_server")
 def test_closing_a_worker_after_its_server_is_gone_takes_no_error(server: LocalServer, model: deltaserve.Model) -> None:
     worker = model.worker("a")
     server.stop(grace_seconds=0)

@@ -79,7 +79,7 @@ def test_a_push_that_had_been_applied_counts_once(client: Client, sleeps: Sleeps
     with model.worker("a") as a:
         a.step(gradient(1))
         first = a.last_result
-        a._sequence, a._sent = 1, True  # as if its answer had been lost
+        a._session.sequence, a._session.sent = 1, True  # as if its answer had been lost
         sleeps(a)
         weights = a.step(gradient(1))
         assert first
@@ -104,12 +104,11 @@ def test_a_push_that_waits_for_its_round_counts_once(client: Client, sleeps: Sle
         assert model.info().version == 1
 
 
-@pytest.mark.usefixtures("sent_once")
 def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Client, sleeps: Sleeps) -> None:
     model = client.create_model("m", gradient(0))
     with model.worker("a") as a:
         a.step(gradient(1))
-        a._sequence, a._sent = 1, True  # as if its answer had been lost, and the caller had gone on
+        a._session.sequence, a._session.sent = 1, True  # as if its answer had been lost, and the caller had gone on
         sleeps(a)
         a.step(gradient(-1))
         assert a.last_result

@@ -9,7 +9,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, SessionError, Sync, Worker
-from deltaserve._transport.exchange import Transport
+from deltaserve._transport.protocol import TransportName
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def test_before_the_first_push_there_is_nothing_to_ask_for(client: Client) -> No
                 worker.get_push(sequence)
 
 
-@pytest.mark.usefixtures("sent_once")
 def test_each_of_the_last_pushes_has_its_first_result(client: Client) -> None:
     with client.create_model("m", gradient(0)).worker() as worker:
         results = []
@@ -88,7 +87,7 @@ def test_after_a_lost_answer_the_truth_is_to_be_had(
     client: Client,
     proxy: "Proxy",
     size: int,
-    transport: Transport,
+    transport: TransportName,
     eventually: "Eventually",
     time_is_up: Callable[[], None],
     threads: ThreadPoolExecutor,
@@ -171,7 +170,7 @@ def test_going_on_with_another_gradient_tells_what_became_of_the_first(
     model = client.model("m")
     with model.worker("b") as b:
         b.pull()
-        ask, closed = a._ask, list[object]()
+        ask, closed = a._membership.find_push, list[object]()
 
         def ask_and_close(number: int) -> Any:
             """The round closes at the worst moment: between two questions of the worker."""
@@ -180,7 +179,7 @@ def test_going_on_with_another_gradient_tells_what_became_of_the_first(
                 closed.append(b.step(gradient(3)))
             return answer
 
-        a._ask = ask_and_close  # type: ignore[method-assign]
+        a._membership.find_push = ask_and_close  # type: ignore[method-assign]
         with pytest.raises(deltaserve.StaleGradientError):
             a.step(gradient(2))
         assert a.version == 1

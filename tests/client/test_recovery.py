@@ -19,6 +19,8 @@ import deltaserve
 if TYPE_CHECKING:
     from tests.client.conftest import ServerProcess, StartServer
 
+pytestmark = pytest.mark.deep
+
 ONE = {"w": np.ones(30_000, np.float32)}
 RECORDS = 12
 

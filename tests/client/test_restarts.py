@@ -17,6 +17,8 @@ from deltaserve._connection import Connection
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, ServerProcess, StartServer
 
+pytestmark = pytest.mark.deep
+
 SMALL = {"w": np.linspace(-1, 1, 5, dtype=np.float32), "b": np.ones((), np.float32)}
 LARGE = {"w": np.linspace(-1, 1, 400_000, dtype=np.float32)}
 
@@ -82,7 +84,7 @@ def test_a_worker_goes_on_as_if_nothing_had_happened(
         steps(worker, start, range(11, 13))
         steps(other, start, range(11, 13))
         same(model, twin)
-        assert (worker._exchange._shared is not None) == (transport == "shared")
+        assert (getattr(worker._membership.transport(), "memory", None) is not None) == (transport == "shared")
         worker.close()
 
 
@@ -91,7 +93,7 @@ def test_a_gradient_is_sent_to_a_server_that_came_back_once_it_has_said_where_it
 ) -> None:
     """Until then small calls ask for it: the vector does not travel in vain, nor twice."""
     calls: list[str] = []
-    really = Connection._call
+    really = Connection.stub
 
     def counted(connection: Connection, method: str) -> Any:
         calls.append(method)
@@ -103,7 +105,7 @@ def test_a_gradient_is_sent_to_a_server_that_came_back_once_it_has_said_where_it
         steps(worker, LARGE, range(1, 3))
         server.kill()
         server.start()
-        monkeypatch.setattr(Connection, "_call", counted)
+        monkeypatch.setattr(Connection, "stub", counted)
         steps(worker, LARGE, range(3, 4))
     assert calls[: calls.index("CloseSession")][-2:] == ["KeepSession", "StreamStep"]
     assert calls.count("StreamStep") == 2
@@ -138,7 +140,7 @@ def test_a_duplicate_gets_its_first_result_also_from_the_server_that_follows(
         server.kill()
         server.start()
         assert worker.get_push(3) == first
-        worker._sequence -= 1  # as if the answer had been lost
+        worker._session.sequence -= 1  # as if the answer had been lost
         worker.step(gradient(SMALL, 3))
         result = worker.last_result
         assert result

@@ -12,7 +12,7 @@ import pytest
 
 import deltaserve
 from deltaserve import Async, Bounded, Client, Hyperparameters, ModelState, Sync
-from deltaserve._transport.exchange import Transport
+from deltaserve._transport.protocol import TransportName
 from deltaserve._types import Policy
 from deltaserve_server import LocalServer, ServerConfig
 
@@ -62,9 +62,11 @@ class Run:
         wait: Waits for a condition.
     """
 
-    def __init__(self, client: Client, policy: Policy, transports: tuple[Transport, ...], wait: "Eventually") -> None:
+    def __init__(
+        self, client: Client, policy: Policy, transports: tuple[TransportName, ...], wait: "Eventually"
+    ) -> None:
         groups = [Hyperparameters(lr=0.7), Hyperparameters(rho=0.8, weight_decay=0.01)]
-        self.client, self._wait = client, wait
+        self.client, self._wait, self._transports = client, wait, transports
         self.sync = isinstance(policy, Sync)
         self.model = client.create_model(
             "m", _gradients(0, SHAPES), groups=groups, group_of={"a": 0, "none": 0, "b": 1, "c": 1}, policy=policy
@@ -80,7 +82,7 @@ class Run:
                 worker.pull(out=fields.get("out"))
         steps = []
         for k, worker in enumerate(self.workers):
-            accepted = worker._sequence
+            accepted = worker._session.sequence
             steps.append(self.pool.submit(worker.step, gradients(k), weight=k + 0.5, **fields))
             self._wait(partial(self._has, k, accepted))
         for step, worker in zip(steps, self.workers, strict=True):
@@ -105,7 +107,7 @@ class Run:
         self.round(lambda k: _gradients(60 + k, SHAPES))
         last = self.workers[2]
         last.close()
-        self.workers[2] = self.model.worker("w2", transport=last._transport)
+        self.workers[2] = self.model.worker("w2", transport=self._transports[2])
         self.round(lambda k: _gradients(70 + k, SHAPES | MORE if k == 2 else SHAPES))
         if not self.sync:
             written = self.workers[0].step(_gradients(80, SHAPES), out=out)
@@ -127,7 +129,7 @@ def _check_equal(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None
 def test_every_way_gives_the_same_bits_and_verdicts(
     client: Client, unix: Client, policy: str, eventually: "Eventually"
 ) -> None:
-    ways: list[tuple[Client, tuple[Transport, ...]]] = [
+    ways: list[tuple[Client, tuple[TransportName, ...]]] = [
         (client, ("stream",) * 3),
         (client, ("shared",) * 3),
         (client, ("stream", "shared", "auto")),
@@ -138,7 +140,7 @@ def test_every_way_gives_the_same_bits_and_verdicts(
         with ExitStack() as stack:
             run = Run(connected, POLICIES[policy], transports, eventually)
             for k, transport in enumerate(transports):
-                shared = run.workers[k]._exchange._shared is not None
+                shared = getattr(run.workers[k]._membership.transport(), "memory", None) is not None
                 assert shared == (transport != "stream")
                 stack.callback(run.workers[k].close)
             runs.append(run.all())

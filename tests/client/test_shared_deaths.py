@@ -20,6 +20,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, Program, StartProgram, StartServer
 
+pytestmark = [pytest.mark.deep, pytest.mark.usefixtures("own_server")]
+
 
 @pytest.fixture
 def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
@@ -32,35 +34,35 @@ def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
 AT_REST = "worker.step(ones())\nprint('ready', flush=True)\ntime.sleep(60)\n"
 
 READING = """
-copy = worker._exchange._shared.read_weights
+copy = worker._membership.transport().memory.read_weights
 def slow(*arguments):
     copy(*arguments)
     print("ready", flush=True)
     time.sleep(60)
-worker._exchange._shared.read_weights = slow
+worker._membership.transport().memory.read_weights = slow
 worker.step(ones())
 """
 
 COMPARING = """
 def slow(weights, target):
     copy(weights, target)
-    (vector,) = worker._exchange._shared._weights.values()
+    (vector,) = worker._membership.transport().memory._weights.values()
     before = vector.copy()
     print("ready", flush=True)
     time.sleep(0.2)
     print((vector == before).all() and before.any(), flush=True)
-copy, worker._exchange._shared.read_weights = worker._exchange._shared.read_weights, slow
+copy, worker._membership.transport().memory.read_weights = worker._membership.transport().memory.read_weights, slow
 worker.step(ones())
 """
 
 WRITING = """
-copy = worker._exchange._shared.write_gradient
+copy = worker._membership.transport().memory.write_gradient
 worker.step(ones())
 def slow(*arguments):
     copy(*arguments)
     print("ready", flush=True)
     time.sleep(60)
-worker._exchange._shared.write_gradient = slow
+worker._membership.transport().memory.write_gradient = slow
 worker.step(ones())
 """
 
@@ -126,11 +128,11 @@ def test_a_server_that_is_killed_leaves_nothing_behind(start_server: "StartServe
 # --- forks
 
 FORK = """
-from deltaserve._transport.exchange import Exchange
+
 client, model = connect()
 worker = model.worker("a", transport="shared")
 worker.step(ones())
-gradient = worker._exchange._shared._gradient
+gradient = worker._membership.transport().memory._gradient
 before = gradient.copy()
 if not (child := os.fork()):
     try:
@@ -160,7 +162,7 @@ def test_a_forked_child_leaves_the_parents_gradient_alone(client: Client, start:
 FALLS_BACK = """
 client, model = connect()
 worker = model.worker("a")
-print(worker._exchange._shared is None, flush=True)
+print(getattr(worker._membership.transport(), "memory", None) is None, flush=True)
 worker.step(ones())
 worker.step(ones(2))
 print(worker.version, flush=True)

@@ -17,6 +17,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram, StartProxy
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.fixture
 def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
@@ -162,8 +164,8 @@ worker = model.worker("a", transport="shared")
 worker.pull()
 while interrupts < 60:
     values.append(float(np.float32(chance.random())))
-    number = worker._sequence
-    while worker._sequence == number:
+    number = worker._session.sequence
+    while worker._session.sequence == number:
         try:
             try:
                 armed = True

@@ -9,7 +9,9 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, Model, Sync, Worker
-from deltaserve._transport.exchange import TRANSPORTS, Exchange, Transport
+from deltaserve._transport.protocol import TRANSPORTS, TransportName
+from deltaserve._transport.shared_memory import SharedMemory
+from deltaserve._transport.stream import StreamTransport
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.engine.model_engine import ModelEngine
 
@@ -21,7 +23,7 @@ SIZE = 300_001
 
 
 def shares(worker: Worker) -> bool:
-    return worker._exchange._shared is not None
+    return getattr(worker._membership.transport(), "memory", None) is not None
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         (3, "stream", False),
     ],
 )
-def test_who_shares_memory(client: Client, size: int, transport: Transport, expected: bool) -> None:
+def test_who_shares_memory(client: Client, size: int, transport: TransportName, expected: bool) -> None:
     model = client.create_model("m", {"w": np.zeros(size)})
     with model.worker(transport=transport) as worker:
         assert shares(worker) == expected
@@ -88,7 +90,7 @@ def test_a_server_that_does_not_share_memory(reserved: Client) -> None:
     ],
 )
 def test_the_default_depends_on_where_the_server_listens(bind: str, asked: bool | None, expected: bool) -> None:
-    assert ServerConfig(bind=bind, shared_memory=asked).shares_memory is expected
+    assert ServerConfig(bind=bind, shared_memory=asked).offers_shared_memory is expected
 
 
 def test_a_server_on_every_address_shares_memory_with_its_own_host_alone_if_it_is_to() -> None:
@@ -115,7 +117,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
     client: Client, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """As where process ids are another container's: a file of that number may be there, and be another."""
-    honest = ModelEngine.share
+    honest = ModelEngine.open_shared_memory
 
     def misleading(*arguments: Any) -> Any:
         handle = honest(*arguments)
@@ -130,7 +132,7 @@ def test_memory_that_is_not_the_servers_is_not_taken(
         key, value = fields[field]
         return replace(handle, **{key: value})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelEngine, "share", misleading)
+    monkeypatch.setattr(ModelEngine, "open_shared_memory", misleading)
     model = client.create_model("m", {"w": np.zeros(SIZE)})
     with model.worker("a") as worker:
         assert not shares(worker)
@@ -187,14 +189,15 @@ def test_the_push_after_one_of_which_nothing_is_known_goes_through_messages(
     client: Client, server: LocalServer, monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor
 ) -> None:
     ways: list[str] = []
-    for way in ("_step_shared", "_step_stream"):
-        honest = getattr(Exchange, way)
+    for kind, way in ((SharedMemory, "shared"), (StreamTransport, "stream")):
+        name = "write_gradient" if kind is SharedMemory else "step"
+        honest = getattr(kind, name)
 
-        def traced(*arguments: Any, way: str = way, honest: Any = honest, **fields: Any) -> Any:
+        def traced(*arguments: Any, way: str = way, honest: Any = honest) -> Any:
             ways.append(way)
-            return honest(*arguments, **fields)
+            return honest(*arguments)
 
-        monkeypatch.setattr(Exchange, way, traced)
+        monkeypatch.setattr(kind, name, traced)
     model: Model = client.create_model("m", {"w": np.zeros(SIZE)}, policy=Sync(min_workers=2))
     with deltaserve.connect(server.target, timeout_seconds=20) as short, model.worker("b", transport="stream") as b:
         a = short.model("m").worker("a", transport="shared")
@@ -203,17 +206,17 @@ def test_the_push_after_one_of_which_nothing_is_known_goes_through_messages(
         with pytest.raises(deltaserve.UnavailableError, match="did not answer"):
             a.step({"w": np.ones(SIZE)})
         short._connection.timeout_seconds = 20.0
-        assert ways == ["_step_shared"]
+        assert ways == ["shared"]
         step = threads.submit(a.step, {"w": np.ones(SIZE)})
         b.step({"w": np.full(SIZE, 3.0)})
         step.result()
-        assert ways == ["_step_shared", "_step_stream", "_step_stream"]
+        assert ways == ["shared", "stream", "stream"]
         assert a.last_result is not None
         assert (a.last_result.version, a.last_result.contributors) == (1, 2)
         step = threads.submit(a.step, {"w": np.ones(SIZE)})
         b.step({"w": np.full(SIZE, 3.0)})
         step.result()
-        assert sorted(ways[3:]) == ["_step_shared", "_step_stream"]
+        assert sorted(ways[3:]) == ["shared", "stream"]
         assert model.info().version == 2
         states = {session.worker: session.last_sequence for session in model.info().sessions}
         assert states == {"a": 2, "b": 2}

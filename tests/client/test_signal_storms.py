@@ -14,6 +14,8 @@ from deltaserve_server import LocalServer
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram
 
+pytestmark = pytest.mark.deep
+
 BEGIN = """
 import os, queue, random, signal, sys, threading, time
 import numpy as np
@@ -42,8 +44,8 @@ def interrupt(number, frame):
         raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
 while time.monotonic() < end or interrupts < 20:
-    pushed, number = gradient(), worker._sequence
-    while worker._sequence == number:
+    pushed, number = gradient(), worker._session.sequence
+    while worker._session.sequence == number:
         try:
             try:
                 armed = True

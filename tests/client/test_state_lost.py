@@ -15,6 +15,8 @@ from deltaserve import Sync, Worker
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually, StartProgram, StartServer
 
+pytestmark = pytest.mark.deep
+
 ONE = {"w": np.ones(3, np.float32)}
 
 CALLS: list[Callable[[Worker], object]] = [lambda worker: worker.pull(), lambda worker: worker.step(ONE)]

@@ -34,7 +34,6 @@ def test_with_the_same_gradient_it_is_found_again(model: deltaserve.Model, give_
         assert model.info().version == 1
 
 
-@pytest.mark.usefixtures("sent_once")
 def test_with_another_gradient_the_first_counts_and_so_does_the_second(
     client: Client, model: deltaserve.Model, give_up: "GiveUp"
 ) -> None:
@@ -76,7 +75,7 @@ def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(model: delta
         assert a.last_result.version == 2
 
 
-@pytest.mark.usefixtures("sent_once")
+@pytest.mark.usefixtures("own_server")
 def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
     server: LocalServer,
     client: Client,
@@ -93,26 +92,25 @@ def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
         proxy.hold_answers()
         step = pool.submit(worker.step, ONE)
         eventually(lambda: model.info().version == 1)
-        server._catalog.drain()
-        refuse, refused = server._catalog.check_open, threading.Event()
+        server._catalog.quotas.draining = True
+        refuse, refused = server._catalog.quotas.check_open, threading.Event()
 
         def told() -> None:
             refused.set()
             refuse()
 
-        monkeypatch.setattr(server._catalog, "check_open", told)
+        monkeypatch.setattr(server._catalog.quotas, "check_open", told)
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()
         assert refused.is_set()
-        server._catalog._draining = False
+        server._catalog.quotas.draining = False
         worker.step(TWO)
         assert worker.last_result is not None
         result = worker.last_result
         assert (result.version, result.duplicate, result.staleness) == (2, False, 1)
 
 
-@pytest.mark.usefixtures("sent_once")
 def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
     with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
         for _ in range(3):
@@ -123,7 +121,6 @@ def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
         assert (worker.last_result.version, worker.last_result.duplicate) == (1, False)
 
 
-@pytest.mark.usefixtures("sent_once")
 def test_an_interrupt_between_answer_and_bookkeeping_leaves_the_worker_able_to_go_on(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +128,7 @@ def test_an_interrupt_between_answer_and_bookkeeping_leaves_the_worker_able_to_g
     with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
         worker.pull()
         with monkeypatch.context() as patch:
-            patch.setattr(worker, "_moved", lambda position: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(worker._weights, "finish", lambda position: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 worker.step(ONE)
         worker.step(TWO)

@@ -126,6 +126,7 @@ def test_a_line_that_is_cut_while_nothing_happens_yields_nothing_twice(
         assert proxy.cuts == 3
 
 
+@pytest.mark.deep
 def test_a_server_that_comes_back_without_the_model_ends_it(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
@@ -139,6 +140,7 @@ def test_a_server_that_comes_back_without_the_model_ends_it(start_server: "Start
             assert caught.value.reason == "MODEL_NOT_FOUND"
 
 
+@pytest.mark.deep
 def test_a_server_that_does_not_come_back_ends_it_within_the_timeout(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
@@ -153,6 +155,7 @@ def test_a_server_that_does_not_come_back_ends_it_within_the_timeout(start_serve
             assert monotonic() - began < 10
 
 
+@pytest.mark.deep
 def test_a_server_that_was_stopped_before_it_is_no_wait_without_end(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
@@ -179,6 +182,7 @@ def test_deleting_the_model_ends_it(client: Client) -> None:
         assert next(events, None) is None
 
 
+@pytest.mark.usefixtures("own_server")
 def test_a_server_that_stops_ends_it(server: LocalServer, client: Client) -> None:
     model = client.create_model("m", gradient(0))
     with watching(model) as events:
@@ -212,7 +216,7 @@ def test_leaving_the_loop_frees_the_place() -> None:
                     next(model.watch())
                 if caught.value.reason:
                     break
-            assert caught.match("has its 2 watchers")
+            assert caught.match("limit of 2 watchers")
             assert caught.value.reason == "WATCHER_LIMIT"
 
 

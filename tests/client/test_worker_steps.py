@@ -17,7 +17,6 @@ sizes = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
 
 
 @sizes
-@pytest.mark.usefixtures("sent_once")
 def test_a_step_is_adadeltas(client: Client, size: int) -> None:
     rng = np.random.default_rng(1)
     start = rng.standard_normal(size).astype(np.float32)

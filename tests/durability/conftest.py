@@ -1,5 +1,10 @@
-"""What the tests of the durability room begin with: a quick place for files, small journals, and nothing executed."""
+"""Fixtures of the durability tests: a fast folder, small journals, and a guard against code execution.
 
+`make test` runs samples; `make test-deep` runs the enumerations. With DELTASERVE_FULL=1 the deep tier reaches the
+numbers of the promises G2, G4 and G19, which takes many minutes.
+"""
+
+import importlib
 import os
 import pickle
 import shutil
@@ -13,39 +18,46 @@ import pytest
 
 from deltaserve_server.durability import journal
 
-# What several files of tests use, and the random histories of the simulation; no folder of tests is a package.
+# Folders of tests are no packages: the helpers of these tests, and the random histories of the simulation.
 _HERE = Path(__file__).parent
 sys.path += [str(_HERE / "scene"), str(_HERE.parent / "simulation")]
 
-FULL = os.environ.get("DELTASERVE_FULL") == "1"
-"""Whether the numbers of the promises are reached, which takes minutes; else a few hundred trials each."""
+# numba compiles on import, from a cache that it unpickles: before a test forbids that.
+for _module in ("cpu", "float16", "robust", "values"):
+    importlib.import_module(f"deltaserve_server.adadelta.{_module}")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.deep)], ids=["sample", "many"])
+def many(request: pytest.FixtureRequest) -> bool:
+    """Whether a test runs many trials (deep tier) or a sample."""
+    return bool(request.param)
 
 
 @pytest.fixture
 def full() -> bool:
-    """Whether all trials are wanted."""
-    return FULL
+    """Whether a deep test reaches the numbers of the promises."""
+    return os.environ.get("DELTASERVE_FULL") == "1"
 
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where the system has such; an fsync is free there, and every byte is kept as on a disk."""
+    """A folder in memory, where fsync costs nothing; on disk if the system has no /dev/shm."""
     memory = Path("/dev/shm")
     if not memory.is_dir():
         yield tmp_path
         return
-    made = Path(tempfile.mkdtemp(prefix="deltaserve-test-", dir=memory))
+    folder = Path(tempfile.mkdtemp(prefix="deltaserve-test-", dir=memory))
     try:
-        yield made
+        yield folder
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def small_journals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Space is set aside in portions of 64 KiB, not of 16 MiB, so that a data directory is quick to copy.
+    """Allocates 64 KiB at a time instead of 16 MiB, so that a data directory is quick to copy.
 
-    What is written to a journal that a model has was never more than what was set aside.
+    Also checks that a journal never writes beyond what it has allocated.
     """
     monkeypatch.setattr(journal, "_ALLOCATED", 1 << 16)
     write = journal.Journal.write
@@ -59,7 +71,7 @@ def small_journals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G19: whatever is read from a disk, nobody asks for a pickle."""
+    """G19: nothing that is read from a disk is unpickled."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a pickle was read")

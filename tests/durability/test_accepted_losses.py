@@ -1,34 +1,33 @@
-"""A loss is refused until it is accepted, then never forgotten; a bad snapshot that was got over is none any more."""
+"""A corrupt file stops the server until the operator accepts the loss; an accepted loss is not forgotten."""
 
 import errno
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from crowd import Crowd
-from house import Clock, House, check_comes_back, check_same, copied, read, seen
-from trouble import Trouble
+from model_host import Clock, ModelHost, check_comes_back, check_same, copied, read, seen
+from trouble import Crash, Trouble, crashing
 
 from deltaserve_server.durability import directory, snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.folder import Folder
+from deltaserve_server.durability.folder import Ancestor, Folder
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Refused
 
 
 class Lost(NamedTuple):
-    """A data directory of a server that has died, with a bad file in it.
+    """The data directory of a killed server, with a corrupt file.
 
     Attributes:
         path: The data directory.
-        name: The file.
-        engine: The model as it was.
+        name: The corrupt file.
+        engine: The model before the kill.
     """
 
     path: Path
@@ -54,96 +53,73 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def bad_journal(quick: Path, clock: Clock) -> Lost:
-    """There are three journals; in the first, a record in the middle is bad."""
+    """Three journals; a record in the middle of the first is corrupt."""
     path = quick / "data"
-    house = House(path, "fsync")
-    crowd = Crowd(house.create(), 3, clock)
+    host = ModelHost(path, "fsync")
+    crowd = Crowd(host.create(), 3, clock)
     push(crowd, 6)
-    house.die()
-    house = House(path, "fsync")
-    crowd = Crowd(house.restore(), 4, clock)
+    host.die()
+    host = ModelHost(path, "fsync")
+    crowd = Crowd(host.restore(), 4, clock)
     push(crowd, 2)
-    house.die()
+    host.die()
     journal = path / "models" / "m" / "journal-00000002"
     flip(journal, len(journal.read_bytes().rstrip(b"\0")) * 2 // 3)
     return Lost(path, journal.name, crowd.engine)
 
 
 def repaired(quick: Path, clock: Clock) -> tuple[Path, ModelEngine]:
-    """The journal failed at a push, and a snapshot alone has what came of it."""
+    """A push could not be journaled; only a snapshot has its update."""
     path, trouble = quick / "data", Trouble()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory, "Files", trouble.files)
-        house = House(path, "journal")
-        crowd = Crowd(engine := house.create(), 5, clock)
+        host = ModelHost(path, "journal")
+        crowd = Crowd(engine := host.create(), 5, clock)
         push(crowd, 3)
         trouble.errors["write"], trouble.only = errno.EIO, "journal"
         with pytest.raises(Refused, match="STORAGE_UNAVAILABLE"):
             crowd.push()
         trouble.lift()
         assert engine.save().version == 4
-        house.die()
+        host.die()
     return path, engine
 
 
 def bad_repair(quick: Path, clock: Clock) -> Lost:
-    """The journal failed at a push; the snapshot that made it safe is bad."""
+    """A push could not be journaled; the only snapshot with its update is corrupt."""
     path, engine = repaired(quick, clock)
     tensors = max((path / "models" / "m").glob("*.safetensors"))
     flip(tensors, -3)
     return Lost(path, tensors.name, engine)
 
 
-# --- a crash while a loss is being accepted
-
-
-class Crash(BaseException):
-    """The process dies."""
-
-
-@contextmanager
-def crashing(at: int) -> Iterator[None]:
-    """Has the process die before the operation on a folder that has this number."""
-    numbers = count()
-
-    def dying(really: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            if next(numbers) == at:
-                raise Crash
-            return really(*given, **named)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("create", "shorten", "rename", "remove", "sync"):
-            patch.setattr(Files, name, dying(getattr(Files, name)))
-        yield
+# --- a crash while a loss is accepted
 
 
 def accept(path: Path, at: int) -> bool:
-    """Starts with the loss accepted; returns whether that was done before the crash."""
-    house = House(path, "fsync")
+    """Starts with --accept-data-loss; returns False if the server crashed first."""
+    host = ModelHost(path, "fsync")
     try:
         with crashing(at):
-            house.restore(accept_data_loss=True)
+            host.restore(accept_data_loss=True)
     except Crash:
         return False
     finally:
-        house.die()
+        host.die()
     return True
 
 
 def start(path: Path, lost: Lost) -> str:
-    """Starts with nothing accepted; returns what came of it. A history that is shorter without a word is a failure."""
-    house = House(path, "fsync")
+    """Starts without accepting a loss; returns "refused" or "a loss". A silent loss fails the test."""
+    host = ModelHost(path, "fsync")
     try:
-        engine = house.restore()
+        engine = host.restore()
     except CorruptError as error:
         if lost.name not in error.where:
             raise
         return "refused"
     finally:
-        house.die()
+        host.die()
     assert engine.machine.version < lost.engine.machine.version
     assert engine.head.lineage != lost.engine.head.lineage
     assert engine.head.knows(lost.engine.head.lineage)
@@ -152,7 +128,7 @@ def start(path: Path, lost: Lost) -> str:
 
 
 @pytest.mark.parametrize("lose", [bad_journal, bad_repair])
-def test_a_crash_at_any_moment_of_accepting_a_loss_does_not_hide_it(
+def test_a_crash_while_a_loss_is_accepted_does_not_hide_it(
     quick: Path, clock: Clock, lose: Callable[[Path, Clock], Lost]
 ) -> None:
     lost, outcomes = lose(quick, clock), Counter[str]()
@@ -166,21 +142,21 @@ def test_a_crash_at_any_moment_of_accepting_a_loss_does_not_hide_it(
     assert outcomes["a loss"] >= 5
 
 
-def test_a_server_that_dies_before_it_serves_what_was_accepted_has_told_of_the_loss(quick: Path, clock: Clock) -> None:
+def test_a_crash_before_serving_keeps_an_accepted_loss_recorded(quick: Path, clock: Clock) -> None:
     lost = bad_journal(quick, clock)
     accepted = read(lost.path, accept_data_loss=True)
-    house = House(lost.path, "fsync")
-    came = house.restore()
-    house.die()
-    assert came.machine.version == accepted.version
-    assert came.head.ancestors[-1].version == accepted.version
+    host = ModelHost(lost.path, "fsync")
+    restored = host.restore()
+    host.die()
+    assert restored.machine.version == accepted.version
+    assert restored.head.ancestors[-1].version == accepted.version
     assert start(lost.path, lost) == "a loss", "and what is served now is that"
 
 
-# --- a snapshot that alone has what a journal could not take
+# --- a snapshot that has updates which the journal lacks
 
 
-def test_a_bit_that_flips_in_the_manifest_of_a_repair_is_refused_and_named(
+def test_a_flipped_bit_in_the_manifest_of_a_repairing_snapshot_stops_the_server(
     quick: Path, clock: Clock, full: bool
 ) -> None:
     path, engine = repaired(quick, clock)
@@ -195,25 +171,25 @@ def test_a_bit_that_flips_in_the_manifest_of_a_repair_is_refused_and_named(
 
 
 @pytest.mark.parametrize("pushes", [0, 2])
-def test_a_loss_that_was_accepted_is_not_to_be_accepted_again(quick: Path, clock: Clock, pushes: int) -> None:
+def test_a_loss_is_accepted_once(quick: Path, clock: Clock, pushes: int) -> None:
     lost = bad_repair(quick, clock)
     assert start(lost.path, lost) == "refused"
-    house = House(lost.path)
-    accepted = house.restore(accept_data_loss=True)
+    host = ModelHost(lost.path)
+    accepted = host.restore(accept_data_loss=True)
     push(Crowd(accepted, 6, clock), pushes)
-    house.die()
-    house = House(lost.path)
-    came = house.restore()
-    house.die()
-    assert came.head.lineage == accepted.head.lineage
-    check_comes_back(seen(came), accepted)
+    host.die()
+    host = ModelHost(lost.path)
+    restored = host.restore()
+    host.die()
+    assert restored.head.ancestors[-1] == Ancestor(accepted.head.lineage, accepted.machine.version)
+    check_comes_back(seen(restored), accepted)
 
 
-# --- a bad snapshot that was got over
+# --- a corrupt snapshot with a good one before it
 
 
 def good_snapshots(path: Path) -> list[int]:
-    """The snapshots of a model, each of which must be good."""
+    """Returns the numbers of the snapshots; fails if one is corrupt."""
     folder = Folder(Files(path / "models" / "m"))
     for number in folder.snapshots():
         snapshot.read_state(folder.files, snapshot.read_manifest(folder.files, number), lambda _: None)
@@ -221,19 +197,17 @@ def good_snapshots(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "json"])
-def test_after_a_bad_snapshot_two_good_ones_are_there_again_and_a_second_one_is_survived(
-    quick: Path, clock: Clock, kind: str
-) -> None:
-    house = House(quick / "data")
-    crowd = Crowd(house.create(), 8, clock)
+def test_a_corrupt_snapshot_is_replaced_before_it_can_hurt(quick: Path, clock: Clock, kind: str) -> None:
+    host = ModelHost(quick / "data")
+    crowd = Crowd(host.create(), 8, clock)
     push(crowd, 3)
     crowd.save()
     push(crowd, 2)
     for seed in (9, 10):
-        house.die()
+        host.die()
         flip(max((quick / "data" / "models" / "m").glob(f"snapshot-*.{kind}")), -3)
-        before, house = crowd.engine, House(quick / "data")
-        engine = house.restore()
+        before, host = crowd.engine, ModelHost(quick / "data")
+        engine = host.restore()
         check_same(seen(engine), seen(before))
         assert engine.is_due(), "another snapshot is wanted"
         crowd = Crowd(engine, seed, clock)
@@ -241,25 +215,25 @@ def test_after_a_bad_snapshot_two_good_ones_are_there_again_and_a_second_one_is_
         crowd.save()
         assert len(good_snapshots(quick / "data")) == 2
         push(crowd, 1)
-    house.die()
+    host.die()
 
 
-def test_a_head_that_is_lost_ends_the_sessions(quick: Path, clock: Clock) -> None:
-    """How the model was served is not known: whoever goes on might have weights that are lost."""
+def test_a_lost_head_ends_the_sessions(quick: Path, clock: Clock) -> None:
+    """How the model was served is unknown, so its sessions may know lost weights."""
     path = quick / "data"
-    house = House(path, "snapshot")
-    crowd = Crowd(house.create(), 3, clock)
+    host = ModelHost(path, "snapshot")
+    crowd = Crowd(host.create(), 3, clock)
     push(crowd, 3)
-    house.engines[0].save()
+    host.engines[0].save()
     push(crowd, 2)
     assert crowd.engine.machine.sessions.live()
-    house.die()
+    host.die()
     flip(path / "models" / "m" / "head.json", 5)
-    house = House(path, "snapshot")
+    host = ModelHost(path, "snapshot")
     with pytest.raises(CorruptError, match=r"head\.json"):
-        house.restore()
-    engine = house.restore(accept_data_loss=True)
+        host.restore()
+    engine = host.restore(accept_data_loss=True)
     assert not engine.machine.sessions.live()
     assert engine.machine.version < crowd.engine.machine.version
     assert not engine.head.knows(crowd.engine.head.lineage)
-    house.die()
+    host.die()

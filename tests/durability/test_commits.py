@@ -1,4 +1,4 @@
-"""What was done is told when it is safe, in order, many at a time; and not at all where it could not be written."""
+"""Effects are called when their records are durable, in order; never if the records could not be written."""
 
 import errno
 import os
@@ -12,17 +12,17 @@ import pytest
 
 from deltaserve_server.durability.commits import Commits, Journaled, StorageError
 from deltaserve_server.durability.files import File, Files
-from deltaserve_server.durability.journal import Journal, Reading
+from deltaserve_server.durability.journal import Journal, JournalReader
 from deltaserve_server.durability.records import Ended, Record, VersionBumped
 
 
 class Slow(Files):
-    """A folder whose files take their time to be safe, or do not get there.
+    """A folder whose files are slow to sync, or fail.
 
     Attributes:
-        seconds: What a sync takes.
-        error: What a sync of a file, or a write where `at` says so, raises.
-        syncs: How many there were.
+        seconds: Duration of a sync.
+        error: Error number that the operation `at` raises.
+        syncs: Number of syncs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,28 +77,28 @@ def commits(files: Slow) -> Iterator[Journaled]:
 
 
 def written(files: Files, number: int = 1, after: int = 0) -> list[int]:
-    """The records that a journal holds."""
-    reading = Reading(Files(files.folder), number, after, lost_power=False)
+    """Returns the indices of the records in a journal."""
+    reading = JournalReader(Files(files.folder), number, after, lost_power=False)
     return [record.index for record in reading.records()]
 
 
-def test_nothing_is_told_before_it_is_on_the_disk(files: Slow, commits: Journaled) -> None:
-    told: list[str] = []
+def test_effects_wait_for_the_disk(files: Slow, commits: Journaled) -> None:
+    called: list[str] = []
     files.gate.clear()
     commits.add(VersionBumped(1))
-    commits.on_durable(lambda: told.append("answer"))
+    commits.on_durable(lambda: called.append("answer"))
     thread = threading.Thread(target=commits.flush)
     thread.start()
     time.sleep(0.1)
-    assert told == []
+    assert called == []
     assert thread.is_alive(), "who brought it waits"
     files.gate.set()
     thread.join(10)
-    assert told == ["answer"]
+    assert called == ["answer"]
     assert written(files) == [1]
 
 
-def test_without_fsync_it_is_told_once_the_system_has_it(files: Slow, commits: Journaled) -> None:
+def test_without_fsync_effects_wait_for_the_write_only(files: Slow, commits: Journaled) -> None:
     quick = Journaled(Journal(files, 2), 0, sync=False)
     files.syncs = 0
     quick.add(VersionBumped(1))
@@ -108,19 +108,19 @@ def test_without_fsync_it_is_told_once_the_system_has_it(files: Slow, commits: J
     quick.close()
 
 
-def test_without_a_journal_all_is_told_at_once() -> None:
-    commits, told = Commits(5), []
-    commits.add(VersionBumped(1), done=lambda: told.append("done"))
-    commits.on_durable(lambda: told.append("then"))
+def test_without_a_journal_effects_are_called_at_once() -> None:
+    commits, called = Commits(5), []
+    commits.add(VersionBumped(1), done=lambda: called.append("done"))
+    commits.on_durable(lambda: called.append("then"))
     commits.flush()
     commits.ready(1 << 40, 1 << 40, 0)
-    assert (told, commits.index) == (["done", "then"], 6)
+    assert (called, commits.index) == (["done", "then"], 6)
 
 
-def test_many_threads_are_told_in_order_and_share_their_writes(
+def test_group_commit_keeps_the_order_and_shares_syncs(
     files: Slow, commits: Journaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 threads, 10 records each: what each is told was safe by then, and few syncs serve all."""
+    """32 threads with 10 records each; every effect finds its record synced."""
     files.seconds = 0.005
     owner, order = threading.Lock(), []
     safe: set[int] = set()
@@ -136,20 +136,20 @@ def test_many_threads_are_told_in_order_and_share_their_writes(
 
     def work() -> None:
         for _ in range(10):
-            told = threading.Event()
+            called = threading.Event()
             with owner:
                 commits.add(VersionBumped(commits.index + 1))
                 mine = commits.index
 
-                def tell(index: int = mine, told: threading.Event = told) -> None:
+                def tell(index: int = mine, called: threading.Event = called) -> None:
                     assert index in safe
                     order.append(index)
-                    told.set()
+                    called.set()
 
                 commits.on_durable(tell)
             commits.flush()
-            assert told.is_set()
-            time.sleep(files.seconds)  # as if it computed: those who were told with it get their turn
+            assert called.is_set()
+            time.sleep(files.seconds)  # stands for computing: gives other threads their turn
 
     threads = [threading.Thread(target=work) for _ in range(32)]
     for thread in threads:
@@ -161,30 +161,30 @@ def test_many_threads_are_told_in_order_and_share_their_writes(
     assert files.syncs < 160, f"{files.syncs} syncs for 320 records"
 
 
-def test_what_is_not_needed_any_more_is_given_back_before_what_follows_is_told(commits: Journaled) -> None:
-    told: list[str] = []
+def test_pieces_are_released_before_later_effects_are_called(commits: Journaled) -> None:
+    called: list[str] = []
     values = np.arange(6, dtype=np.float32)
-    commits.add(Ended(()), [(0, values)], lambda: told.append("values"))
-    commits.on_durable(lambda: told.append("answer"))
-    assert told == []
+    commits.add(Ended(()), [(0, values)], lambda: called.append("values"))
+    commits.on_durable(lambda: called.append("answer"))
+    assert called == []
     commits.flush()
-    assert told == ["values", "answer"]
+    assert called == ["values", "answer"]
     commits.flush()
-    assert told == ["values", "answer"], "once"
+    assert called == ["values", "answer"], "once"
 
 
 @pytest.mark.parametrize(("at", "number"), [("sync", errno.EIO), ("write", errno.ENOSPC), ("write", errno.EIO)])
-def test_what_cannot_be_written_is_not_told_until_a_snapshot_has_it(
+def test_a_failed_write_delays_effects_until_a_snapshot_is_adopted(
     files: Slow, commits: Journaled, at: str, number: int
 ) -> None:
-    told: list[int] = []
+    called: list[int] = []
     commits.add(VersionBumped(1))
-    commits.on_durable(lambda: told.append(1))
+    commits.on_durable(lambda: called.append(1))
     commits.flush()
     files.error, files.at = number, at
     for index in (2, 3):
         commits.add(VersionBumped(index))
-        commits.on_durable(lambda index=index: told.append(index))  # type: ignore[misc]
+        commits.on_durable(lambda index=index: called.append(index))  # type: ignore[misc]
         with pytest.raises(StorageError, match=os.strerror(number)):
             commits.flush()
     with pytest.raises(StorageError):
@@ -194,30 +194,28 @@ def test_what_cannot_be_written_is_not_told_until_a_snapshot_has_it(
     with pytest.raises(StorageError):
         commits.flush()
     assert files.syncs == syncs, "after an error nothing is tried again on this file"
-    assert told == [1]
+    assert called == [1]
     journal = Journal(files, 2)
     commits.rotate(journal)
     commits.add(VersionBumped(4))
-    commits.on_durable(lambda: told.append(4))
+    commits.on_durable(lambda: called.append(4))
     with pytest.raises(StorageError):
         commits.flush()
     commits.adopt(journal)
-    assert told == [1, 2, 3]
+    assert called == [1, 2, 3]
     commits.adopt(journal)
     commits.flush()
-    assert told == [1, 2, 3, 4]
+    assert called == [1, 2, 3, 4]
     assert written(files, 2, 3) == [4]
     commits.ready(1, 1, 0)
 
 
-def test_after_several_snapshots_that_failed_the_one_that_did_not_is_gone_on_with(
-    files: Slow, commits: Journaled
-) -> None:
-    told: list[int] = []
+def test_the_journal_of_the_successful_snapshot_is_adopted_after_failed_ones(files: Slow, commits: Journaled) -> None:
+    called: list[int] = []
     files.error = errno.EIO
     for index in (1, 2, 3):
         commits.add(VersionBumped(index))
-        commits.on_durable(lambda index=index: told.append(index))  # type: ignore[misc]
+        commits.on_durable(lambda index=index: called.append(index))  # type: ignore[misc]
         with pytest.raises(StorageError):
             commits.flush()
         files.error = None
@@ -225,27 +223,27 @@ def test_after_several_snapshots_that_failed_the_one_that_did_not_is_gone_on_wit
         files.error = errno.EIO
     files.error = None
     commits.adopt(journal)
-    assert told == [1, 2, 3]
+    assert called == [1, 2, 3]
     commits.add(VersionBumped(4))
     commits.flush()
     assert [written(files, number) for number in (2, 3)] == [[], []]
     assert written(files, 4, 3) == [4]
 
 
-def test_a_snapshot_does_not_spare_what_waits_its_journal(files: Slow, commits: Journaled) -> None:
-    """Should that snapshot turn out to be bad, the one before it and the journals lead to the same."""
-    told: list[int] = []
+def test_adopting_a_journal_still_writes_what_the_old_one_can_take(files: Slow, commits: Journaled) -> None:
+    """If the snapshot is corrupt, the earlier one and the journals must lead to the same state."""
+    called: list[int] = []
     commits.add(VersionBumped(1))
-    commits.on_durable(lambda: told.append(1))
+    commits.on_durable(lambda: called.append(1))
     commits.rotate(journal := Journal(files, 2))
     commits.add(VersionBumped(2))
     commits.adopt(journal)
     commits.flush()
-    assert told == [1]
+    assert called == [1]
     assert (written(files, 1), written(files, 2, 1)) == ([1], [2])
 
 
-def test_a_journal_is_switched_to_between_two_records(files: Slow, commits: Journaled) -> None:
+def test_a_rotation_separates_two_records(files: Slow, commits: Journaled) -> None:
     for index in range(1, 4):
         commits.add(VersionBumped(index))
     commits.rotate(Journal(files, 2))
@@ -255,7 +253,7 @@ def test_a_journal_is_switched_to_between_two_records(files: Slow, commits: Jour
     assert (written(files, 1), written(files, 2, 3)) == ([1, 2, 3], [4, 5, 6])
 
 
-def test_space_is_set_aside_before_anything_happens(files: Slow, commits: Journaled) -> None:
+def test_space_is_reserved_in_advance(files: Slow, commits: Journaled) -> None:
     files.error, files.at = errno.ENOSPC, "allocate"
     with pytest.raises(StorageError, match="No space left"):
         commits.ready(1, 1 << 16, 0)
@@ -268,25 +266,25 @@ def test_space_is_set_aside_before_anything_happens(files: Slow, commits: Journa
     assert written(files) == [1]
 
 
-def test_who_looks_meanwhile_keeps_effects_from_being_told(commits: Journaled) -> None:
-    told: list[int] = []
+def test_quiet_delays_effects(commits: Journaled) -> None:
+    called: list[int] = []
     commits.add(VersionBumped(1))
-    commits.on_durable(lambda: told.append(1))
+    commits.on_durable(lambda: called.append(1))
     with commits.quiet():
         thread = threading.Thread(target=commits.flush)
         thread.start()
         time.sleep(0.05)
-        assert told == []
+        assert called == []
     thread.join(10)
-    assert told == [1]
+    assert called == [1]
 
 
-def test_a_journal_that_has_ended_is_not_written_to(files: Slow, quick: Path) -> None:
-    """Its descriptor's number may be another file's by then."""
+def test_a_closed_journal_is_not_written(files: Slow, quick: Path) -> None:
+    """Its descriptor's number may be another file's."""
     commits = Journaled(Journal(files, 7), 0, sync=True)
     switched = Journal(files, 8)
     commits.add(VersionBumped(1))
-    commits.on_durable(lambda: pytest.fail("it was told"))
+    commits.on_durable(lambda: pytest.fail("it was called"))
     commits.rotate(switched)
     descriptors = {commits._journal._file._descriptor, switched._file._descriptor}
     commits.close()
@@ -302,21 +300,21 @@ def test_a_journal_that_has_ended_is_not_written_to(files: Slow, quick: Path) ->
         os.close(other)
 
 
-def test_an_effect_may_bring_more_effects(commits: Journaled) -> None:
-    told: list[str] = []
+def test_an_effect_may_add_effects(commits: Journaled) -> None:
+    called: list[str] = []
 
     def first() -> None:
-        told.append("first")
-        commits.on_durable(lambda: told.append("second"))
+        called.append("first")
+        commits.on_durable(lambda: called.append("second"))
 
     commits.add(VersionBumped(1))
     commits.on_durable(first)
     commits.flush()
     commits.flush()
-    assert told == ["first", "second"]
+    assert called == ["first", "second"]
 
 
-def test_a_journal_that_cannot_be_made_leaves_nothing(files: Slow) -> None:
+def test_a_journal_that_cannot_be_created_leaves_no_file(files: Slow) -> None:
     for at in ("allocate", "write", "sync"):
         files.error, files.at = errno.ENOSPC, at
         with pytest.raises(OSError, match="No space left"):
@@ -326,15 +324,15 @@ def test_a_journal_that_cannot_be_made_leaves_nothing(files: Slow) -> None:
     Journal(files, 3).close()
 
 
-def test_a_journal_that_was_to_be_switched_to_is_taken_back(files: Slow, commits: Journaled) -> None:
-    told: list[int] = []
+def test_a_rotation_is_taken_back(files: Slow, commits: Journaled) -> None:
+    called: list[int] = []
     commits.add(VersionBumped(1))
     commits.rotate(journal := Journal(files, 2))
     commits.add(VersionBumped(2))
-    commits.on_durable(lambda: told.append(2))
+    commits.on_durable(lambda: called.append(2))
     assert commits.take_back(journal)
     commits.flush()
-    assert told == [2]
+    assert called == [2]
     assert written(files) == [1, 2]
     commits.rotate(journal)
     commits.add(VersionBumped(3))
@@ -343,10 +341,10 @@ def test_a_journal_that_was_to_be_switched_to_is_taken_back(files: Slow, commits
     assert written(files, 2, 2) == [3]
 
 
-def test_a_write_that_dies_between_two_calls_of_the_system_is_torn(
+def test_a_record_written_by_one_of_two_system_calls_is_torn(
     files: Slow, commits: Journaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system takes 1,024 buffers at a time; a record of more is a part of itself if the process dies between."""
+    """pwritev takes 1,024 buffers at a time; the process may die between two calls."""
     commits.add(VersionBumped(1))
     commits.flush()
     values = np.arange(5, dtype=np.float32) + 1

@@ -1,4 +1,4 @@
-"""G2, G4: whatever a crash may leave behind, at whatever moment, a server comes back from it with what was told.
+"""G2, G4: a server recovers everything acknowledged from any state that a crash at any moment can leave.
 
 DELTASERVE_FULL=1 tries tens of thousands of states.
 """
@@ -8,65 +8,66 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from boots import Boots
 from crowd import Crowd
 from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
-from house import Clock, House, Seen, awaited, machine
+from model_host import Clock, ModelHost, Seen, awaited, machine
 
-from deltaserve_server.durability import directory, folder, model_storage
+from deltaserve_server.durability import directory
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Async, Refused, Sync
 
 
-class Told(NamedTuple):
-    """From here on somebody was told of this record, and that `durable` is the newest version that survives."""
+class Acknowledged(NamedTuple):
+    """From here on the record is acknowledged, and `durable` is reported as the newest version that survives."""
 
     record: int
     durable: int
 
 
 class Saved(NamedTuple):
-    """From here on somebody was told of a snapshot of this version."""
+    """From here on a snapshot of this version is acknowledged."""
 
     version: int
 
 
 class Story:
-    """What a model does while its disk is written down.
+    """Calls to a model while every operation on its disk is recorded.
 
     Args:
-        path: Where the data directory is to be.
-        durability: What is to survive.
+        path: The data directory.
+        durability: What must survive.
         clock: The time.
-        seed: Chooses what happens.
+        seed: Seed of the random calls.
 
     Attributes:
-        states: What the model was after each record.
+        states: State of the model after each record.
     """
 
     def __init__(self, path: Path, durability: str, clock: Clock, seed: int = 0) -> None:
         self.path, self.durability = path, durability
         self.recorder = Recorder.current = Recorder()
         self.states: dict[int, Seen] = {}
-        self.house = House(RecordedPath(path), durability)
+        self.host = ModelHost(RecordedPath(path), durability)
         self.crowd = Crowd.__new__(Crowd)
         self._clock, self._seed = clock, seed
 
     def create(self) -> None:
-        self._begin(self.house.create(machine(policy=Async())))
+        self._begin(self.host.create(machine(policy=Async())))
         self.act(self.crowd.open)
 
     def restore(self, states: dict[int, Seen]) -> None:
-        """Brings the model back, of which there are states that it had."""
-        engine = self.house.restore()
+        """Recovers the model, whose earlier states are known."""
+        engine = self.host.restore()
         self.states = {index: state for index, state in states.items() if index <= engine._commits.index}
         self._begin(engine)
         self.act(self.crowd.open)
@@ -75,16 +76,16 @@ class Story:
         self.engine = engine
         self.crowd.__init__(engine, self._seed, self._clock)  # type: ignore[misc]
         self.note()
-        self.told()
+        self.acknowledged()
 
     def note(self) -> None:
-        """Keeps what the model now is."""
+        """Records the present state."""
         self.states[self.engine._commits.index] = awaited(self.engine)
 
-    def told(self) -> None:
+    def acknowledged(self) -> None:
         assert self.engine.storage
         self.recorder.log.append(
-            Told(self.engine._commits.index, self.engine.storage.durable_version(self.engine.machine.version))
+            Acknowledged(self.engine._commits.index, self.engine.storage.durable_version(self.engine.machine.version))
         )
 
     def push(self, times: int = 1) -> None:
@@ -100,30 +101,29 @@ class Story:
             self.note()
             return
         self.note()
-        self.told()
+        self.acknowledged()
 
     def together(self, times: int) -> None:
-        """Several pushes that are written in one go."""
-        with self.engine.event():
+        """Several pushes in one batch."""
+        with self.engine.lock:
             for _ in range(times):
                 with suppress(Refused):
                     self.crowd.push()
                 self.note()
-        self.told()
+        self.acknowledged()
 
     def save(self) -> None:
         entry = self.engine.save()
         self.recorder.log.append(Saved(entry.version))
-        self.told()
+        self.acknowledged()
 
     def end(self) -> None:
-        """Ends in good order."""
-        assert self.engine.storage
-        self.engine.storage.close(self.engine._cut)
-        self.house.die()
+        """Shuts down in order."""
+        self.engine.close()
+        self.host.die()
 
     def life(self) -> None:
-        """A life with all that there is."""
+        """Makes every kind of call."""
         self.create()
         self.push(4)
         self.together(3)
@@ -142,15 +142,15 @@ class Story:
 
 
 class Trials:
-    """Tries what a crash may leave.
+    """Recovers from states that a crash may leave.
 
     Args:
-        folder: For the data directories.
-        boots: Says which start of the machine it is.
-        samples: How many states are tried after each operation.
+        folder: Place for data directories.
+        boots: Restarts of the machine.
+        samples: Number of states tried after each operation.
     """
 
-    def __init__(self, folder: Path, boots: "Boots", samples: float) -> None:
+    def __init__(self, folder: Path, boots: Boots, samples: float) -> None:
         self.counts: Counter[str] = Counter()
         self.boots = boots
         self._folder = folder
@@ -159,14 +159,16 @@ class Trials:
         self._chance = random.Random(1)
 
     def enumerate(self, story: Story, start: Disk, *, power: bool, then: Callable[[Path, int, int], None]) -> None:
-        """Takes a story's log operation by operation; at each brings the model back from states that are left."""
+        """Applies the recorded operations one by one; after each, recovers from states that a crash may leave."""
         index = version = -1
         for op in story.recorder.log:
             if isinstance(op, Op):
                 start.do(op)
-            elif isinstance(op, Told):
+            elif isinstance(op, Acknowledged):
                 index = max(index, op.record)
-                if not (power and story.durability == "journal"):  # then it is of what survives the process
+                if not (
+                    power and story.durability == "journal"
+                ):  # journal: durable means that it survives a crash of the process alone
                     version = max(version, op.durable)
                 continue
             else:
@@ -189,23 +191,6 @@ class Trials:
         yield from self._chance.sample(shares, whole + (self._chance.random() < self._samples - whole))
 
 
-class Boots:
-    """Which start of the machine it is."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.number = 1
-        for module in (model_storage, folder):
-            patch.setattr(module, "boot", lambda: f"boot {self.number}")
-
-    @contextmanager
-    def another(self, power: bool) -> Iterator[None]:
-        self.number += power
-        try:
-            yield
-        finally:
-            self.number -= power
-
-
 @pytest.fixture
 def boots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Boots]:
     monkeypatch.setattr(directory, "Files", RecordedFiles)
@@ -221,38 +206,38 @@ def trials(quick: Path, boots: Boots, full: bool) -> Iterator[Trials]:
 
 
 def came_back(left: Path, durability: str) -> tuple[int, Seen] | None:
-    """Brings the model back; returns the index of its last record and what it is, or None where there is none."""
+    """Recovers the model; returns the index of its last record and its state, or None if there is no model."""
     Recorder.current = Recorder()
-    house = House(left, durability)
+    host = ModelHost(left, durability)
     try:
-        if "m" not in house.directory.names():
+        if "m" not in host.directory.names():
             return None
-        engine = house.restore()
+        engine = host.restore()
         return engine._commits.index, awaited(engine)
     finally:
-        house.die()
+        host.die()
 
 
 def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path, int, int], None]:
-    """Returns what says whether a state was come back from.
+    """Returns a check of a recovered state.
 
     Args:
-        story: What it is a crash of.
-        counts: Counts.
-        whole: Whether all that was told of has to be there; otherwise the last snapshot.
+        story: The calls that were made.
+        counts: Receives the outcomes.
+        whole: Whether everything acknowledged must be there; otherwise the last snapshot.
     """
 
     def on_durable(left: Path, index: int, version: int) -> None:
-        came = came_back(left, story.durability)
-        if came is None:
-            assert index < 0, "a model is gone of which somebody was told"
+        restored = came_back(left, story.durability)
+        if restored is None:
+            assert index < 0, "an acknowledged model is gone"
             counts["no model yet"] += 1
             return
-        at, found = came
-        assert found.version >= version, f"version {version} was said to be durable, {found.version} came back"
+        at, found = restored
+        assert found.version >= version, f"version {version} was durable, {found.version} was recovered"
         if whole:
-            assert at >= index, f"record {index} was told of, {at} came back"
-        if at not in story.states:  # of a call that makes two records the first one
+            assert at >= index, f"record {index} was acknowledged, {at} was recovered"
+        if at not in story.states:  # the first record of a call that makes two
             counts["half of a call"] += 1
             return
         assert found.vectors == story.states[at].vectors
@@ -263,23 +248,41 @@ def judge(story: Story, counts: Counter[str], *, whole: bool) -> Callable[[Path,
     return on_durable
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
 @pytest.mark.parametrize("durability", ["fsync", "journal", "snapshot"])
-def test_a_crash_at_any_moment_of_a_life(
+def test_a_crash_after_any_operation(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, power: bool, full: bool
 ) -> None:
     whole = durability == "fsync" or (durability == "journal" and not power)
     for seed in range(8 if full else 1):
         story = Story(quick / "data", durability, Clock(monkeypatch), seed)
         story.life()
-        story.house.die()
+        story.host.die()
         trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=whole))
         shutil.rmtree(quick / "data")
     assert trials.counts["all there"] > 5
 
 
+@pytest.mark.parametrize(("durability", "power"), [("fsync", True), ("journal", False), ("snapshot", False)])
+def test_a_crash_during_a_few_pushes_and_a_snapshot(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, power: bool
+) -> None:
+    story = Story(quick / "data", durability, Clock(monkeypatch))
+    story.create()
+    story.push(2)
+    story.together(2)
+    story.save()
+    story.push(1)
+    story.host.die()
+    whole = durability != "snapshot"
+    trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=whole))
+    assert trials.counts["all there"] > 2
+
+
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "snapshot"])
-def test_a_crash_at_any_moment_of_an_end_in_good_order(
+def test_a_crash_during_an_orderly_shutdown(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
 ) -> None:
     story = Story(quick / "data", durability, Clock(monkeypatch))
@@ -291,14 +294,15 @@ def test_a_crash_at_any_moment_of_an_end_in_good_order(
     for op in story.recorder.log[:begun]:
         if isinstance(op, Op):
             disk.do(op)
-    told = [op for op in story.recorder.log[:begun] if not isinstance(op, Op)]
-    story.recorder.log[:begun] = told
+    acknowledged = [op for op in story.recorder.log[:begun] if not isinstance(op, Op)]
+    story.recorder.log[:begun] = acknowledged
     trials._samples = 6
     trials.enumerate(story, disk, power=True, then=judge(story, trials.counts, whole=durability == "fsync"))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "journal"])
-def test_an_fsync_that_fails_and_is_repaired_by_a_snapshot(
+def test_a_crash_around_a_failed_fsync_that_a_snapshot_repairs(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str
 ) -> None:
     story = Story(quick / "data", durability, Clock(monkeypatch))
@@ -318,19 +322,20 @@ def test_an_fsync_that_fails_and_is_repaired_by_a_snapshot(
     story.push(3)
     story.save()
     story.push(2)
-    story.house.die()
+    story.host.die()
     power = durability == "fsync"
     trials.enumerate(story, Disk(quick, empty=True), power=power, then=judge(story, trials.counts, whole=True))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("power", [False, True], ids=["process", "power"])
-def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
+def test_a_crash_during_recovery_from_a_crash(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, power: bool, full: bool
 ) -> None:
     clock = Clock(monkeypatch)
     story = Story(quick / "data", "fsync", clock)
     story.life()
-    story.house.die()
+    story.host.die()
     chance = random.Random(3)
     trials._samples = 3 if full else 1
 
@@ -340,21 +345,22 @@ def test_a_crash_at_any_moment_of_coming_back_from_a_crash(
         kept = shutil.copytree(left, quick / "kept" / "data").parent
         disk = Disk(kept)
         second = Story(kept / "data", "fsync", clock, 9)
-        second.recorder.log.append(Told(index, version))
+        second.recorder.log.append(Acknowledged(index, version))
         second.restore(story.states)
         second.push(1)
-        second.house.die()
+        second.host.die()
         trials.enumerate(second, disk, power=power, then=judge(second, trials.counts, whole=True))
         shutil.rmtree(kept)
 
     trials.enumerate(story, Disk(quick, empty=True), power=power, then=again)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("durability", ["fsync", "journal"])
-def test_power_that_goes_after_a_process_has_died_and_another_come_back(
+def test_a_power_failure_after_a_process_crash_and_recovery(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trials: Trials, durability: str, full: bool
 ) -> None:
-    """Under fsync: it has told of what the first one had written and not synced, or not for good."""
+    """Under fsync the second server has acknowledged records that the first one had not synced."""
     clock, chance = Clock(monkeypatch), random.Random(5)
     story = Story(quick / "data", durability, clock)
     story.create()
@@ -364,34 +370,34 @@ def test_power_that_goes_after_a_process_has_died_and_another_come_back(
     story.push(2)
     story.recorder.fails = lambda op: BROKEN if op.kind == "sync" and op.name.startswith("journal") else None
     story.act(story.crowd.push)
-    story.house.die()
-    disk, told = Disk(quick, empty=True), Told(-1, -1)
+    story.host.die()
+    disk, acknowledged = Disk(quick, empty=True), Acknowledged(-1, -1)
     trials._samples = 8 if full else 2
     for number, op in enumerate(list(story.recorder.log)):
         if not isinstance(op, Op):
-            told = op if isinstance(op, Told) else told
+            acknowledged = op if isinstance(op, Acknowledged) else acknowledged
             continue
         disk.do(op)
         written = op.kind in ("write", "sync failed") and op.name.startswith("journal")
-        if told.record < 0 or not (written or full or chance.random() < 0.1):
+        if acknowledged.record < 0 or not (written or full or chance.random() < 0.1):
             continue
         kept = disk.leave(quick / f"kept-{number}", chance, 1)
         second = Story(kept / "data", "fsync", clock, 9)
         if durability == "fsync":
-            second.recorder.log.append(told)
+            second.recorder.log.append(acknowledged)
         second.restore(story.states)
         second.push(1)
-        second.house.die()
+        second.host.die()
         then = judge(second, trials.counts, whole=durability == "fsync")
         trials.enumerate(second, disk.moved(kept), power=True, then=then)
         shutil.rmtree(kept)
     assert trials.counts["all there"] > 20
 
 
-def test_a_newest_snapshot_that_is_bad_after_a_repair_is_not_passed_over(
+def test_a_corrupt_snapshot_that_repaired_a_journal_is_not_skipped(
     quick: Path, monkeypatch: pytest.MonkeyPatch, boots: Boots
 ) -> None:
-    """The journal before it lacks what could not be written: the snapshot alone had it."""
+    """The journal lacks records that only this snapshot has."""
     story = Story(quick / "data", "fsync", Clock(monkeypatch))
     story.create()
     story.push(3)
@@ -400,7 +406,7 @@ def test_a_newest_snapshot_that_is_bad_after_a_repair_is_not_passed_over(
         story.crowd.push()
     story.recorder.fails = lambda _: None
     story.save()
-    story.house.die()
+    story.host.die()
     newest = max((quick / "data" / "models" / "m").glob("*.safetensors"))
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
@@ -409,24 +415,24 @@ def test_a_newest_snapshot_that_is_bad_after_a_repair_is_not_passed_over(
         came_back(quick / "data", "fsync")
 
 
-def test_a_bit_that_flips_in_a_last_record_with_zeros_in_it_is_told_of_after_a_loss_of_power(
+def test_a_dropped_last_record_is_logged_after_a_power_failure(
     quick: Path, monkeypatch: pytest.MonkeyPatch, boots: Boots, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It cannot be told from one that the loss has torn: whoever reads the log decides."""
+    """A flipped bit in a record with zeros looks like a torn write."""
     story = Story(quick / "data", "fsync", Clock(monkeypatch))
     story.create()
     story.act(lambda: story.engine.put_state(State(*(np.zeros(117, np.float32) for _ in range(3))), [0, 0, 0]))
-    story.house.die()
+    story.host.die()
     journal = max((quick / "data" / "models" / "m").glob("journal-*"))
     content = bytearray(journal.read_bytes())
     content[len(content.rstrip(b"\0")) - 1] ^= 1
     journal.write_bytes(content)
     with boots.another(True), caplog.at_level(logging.WARNING):
         came_back(quick / "data", "fsync")
-    assert f"{journal}: record 2 is left out: a loss of power has torn it, or it was changed since" in caplog.text
+    assert f"{journal}: record 2 is dropped: a power failure has torn it, or it was changed since" in caplog.text
 
 
-def test_the_disk_of_these_tests_loses_what_was_not_synced(quick: Path) -> None:
+def test_the_simulated_disk_loses_what_was_not_synced(quick: Path) -> None:
     disk, chance = Disk(quick, empty=True), random.Random(0)
     ops = [Op("create", str(quick), "a", 1), Op("write", file=1, offset=0, data=b"x" * 2048)]
     for op in ops:

@@ -1,6 +1,6 @@
-"""G4: a file that was cut or changed is found out, whichever, wherever; what comes back is all, or an error names it.
+"""G4: recovery detects every cut or changed file; it returns everything or an error that names the file.
 
-DELTASERVE_FULL=1 tries every 4 KiB and each single byte for cuts, and 10,000 bits.
+DELTASERVE_FULL=1 cuts at every byte and flips 10,000 bits.
 """
 
 import random
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from damage import KINDS, Left, Verdicts, leave
-from house import read
+from model_host import read
 
 from deltaserve_server.durability import folder, journal
 from deltaserve_server.durability.errors import CorruptError
 
 
-@pytest.fixture(scope="module", params=["journal", "fsync"])
+@pytest.fixture(scope="module", params=["fsync", pytest.param("journal", marks=pytest.mark.deep)])
 def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
-    """A data directory, each time the same."""
+    """The data directory of a killed server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "_ALLOCATED", 1 << 16)
         memory = Path("/dev/shm")
@@ -31,20 +31,20 @@ def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def verdicts(left: Left) -> Iterator[Verdicts]:
-    """Counts, and shows what was counted."""
+    """Judges trials and prints their counts."""
     made = Verdicts(left)
     yield made
     print(f"\n{sum(made.counts.values())} trials: {dict(made.counts)}")
 
 
-def test_undamaged_all_is_there(left: Left) -> None:
+def test_an_undamaged_directory_recovers_everything(left: Left) -> None:
     assert read(left.path) == left.history[-1]
     assert [len(left.names(kind)) for kind in KINDS] == [2, 2, 1, 2]
     assert all(old.version <= new.version for old, new in zip(left.history, left.history[1:], strict=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bit_that_flips_is_found_out(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
+def test_a_flipped_bit_is_detected(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
     chance = random.Random(f"flips of {kind}")
     for _ in range(1250 if full else 60):
         name = chance.choice(left.names(kind))
@@ -54,11 +54,13 @@ def test_a_bit_that_flips_is_found_out(left: Left, verdicts: Verdicts, kind: str
         verdicts.judge(name, bytes(content))
     assert not verdicts.counts["shorter"]
     assert kind not in ("head", "journal") or verdicts.counts["named"]
-    assert kind in ("head", "journal") or not verdicts.counts["named"], "the snapshot before and its journal are there"
+    assert kind in ("head", "journal") or not verdicts.counts["named"], (
+        "the snapshot before and its journal recover everything"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_was_cut_is_found_out(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
+def test_a_cut_file_is_detected(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
     chance = random.Random(f"cuts of {kind}")
     for name in left.names(kind):
         size = len(left.files[name])
@@ -70,10 +72,10 @@ def test_a_file_that_was_cut_is_found_out(left: Left, verdicts: Verdicts, kind: 
     assert (kind in ("head", "journal")) == (verdicts.counts["named"] > 0)
 
 
-def test_cuts_of_a_journal_after_a_loss_of_power_give_ever_more_of_its_history(
+def test_a_journal_shortened_by_a_power_failure_recovers_its_prefix(
     left: Left, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It alone can make a file shorter."""
+    """Only a power failure can shorten a file."""
     monkeypatch.setattr(folder, "boot", lambda: "another")
     if b'"fsync"' not in left.files["head.json"]:
         pytest.skip("without fsync the loss of power is one of sessions too")
@@ -88,14 +90,14 @@ def test_cuts_of_a_journal_after_a_loss_of_power_give_ever_more_of_its_history(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_missing_is_found_out(left: Left, verdicts: Verdicts, kind: str) -> None:
+def test_a_missing_file_is_detected(left: Left, verdicts: Verdicts, kind: str) -> None:
     for name in left.names(kind):
         verdicts.judge(name, None)
     assert (kind in ("head", "journal")) == (verdicts.counts["named"] > 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_garbage_in_a_file_is_found_out(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
+def test_garbage_in_a_file_is_detected(left: Left, verdicts: Verdicts, kind: str, full: bool) -> None:
     chance = random.Random(f"garbage in {kind}")
     for _ in range(600 if full else 40):
         name = chance.choice(left.names(kind))
@@ -108,10 +110,10 @@ def test_garbage_in_a_file_is_found_out(left: Left, verdicts: Verdicts, kind: st
 
 
 @pytest.mark.parametrize("kind", ["tensors", "manifest", "journal"])
-def test_where_the_newest_snapshot_is_gone_the_older_files_matter(
+def test_damage_of_older_files_is_detected_when_the_newest_snapshot_is_gone(
     left: Left, verdicts: Verdicts, kind: str, full: bool
 ) -> None:
-    """Then nothing may be missing: neither in the snapshot before nor in the two journals that lead on from it."""
+    """Recovery then needs the snapshot before and both journals that continue it."""
     chance = random.Random(f"older {kind}")
     gone = left.names("manifest")[-1]
     name = left.names(kind)[0]
@@ -132,13 +134,13 @@ def test_where_the_newest_snapshot_is_gone_the_older_files_matter(
 
 
 @pytest.mark.parametrize("power", [False, True])
-def test_a_sector_of_zeros_costs_at_most_what_nobody_was_told_of(
+def test_a_sector_of_zeros_costs_at_most_unacknowledged_records(
     left: Left, verdicts: Verdicts, monkeypatch: pytest.MonkeyPatch, power: bool
 ) -> None:
-    """Zeros in the last record are a torn one; anywhere else they hide one that a later one says was safe.
+    """Zeros in the last record are a torn write; elsewhere they hide a record that a later one calls durable.
 
-    A sector that holds the end of one record and the beginning of the last takes both with it: but no disk does that,
-    which leaves the sector as it was before.
+    A zeroed sector with the end of one record and the start of the last destroys both. A real disk would leave the old
+    content of that sector, so this is stricter than needed.
     """
     name = max(left.names("journal"))
     if power:
@@ -155,7 +157,7 @@ def test_a_sector_of_zeros_costs_at_most_what_nobody_was_told_of(
 
 
 @pytest.mark.parametrize("block", [512, 4096])
-def test_blocks_that_were_exchanged_are_found_out(left: Left, verdicts: Verdicts, block: int) -> None:
+def test_exchanged_blocks_are_detected(left: Left, verdicts: Verdicts, block: int) -> None:
     chance = random.Random(block)
     for name in [name for kind in ("tensors", "journal") for name in left.names(kind)]:
         whole = left.files[name]
@@ -169,7 +171,7 @@ def test_blocks_that_were_exchanged_are_found_out(left: Left, verdicts: Verdicts
     assert not verdicts.counts["shorter"]
 
 
-def test_a_snapshot_of_another_moment_in_the_place_of_one_is_found_out(left: Left, verdicts: Verdicts) -> None:
+def test_files_of_another_snapshot_are_detected(left: Left, verdicts: Verdicts) -> None:
     for kind in ("tensors", "manifest"):
         older, newer = left.names(kind)
         verdicts.judge(newer, left.files[older])
@@ -179,7 +181,7 @@ def test_a_snapshot_of_another_moment_in_the_place_of_one_is_found_out(left: Lef
         read(left.path)
 
 
-def test_two_bad_snapshots_are_an_error(left: Left) -> None:
+def test_two_corrupt_snapshots_are_an_error(left: Left) -> None:
     older, newer = left.names("tensors")
     with left.damaged(older, left.files[older][:-1]):
         content = bytearray(left.files[newer])

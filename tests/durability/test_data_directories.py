@@ -1,4 +1,4 @@
-"""A data directory is one server's at a time, and says in one line why it cannot be used."""
+"""A data directory belongs to one server at a time; an error says in one line why it cannot be used."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from house import House, machine, read, recovered, seen
+from model_host import ModelHost, machine, read, recovered, seen
 
 import deltaserve
 from deltaserve_server import LocalServer, Server, ServerConfig
@@ -62,11 +62,11 @@ from deltaserve_server.durability.model_storage import Durability, Schedule
 def take():
     return DataDirectory(Path(sys.argv[1]), Schedule(durability=Durability.JOURNAL, updates=None, seconds=None))
 held = take()
-heard, told = os.pipe()
+read_end, write_end = os.pipe()
 lives = os.fork()
 if not lives:
-    os.close(told)
-    os.read(heard, 1)  # until the parent is gone
+    os.close(write_end)
+    os.read(read_end, 1)  # until the parent ends
     os._exit(0)
 held.close()
 held = take()
@@ -93,7 +93,7 @@ def open_directory(path: Path) -> DataDirectory:
 
 @pytest.fixture
 def start(quick: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts servers in processes of their own."""
+    """Starts servers in other processes."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(path: Path) -> "subprocess.Popen[str]":
@@ -112,7 +112,8 @@ def line(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
-def test_a_second_server_is_told_who_has_the_directory_until_that_one_is_gone(
+@pytest.mark.deep
+def test_a_second_server_is_refused_until_the_first_is_killed(
     quick: Path, start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     first = start(quick / "data")
@@ -132,32 +133,33 @@ def test_a_second_server_is_told_who_has_the_directory_until_that_one_is_gone(
         assert np.array_equal(client.model("m").pull_state().weights["w"], weights)
 
 
-def test_a_directory_is_free_again_when_its_server_has_stopped(quick: Path) -> None:
+def test_a_stopped_server_releases_its_directory(quick: Path) -> None:
     for _ in range(3):
         with LocalServer(config(quick / "data")), pytest.raises(DataDirectoryError):
             LocalServer(config(quick / "data"))
 
 
-def test_a_process_that_is_forked_neither_keeps_a_directory_nor_gives_it_away(quick: Path) -> None:
-    """As those of a DataLoader beside a server in a notebook."""
+@pytest.mark.deep
+def test_a_forked_process_neither_keeps_nor_releases_the_lock(quick: Path) -> None:
+    """For example the workers of a DataLoader beside a server in a notebook."""
     command = [sys.executable, "-c", FORKS, str(quick / "data")]
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert told.splitlines() == ["free again", "still ours"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert output.splitlines() == ["free again", "still ours"]
 
 
-def test_a_server_that_does_not_get_its_directory_starts_no_copies(quick: Path) -> None:
+def test_a_server_without_its_directory_starts_no_copies(quick: Path) -> None:
     with LocalServer(config(quick / "data")), pytest.raises(DataDirectoryError):
         LocalServer(config(quick / "data", copy_to=(quick / "copies").as_uri()))
     assert "copies" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_server_that_gets_no_place_for_copies_lets_go_of_its_directory(quick: Path) -> None:
+def test_a_server_without_a_destination_for_copies_releases_its_directory(quick: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         LocalServer(config(quick / "data", copy_to="nowhere://at/all"))
     open_directory(quick / "data").close()
 
 
-def test_a_path_that_is_no_directory(quick: Path) -> None:
+def test_a_path_that_is_not_a_directory(quick: Path) -> None:
     (quick / "file").write_bytes(b"")
     for path in (quick / "file", quick / "file" / "below"):
         with pytest.raises(DataDirectoryError, match="file"):
@@ -171,43 +173,44 @@ def test_a_path_that_is_no_directory(quick: Path) -> None:
         LocalServer(config(quick / "loop"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")
+@pytest.mark.deep
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 @pytest.mark.parametrize("mode", [0o500, 0o000])
-def test_a_directory_that_is_not_ours(quick: Path, mode: int) -> None:
+def test_a_directory_of_another_user(quick: Path, mode: int) -> None:
     quick.chmod(0o755)
     (quick / "data").mkdir()
-    house = House(quick / "data")
-    house.create()
-    house.die()
+    host = ModelHost(quick / "data")
+    host.create()
+    host.die()
     for path in (quick / "data", *(quick / "data").rglob("*")):
         if path.is_dir():
             path.chmod(mode)
     command = [sys.executable, "-c", SOMEBODY_ELSE, str(quick / "data")]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert told.startswith(f"data directory {quick / 'data'}: Permission denied")
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output.startswith(f"data directory {quick / 'data'}: Permission denied")
 
 
 def test_unknown_files_are_left_alone(quick: Path) -> None:
-    house = House(quick / "data")
-    wanted = seen(house.create())
-    house.die()
+    host = ModelHost(quick / "data")
+    wanted = seen(host.create())
+    host.die()
     unknown = [quick / "data" / "README", quick / "data" / "models" / "note.txt"]
     unknown += [quick / "data" / "models" / "m" / name for name in ("note", "snapshot.json", "journal-1", "x.json")]
     for path in unknown:
         path.write_bytes(b"mine")
     (quick / "data" / "lost+found").mkdir()
-    house = House(quick / "data")
-    engine = house.restore()
+    host = ModelHost(quick / "data")
+    engine = host.restore()
     assert seen(engine) == wanted
     for _ in range(3):
         engine.change(engine.machine.groups, engine.machine.policy)
         engine.save()
-    house.die()
+    host.die()
     assert all(path.read_bytes() == b"mine" for path in unknown)
     assert recovered(quick / "data").vectors == wanted.vectors
 
 
-def test_a_folder_that_is_no_model_stops_the_server_and_is_named(quick: Path) -> None:
+def test_a_folder_without_a_model_stops_the_server(quick: Path) -> None:
     (quick / "data" / "models" / "stranger").mkdir(parents=True)
     server = LocalServer(config(quick / "data"))
     try:
@@ -217,11 +220,11 @@ def test_a_folder_that_is_no_model_stops_the_server_and_is_named(quick: Path) ->
         server.stop(grace_seconds=0)
 
 
-def test_with_data_loss_accepted_a_model_without_anything_good_is_set_aside(quick: Path) -> None:
-    house = House(quick / "data")
-    house.create(machine("good"))
-    house.create(machine("bad"))
-    house.die()
+def test_accept_data_loss_sets_a_model_without_good_snapshots_aside(quick: Path) -> None:
+    host = ModelHost(quick / "data")
+    host.create(machine("good"))
+    host.create(machine("bad"))
+    host.die()
     for path in (quick / "data" / "models" / "bad").glob("snapshot-*"):
         path.write_bytes(b"")
     accepting = config(quick / "data", accept_data_loss=True)
@@ -236,47 +239,47 @@ def test_with_data_loss_accepted_a_model_without_anything_good_is_set_aside(quic
 
 
 @pytest.mark.parametrize("later", ["empty", "full"])
-def test_with_data_loss_accepted_a_journal_ends_where_it_is_bad(quick: Path, later: str) -> None:
-    """And so do those after it, also one that nothing was written to."""
-    house = House(quick / "data")
-    engine = house.create()
+def test_accept_data_loss_ends_a_journal_at_the_corrupt_record(quick: Path, later: str) -> None:
+    """Later journals are set aside, even empty ones."""
+    host = ModelHost(quick / "data")
+    engine = host.create()
     states = [seen(engine)]
     for _ in range(6):
         engine.put_state(engine.state(), [0, 0, 0])
         states.append(seen(engine))
-    house.die()
-    house = House(quick / "data")
-    engine = house.restore()
+    host.die()
+    host = ModelHost(quick / "data")
+    engine = host.restore()
     if later == "full":
         engine.put_state(engine.state(), [0, 0, 0])
-    house.die()
+    host.die()
     name = quick / "data" / "models" / "m" / "journal-00000002"
     content = bytearray(name.read_bytes())
     content[len(content.rstrip(b"\0")) // 2] ^= 1
     name.write_bytes(content)
     with pytest.raises(CorruptError, match=name.name):
         read(quick / "data")
-    for _ in range(2):  # the second time all is good
-        came = read(quick / "data", accept_data_loss=True)
-        assert came in states[1:-1]
+    for _ in range(2):  # the second start finds nothing wrong
+        restored = read(quick / "data", accept_data_loss=True)
+        assert restored in states[1:-1]
     assert name.with_name(name.name + ".corrupt").exists()
-    assert read(quick / "data") == came
+    assert read(quick / "data") == restored
 
 
-def test_what_was_being_made_or_removed_when_a_server_died_is_gone(quick: Path) -> None:
-    house = House(quick / "data")
-    house.create()
+def test_unfinished_models_and_files_are_removed(quick: Path) -> None:
+    host = ModelHost(quick / "data")
+    host.create()
     models = quick / "data" / "models"
     shutil.copytree(models / "m", models / ".half.0123abcd.new")
     (models / ".empty.0123abcd.new").mkdir()
     (models / "m" / "snapshot-00000009.safetensors.new").write_bytes(b"half")
-    house.die()
+    host.die()
     assert recovered(quick / "data").version == 0
     assert sorted(path.name for path in models.iterdir()) == ["m"]
     assert not list((models / "m").glob("*.new"))
 
 
-def test_a_model_that_was_deleted_stays_deleted_and_its_name_is_free(quick: Path) -> None:
+def test_a_deleted_model_stays_deleted_and_its_name_is_free(quick: Path) -> None:
     for _ in range(2):
         with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
             assert client.models() == []
@@ -287,17 +290,17 @@ def test_a_model_that_was_deleted_stays_deleted_and_its_name_is_free(quick: Path
     assert not list((quick / "data" / "models").iterdir())
 
 
-def test_a_snapshot_of_a_deleted_model_does_not_get_into_the_next_one_of_its_name(
+def test_a_slow_snapshot_of_a_deleted_model_does_not_reach_a_new_one_of_its_name(
     quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is cut, and its checksum computed, before its first file is made: that takes a while for a large model."""
+    """A large model is frozen long before the first file of its snapshot is created."""
     begun, go_on = threading.Event(), threading.Event()
     really = snapshot.write
 
     def slowly(*given: object) -> object:
         if threading.current_thread().name == "old":
             begun.set()
-            go_on.wait(1)  # whoever deletes it waits for this, or has made the next one by then
+            go_on.wait(1)  # the deletion waits for this, or the new model exists by then
         return really(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(snapshot, "write", slowly)
@@ -323,8 +326,8 @@ def test_a_snapshot_of_a_deleted_model_does_not_get_into_the_next_one_of_its_nam
         assert np.frombuffer(read(quick / "copy").vectors[0], "<f4").tolist() == [1, 1, 1]
 
 
-def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: Path) -> None:
-    """It is there the moment after it was looked for."""
+def test_a_model_that_recovers_during_a_lookup_is_never_unknown(quick: Path) -> None:
+    """It appears right after the lookup."""
     with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
         client.create_model("m", {"w": np.zeros(3, np.float32)})
         catalog = server._catalog
@@ -335,7 +338,7 @@ def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: 
                 found = dict.get(self, name)
                 if found is None:
                     self[name] = engine
-                    recovering.came(name)
+                    recovering.done(name)
                 return found
 
         catalog._models, catalog._recovery = Late(), recovering
@@ -344,10 +347,8 @@ def test_a_model_that_comes_back_while_it_is_asked_for_was_never_unknown(quick: 
         assert catalog.get("m") is engine
 
 
-def test_who_comes_while_models_are_read_does_not_get_what_they_need(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or else the server could not bring them back, and neither could the next one."""
+def test_memory_and_places_of_models_being_recovered_are_reserved(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise new models could take them, and the server could not recover."""
     size, really = 1000, recovery.recover
     tight = config(quick / "data", memory_bytes=2 * 32 * size + 100, models=2)
     with LocalServer(tight) as server, deltaserve.connect(server.target) as client:
@@ -356,7 +357,7 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
     again, asked = LocalServer(tight), []
 
     def recover(*given: Any, **more: Any) -> Any:
-        asked.append(again._catalog.memory.available)
+        asked.append(again._catalog.quotas.memory.available)
         with pytest.raises(Refused, match="MODEL_LIMIT"):
             again._catalog.check_room()
         return really(*given, **more)
@@ -366,10 +367,10 @@ def test_who_comes_while_models_are_read_does_not_get_what_they_need(
         assert asked == [100, 100]
         assert [model.name for model in client.models()] == ["a", "b"]
         client.delete_model("a")
-        assert again._catalog.memory.available == 32 * size + 100
+        assert again._catalog.quotas.memory.available == 32 * size + 100
 
 
-def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
+def test_a_shutdown_logs_a_model_without_a_last_snapshot(
     quick: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fault(*_: object) -> None:
@@ -384,12 +385,10 @@ def test_a_stop_tells_of_a_model_that_a_fault_has_ended(
         with pytest.raises(deltaserve.ServerError):
             worker.step({"w": np.ones(3, np.float32)})
         assert not server.stop(0)
-    assert "model m: there is no last snapshot, " in caplog.text
+    assert "model m: the last snapshot failed, " in caplog.text
 
 
-def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_start_reports_a_missing_last_snapshot(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LocalServer(config(quick / "data")) as server, deltaserve.connect(server.target) as client:
         for name in "ab":
             client.create_model(name, {"w": np.zeros(3, np.float32)})
@@ -403,11 +402,11 @@ def test_a_start_that_is_given_up_tells_of_a_last_snapshot_that_is_missing(
             monkeypatch.setattr(ModelStorage, "close", fails)
             raise KeyboardInterrupt
 
-    with pytest.raises(DataDirectoryError, match="no last snapshot"):
+    with pytest.raises(DataDirectoryError, match="the last snapshot of a model"):
         again.start(check)
 
 
-def test_a_server_that_does_not_start_lets_go_of_its_directory(quick: Path) -> None:
+def test_a_server_that_fails_to_start_releases_its_directory(quick: Path) -> None:
     (quick / "data" / "models" / "stranger").mkdir(parents=True)
     server = Server(config(quick / "data", bind="127.0.0.1:0"))
     with pytest.raises(DataDirectoryError):

@@ -1,18 +1,20 @@
-"""A disk that is full, or fails: pushes are refused and nothing changes; afterwards each is applied exactly once."""
+"""A full or failing disk: pushes are refused without any change, and later applied exactly once."""
 
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from house import House, copied, recovered
+from model_host import ModelHost, copied, recovered
 from trouble import Trouble, fill, small_file_system
 
 from deltaserve_server.durability import model_storage
@@ -33,7 +35,7 @@ from deltaserve.v1.model_service_pb2 import (
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory, journal
-from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.errors import CorruptError, DataDirectoryError, disk_operation
 from deltaserve_server.model import Refused
 
 SIZE = 4000
@@ -82,15 +84,15 @@ def durable(wire: Wire) -> int:
 
 
 def check_restart(data: Path, copy: Path, wire: Wire, durability: str) -> int:
-    """What is said to be durable comes back where the server dies now; returns the version that does."""
+    """Checks that a crash now keeps what is called durable; returns the version that survives."""
     said = durable(wire)
-    came = recovered(copied(data, copy), durability=durability)
-    assert came.version >= said
-    return came.version
+    restored = recovered(copied(data, copy), durability=durability)
+    assert restored.version >= said
+    return restored.version
 
 
 def pushes_until_refused(wire: Wire, session: Session, number: int) -> int:
-    """Pushes while there is room; returns the number of the push that is refused."""
+    """Pushes until a push is refused; returns its number."""
     for _ in range(500):
         request = StepRequest(header=session.header(number), gradient=gradient(number).tobytes())
         try:
@@ -103,7 +105,7 @@ def pushes_until_refused(wire: Wire, session: Session, number: int) -> int:
 
 
 def goes_on(wire: Wire, session: Session, number: int) -> None:
-    """The push that was refused is applied, and once."""
+    """Checks that the refused push is applied exactly once."""
     eventually(lambda: _accepts(wire, session, number), "the storage does not come back")
     assert wire.models()[0].position.version == number
     again = wire.step(session.header(number), gradient(number))
@@ -136,7 +138,7 @@ def test_a_disk_that_is_full(tmp_path: Path, quick: Path, durability: str) -> No
                 refused(wire, session, number)
             assert wire.snapshot("m") == before
             assert before.version == number - 1 == durable(wire)
-            assert wire.pull("m")[1].tobytes() == before.vectors[0], "what was told of can be had"
+            assert wire.pull("m")[1].tobytes() == before.vectors[0], "acknowledged weights can be pulled"
             assert check_restart(place / "data", quick / "copy", wire, durability) == number - 1
             assert wire.refused("SaveSnapshot", SaveSnapshotRequest(model="m")).reason == "STORAGE_UNAVAILABLE"
             ballast.unlink()
@@ -144,7 +146,7 @@ def test_a_disk_that_is_full(tmp_path: Path, quick: Path, durability: str) -> No
             check_restart(place / "data", quick / "copy", wire, durability)
 
 
-def test_without_a_journal_training_goes_on_where_the_disk_is_full(tmp_path: Path, quick: Path) -> None:
+def test_without_a_journal_training_continues_on_a_full_disk(tmp_path: Path, quick: Path) -> None:
     with small_file_system(tmp_path / "small", "1m") as place:
         if place is None:
             pytest.skip("no file system can be mounted here")
@@ -162,14 +164,15 @@ def test_without_a_journal_training_goes_on_where_the_disk_is_full(tmp_path: Pat
             assert durable(wire) == 39 == check_restart(place / "data", quick / "copy", wire, "snapshot")
 
 
-def test_a_stop_on_a_full_disk_tells_that_there_is_no_last_snapshot(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_shutdown_on_a_full_disk_logs_the_missing_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_file_system(tmp_path / "small", "1m") as place:
         if place is None:
             pytest.skip("no file system can be mounted here")
         kept: Any
-        for kept, rest in (("snapshot", "what came after version 0 is lost"), ("journal", "the journal has what came")):
+        for kept, rest in (
+            ("snapshot", "what came after version 0 is lost"),
+            ("journal", "the journal has what came"),
+        ):
             server = LocalServer(
                 ServerConfig(device="cpu", data_dir=place / kept, durability=kept, snapshot_seconds=None)
             )
@@ -178,13 +181,54 @@ def test_a_stop_on_a_full_disk_tells_that_there_is_no_last_snapshot(
                 begin(wire)
                 ballast = fill(place)
                 assert not server.stop(0)
-            assert f"there is no last snapshot, {rest}" in caplog.text
+            assert f"the last snapshot failed, {rest}" in caplog.text
             ballast.unlink()
 
 
-def test_where_there_is_less_room_than_a_journal_asks_for_it_takes_what_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("durability", ["snapshot", "journal"])
+def test_a_start_on_a_full_disk_names_the_file_system_and_the_space(tmp_path: Path, durability: str) -> None:
+    with small_file_system(tmp_path / "small", "1m") as place:
+        if place is None:
+            pytest.skip("no file system can be mounted here")
+        with serving(place / "data", durability) as wire:
+            begin(wire)
+        fill(place)
+        with pytest.raises(DataDirectoryError) as caught, serving(place / "data", durability):
+            pass
+    file = place / "data" / "models" / "m" / ("head.json" if durability == "snapshot" else "journal-0000000")
+    text = str(caught.value)
+    assert text.startswith(f"model m: {file}"), text
+    assert re.search(r"No space left on device while \w+ing [\d,]+ bytes \(0 bytes free\)", text), text
+    assert text.endswith(f"; free some space on the file system mounted at {place} and start the server again")
+
+
+@pytest.mark.parametrize(
+    ("number", "needed", "text"),
+    [
+        (errno.EIO, 5000, "Input/output error while writing"),
+        (errno.ENOSPC, 5000, "No space left on device while writing 5,000 bytes (8,192 bytes free)"),
+        (errno.EDQUOT, 5000, "Disk quota exceeded while writing 5,000 bytes (8,192 bytes free)"),
+        (errno.ENOSPC, 0, "No space left on device while writing"),
+    ],
+)
+def test_a_disk_error_names_file_action_and_space(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, number: int, needed: int, text: str
 ) -> None:
+    """Clients see the text without the path."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=9, f_favail=9, f_bavail=2, f_frsize=4096))
+    with pytest.raises(OSError, match=re.escape(text)) as caught, disk_operation("writing", quick / "file", needed):
+        raise OSError(number, os.strerror(number))
+    assert (caught.value.strerror, caught.value.filename) == (text, str(quick / "file"))
+
+
+def test_a_file_system_without_inodes_is_reported_as_such(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=9, f_favail=0, f_bavail=2, f_frsize=4096))
+    text = re.escape("while writing 1 bytes (no inodes free)")
+    with pytest.raises(OSError, match=text), disk_operation("writing", quick / "file", 1):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "name")
+
+
+def test_a_journal_allocates_less_on_a_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_ALLOCATED", 16 << 20)
     with small_file_system(tmp_path / "small", "2m") as place:
         if place is None:
@@ -229,10 +273,10 @@ def test_a_disk_that_fails(quick: Path, trouble: Trouble, durability: str, error
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, trouble: Trouble, broken: bool) -> None:
-    """Nor do they keep files open."""
-    house = House(quick / "data", "fsync")
-    engine = house.create()
+def test_repeatedly_failing_snapshots_do_not_fill_the_disk(quick: Path, trouble: Trouble, broken: bool) -> None:
+    """They leave no files open either."""
+    host = ModelHost(quick / "data", "fsync")
+    engine = host.create()
     trouble.errors["sync"] = errno.ENOSPC
     trouble.only = "" if broken else "snapshot"
     with suppress(Refused):
@@ -248,13 +292,13 @@ def test_snapshots_that_fail_again_and_again_do_not_fill_the_disk(quick: Path, t
     engine.save()
     engine.open_session("b", 100.0)
     assert len(recovered(copied(quick / "data", quick / "copy"), durability="fsync").image) > 100
-    house.die()
+    host.die()
 
 
-def test_a_snapshot_whose_manifest_finds_no_room_leaves_no_tensors(quick: Path, trouble: Trouble) -> None:
-    """They would take what the next try needs."""
-    house = House(quick / "data", "fsync")
-    engine = house.create()
+def test_a_snapshot_without_room_for_its_manifest_removes_its_tensors(quick: Path, trouble: Trouble) -> None:
+    """They would take the space that the next attempt needs."""
+    host = ModelHost(quick / "data", "fsync")
+    engine = host.create()
     names = {path.name for path in (quick / "data" / "models" / "m").iterdir()}
     trouble.errors["allocate"] = errno.ENOSPC
     trouble.only = ".json"
@@ -265,14 +309,14 @@ def test_a_snapshot_whose_manifest_finds_no_room_leaves_no_tensors(quick: Path, 
         assert {path.name for path in (quick / "data" / "models" / "m").iterdir()} == names
     trouble.lift()
     engine.save()
-    house.die()
+    host.die()
 
 
-def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Path, trouble: Trouble) -> None:
+def test_an_extension_that_is_not_durable_yet_keeps_its_memory(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
         begin(wire)
-        available = server._catalog.memory.available
+        available = server._catalog.quotas.memory.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         extension = ExtendModelHeader(
             model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[9])]
@@ -283,18 +327,18 @@ def test_an_extension_that_the_disk_did_not_take_yet_keeps_its_memory(quick: Pat
         ]
         assert wire.refused("ExtendModel", *messages).reason == "STORAGE_UNAVAILABLE"
         assert len(server._catalog.get("m").machine.layout.tensors) == 2
-        assert available - server._catalog.memory.available == 8 * 4 * 9
+        assert available - server._catalog.quotas.memory.available == 8 * 4 * 9
         trouble.lift()
 
 
-def test_a_client_gets_over_a_disk_that_fails_for_a_while(quick: Path, trouble: Trouble) -> None:
+def test_a_client_rides_out_a_disk_failure(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=60.0) as client:
         model = client.create_model("m", {"w": np.zeros(SIZE, np.float32)})
         with model.worker("a") as worker:
             worker.step({"w": gradient(1)})
             trouble.errors["sync"] = errno.EIO
-            timer = threading.Timer(1.0, trouble.lift)
+            timer = threading.Timer(0.3, trouble.lift)
             timer.start()
             worker.step({"w": gradient(2)})
             timer.join()
@@ -302,7 +346,7 @@ def test_a_client_gets_over_a_disk_that_fails_for_a_while(quick: Path, trouble: 
             assert worker.version == 3 == model.info().version == model.info().durable_version
 
 
-def test_a_server_that_stops_while_its_disk_fails_stops(quick: Path, trouble: Trouble) -> None:
+def test_a_shutdown_ends_although_the_disk_fails(quick: Path, trouble: Trouble) -> None:
     with serving(quick / "data", "fsync") as wire:
         session = begin(wire)
         trouble.errors.update({"sync": errno.EIO, "create": errno.EIO})
@@ -313,8 +357,8 @@ def test_a_server_that_stops_while_its_disk_fails_stops(quick: Path, trouble: Tr
         assert wire.fate(session, 3).final
 
 
-def test_a_model_whose_disk_stalls_holds_up_no_other(quick: Path, trouble: Trouble) -> None:
-    """A session of it is being written down; others are opened, and models made, meanwhile."""
+def test_a_stalled_disk_delays_only_its_own_model(quick: Path, trouble: Trouble) -> None:
+    """While a session is being journaled, other sessions are opened and other models created."""
     with serving(quick / "data", "journal") as wire, Wire(wire.target) as other:
         begin(wire)
         wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))
@@ -337,13 +381,13 @@ def test_a_model_whose_disk_stalls_holds_up_no_other(quick: Path, trouble: Troub
         assert opened
 
 
-def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Trouble) -> None:
-    """It is refused for now, and yet made: its values are held until the disk has them."""
+def test_a_push_that_is_not_durable_yet_keeps_its_memory(quick: Path, trouble: Trouble) -> None:
+    """It is refused for now although it is applied: its values stay until the disk has them."""
     data = quick / "data"
     config = ServerConfig(device="cpu", data_dir=data, durability="fsync", snapshot_seconds=None, lease_seconds=900.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         session = begin(wire)
-        staged = server._catalog.staged
+        staged = server._catalog.quotas.staged
         free = staged.available
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
@@ -353,7 +397,7 @@ def test_a_push_that_waits_to_be_written_down_counts(quick: Path, trouble: Troub
         assert staged.available == free
 
 
-def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_share_a_snapshot(quick: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     really = model_storage.ModelStorage.save
 
@@ -388,10 +432,10 @@ def test_many_who_ask_for_a_snapshot_share_it(quick: Path, trouble: Trouble, mon
 
 
 @pytest.mark.parametrize("part", ["manifest", "tensors", "journal"])
-def test_a_file_that_the_disk_cannot_read(quick: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """It counts as corrupt, and is named: an older snapshot takes its place, nothing takes that of a journal.
+def test_an_unreadable_file_counts_as_corrupt(quick: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """An older snapshot replaces an unreadable one; nothing replaces a journal.
 
-    With the loss accepted the model goes on without it, and it is kept under another name.
+    With --accept-data-loss the model continues without the journal, which is renamed.
     """
     data = quick / "data"
     with serving(data, "journal") as wire:
@@ -420,11 +464,11 @@ def test_a_file_that_the_disk_cannot_read(quick: Path, monkeypatch: pytest.Monke
         assert recovered(quick / "copy").version == 4
 
 
-def test_a_model_that_is_being_made_on_a_stalled_disk_holds_up_no_other(quick: Path, trouble: Trouble) -> None:
-    """Sessions are opened and pushes taken meanwhile."""
+def test_creating_a_model_on_a_stalled_disk_delays_no_other_model(quick: Path, trouble: Trouble) -> None:
+    """Sessions are opened and pushes applied meanwhile."""
     with serving(quick / "data", "journal") as wire, Wire(wire.target) as other:
         session = begin(wire)
-        wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))  # its journal has another number now
+        wire.one("SaveSnapshot", SaveSnapshotRequest(model="m"))  # after this its journal has a number of its own
         trouble.only = "journal-00000002"
         trouble.gate.clear()
         making = threading.Thread(target=wire.create, args=("n", {"w": (SIZE,)}), kwargs={"weights": gradient(0)})
@@ -438,8 +482,8 @@ def test_a_model_that_is_being_made_on_a_stalled_disk_holds_up_no_other(quick: P
         assert [model.name for model in other.models()] == ["m", "n"]
 
 
-def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
-    """A watcher, and who waits for a version, that were told to come again."""
+def test_refused_watchers_and_waiters_are_forgotten(quick: Path, trouble: Trouble) -> None:
+    """They get an error and call again."""
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
         session = begin(wire)
@@ -449,26 +493,26 @@ def test_who_is_refused_is_not_waited_on(quick: Path, trouble: Trouble) -> None:
             assert wire.watch("m").refused().reason == "STORAGE_UNAVAILABLE"
             assert wire.refused("Pull", PullRequest(model="m", wait_for_version=4)).reason == "STORAGE_UNAVAILABLE"
         audience = server._catalog.get("m")._subscribers
-        assert not audience.watches
+        assert not audience._watchers
         assert not audience._awaited
         trouble.lift()
 
 
-def test_a_model_that_is_deleted_gives_back_what_could_not_be_written_down(quick: Path, trouble: Trouble) -> None:
+def test_deleting_a_model_releases_the_memory_of_unwritten_records(quick: Path, trouble: Trouble) -> None:
     config = ServerConfig(device="cpu", data_dir=quick / "data", durability="fsync", snapshot_seconds=None)
     with LocalServer(config) as server, Wire(server.target) as wire:
-        memory, staged = server._catalog.memory.available, server._catalog.staged.available
+        memory, staged = server._catalog.quotas.memory.available, server._catalog.quotas.staged.available
         session = begin(wire)
         trouble.errors.update({"sync": errno.EIO, "create": errno.EROFS})
         refused(wire, session, 4)
         trouble.lift()
         wire.one("DeleteModel", DeleteModelRequest(model="m"))
-        assert server._catalog.staged.available == staged
-        assert server._catalog.memory.available == memory
+        assert server._catalog.quotas.staged.available == staged
+        assert server._catalog.quotas.memory.available == memory
 
 
-def test_a_file_system_that_sets_no_space_aside(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the C library writes zeros, and of bytes that are there it has to read first, which is refused."""
+def test_a_file_system_without_fallocate(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library writes zeros instead; it would have to read existing bytes, which the descriptor does not allow."""
 
     def emulated(descriptor: int, offset: int, length: int) -> None:
         assert length > 0
@@ -479,13 +523,13 @@ def test_a_file_system_that_sets_no_space_aside(quick: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "posix_fallocate", emulated)
     with serving(quick / "data", "journal") as wire:
         session = begin(wire)
-        for number in range(4, 20):  # more than one portion of space
+        for number in range(4, 20):  # beyond one allocation
             wire.step(session.header(number), gradient(number))
         assert durable(wire) == 19 == check_restart(quick / "data", quick / "copy", wire, "journal")
 
 
-def test_what_the_list_of_models_calls_durable_is(quick: Path, trouble: Trouble) -> None:
-    """Asked while a record is being written, which then fails."""
+def test_the_listed_durable_version_survives(quick: Path, trouble: Trouble) -> None:
+    """Asked while a record is being written that then fails."""
     data = quick / "data"
     with serving(data, "journal") as wire, Wire(wire.target) as other:
         session = begin(wire)

@@ -1,4 +1,4 @@
-"""What fails half way leaves nothing that a crash brings up later: not a manifest, not a deletion, not a journal."""
+"""Half-failed writes of manifests, deletions and journals have no effect after a later crash."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crowd import Crowd
-from house import Clock, House, check_comes_back, copied, recovered
+from model_host import Clock, ModelHost, check_comes_back, copied, recovered
 from trouble import Trouble
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
@@ -22,8 +22,8 @@ from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability import directory
 from deltaserve_server.durability.commits import Journaled, StorageError
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.folder import Folder, Head
-from deltaserve_server.durability.journal import Journal, Reading
+from deltaserve_server.durability.folder import Ancestor, Folder, Head
+from deltaserve_server.durability.journal import Journal, JournalReader
 from deltaserve_server.durability.records import Ended, VersionBumped
 
 JOURNALS = ("journal", "fsync")
@@ -35,7 +35,7 @@ def trouble() -> Trouble:
 
 
 def fail_once_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a folder's sync fail, once, when a manifest has just got its name."""
+    """Makes the first sync of a folder after the rename of a manifest fail."""
     renamed, really_rename, really_sync = [""], Files.rename, Files.sync
 
     def rename(files: Files, name: str, new: str) -> None:
@@ -62,8 +62,8 @@ def newest_manifest(data: Path) -> Path:
 
 
 def written(folder: Path, number: int, after: int = 0) -> list[int]:
-    """The records that a journal holds."""
-    return [record.index for record in Reading(Files(folder), number, after, lost_power=False).records()]
+    """Returns the indices of the records in a journal."""
+    return [record.index for record in JournalReader(Files(folder), number, after, lost_power=False).records()]
 
 
 # --- a snapshot whose manifest is there, though its folder was not synced
@@ -71,11 +71,11 @@ def written(folder: Path, number: int, after: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("found", [True, False], ids=["found", "not found"])
 @pytest.mark.parametrize("durability", JOURNALS)
-def test_what_is_told_after_a_manifest_that_may_be_found_comes_back(
+def test_records_after_a_manifest_whose_sync_failed_survive(
     quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str, found: bool
 ) -> None:
-    data, house = quick / "data", House(quick / "data", durability)
-    crowd = Crowd(engine := house.create(), 1, Clock(monkeypatch))
+    data, host = quick / "data", ModelHost(quick / "data", durability)
+    crowd = Crowd(engine := host.create(), 1, Clock(monkeypatch))
     crowd.open()
     push(crowd, 3)
     fail_once_in_place(monkeypatch)
@@ -88,15 +88,15 @@ def test_what_is_told_after_a_manifest_that_may_be_found_comes_back(
     if not found:
         newest_manifest(left).unlink()
     check_comes_back(recovered(left, durability=durability), engine)
-    house.die()
+    host.die()
 
 
 @pytest.mark.parametrize("durability", JOURNALS)
-def test_after_a_manifest_that_may_be_found_the_lineage_stays_and_snapshots_go_on(
+def test_snapshots_continue_after_a_manifest_whose_sync_failed(
     quick: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
-    house = House(quick / "data", durability)
-    crowd = Crowd(engine := house.create(), 2, Clock(monkeypatch))
+    host = ModelHost(quick / "data", durability)
+    crowd = Crowd(engine := host.create(), 2, Clock(monkeypatch))
     push(crowd, 2)
     fail_once_in_place(monkeypatch)
     with pytest.raises(OSError, match="Too many open files"):
@@ -105,19 +105,21 @@ def test_after_a_manifest_that_may_be_found_the_lineage_stays_and_snapshots_go_o
     left = copied(quick / "data", quick / "copy")
     assert engine.save().version == 4
     push(crowd, 2)
-    house.die()
+    host.die()
     for path, version in ((left, 4), (quick / "data", 6)):
-        house = House(path, durability)
-        came = house.restore()
-        house.die()
-        assert (came.head.lineage, came.machine.version) == (engine.head.lineage, version)
+        host = ModelHost(path, durability)
+        restored = host.restore()
+        host.die()
+        assert restored.machine.version == version
+        assert restored.head.ancestors[-1] == Ancestor(engine.head.lineage, version)
+        assert len(restored.machine.sessions) == len(engine.machine.sessions)
 
 
 # --- a model whose deletion fails
 
 
 @pytest.mark.parametrize("durability", JOURNALS)
-def test_a_deletion_that_fails_is_undone_and_works_later(
+def test_a_failed_deletion_is_undone_and_can_be_repeated(
     quick: Path, monkeypatch: pytest.MonkeyPatch, trouble: Trouble, durability: str
 ) -> None:
     monkeypatch.setattr(directory, "Files", trouble.files)
@@ -139,35 +141,33 @@ def test_a_deletion_that_fails_is_undone_and_works_later(
         assert [model.position.version for model in wire.models()] == [0]
 
 
-# --- a model that cannot be kept
+# --- a model that cannot be stored
 
 
-def test_a_model_whose_head_is_not_written_leaves_next_to_nothing_behind(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever creates a model on a full disk tries again and again."""
+def test_failed_creations_of_a_model_do_not_fill_the_disk(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client on a full disk tries again and again."""
     really = Folder.write_head
 
     def write_head(folder: Folder, head: Head) -> None:
-        if folder.files.folder.name == "m":  # not while it is prepared
+        if folder.files.folder.name == "m":  # only under its final name
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         really(folder, head)
 
     monkeypatch.setattr(Folder, "write_head", write_head)
-    house = House(quick / "data")
+    host = ModelHost(quick / "data")
     for _ in range(3):
         with pytest.raises(OSError, match="No space left"):
-            house.create()
-    house.die()
+            host.create()
+    host.die()
     assert sum(journal.stat().st_size for journal in quick.rglob("journal-*")) <= 3 * 128
     assert not [held for held in Path("/proc/self/fd").iterdir() if f"{quick}/" in os.path.realpath(held)]
 
 
-# --- a journal that was to be switched to
+# --- rotation
 
 
 class Late:
-    """A lock that the thread "late" gets only once it may."""
+    """A lock that makes the thread "late" wait."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self.arrived, self.go = threading.Event(), threading.Event()
@@ -183,7 +183,7 @@ class Late:
         self._lock.release()
 
 
-def test_what_waits_is_written_before_its_answer_though_a_journal_is_taken_back_meanwhile(
+def test_a_record_is_written_before_its_effect_although_a_rotation_is_taken_back(
     quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = Files(quick)
@@ -199,12 +199,12 @@ def test_what_waits_is_written_before_its_answer_though_a_journal_is_taken_back_
     late.go.set()
     thread.join(10)
     assert not thread.is_alive()
-    assert written(quick, 1) == [1], "it was told before it was written"
+    assert written(quick, 1) == [1], "its effect was called before it was written"
     commits.close()
 
 
-def test_a_journal_that_is_taken_back_leaves_what_was_counted_as_it_was(quick: Path) -> None:
-    """A long journal is cut by a snapshot; one that failed does not make it shorter."""
+def test_taking_a_rotation_back_restores_the_counts(quick: Path) -> None:
+    """Otherwise a failed snapshot would make a long journal look short."""
     commits = Journaled(Journal(Files(quick), 1), 7, sync=False, before=(7, 1000))
     commits.add(VersionBumped(8))
     before = commits.records, commits.bytes
@@ -217,7 +217,7 @@ def test_a_journal_that_is_taken_back_leaves_what_was_counted_as_it_was(quick: P
 
 @pytest.fixture
 def switching(quick: Path, trouble: Trouble) -> Iterator[Journaled]:
-    """A record waits to be written to one journal; the next one goes to another."""
+    """A queue with a record for one journal and a rotation to another."""
     commits = Journaled(Journal(trouble.files(quick), 1), 0, sync=True)
     commits.add(VersionBumped(1))
     commits.rotate(Journal(trouble.files(quick), 2))
@@ -225,7 +225,7 @@ def switching(quick: Path, trouble: Trouble) -> Iterator[Journaled]:
     commits.close()
 
 
-def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
+def test_space_is_reserved_in_the_journal_of_the_next_record(
     quick: Path, trouble: Trouble, switching: Journaled
 ) -> None:
     switching.ready(1, 1 << 16, 0)
@@ -236,7 +236,7 @@ def test_space_is_set_aside_in_the_journal_that_the_next_record_goes_to(
     assert (written(quick, 1), written(quick, 2, 1)) == ([1], [2])
 
 
-def test_where_that_journal_has_no_space_nothing_happens(trouble: Trouble, switching: Journaled) -> None:
+def test_a_full_disk_refuses_records_and_breaks_no_journal(trouble: Trouble, switching: Journaled) -> None:
     trouble.errors["allocate"], trouble.only = errno.ENOSPC, "journal-00000002"
     with pytest.raises(StorageError, match="No space left"):
         switching.ready(1, 1 << 16, 0)

@@ -1,4 +1,4 @@
-"""G19: files that somebody has made to do harm, with checksums that are right: refused, or harmless."""
+"""G19: forged files with correct checksums are refused or harmless."""
 
 import json
 import random
@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from crc32c import crc32c
 from crowd import Crowd
-from house import TENSORS, Clock, House, copied, machine
+from model_host import TENSORS, Clock, ModelHost, copied, machine
 
 from deltaserve_server.durability import journal, snapshot
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import HEAD, Head
-from deltaserve_server.durability.journal import Journal, Reading
-from deltaserve_server.durability.records import Header
+from deltaserve_server.durability.journal import Journal, JournalReader
+from deltaserve_server.durability.records import RecordBody
 from deltaserve_server.durability.snapshot import Manifest
 from deltaserve_server.memory.store import Vector, allocate_host
 from deltaserve_server.model import Async, Bounded, Refused, Sync
@@ -41,9 +41,9 @@ for _ in range(3000):
 
 @pytest.fixture
 def past(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data directory with all kinds of records in its journal, and sessions and settings in its snapshot."""
-    clock, house = Clock(monkeypatch), House(quick / "past")
-    crowd = Crowd(house.create(machine(policy=Sync())), 11, clock)
+    """A data directory with every kind of record in its journal, and sessions and settings in its snapshot."""
+    clock, host = Clock(monkeypatch), ModelHost(quick / "past")
+    crowd = Crowd(host.create(machine(policy=Sync())), 11, clock)
     for _ in range(3):
         crowd.open()
     _push_all(crowd)
@@ -56,7 +56,7 @@ def past(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     crowd.put_state()
     crowd.extend()
     _push_all(crowd)
-    house.die()
+    host.die()
     return quick / "past"
 
 
@@ -78,7 +78,7 @@ def nothing_huge_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON value."""
+    """Yields the path of every value inside a JSON value."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, held in inside:
@@ -86,7 +86,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any, path: tuple[Any, ...], evil: Any) -> Any:
-    """A JSON value with another one in a place of it."""
+    """Returns a JSON value with the value at a path replaced."""
     if not path:
         return evil
     made = deepcopy(value)
@@ -98,18 +98,18 @@ def changed(value: Any, path: tuple[Any, ...], evil: Any) -> Any:
 
 
 def signed(value: Any) -> bytes:
-    """What `packed` would have written."""
+    """Returns JSON with a correct checksum line."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     return b"%b\n%08x\n" % (body, crc32c(body))
 
 
 def outcome(left: Path, clock: Clock) -> str:
-    """Brings a model back and uses it: it is refused, or it is of use. Whatever else is raised fails the test."""
-    house = House(left)
+    """Recovers a model and uses it; returns "refused" or "of use". Any other error fails the test."""
+    host = ModelHost(left)
     try:
-        engine = house.restore()
-        with engine.event():
-            engine.position.SerializeToString()
+        engine = host.restore()
+        with engine.lock:
+            conversion.from_position(engine.position).SerializeToString()
             conversion.from_machine(engine.machine).SerializeToString()
         crowd = Crowd(engine, 5, clock)
         for call in (crowd.open, crowd.push, crowd.push, crowd.tick, crowd.extend, crowd.push, crowd.save):
@@ -124,7 +124,7 @@ def outcome(left: Path, clock: Clock) -> str:
             raise
         return "refused"
     finally:
-        house.die()
+        host.die()
 
 
 def sweep(
@@ -146,7 +146,13 @@ def sweep(
     return counts
 
 
-def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def trials(many: bool, full: bool, sample: int) -> int:
+    return sample if not many else 100_000 if full else 400
+
+
+def test_a_manifest_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     name = max((past / "models" / "m").glob("snapshot-*.json")).name
     for older in list((past / "models" / "m").glob("snapshot-*"))[:]:
@@ -157,50 +163,54 @@ def test_a_manifest_of_any_content(quick: Path, past: Path, monkeypatch: pytest.
     def write(left: Path, path: Any, evil: Any) -> None:
         (left / "models" / "m" / name).write_bytes(signed(changed(good, path, evil)))
 
-    counts = sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 400)
+    counts = sweep(quick, past, clock, list(leaves(good)), write, trials(many, full, 60))
     assert counts["refused"] > counts["of use"]
 
 
-def test_a_head_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_head_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     head = unpacked((past / "models" / "m" / HEAD).read_bytes(), Head, "head")
-    good = json.loads(packed(head.forked(1, 1))[:-10])
+    good = json.loads(packed(head.next_lineage(1, lost_at=1))[:-10])
 
     def write(left: Path, path: Any, evil: Any) -> None:
         (left / "models" / "m" / HEAD).write_bytes(signed(changed(good, path, evil)))
 
-    sweep(quick, past, clock, list(leaves(good)), write, 100_000 if full else 100)
+    sweep(quick, past, clock, list(leaves(good)), write, trials(many, full, 40))
 
 
 class Forged(Journal):
-    """A journal whose records say what one likes."""
+    """A journal with arbitrary records."""
 
     def forge(self, index: int, header: Any, vector: bytes) -> None:
         body = header if isinstance(header, bytes) else json.dumps(header).encode()
-        head = journal._Head(self._nonce, index, index - 1, len(body), 0, len(vector))
-        inside = body + bytes(head.vector_at - journal._HEAD_BYTES - len(body)) + vector
-        inside += bytes(head.total_bytes - journal._HEAD_BYTES - len(inside) - journal._TAIL.size)
-        inside += journal._TAIL.pack(self._nonce, index)
-        whole = head._replace(check=crc32c(inside)).packed() + inside
+        head = journal._RecordHeader(self._nonce, index, index - 1, len(body), 0, len(vector))
+        inside = body + bytes(head.vector_at - journal._HEADER_BYTES - len(body)) + vector
+        inside += bytes(head.total_bytes - journal._HEADER_BYTES - len(inside) - journal._TRAILER.size)
+        inside += journal._TRAILER.pack(self._nonce, index)
+        whole = head._replace(checksum=crc32c(inside)).packed() + inside
         self._file.write(self.size, [whole])
         self.size += len(whole)
 
 
 def records(past: Path) -> tuple[str, int, list[tuple[int, Any, bytes]]]:
-    """The newest journal's name, the index before it, and its records: index, JSON, vector."""
+    """Returns the newest journal's name, the index before it, and index, JSON and vector of its records."""
     files = Files(past / "models" / "m")
     name = max(found for found in files.names() if found.startswith("journal"))
     manifest: Manifest = snapshot.read_manifest(files, int(max(files.names())[9:17]))
-    reading = Reading(files, int(name[8:]), manifest.index, lost_power=False)
+    reading = JournalReader(files, int(name[8:]), manifest.index, lost_power=False)
     found = []
     for record in reading.records():
-        header = Header(record.event, tuple((o, v.size, v.dtype.str) for o, v in record.pieces))
+        header = RecordBody(record.event, tuple((o, v.size, v.dtype.str) for o, v in record.pieces))
         vector = b"".join(values.tobytes() for _, values in record.pieces)
         found.append((record.index, json.loads(msgspec.json.encode(header)), vector))
     return name, manifest.index, found
 
 
-def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_record_of_any_content(
+    quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
+) -> None:
     clock = Clock(monkeypatch)
     name, _, good = records(past)
     assert {header["event"]["type"] for _, header, _ in good} == {
@@ -215,7 +225,7 @@ def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.Mo
             forged.forge(index, changed(header, path[1:], evil) if number == path[0] else header, vector)
         forged.close()
 
-    counts = sweep(quick, past, clock, places, write, 100_000 if full else 400)
+    counts = sweep(quick, past, clock, places, write, trials(many, full, 60))
     assert counts["refused"]
 
 
@@ -238,7 +248,7 @@ def test_a_record_of_any_content(quick: Path, past: Path, monkeypatch: pytest.Mo
         ({}, b""),
     ],
 )
-def test_pieces_that_do_not_fit_an_update(
+def test_pieces_that_do_not_match_an_update(
     quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], vector: Any
 ) -> None:
     clock = Clock(monkeypatch)
@@ -292,8 +302,8 @@ def test_a_small_file_of_nonsense(
         assert outcome(past, clock) == "of use", "the snapshot before and its journals are there"
 
 
-def test_a_file_of_tensors_that_is_said_to_be_huge(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse file of a tebibyte costs its maker nothing."""
+def test_a_manifest_that_claims_huge_tensors(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file of a tebibyte takes no space."""
     clock, folder = Clock(monkeypatch), past / "models" / "m"
     name = max(folder.glob("snapshot-*.json")).name
     for older in list(folder.glob("snapshot-*")):
@@ -302,13 +312,13 @@ def test_a_file_of_tensors_that_is_said_to_be_huge(quick: Path, past: Path, monk
     good = json.loads((folder / name).read_bytes()[:-10])
     good["model"]["tensors"] = [{"name": "w", "shape": [1 << 20, 1 << 15], "group": 0}]
     good["model"]["update_counts"] = [0]
-    head = snapshot._head(unpacked(signed(good), Manifest, "m").model, good["index"])
+    head = snapshot._tensors_header(unpacked(signed(good), Manifest, "m").model, good["index"])
     good["bytes"] = len(head) + 3 * 4 * (1 << 35)
     (folder / name).write_bytes(signed(good))
     assert outcome(past, clock) == "refused", "the file is not as long"
 
 
-def test_names_that_lead_elsewhere_are_no_files_of_a_model(
+def test_file_names_that_do_not_belong_to_a_model_are_ignored(
     quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, folder = Clock(monkeypatch), past / "models" / "m"
@@ -327,11 +337,11 @@ def test_names_that_lead_elsewhere_are_no_files_of_a_model(
 
 
 def test_a_model_in_the_folder_of_another_is_refused(quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two folders of one name would be one model to the server, and its changes would go into either."""
+    """Otherwise two folders could claim to be the same model."""
     (past / "models" / "m").rename(past / "models" / "other")
-    house = House(past)
+    host = ModelHost(past)
     try:
         with pytest.raises(CorruptError, match="model m"):
-            house.restore("other")
+            host.restore("other")
     finally:
-        house.die()
+        host.die()

@@ -1,4 +1,4 @@
-"""The list of a model's snapshots while they, the model or the disk under them go."""
+"""ListSnapshots while snapshots, the model or the disk disappear."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def numbers(wire: Wire) -> list[int]:
 
 
 def before(monkeypatch: pytest.MonkeyPatch, room: object, name: str, happens: Callable[[], object]) -> None:
-    """Has something happen before a function is called, once."""
+    """Runs something before the first call of a function."""
     really, left = getattr(room, name), [happens]
 
     def call(*given: object) -> object:
@@ -52,7 +52,7 @@ def before(monkeypatch: pytest.MonkeyPatch, room: object, name: str, happens: Ca
     monkeypatch.setattr(room, name, call)
 
 
-def test_snapshots_that_have_made_way_for_newer_ones_by_then(
+def test_snapshots_that_are_replaced_while_they_are_listed(
     server: LocalServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save() -> None:
@@ -65,7 +65,7 @@ def test_snapshots_that_have_made_way_for_newer_ones_by_then(
 
 
 @pytest.mark.parametrize("place", ["entries", "snapshots"])
-def test_a_model_that_was_deleted_by_then(
+def test_a_model_that_is_deleted_before_its_folder_is_read(
     server: LocalServer, wire: Wire, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     before(monkeypatch, Folder, place, lambda: server._catalog.delete("m"))
@@ -73,13 +73,13 @@ def test_a_model_that_was_deleted_by_then(
 
 
 def test_a_model_that_is_being_deleted(server: LocalServer, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its folder is gone already, and its name is not."""
+    """Its folder is gone, its name is not yet."""
     removed, go_on, really = threading.Event(), threading.Event(), DataDirectory.remove
 
     def remove(directory: DataDirectory, name: str) -> None:
         really(directory, name)
         removed.set()
-        go_on.wait(0.5)  # whoever lists waits for this
+        go_on.wait(0.5)  # the listing waits for this
 
     monkeypatch.setattr(DataDirectory, "remove", remove)
     deletion = threading.Thread(target=server._catalog.delete, args=("m",))

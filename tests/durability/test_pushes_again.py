@@ -1,4 +1,4 @@
-"""A worker that sends a push again while what became of it is still to be told."""
+"""A worker repeats a push whose result waits for the disk."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from house import MEMORY, Clock, House, machine, random
+from model_host import MEMORY, Clock, ModelHost, machine, random
 
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.model import Push, PushResult, Refused, Session, Sync
@@ -19,18 +19,16 @@ def push(engine: ModelEngine, session: Session, sequence: int) -> "Future[PushRe
     return engine.push(given, staging, MEMORY.reserve(0))
 
 
-def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its round has failed; nobody was told yet, for another record is being written; its worker sends it anew."""
-    clock, house = Clock(monkeypatch), House(quick / "data")
-    engine = house.create(machine(policy=Sync(min_workers=2, round_timeout_seconds=1.0)))
+def test_a_push_repeated_while_its_refusal_waits_for_the_disk(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its round has failed, but its worker does not know that yet."""
+    clock, host = Clock(monkeypatch), ModelHost(quick / "data")
+    engine = host.create(machine(policy=Sync(min_workers=2, round_timeout_seconds=1.0)))
     a, b = engine.open_session("a", 100.0), engine.open_session("b", 100.0)
     push(engine, a, 1)
     clock.ahead += 2
     threads = [threading.Thread(target=engine.tick), threading.Thread(target=push, args=(engine, a, 1))]
     with engine._commits.quiet():
-        for thread, waiting in zip(threads, (False, True), strict=True):  # given up, then taken again
+        for thread, waiting in zip(threads, (False, True), strict=True):  # round failed, then accepted again
             thread.start()
             deadline = time.monotonic() + 10
             while a.waiting is not waiting and time.monotonic() < deadline:
@@ -40,14 +38,14 @@ def test_a_push_that_comes_again_while_its_refusal_waits_for_the_disk(
     assert a.waiting, "it was taken for the next round"
     push(engine, b, 1)
     assert engine.machine.version == 1
-    with engine.event():  # raises where the model is lost
+    with engine.lock:  # raises if the model is lost
         assert a.last_applied == 1
-    house.die()
+    host.die()
 
 
-def test_a_push_that_comes_again_while_its_answer_waits_for_the_disk(quick: Path) -> None:
-    house = House(quick / "data")
-    engine = house.create()
+def test_a_push_repeated_while_its_answer_waits_for_the_disk(quick: Path) -> None:
+    host = ModelHost(quick / "data")
+    engine = host.create()
     session = engine.open_session("a", 100.0)
     got: list[PushResult] = []
     with engine._commits.quiet():
@@ -60,13 +58,13 @@ def test_a_push_that_comes_again_while_its_answer_waits_for_the_disk(quick: Path
         thread.join(10)
     assert [result.version for result in got] == [1, 1, 1]
     assert engine.machine.version == 1
-    house.die()
+    host.die()
 
 
-def test_a_model_that_ends_while_a_push_waits_for_the_disk_tells_it(quick: Path) -> None:
-    """Whether it was written down or not: nobody waits for ever."""
-    house = House(quick / "data")
-    engine = house.create()
+def test_a_push_that_waits_for_the_disk_is_answered_when_its_model_ends(quick: Path) -> None:
+    """Whether its record was written or not."""
+    host = ModelHost(quick / "data")
+    engine = host.create()
     session = engine.open_session("a", 100.0)
     got: list[object] = []
 
@@ -87,4 +85,4 @@ def test_a_model_that_ends_while_a_push_waits_for_the_disk_tells_it(quick: Path)
     ending.join(10)
     assert len(got) == 1
     assert isinstance(got[0], PushResult) or got[0] in ("MODEL_NOT_FOUND", "STORAGE_UNAVAILABLE")
-    house.die()
+    host.die()

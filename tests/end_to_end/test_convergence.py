@@ -1,4 +1,4 @@
-"""The study of docs/convergence.md: what must come out equal does, and its tables and plots come out at all."""
+"""The study of docs/convergence.md in small: runs that must agree do, and its tables and plots are produced."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from deltaserve_server.recipes.digits import Digits
 from deltaserve_server.recipes.numpy_learner import NumpyRecipe
 from deltaserve_server.recipes.recipe import Policy
 
-# The study's shape with made-up examples: neither scikit-learn nor the airfoil file is needed.
+# Made-up examples of the study's shapes: the tests need neither scikit-learn nor the airfoil file.
 _random = np.random.default_rng(3)
 _digits = Examples(features=_random.random((120, 64), np.float32), labels=_random.integers(0, 10, 120))
 _features = _random.standard_normal((120, 5), np.float32)
@@ -38,7 +38,7 @@ def target() -> Iterator[str]:
 
 
 def setting(task: str, policy: Policy, workers: int, **changes: object) -> Setting:
-    made = Setting(
+    base = Setting(
         experiment="policies",
         task=task,
         label="sync" if isinstance(policy, Sync) else "async",
@@ -49,7 +49,7 @@ def setting(task: str, policy: Policy, workers: int, **changes: object) -> Setti
         step_seconds=0.001,
         points=8,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def run(target: str, chosen: Setting, seed: int = 0) -> Run:
@@ -71,13 +71,13 @@ def test_one_worker_learns_the_same_bits_under_every_policy(target: str, task: s
 
 @pytest.mark.parametrize("task", RECIPES)
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_in_step_learn_as_one_with_a_batch_as_large_as_theirs(target: str, task: str, workers: int) -> None:
+def test_synchronous_workers_learn_like_one_with_the_joined_batch(target: str, task: str, workers: int) -> None:
     together = run(target, setting(task, sync(workers), workers))
     alone = run(target, setting(task, sync(1), 1, batch=6 * workers, steps=32 // workers))
     assert [point.samples for point in together.points] == [point.samples for point in alone.points]
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
     other = run(target, setting(task, sync(1), 1))
-    assert abs(losses(other)[-1] / losses(alone)[-1] - 1) > 1e-3  # the tolerance tells batches apart
+    assert abs(losses(other)[-1] / losses(alone)[-1] - 1) > 1e-3  # the tolerance above tells different batches apart
 
 
 def test_every_sample_is_counted_once(target: str) -> None:
@@ -88,6 +88,7 @@ def test_every_sample_is_counted_once(target: str) -> None:
         assert [point.samples for point in got.points] == sorted(point.samples for point in got.points)
 
 
+@pytest.mark.deep
 def test_a_quorum_drops_the_straggler(target: str) -> None:
     got = run(target, setting("airfoil", Sync(quorum=3), 4, slow=5.0, step_seconds=0.02))
     assert 0 < got.refused <= got.steps_by_worker[3] < 32 / 4
@@ -97,10 +98,11 @@ def test_a_quorum_drops_the_straggler(target: str) -> None:
 def test_local_steps_push_less_often(target: str, task: str) -> None:
     got = run(target, setting(task, sync(2), 2, local_steps=8, hyperparameters=(("eps", 1e-3),)))
     assert got.end.samples == 32 * 6
-    assert 4 <= got.pushes <= 6  # a worker that came to more batches than the other pushes the rest at the end
+    assert 4 <= got.pushes <= 6  # the worker that got more batches pushes a remainder at the end
     assert losses(got)[-1] < losses(got)[0]
 
 
+@pytest.mark.deep
 def test_tables_and_plots(target: str, tmp_path: Path) -> None:
     runs = []
     for task in TASKS:

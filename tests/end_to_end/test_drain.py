@@ -1,10 +1,12 @@
-"""A server process that is told to stop: what waits may go on, what is new is refused, and it ends in time."""
+"""A server that is told to stop: open rounds may finish, new work is refused, and it ends within its grace period."""
 
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from time import monotonic
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from time import monotonic, sleep
 from typing import Any
 
 import grpc
@@ -16,75 +18,66 @@ from grpc_status import rpc_status
 
 import deltaserve
 from deltaserve.v1 import worker_service_pb2 as rpc
+from deltaserve_server import LocalServer
 
-SERVER = """
-import signal, sys, threading
-import deltaserve_server
-
-stopping = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind="127.0.0.1:0", device="cpu"))
-server.start()
-print(server.target, flush=True)
-while not stopping.wait(0.2):  # a signal may wake another thread than this one
-    pass
-server.stop(grace_seconds=float(sys.argv[1]))
-print("stopped", flush=True)
-"""
 SERVICE = "/deltaserve.v1.WorkerService/"
 
 
-class Process:
-    """A server in a process of its own."""
+class Stoppable:
+    """A server that a thread stops while the test goes on talking to it."""
 
     def __init__(self, grace_seconds: float) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", SERVER, str(grace_seconds)], stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout
-        self.target = self._process.stdout.readline().strip()
+        self._server = LocalServer()
+        self._server.start()
+        self.target = self._server.target
         self.channel = grpc.insecure_channel(self.target, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._grace_seconds = grace_seconds
+        self._thread = ThreadPoolExecutor(1)
+        self._stopped: Future[bool] | None = None
         self._told = 0.0
 
-    def terminate(self) -> None:
-        """Sends SIGTERM, and returns when the server has begun to stop."""
+    def stop(self) -> None:
+        """Tells the server to stop."""
         self._told = monotonic()
-        self._process.send_signal(signal.SIGTERM)
+        self._stopped = self._thread.submit(self._server.stop, self._grace_seconds)
+
+    def drain(self) -> None:
+        """Tells the server to stop; returns once it refuses new work."""
+        self.stop()
         health = health_pb2_grpc.HealthStub(self.channel)
-        while (
-            health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == health_pb2.HealthCheckResponse.SERVING
-        ):
+        request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
+        while health.Check(request, timeout=10).status == serving:
             assert monotonic() - self._told < 10
 
     def ended(self) -> float:
-        """Waits for the end, which is to be in good order; returns the seconds since SIGTERM."""
-        output, _ = self._process.communicate(timeout=60)
-        assert (self._process.returncode, output) == (0, "stopped\n")
+        """Waits until the server has stopped; returns the seconds that it took."""
+        assert self._stopped
+        assert self._stopped.result(60)
         return monotonic() - self._told
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the server at once, if the test has not."""
+        if not self._stopped:
+            self._server.stop(grace_seconds=0)
+        self._thread.shutdown()
         self.channel.close()
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.communicate()
 
     def open(self, worker: str, model: str = "m") -> rpc.OpenSessionResponse:
-        """OpenSession."""
+        """Opens a session."""
         call: Any = self.channel.unary_unary(SERVICE + "OpenSession", None, rpc.OpenSessionResponse.FromString)
         request = rpc.OpenSessionRequest(model=model, worker=worker)
         opened: rpc.OpenSessionResponse = call(request.SerializeToString(), timeout=10)
         return opened
 
     def push(self, session: rpc.OpenSessionResponse, sequence: int = 1, model: str = "m") -> Any:
-        """Begins a Step with a gradient of one; returns its future."""
+        """Begins a Step with a gradient of 1; returns its future."""
         header = rpc.PushHeader(model=model, session_id=session.session_id, epoch=session.epoch, sequence=sequence)
         request = rpc.StepRequest(header=header, gradient=np.ones(1, "<f4").tobytes())
         call: Any = self.channel.unary_unary(SERVICE + "Step", None, rpc.StepResponse.FromString)
         return call.future(request.SerializeToString(), timeout=60)
 
     def close_session(self, session: rpc.OpenSessionResponse, model: str = "m") -> None:
-        """CloseSession."""
+        """Closes a session."""
         call: Any = self.channel.unary_unary(SERVICE + "CloseSession")
         request = rpc.CloseSessionRequest(model=model, session_id=session.session_id, epoch=session.epoch)
         call(request.SerializeToString(), timeout=10)
@@ -94,39 +87,39 @@ class Process:
         deadline = monotonic() + 30
         while not any(session.waiting for session in client.model("m").info().sessions):
             assert monotonic() < deadline
+            sleep(0.005)
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[float], Process]]:
-    started: list[Process] = []
+def start() -> Iterator[Callable[[float], Stoppable]]:
+    with ExitStack() as stack:
 
-    def make(grace_seconds: float) -> Process:
-        started.append(Process(grace_seconds))
-        return started[-1]
+        def make(grace_seconds: float) -> Stoppable:
+            server = Stoppable(grace_seconds)
+            stack.callback(server.close)
+            return server
 
-    yield make
-    for process in started:
-        process.close()
+        yield make
 
 
 @pytest.fixture
 def grace_seconds() -> float:
-    """Longer than what ends before it may take on a busy machine."""
+    """Longer than any test needs."""
     return 30.0
 
 
 @pytest.fixture
 def waiting(
-    start: Callable[[float], Process], grace_seconds: float
-) -> Iterator[tuple[Process, Any, rpc.OpenSessionResponse]]:
+    start: Callable[[float], Stoppable], grace_seconds: float
+) -> Iterator[tuple[Stoppable, Any, rpc.OpenSessionResponse]]:
     """A server where worker a's push waits for worker b; with that push and b's session."""
-    process = start(grace_seconds)
-    with deltaserve.connect(process.target, timeout_seconds=30) as client:
+    server = start(grace_seconds)
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
         client.create_model("m", {"w": np.zeros(1, np.float32)}, policy=deltaserve.Sync())
-        a, b = process.open("a"), process.open("b")
-        call = process.push(a)
-        process.waits(client)
-        yield process, call, b
+        a, b = server.open("a"), server.open("b")
+        call = server.push(a)
+        server.waits(client)
+        yield server, call, b
 
 
 def _reason(error: grpc.RpcError) -> tuple[str, bool]:
@@ -139,50 +132,49 @@ def _reason(error: grpc.RpcError) -> tuple[str, bool]:
     return info.reason, retry
 
 
-def test_a_server_without_work_ends_at_once(start: Callable[[float], Process]) -> None:
-    process = start(30.0)
-    process._told = monotonic()
-    process._process.terminate()
-    assert process.ended() < 20
+def test_a_server_without_work_stops_at_once(start: Callable[[float], Stoppable]) -> None:
+    server = start(30.0)
+    server.stop()
+    assert server.ended() < 20
 
 
-def test_a_push_that_waits_is_answered_when_its_round_closes(
-    waiting: tuple[Process, Any, rpc.OpenSessionResponse],
+def test_a_waiting_push_is_answered_when_its_round_closes(
+    waiting: tuple[Stoppable, Any, rpc.OpenSessionResponse],
 ) -> None:
-    process, call, b = waiting
-    process.terminate()
-    process.close_session(b)
+    server, call, b = waiting
+    server.drain()
+    server.close_session(b)
     answer = call.result()
     assert (answer.result.version, answer.result.contributors) == (1, 1)
-    assert process.ended() < 20
+    assert server.ended() < 20
 
 
-def test_a_round_under_way_is_finished_by_those_it_waits_for(
-    waiting: tuple[Process, Any, rpc.OpenSessionResponse],
+def test_an_open_round_accepts_the_pushes_that_it_waits_for(
+    waiting: tuple[Stoppable, Any, rpc.OpenSessionResponse],
 ) -> None:
-    process, call, b = waiting
-    process.terminate()
-    answers = [process.push(b).result(), call.result()]
+    server, call, b = waiting
+    server.drain()
+    answers = [server.push(b).result(), call.result()]
     assert [(answer.result.version, answer.result.contributors) for answer in answers] == [(1, 2), (1, 2)]
-    assert process.ended() < 20
+    assert server.ended() < 20
 
 
-def test_what_is_new_is_refused_with_the_time_to_try_again(
-    waiting: tuple[Process, Any, rpc.OpenSessionResponse],
+def test_new_work_is_refused_with_a_retry_delay(
+    waiting: tuple[Stoppable, Any, rpc.OpenSessionResponse],
 ) -> None:
-    process, _call, _b = waiting
-    with deltaserve.connect(process.target, timeout_seconds=30) as client:
+    server, call, b = waiting
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
         client.create_model("other", {"w": np.zeros(1, np.float32)})
-    other = process.open("a", "other")
-    process.terminate()
-    for begin in (lambda: process.open("c"), process.push(other, model="other").result):
+    other = server.open("a", "other")
+    server.drain()
+    for begin in (lambda: server.open("c"), server.push(other, model="other").result):
         with pytest.raises(grpc.RpcError) as caught:
             begin()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert _reason(caught.value) == ("DRAINING", True)
-    with deltaserve.connect(process.target, timeout_seconds=30) as client:
-        client._connection.timeout_seconds = 0.5  # less than the time after which it would try again
-        while True:  # a busy machine may first not answer in time
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        client._connection.timeout_seconds = 0.5  # less than the delay before it would try again
+        while True:  # a busy machine may not answer in time at first
             with pytest.raises(deltaserve.UnavailableError) as raised:
                 client.create_model("new", {"w": np.zeros(1, np.float32)})
             if raised.value.reason:
@@ -190,15 +182,59 @@ def test_what_is_new_is_refused_with_the_time_to_try_again(
         assert raised.value.reason == "DRAINING"
         client._connection.timeout_seconds = 30
         assert [(model.name, model.version) for model in client.models()] == [("m", 0), ("other", 0)]
+    server.close_session(b)
+    call.result()
 
 
-@pytest.mark.parametrize("grace_seconds", [5.0])
-def test_a_round_that_does_not_close_is_given_up_when_the_grace_is_over(
-    waiting: tuple[Process, Any, rpc.OpenSessionResponse],
+@pytest.mark.parametrize("grace_seconds", [0.3])
+def test_a_round_that_does_not_close_is_given_up_after_the_grace_period(
+    waiting: tuple[Stoppable, Any, rpc.OpenSessionResponse],
 ) -> None:
-    process, call, _b = waiting
-    process.terminate()
+    server, call, _b = waiting
+    server.stop()
     with pytest.raises(grpc.RpcError) as caught:
         call.result()
     assert _reason(caught.value) == ("DRAINING", True)
-    assert 4.5 < process.ended() < 30
+    assert 0.3 <= server.ended() < 20
+
+
+PROCESS = """
+import signal, threading
+import deltaserve_server
+
+stopping = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind="127.0.0.1:0", device="cpu"))
+server.start()
+print(server.target, flush=True)
+while not stopping.wait(0.2):  # the signal may wake another thread
+    pass
+server.stop(grace_seconds=30)
+print("stopped", flush=True)
+"""
+
+
+@pytest.mark.deep
+def test_a_process_that_stops_on_a_signal_finishes_its_open_round() -> None:
+    command = [sys.executable, "-W", "error", "-c", PROCESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            target = process.stdout.readline().strip()
+            with deltaserve.connect(target, timeout_seconds=30) as client, ThreadPoolExecutor(1) as thread:
+                model = client.create_model("m", {"w": np.zeros(1, np.float32)}, policy=deltaserve.Sync())
+                with model.worker("a") as a, model.worker("b") as b:
+                    for worker in (a, b):
+                        worker.pull()
+                    first = thread.submit(a.step, {"w": np.ones(1, np.float32)})
+                    while not any(session.waiting for session in model.info().sessions):
+                        sleep(0.005)
+                    process.send_signal(signal.SIGTERM)
+                    b.step({"w": np.ones(1, np.float32)})
+                    first.result()
+                    assert a.last_result
+                    assert a.last_result.contributors == 2
+            output, _ = process.communicate(timeout=60)
+            assert (process.returncode, output) == (0, "stopped\n")
+        finally:
+            process.kill()

@@ -1,25 +1,29 @@
-"""A server on a GPU gives what one on the CPU gives, bit for bit; and parameters may live on a GPU too."""
+"""A server on a GPU gives the same bits as one on the CPU; and the parameters of a worker may be on a GPU."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 import deltaserve
-from deltaserve.torch import RemoteAdadelta
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.config import DeviceKind
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
-]
+pytestmark = pytest.mark.gpu
 
 Weights = dict[str, NDArray[np.float32]]
 SHAPES = {"w": (1300, 700), "b": (700,), "s": ()}
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> None:
+    """Skips without a GPU; torch is imported here because the import takes seconds and only these tests need it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
 
 
 def random(seed: int) -> Weights:
@@ -28,7 +32,7 @@ def random(seed: int) -> Weights:
 
 
 def alone(client: deltaserve.Client) -> Weights:
-    """Steps of one worker: whole ones, with absent tensors, after a new state, and after an extension."""
+    """Steps of one worker: plain ones, with absent tensors, after a new state, and after an extension."""
     model = client.create_model("alone", random(0), weight_decay=0.01)
     with model.worker() as worker:
         for seed in range(1, 4):
@@ -43,7 +47,7 @@ def alone(client: deltaserve.Client) -> Weights:
 
 
 def together(client: deltaserve.Client) -> Weights:
-    """Rounds of three workers, the second of which has no gradient for one tensor."""
+    """Rounds of three workers; the second worker has no gradient for one tensor."""
     model = client.create_model("together", random(0), policy=deltaserve.Sync(min_workers=3))
     workers = [model.worker(name) for name in "abc"]
     for seed in range(3):
@@ -71,6 +75,10 @@ def test_gpu_and_cpu_give_the_same_bits(run: Callable[[deltaserve.Client], Weigh
 
 
 def test_parameters_on_a_gpu_train_as_with_torchs_own_optimizer() -> None:
+    import torch
+
+    from deltaserve.torch import RemoteAdadelta
+
     torch.manual_seed(0)
     remote, local = (torch.nn.Linear(30, 20).cuda() for _ in range(2))
     local.load_state_dict(remote.state_dict())

@@ -1,4 +1,4 @@
-"""Client processes that are killed in the middle of what they send: the server goes on as if they had never been."""
+"""Client processes that are killed while they upload: the server releases everything that they held."""
 
 import signal
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from time import monotonic, sleep
 
 import numpy as np
+import pytest
 
 import deltaserve
 from deltaserve_server import LocalServer
@@ -61,7 +62,8 @@ while True:
 """
 
 
-def test_clients_that_are_killed_in_the_middle_of_their_uploads_leave_nothing() -> None:
+@pytest.mark.deep
+def test_clients_that_are_killed_during_their_uploads_leave_nothing() -> None:
     with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=30) as client:
         model = client.create_model("m", {"w": np.zeros(SIZE, np.float32)}, policy=deltaserve.Sync())
         free = client.server_info().limits.memory_available_bytes
@@ -80,7 +82,7 @@ def test_clients_that_are_killed_in_the_middle_of_their_uploads_leave_nothing() 
                 assert survivor.last_result is not None
                 assert survivor.last_result.contributors == 1
         _until_free(client, free)
-        assert [held.name for held in client.models()] == ["m"]
+        assert [entry.name for entry in client.models()] == ["m"]
         assert model.pull_state().update_counts == {"w": 2}
 
 

@@ -1,4 +1,4 @@
-"""A server for the examples that are given one."""
+"""A server for the examples that take an address."""
 
 from collections.abc import Iterator
 

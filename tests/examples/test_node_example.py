@@ -1,4 +1,4 @@
-"""The worker in Node.js: the contract from another language. Skipped where Node or its packages cannot be had."""
+"""The Node.js worker, which uses the contract from another language. Skipped without Node or its npm packages."""
 
 import os
 import re
@@ -12,20 +12,22 @@ import pytest
 import deltaserve
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.deep  # npm may have to download the packages
+
 NODE = ROOT / "examples" / "node"
 INSTALL = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def packages() -> None:
-    """Makes sure of the worker's packages; a machine without Node or without a network skips these tests."""
+    """Installs the worker's packages; a machine without Node or without a network skips these tests."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("node and npm are not installed")
     if not (NODE / "node_modules").is_dir():
         try:
             ended = subprocess.run(INSTALL, cwd=NODE, capture_output=True, text=True, timeout=90, check=False)
         except subprocess.TimeoutExpired:
-            pytest.skip("npm ci did not end within 90 s")
+            pytest.skip("npm ci did not finish within 90 s")
         if ended.returncode:
             shutil.rmtree(NODE / "node_modules", ignore_errors=True)
             pytest.skip(f"npm ci failed: {ended.stderr.strip()[-300:]}")
@@ -47,23 +49,23 @@ def airfoil_file() -> Path:
     given = Path(os.environ.get("DELTASERVE_DATA") or ROOT.parent / "shared" / "data")
     file = given / "airfoil_self_noise.dat" if given.is_dir() else given
     if not file.is_file():
-        pytest.skip("airfoil_self_noise.dat is not here: set DELTASERVE_DATA to it")
+        pytest.skip("set DELTASERVE_DATA to the folder of airfoil_self_noise.dat")
     return file
 
 
 def test_it_learns_and_closes_its_session(target: str) -> None:
-    # The made-up labels have noise that no line explains: 0.7^2 of a variance of 1.74 leaves a loss of 0.14.
+    # Noise in the made-up labels, 0.7^2 of a variance of 1.74, leaves a loss of 0.14.
     assert 0.10 < loss(work(target)) < 0.20
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         info = client.model("airfoil-node").info()
     assert (info.version, info.sessions) == (300, ())
 
 
-def test_it_lands_where_the_book_does_on_the_real_file(target: str) -> None:
+def test_it_reaches_the_loss_of_the_book_on_the_real_file(target: str) -> None:
     assert 0.242 <= loss(work(target, str(airfoil_file()))) <= 0.252
 
 
-def test_it_joins_a_model_that_python_made_and_python_goes_on(target: str) -> None:
+def test_python_and_node_take_turns_on_one_model(target: str) -> None:
     first = {"w": np.zeros((5, 1), np.float32), "b": np.zeros(1, np.float32)}
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         model = client.create_model("shared", first, eps=1e-5)
@@ -74,14 +76,14 @@ def test_it_joins_a_model_that_python_made_and_python_goes_on(target: str) -> No
             assert worker.version == 302
 
 
-def test_a_refusal_is_told_with_its_reason(target: str) -> None:
+def test_a_refusal_is_printed_with_its_reason(target: str) -> None:
     ended = work(target, "", "no/such/name")
     assert ended.returncode == 1
     assert ended.stderr.startswith("worker: NAME_INVALID: ")
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_model_that_differs_is_told_with_its_reason(target: str) -> None:
+def test_a_mismatch_is_printed_with_its_reason(target: str) -> None:
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
         client.create_model("other", {"w": np.zeros(3, np.float32)})
     ended = work(target, "", "other")

@@ -1,4 +1,4 @@
-"""Every place where a model's vectors can live, and pushes as they come."""
+"""Every kind of store, and pushes staged as they arrive."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +24,14 @@ def _cuda() -> bool:
 
 @pytest.fixture(
     params=[
-        "host-1",
+        pytest.param("host-1", marks=pytest.mark.deep),
         "host-3",
         "shared-2",
         pytest.param("device", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="needs an NVIDIA GPU")]),
     ]
 )
 def make_store(request: pytest.FixtureRequest) -> Iterator[Callable[[Vector, Budget], Store]]:
-    """Makes stores of one kind."""
+    """Creates stores of one kind: host or shared memory with a number of threads, or a GPU."""
     if request.param == "device":
         from deltaserve_server.memory.device import DeviceStore
 
@@ -43,22 +43,22 @@ def make_store(request: pytest.FixtureRequest) -> Iterator[Callable[[Vector, Bud
         def make(weights: Vector, budget: Budget) -> Store:
             store = HostStore(weights, 0, budget, executor, threads)
             if request.param.startswith("shared"):
-                store.share()
+                store.use_shared_memory()
             return store
 
         yield make
 
 
 def unaligned(values: Values) -> Values:
-    """The values as they lie in a received message: read-only, at an odd address."""
+    """Returns the values as in a received message: read-only, at an odd address."""
     received: Any = np.frombuffer(b"x" + values.tobytes(), values.dtype, offset=1)
-    made: Values = received
-    return made
+    read_only: Values = received
+    return read_only
 
 
 @pytest.fixture
 def stage() -> Callable[..., Staging]:
-    """Stages the runs of a push in chunks; all of it where none are said."""
+    """Stages the given runs of a push in chunks, by default the whole push."""
 
     def stage(
         store: Store, values: Values, runs: Sequence[tuple[int, int]] | None = None, chunk: int = 1 << 18

@@ -1,11 +1,11 @@
-"""The memory budget counts what is held."""
+"""The memory budget and its reservations."""
 
 import pytest
 
 from deltaserve_server.memory import Budget, BudgetExceeded
 
 
-def test_what_is_reserved_comes_back_once() -> None:
+def test_a_reservation_is_returned_once() -> None:
     budget = Budget(100)
     with budget.reserve(60) as reservation:
         assert budget.available == 40
@@ -14,20 +14,20 @@ def test_what_is_reserved_comes_back_once() -> None:
     assert budget.available == 100
 
 
-def test_too_much_is_refused_and_takes_nothing() -> None:
+def test_a_refused_reservation_takes_nothing() -> None:
     budget = Budget(100)
     budget.reserve(60)
     with pytest.raises(BudgetExceeded) as refused:
         budget.reserve(41)
-    assert (refused.value.needed, refused.value.available, refused.value.passing) == (41, 40, True)
+    assert (refused.value.needed, refused.value.available, refused.value.is_temporary) == (41, 40, True)
     with pytest.raises(BudgetExceeded) as never:
         budget.reserve(101)
-    assert not never.value.passing
+    assert not never.value.is_temporary
     assert budget.available == 40
 
 
 @pytest.mark.parametrize(("upper", "lower"), [(100, 50), (50, 100)])
-def test_a_part_is_limited_by_itself_and_by_the_whole(upper: int, lower: int) -> None:
+def test_a_nested_budget_has_both_limits(upper: int, lower: int) -> None:
     whole = Budget(upper)
     part = Budget(lower, parent=whole)
     with pytest.raises(BudgetExceeded):

@@ -1,4 +1,4 @@
-"""One suite for every place where a model's vectors can live."""
+"""One conformance suite for every kind of store."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def random(size: int, seed: int) -> Vector:
 
 
 class Oracle:
-    """The same in float64, by the equations."""
+    """The expected state, in float64 by the reference."""
 
     def __init__(self, weights: Vector) -> None:
         self.weights = weights.astype(np.float64)
@@ -45,7 +45,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000, 300_001])
-def test_an_update_is_adadeltas(make_store: MakeStore, stage: Stage, size: int) -> None:
+def test_an_update_is_adadelta(make_store: MakeStore, stage: Stage, size: int) -> None:
     weights = random(size, 0)
     store, oracle = make_store(weights.copy(), Budget(1 << 30)), Oracle(weights)
     half = size // 2
@@ -59,7 +59,7 @@ def test_an_update_is_adadeltas(make_store: MakeStore, stage: Stage, size: int) 
     oracle.check(store)
 
 
-def test_a_round_takes_the_mean_in_the_order_of_folds(make_store: MakeStore, stage: Stage) -> None:
+def test_a_round_applies_the_mean_summed_in_the_order_of_folds(make_store: MakeStore, stage: Stage) -> None:
     size = 70_000
     weights, gradients = random(size, 0), [random(size, k) * 10.0**k for k in range(1, 4)]
     store, oracle = make_store(weights.copy(), Budget(1 << 30)), Oracle(weights)
@@ -67,7 +67,7 @@ def test_a_round_takes_the_mean_in_the_order_of_folds(make_store: MakeStore, sta
     for gradient in gradients:
         store.fold(stage(store, gradient, [(0, size)]), 1.0)
     store.update(ranges, 3.0, 1)
-    total = (gradients[0] + gradients[1]) + gradients[2]  # float32, in this order: the bits that must come out
+    total = (gradients[0] + gradients[1]) + gradients[2]  # float32, in this order: the expected bits
     oracle.update(total.astype(np.float64) / 3, ranges)
     oracle.check(store)
     single = make_store(weights.copy(), Budget(1 << 30))
@@ -76,7 +76,7 @@ def test_a_round_takes_the_mean_in_the_order_of_folds(make_store: MakeStore, sta
     np.testing.assert_array_equal(single.current.weights, store.current.weights)
 
 
-def test_what_no_push_holds_stays_as_it_is(make_store: MakeStore, stage: Stage) -> None:
+def test_elements_outside_the_ranges_do_not_change(make_store: MakeStore, stage: Stage) -> None:
     size, kept = 300_000, slice(100, 200_000)
     weights, gradient = random(size, 0), random(size, 1)
     store = make_store(weights.copy(), Budget(1 << 30))
@@ -90,7 +90,7 @@ def test_what_no_push_holds_stays_as_it_is(make_store: MakeStore, stage: Stage) 
     assert state.square_avg[200_000:].all()
 
 
-def test_a_part_that_one_push_lacks_counts_as_zero(make_store: MakeStore, stage: Stage) -> None:
+def test_missing_values_of_one_push_count_as_zero(make_store: MakeStore, stage: Stage) -> None:
     size = 1000
     weights, first, second = random(size, 0), random(size, 1), random(size, 2)
     store, oracle = make_store(weights.copy(), Budget(1 << 30)), Oracle(weights)
@@ -106,7 +106,7 @@ def test_a_part_that_one_push_lacks_counts_as_zero(make_store: MakeStore, stage:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 262_144])
-def test_bits_do_not_depend_on_chunks(make_store: MakeStore, stage: Stage, chunk: int) -> None:
+def test_chunks_do_not_change_a_bit(make_store: MakeStore, stage: Stage, chunk: int) -> None:
     size = 3_000 if chunk < 10 else 600_000
     weights, gradient = random(size, 0), random(size, 1)
     stores = [make_store(weights.copy(), Budget(1 << 30)) for _ in range(2)]
@@ -125,7 +125,7 @@ def test_an_update_of_nothing_is_a_version(make_store: MakeStore, stage: Stage) 
     np.testing.assert_array_equal(store.current.weights, weights)
 
 
-def test_a_version_stays_while_it_is_read(make_store: MakeStore, stage: Stage) -> None:
+def test_an_acquired_version_does_not_change(make_store: MakeStore, stage: Stage) -> None:
     size = 1000
     store = make_store(random(size, 0), Budget(1 << 20))
     read = store.current
@@ -138,7 +138,7 @@ def test_a_version_stays_while_it_is_read(make_store: MakeStore, stage: Stage) -
     read.release()
 
 
-def test_a_second_version_that_is_read_is_paid_for_once(make_store: MakeStore, stage: Stage) -> None:
+def test_a_second_acquired_version_is_reserved_once(make_store: MakeStore, stage: Stage) -> None:
     budget = Budget(4000)
     store = make_store(random(1000, 0), budget)
     read = []
@@ -151,13 +151,13 @@ def test_a_second_version_that_is_read_is_paid_for_once(make_store: MakeStore, s
     assert budget.available == 0
     with pytest.raises(BudgetExceeded) as refused:
         store.current.acquire()
-    assert (refused.value.needed, refused.value.available, refused.value.passing) == (4000, 0, True)
+    assert (refused.value.needed, refused.value.available, refused.value.is_temporary) == (4000, 0, True)
     for version in read:
         version.release()
     assert budget.available == 4000
 
 
-def test_put_replaces_all(make_store: MakeStore, stage: Stage) -> None:
+def test_put_replaces_all_vectors(make_store: MakeStore, stage: Stage) -> None:
     store = make_store(random(100, 0), Budget(1 << 20))
     state = State(random(100, 1), random(100, 2) ** 2, random(100, 3) ** 2)
     store.put(State(*(vector.copy() for vector in (state.weights, state.square_avg, state.acc_delta))), 7)
@@ -167,7 +167,7 @@ def test_put_replaces_all(make_store: MakeStore, stage: Stage) -> None:
         np.testing.assert_array_equal(getattr(got, name), getattr(state, name))
 
 
-def test_extend_keeps_what_is_there_and_what_waits(make_store: MakeStore, stage: Stage) -> None:
+def test_extend_keeps_the_state_and_the_pending_sum(make_store: MakeStore, stage: Stage) -> None:
     size, more = 1000, 500
     weights, gradients = random(size, 0), [random(size, 1), random(size, 2), random(size + more, 3)]
     store, oracle = make_store(weights.copy(), Budget(1 << 20)), Oracle(np.concatenate([weights, random(more, 4)]))
@@ -185,7 +185,7 @@ def test_extend_keeps_what_is_there_and_what_waits(make_store: MakeStore, stage:
     oracle.check(store)
 
 
-def test_new_versions_lie_where_the_kernel_writes_around_the_caches(make_store: MakeStore, stage: Stage) -> None:
+def test_new_versions_are_aligned_for_streaming_stores_and_reused(make_store: MakeStore, stage: Stage) -> None:
     size = 2_000_003
     weights = random(size, 0)
     store = make_store(unaligned(weights), Budget(1 << 30))
@@ -195,11 +195,11 @@ def test_new_versions_lie_where_the_kernel_writes_around_the_caches(make_store: 
         store.update([Range(0, size, PLAIN)], 1.0, number)
         addresses.add(store.current.weights.ctypes.data)
     assert {address % 64 for address in addresses} == {0}
-    assert len(addresses) <= 3, "they are used again"
+    assert len(addresses) <= 3, "the pool reuses vectors"
 
 
 def unaligned(vector: Vector) -> Vector:
-    """The same at an address that is a multiple of 4 alone."""
+    """Returns a copy at an address that is a multiple of 4 only."""
     room = np.empty(vector.size + 32, np.float32)
     first = (-room.ctypes.data % 64) // 4 + 1
     made = room[first : first + vector.size]

@@ -1,4 +1,4 @@
-"""What a push counts for in a sum, and how far an update went."""
+"""The weights of pushes in a sum, and the norm of an update's change."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ def assert_same_state(one: Store, other: Store) -> None:
 
 
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.1, 3.0, 1.0), (1e-9, 1e9), (1e-9, 3e-9, 1e-9), (1e9, 5e8, 7e8)])
-def test_a_weighted_mean_is_that_of_float64(make_store: MakeStore, stage: Stage, factors: tuple[float, ...]) -> None:
+def test_a_weighted_mean_is_close_to_float64(make_store: MakeStore, stage: Stage, factors: tuple[float, ...]) -> None:
     weights, gradients = random(SIZE, 0), [random(SIZE, k) for k in range(1, 1 + len(factors))]
     store = make_store(weights.copy(), Budget(1 << 30))
     for gradient, factor in zip(gradients, factors, strict=True):
@@ -41,7 +41,7 @@ def test_a_weighted_mean_is_that_of_float64(make_store: MakeStore, stage: Stage,
     mean = np.add.reduce(terms) / sum(factors)
     zeros = np.zeros(SIZE)
     square_avg, _, expected = reference.update(mean, zeros, zeros, weights, PLAIN)
-    # Where large terms cancel, what is left has the error of the terms.
+    # Where large terms cancel, the result has the error of the terms.
     largest = np.max(np.abs(terms), axis=0) / sum(factors)
     made = store.state()
     assert (np.abs(np.sqrt(made.square_avg / 0.1) - np.sqrt(square_avg / 0.1)) <= 1e-6 * largest).all()
@@ -49,7 +49,7 @@ def test_a_weighted_mean_is_that_of_float64(make_store: MakeStore, stage: Stage,
     np.testing.assert_allclose(made.weights[near], expected[near], rtol=1e-5, atol=1e-6)
 
 
-def test_bits_are_those_of_products_and_sums_in_this_order(make_store: MakeStore, stage: Stage) -> None:
+def test_the_bits_are_those_of_float32_products_and_sums_in_order(make_store: MakeStore, stage: Stage) -> None:
     factors = (0.1, 3.0, 1.0, 1e-3)
     weights, gradients = random(SIZE, 0), [random(SIZE, k) for k in range(1, 5)]
     store, single = (make_store(weights.copy(), Budget(1 << 30)) for _ in range(2))
@@ -62,11 +62,11 @@ def test_bits_are_those_of_products_and_sums_in_this_order(make_store: MakeStore
     assert_same_state(store, single)
 
 
-def test_a_push_that_remains_alone_is_divided_by_its_share(make_store: MakeStore, stage: Stage) -> None:
+def test_a_single_push_is_divided_by_weight_over_factor(make_store: MakeStore, stage: Stage) -> None:
     weights, gradient = random(SIZE, 0), random(SIZE, 1)
     stores = [make_store(weights.copy(), Budget(1 << 30)) for _ in range(3)]
-    shares = ((0.3, 0.9), (1.0, 0.9 / 0.3), (1.0, float(np.float32(0.9 / 0.3))))
-    for store, (factor, weight) in zip(stores, shares, strict=True):
+    cases = ((0.3, 0.9), (1.0, 0.9 / 0.3), (1.0, float(np.float32(0.9 / 0.3))))
+    for store, (factor, weight) in zip(stores, cases, strict=True):
         store.fold(stage(store, gradient), factor)
         store.update(WHOLE, weight, 1)
     assert_same_state(stores[0], stores[1])
@@ -74,7 +74,7 @@ def test_a_push_that_remains_alone_is_divided_by_its_share(make_store: MakeStore
 
 
 @pytest.mark.parametrize("factor", [1e-9, 0.3, 7.0, 1e9])
-def test_a_push_alone_is_used_as_it_is(make_store: MakeStore, stage: Stage, factor: float) -> None:
+def test_a_single_push_does_not_depend_on_its_factor(make_store: MakeStore, stage: Stage, factor: float) -> None:
     weights, gradient = random(SIZE, 0), random(SIZE, 1)
     stores = [make_store(weights.copy(), Budget(1 << 30)) for _ in range(2)]
     for store, own in zip(stores, (factor, 1.0), strict=True):
@@ -84,7 +84,7 @@ def test_a_push_alone_is_used_as_it_is(make_store: MakeStore, stage: Stage, fact
 
 
 def test_zeros_in_a_sum_lose_their_sign(make_store: MakeStore, stage: Stage) -> None:
-    """So they do on the host, whose sum starts at 0, and so on a device, whose sum starts as the first push."""
+    """The host's sum starts at 0, and the GPU's as the first push, so the GPU must add 0."""
     negative = np.full(1000, -0.0, np.float32)
     store = make_store(negative.copy(), Budget(1 << 20))
     for _ in range(2):
@@ -107,7 +107,7 @@ def test_any_weight_keeps_the_state_finite(make_store: MakeStore, stage: Stage, 
 
 
 @pytest.mark.parametrize("size", [1, 17, 1000, 300_001, 600_000])
-def test_an_update_says_how_far_it_went(make_store: MakeStore, stage: Stage, size: int) -> None:
+def test_an_update_returns_the_norm_of_the_change(make_store: MakeStore, stage: Stage, size: int) -> None:
     weights = random(size, 0)
     store = make_store(weights.copy(), Budget(1 << 30))
     third = size // 3
@@ -121,13 +121,13 @@ def test_an_update_says_how_far_it_went(make_store: MakeStore, stage: Stage, siz
         assert change > 0
 
 
-def test_an_update_of_nothing_goes_nowhere(make_store: MakeStore, stage: Stage) -> None:
+def test_an_update_without_ranges_changes_nothing(make_store: MakeStore, stage: Stage) -> None:
     store = make_store(random(10, 0), Budget(1 << 20))
     store.fold(stage(store, random(10, 1), []), 2.0)
     assert store.update([], 2.0, 1) == 0
 
 
-def test_how_far_does_not_depend_on_the_threads(stage: Stage) -> None:
+def test_the_norm_does_not_depend_on_the_threads(stage: Stage) -> None:
     size = 2_000_000
     weights, gradient = random(size, 0), random(size, 1)
     changes = set()

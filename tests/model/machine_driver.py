@@ -1,4 +1,4 @@
-"""What the tests of the state machine share: a machine, a clock that stands still, and a note of what is decided."""
+"""A driver for the tests of the state machine: a machine, a manual clock, and the decisions so far."""
 
 import itertools
 
@@ -30,7 +30,7 @@ LEASE = 10.0
 
 
 class Driver:
-    """A machine, a clock that stands still unless told, and what has become of every push."""
+    """A machine, a clock that only `tick` advances, and the result of every push."""
 
     def __init__(self, policy: Policy) -> None:
         self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), [Hyperparameters()], policy)
@@ -59,7 +59,7 @@ class Driver:
         self._note(self.machine.close_session(session.id, session.epoch, self.now))
 
     def tick(self, seconds: float) -> list[str]:
-        """Lets time pass; returns whose lease ran out."""
+        """Advances the clock. Returns the workers whose lease ran out."""
         self.now += seconds
         gone, decisions = self.machine.tick(self.now)
         self._note(decisions)
@@ -77,7 +77,7 @@ class Driver:
         weight: float = 1.0,
         norm: float = 0.0,
     ) -> PushResult | None:
-        """Pushes; returns the answer, where it comes at once."""
+        """Pushes. Returns the answer; None if it does not come at once."""
         push = Push(
             session_id=session.id,
             epoch=session.epoch,
@@ -94,7 +94,7 @@ class Driver:
         return self.answers.get(push.key)
 
     def change(self, policy: Policy | None = None, *groups: Hyperparameters) -> int:
-        """Changes the configuration; returns the first version that is made with it."""
+        """Changes the settings. Returns the first version that is made with them."""
         before = self.machine.configuration()
         first, decisions = self.machine.change(groups or before[0], policy or before[1], self.now)
         self._note(decisions)
@@ -123,20 +123,20 @@ class Driver:
 
 
 def contributions(result: PushResult | None) -> tuple[Contribution, ...]:
-    """Returns what the pushes of a result's update were."""
+    """Returns all contributions to the update of a result."""
     assert result
     assert result.summary
     return result.summary.contributions
 
 
 def contribution(result: PushResult | None) -> Contribution:
-    """Returns what the push itself was in its update."""
+    """Returns the contribution of the push that has this result."""
     assert result
     assert result.contribution
     return result.contribution
 
 
 def refused(reason: str, **metadata: object) -> "pytest.RaisesExc[Refused]":
-    """Expects a refusal; of its metadata, what is given here."""
+    """Expects a refusal whose metadata include these."""
     expected = {key: str(value) for key, value in metadata.items()}.items()
     return pytest.raises(Refused, check=lambda error: error.reason == reason and expected <= error.metadata.items())

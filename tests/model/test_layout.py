@@ -1,4 +1,4 @@
-"""The layout cuts the flat vector where tensors, groups and absences end."""
+"""The layout: ranges of tensors and groups in the flat vector."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""The state machine: sessions and sequence numbers. Time is whatever the test says."""
+"""The state machine: sessions and sequence numbers."""
 
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
@@ -22,7 +22,7 @@ class TestSequence:
             driver.push(session, sequence)
 
     @pytest.mark.parametrize("sequence", [0, -1])
-    def test_numbers_begin_with_one(self, sequence: int) -> None:
+    def test_sequence_numbers_start_at_one(self, sequence: int) -> None:
         driver = Driver(Async())
         with refused("PUSH_INVALID"):
             driver.push(driver.open("a"), sequence)
@@ -33,7 +33,7 @@ class TestSequence:
         first = driver.push(session, 1)
         driver.push(session, 2)
         assert first
-        assert driver.push(session, 1) == first.again()
+        assert driver.push(session, 1) == first.as_duplicate()
         assert (driver.version, len(driver.updates)) == (2, 2)
 
     def test_beyond_the_window_a_duplicate_gets_the_current_version(self) -> None:
@@ -46,7 +46,7 @@ class TestSequence:
         assert second
         assert (second.version, len(contributions(second))) == (2, 1)
 
-    def test_a_number_with_other_content_is_refused(self) -> None:
+    def test_other_values_under_a_used_number_are_refused(self) -> None:
         driver = Driver(Async())
         session = driver.open("a")
         driver.push(session, 1, fingerprint=5)
@@ -97,7 +97,7 @@ class TestSessions:
         with refused("SESSION_UNKNOWN"):
             driver.push(session)
 
-    def test_unknown_sessions_are_never_made(self) -> None:
+    def test_an_unknown_session_is_refused(self) -> None:
         driver = Driver(Async())
         with refused("SESSION_UNKNOWN"):
             driver.machine.keep_session(b"x" * 16, 1, 0.0)
@@ -107,13 +107,15 @@ class TestSessions:
     @pytest.mark.parametrize(
         ("tensors", "groups", "field"), [(0, 1, "tensor_count"), (3, 1, "tensor_count"), (1, 2, "group_count")]
     )
-    def test_nobody_knows_more_than_there_is(self, tensors: int, groups: int, field: str) -> None:
+    def test_a_worker_cannot_know_more_tensors_or_groups_than_there_are(
+        self, tensors: int, groups: int, field: str
+    ) -> None:
         machine = Driver(Async()).machine
         with refused("PUSH_INVALID", field=field):
             machine.open_session("a", b"i" * 16, LEASE, 0.0, tensors, groups)
         assert len(machine.sessions) == 0
 
-    def test_who_knows_fewer_tensors_pushes_those(self) -> None:
+    def test_tensors_that_a_worker_does_not_know_are_absent_from_its_pushes(self) -> None:
         driver = Driver(Async())
         session, _ = driver.machine.open_session("a", b"i" * 16, LEASE, 0.0, 1, 1)
         driver.push(session)

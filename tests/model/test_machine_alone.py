@@ -1,4 +1,4 @@
-"""The state machine: policies under which every push is an update at once, and answers that wait for slower workers."""
+"""The asynchronous and the bounded policy: every push is an update at once."""
 
 import pytest
 from machine_driver import LEASE, Driver, contribution, refused
@@ -9,7 +9,7 @@ from deltaserve_server.model import Async, Bounded, Session, Tensor
 
 class TestMaxStaleness:
     @pytest.mark.parametrize("bound", [0, 2])
-    def test_what_is_as_old_as_allowed_is_taken_and_no_more(self, bound: int) -> None:
+    def test_a_push_may_be_as_stale_as_max_staleness_and_no_staler(self, bound: int) -> None:
         driver = Driver(Async(max_staleness=bound))
         a, b = driver.open("a"), driver.open("b")
         for _ in range(5):
@@ -25,7 +25,7 @@ class TestMaxStaleness:
         driver.push(a)
         assert contribution(driver.push(b)).staleness == 0
 
-    def test_a_duplicate_is_not_judged_again(self) -> None:
+    def test_a_duplicate_is_not_checked_for_staleness(self) -> None:
         driver = Driver(Async(max_staleness=0))
         a = driver.open("a")
         driver.push(a, 1, base=0)
@@ -34,7 +34,7 @@ class TestMaxStaleness:
         assert result
         assert (result.version, result.duplicate) == (1, True)
 
-    def test_a_new_state_makes_bases_older(self) -> None:
+    def test_put_state_makes_older_bases_stale(self) -> None:
         driver = Driver(Async(max_staleness=0))
         a = driver.open("a")
         driver.machine.put_state([0, 0])
@@ -43,7 +43,7 @@ class TestMaxStaleness:
 
 
 class TestDamping:
-    def test_lr_is_divided_by_one_more_than_the_staleness(self) -> None:
+    def test_lr_is_divided_by_one_plus_the_staleness(self) -> None:
         driver = Driver(Async(damping=True))
         a, b = driver.open("a"), driver.open("b")
         for _ in range(3):
@@ -69,7 +69,7 @@ class TestDamping:
 
 class TestBounded:
     def start(self, slack: int) -> tuple[Driver, Session, Session]:
-        """Returns a driver whose session "fast" has an answer held, and sessions "fast" and "slow"."""
+        """Returns a driver, a session "fast" whose answer is withheld, and a session "slow"."""
         driver = Driver(Bounded(slack=slack))
         fast, slow = driver.open("fast"), driver.open("slow")
         for _ in range(slack):
@@ -79,7 +79,7 @@ class TestBounded:
         return driver, fast, slow
 
     @pytest.mark.parametrize("slack", [0, 1, 3])
-    def test_who_is_too_far_ahead_waits_for_the_slowers_push(self, slack: int) -> None:
+    def test_a_worker_that_is_too_far_ahead_waits_for_the_slowest_to_push(self, slack: int) -> None:
         driver, fast, slow = self.start(slack)
         result = driver.push(slow)
         assert result
@@ -87,7 +87,7 @@ class TestBounded:
         assert driver.answers[fast.id, slack + 1].version == slack + 1
         assert not driver.answers[fast.id, slack + 1].duplicate
 
-    def test_who_waits_may_not_push_on(self) -> None:
+    def test_a_worker_whose_answer_is_withheld_may_not_push(self) -> None:
         driver, fast, slow = self.start(1)
         with refused("SLACK_EXCEEDED", ahead=2, slack=1):
             driver.push(fast)
@@ -96,7 +96,7 @@ class TestBounded:
         assert driver.push(fast) is None
         assert driver.version == 4
 
-    def test_its_push_again_waits_too(self) -> None:
+    def test_a_duplicate_of_its_push_waits_too(self) -> None:
         driver, fast, slow = self.start(1)
         assert driver.push(fast, 2) is None
         with refused("SEQUENCE_REUSED"):
@@ -108,30 +108,30 @@ class TestBounded:
         assert driver.answers[fast.id, 2].version == 2
         assert driver.version == 3
 
-    def test_the_slowers_close_ends_the_wait(self) -> None:
+    def test_closing_the_slowest_session_ends_the_wait(self) -> None:
         driver, fast, slow = self.start(0)
         driver.close(slow)
         assert driver.answers[fast.id, 1].version == 1
 
-    def test_the_slowers_lease_ends_the_wait(self) -> None:
+    def test_the_end_of_the_slowest_session_s_lease_ends_the_wait(self) -> None:
         driver, fast, _ = self.start(0)
         driver.now = LEASE - 1
         driver.machine.renew(fast.id, driver.now)
         assert driver.tick(1) == ["slow"]
         assert driver.answers[fast.id, 1].version == 1
 
-    def test_its_own_end_ends_the_wait(self) -> None:
+    def test_closing_its_own_session_ends_the_wait(self) -> None:
         driver, fast, _ = self.start(0)
         driver.close(fast)
         assert driver.answers[fast.id, 1].version == 1
 
-    def test_its_successor_ends_the_wait_of_the_fenced_call(self) -> None:
+    def test_fencing_its_session_ends_the_wait(self) -> None:
         driver, fast, slow = self.start(0)
         successor = driver.open("fast")
         assert driver.answers[fast.id, 1].version == 1
         assert successor.clock == slow.clock
 
-    def test_it_is_the_slowest_of_all_that_counts(self) -> None:
+    def test_the_slowest_of_all_sessions_counts(self) -> None:
         driver = Driver(Bounded(slack=1))
         a, b, c = (driver.open(name) for name in "abc")
         driver.push(a)
@@ -142,7 +142,7 @@ class TestBounded:
         driver.push(c)
         assert {(a.id, 2), (b.id, 2)} <= driver.answers.keys()
 
-    def test_who_comes_later_counts_from_where_the_slowest_stands(self) -> None:
+    def test_a_newcomer_starts_at_the_clock_of_the_slowest(self) -> None:
         driver = Driver(Bounded(slack=2))
         a, b = driver.open("a"), driver.open("b")
         for _ in range(5):
@@ -154,17 +154,17 @@ class TestBounded:
         assert driver.push(a)  # 7, and the slowest at 5
         assert driver.push(a) is None
 
-    def test_nobody_waits_alone(self) -> None:
+    def test_a_single_worker_never_waits(self) -> None:
         driver = Driver(Bounded())
         a = driver.open("a")
         assert all(driver.push(a) for _ in range(10))
 
-    def test_a_larger_slack_gives_answers_free(self) -> None:
+    def test_a_larger_slack_releases_withheld_answers(self) -> None:
         driver, fast, _ = self.start(0)
         assert driver.change(Bounded(slack=1)) == 2
         assert driver.answers[fast.id, 1].version == 1
 
-    def test_a_smaller_slack_holds_the_next_answers(self) -> None:
+    def test_a_smaller_slack_withholds_the_next_answers(self) -> None:
         driver = Driver(Bounded(slack=3))
         fast, _ = driver.open("fast"), driver.open("slow")
         driver.push(fast)

@@ -1,4 +1,4 @@
-"""The state machine: other hyperparameters and other policies, at once or when the open round has closed."""
+"""Changes of hyperparameters and policy: immediate ones, and those that wait until the open round has closed."""
 
 import pytest
 from machine_driver import Driver, contribution, contributions, refused
@@ -10,7 +10,7 @@ SLOW = Hyperparameters(lr=0.25)
 
 
 class TestAtOnce:
-    def test_hyperparameters_count_from_the_next_update(self) -> None:
+    def test_new_hyperparameters_apply_from_the_next_update(self) -> None:
         driver = Driver(Async())
         a = driver.open("a")
         driver.push(a)
@@ -20,7 +20,7 @@ class TestAtOnce:
         used = [update.summary.hyperparameters[0].lr for update in driver.updates]
         assert used == [1.0, 0.25, 3.0]
 
-    def test_hyperparameters_count_for_a_round_that_is_reduced_in_part(self) -> None:
+    def test_new_hyperparameters_apply_to_a_partly_reduced_round(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
@@ -29,10 +29,10 @@ class TestAtOnce:
         driver.push(b)
         assert driver.updates[0].summary.hyperparameters == (SLOW,)
 
-    def test_what_it_was_created_as_stays(self) -> None:
+    def test_a_change_keeps_the_initial_settings(self) -> None:
         driver = Driver(Sync())
         driver.change(Async(), SLOW)
-        assert driver.machine.created_as == ((Hyperparameters(),), Sync())
+        assert driver.machine.initial_settings == ((Hyperparameters(),), Sync())
         assert driver.machine.configuration() == ((SLOW,), Async())
 
     @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ class TestAtOnce:
             (Sync(reduction="median"), Sync(quorum=1)),
         ],
     )
-    def test_pushes_that_wait_are_judged_by_the_new_policy(self, before: Sync, after: Sync) -> None:
+    def test_a_new_policy_applies_to_pushes_that_wait(self, before: Sync, after: Sync) -> None:
         driver = Driver(before)
         b, c = driver.open("b"), driver.open("c")
         if before.min_workers < 3:
@@ -56,7 +56,7 @@ class TestAtOnce:
         assert driver.change(after) == 1
         assert len(contributions(driver.answers[b.id, 1])) == 2
 
-    def test_a_new_reduction_counts_for_what_is_not_reduced_yet(self) -> None:
+    def test_a_new_reduction_applies_to_a_round_that_is_not_reduced_yet(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(b)  # a is awaited, and comes first
@@ -64,7 +64,7 @@ class TestAtOnce:
         driver.push(a, norm=4.0)
         assert [factor for _, factor in driver.combined[0].pushes] == [0.25, 1.0]
 
-    def test_more_workers_are_waited_for_where_nothing_is_reduced_yet(self) -> None:
+    def test_a_larger_min_workers_applies_to_a_round_that_is_not_reduced_yet(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(b)
@@ -81,7 +81,7 @@ class TestDeferred:
         "after",
         [Async(), Bounded(), Sync(reduction="median"), Sync(clip_norm=1.0), Sync(min_workers=2)],
     )
-    def test_a_round_reduced_in_part_closes_as_it_began(self, after: Policy) -> None:
+    def test_a_partly_reduced_round_closes_under_the_old_policy(self, after: Policy) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a, norm=4.0)
@@ -93,7 +93,7 @@ class TestDeferred:
         assert driver.factors == {(a.id, 1): 1.0, (b.id, 1): 1.0}
         assert (driver.machine.policy, driver.machine.groups) == (after, (SLOW,))
 
-    def test_the_last_of_several_counts(self) -> None:
+    def test_the_last_of_several_deferred_changes_counts(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
@@ -102,7 +102,7 @@ class TestDeferred:
         driver.push(b)
         assert driver.machine.policy == Bounded(slack=4)
 
-    def test_one_that_need_not_wait_replaces_one_that_does(self) -> None:
+    def test_an_immediate_change_replaces_a_deferred_one(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
@@ -111,7 +111,7 @@ class TestDeferred:
         driver.push(b)
         assert driver.machine.configuration() == ((Hyperparameters(lr=0.5),), Sync(quorum=2))
 
-    def test_groups_that_are_added_meanwhile_stay(self) -> None:
+    def test_groups_added_meanwhile_are_part_of_a_deferred_change(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
@@ -132,7 +132,7 @@ class TestDeferred:
 
 class TestOutOfRounds:
     def waiting(self) -> tuple[Driver, list[Key]]:
-        """Returns a driver with pushes of b and c that wait, none reduced, and their keys."""
+        """Returns a driver whose round has unreduced pushes of b and c, and the keys of those."""
         driver = Driver(Sync())
         c, b, _ = (driver.open(name) for name in "cba")
         driver.push(c, base=0, weight=2.0)
@@ -146,7 +146,7 @@ class TestOutOfRounds:
         assert [driver.answers[key].version for key in keys] == [1, 2]
         assert [contribution(driver.answers[key]).staleness for key in keys] == [0, 1]
 
-    def test_to_async_what_is_too_stale_by_then_is_given_up(self) -> None:
+    def test_to_async_a_push_that_has_become_too_stale_is_given_up(self) -> None:
         driver, (first, second) = self.waiting()
         driver.change(Async(max_staleness=0))
         assert driver.answers[first].version == 1
@@ -161,7 +161,7 @@ class TestOutOfRounds:
         driver.change(Async(damping=True))
         assert [update.summary.hyperparameters[0].lr for update in driver.updates] == [1.0, 0.5]
 
-    def test_to_bounded_each_is_a_step_and_may_be_held(self) -> None:
+    def test_to_bounded_each_push_is_a_step_whose_answer_may_be_withheld(self) -> None:
         driver, keys = self.waiting()
         driver.change(Bounded())
         assert driver.version == 2
@@ -171,7 +171,7 @@ class TestOutOfRounds:
         driver.push(a)
         assert set(driver.answers) == {*keys, (a.id, 1)}
 
-    def test_who_waits_for_the_next_round_may_push(self) -> None:
+    def test_a_late_joiner_may_push(self) -> None:
         driver, _ = self.waiting()
         late = driver.open("d")
         assert late.first_version == 1
@@ -179,7 +179,7 @@ class TestOutOfRounds:
         assert driver.push(late, base=1)
         assert driver.version_bumped == []
 
-    def test_a_version_is_made_for_who_was_promised_one(self) -> None:
+    def test_a_version_bump_serves_late_joiners_when_no_update_follows(self) -> None:
         driver = Driver(Sync())
         b, _ = driver.open("b"), driver.open("a")
         driver.machine.put_state([0, 0])
@@ -190,7 +190,7 @@ class TestOutOfRounds:
         assert (b.id, 1) in driver.given_up
         assert driver.version_bumped == [2]
 
-    def test_the_push_of_a_session_that_ended_counts(self) -> None:
+    def test_the_push_of_an_ended_session_counts(self) -> None:
         driver, keys = self.waiting()
         session = driver.machine.sessions.named("c")
         assert session
@@ -201,7 +201,7 @@ class TestOutOfRounds:
 
 class TestIntoRounds:
     @pytest.mark.parametrize("before", [Async(), Bounded()])
-    def test_the_first_round_begins_at_the_version_that_there_is(self, before: Policy) -> None:
+    def test_the_first_round_opens_at_the_current_version(self, before: Policy) -> None:
         driver = Driver(before)
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
@@ -213,7 +213,7 @@ class TestIntoRounds:
         assert len(contributions(driver.push(b, base=2))) == 2
 
     @pytest.mark.parametrize("after", [Sync(), Async(), Sync(min_workers=5)])
-    def test_answers_that_bounded_held_are_given(self, after: Policy) -> None:
+    def test_withheld_answers_are_given(self, after: Policy) -> None:
         driver = Driver(Bounded())
         a, _ = driver.open("a"), driver.open("b")
         assert driver.push(a) is None
@@ -221,7 +221,7 @@ class TestIntoRounds:
         assert driver.answers[a.id, 1].version == 1
         assert not a.waiting
 
-    def test_steps_are_counted_anew(self) -> None:
+    def test_clocks_start_anew(self) -> None:
         driver = Driver(Bounded(slack=1))
         a, _ = driver.open("a"), driver.open("b")
         driver.push(a)

@@ -1,4 +1,4 @@
-"""The state machine: rounds that close without all, by quorum and by timeout, and rounds that fail."""
+"""The synchronous policy: rounds that close by quorum or timeout, and rounds that fail."""
 
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
@@ -10,7 +10,7 @@ LONG = 1000.0
 
 
 class TestQuorum:
-    def test_without_grace_it_closes_with_the_push_that_makes_it(self) -> None:
+    def test_without_grace_the_push_that_completes_the_quorum_closes_the_round(self) -> None:
         driver = Driver(Sync(quorum=2))
         a, b, c = (driver.open(name) for name in "abc")
         assert driver.push(c) is None
@@ -18,7 +18,7 @@ class TestQuorum:
         assert driver.folds == [(a.id, 1), (c.id, 1)]
         assert b.member
 
-    def test_grace_counts_from_the_push_that_made_the_quorum(self) -> None:
+    def test_grace_counts_from_the_push_that_completes_the_quorum(self) -> None:
         driver = Driver(Sync(quorum=2, grace_seconds=3.0))
         a, b, _ = (driver.open(name, LONG) for name in "abc")
         driver.push(a)
@@ -32,7 +32,7 @@ class TestQuorum:
         assert (driver.version, driver.machine.due()) == (1, None)
         assert [held.worker for held in driver.updates[0].summary.contributions] == ["a", "b"]
 
-    def test_within_the_grace_the_rest_still_comes_and_ends_it(self) -> None:
+    def test_within_the_grace_period_the_last_member_closes_the_round(self) -> None:
         driver = Driver(Sync(quorum=2, grace_seconds=3.0))
         a, b, c = (driver.open(name, LONG) for name in "abc")
         driver.push(a)
@@ -41,7 +41,7 @@ class TestQuorum:
         assert len(contributions(driver.push(c))) == 3
         assert driver.now == 1.0
 
-    def test_any_event_sees_that_the_time_is_up(self) -> None:
+    def test_any_event_closes_a_round_whose_time_is_up(self) -> None:
         driver = Driver(Sync(quorum=1, grace_seconds=3.0))
         a, b = (driver.open(name, LONG) for name in "ab")
         driver.push(a)
@@ -49,7 +49,7 @@ class TestQuorum:
         driver.close(b)
         assert driver.version == 1
 
-    def test_who_joins_after_the_time_joins_the_next_round(self) -> None:
+    def test_a_session_that_opens_after_the_deadline_joins_the_next_round(self) -> None:
         driver = Driver(Sync(quorum=1, grace_seconds=3.0))
         a, _ = (driver.open(name, LONG) for name in "ab")
         driver.push(a)
@@ -59,7 +59,7 @@ class TestQuorum:
         assert driver.push(b, base=b.first_version) is None
         assert len(contributions(driver.push(a))) == 2
 
-    def test_a_straggler_is_told_which_version_to_compute_on(self) -> None:
+    def test_a_straggler_learns_the_version_to_compute_on(self) -> None:
         driver = Driver(Sync(quorum=2))
         a, b, c = (driver.open(name) for name in "abc")
         driver.push(a, base=0)
@@ -69,7 +69,7 @@ class TestQuorum:
         assert driver.push(c, 1, base=1) is None  # the same number
         assert len(contributions(driver.push(a, base=1))) == 2
 
-    def test_it_is_no_less_than_min_workers_that_closes(self) -> None:
+    def test_a_round_below_min_workers_does_not_close(self) -> None:
         driver = Driver(Sync(min_workers=2, quorum=3))
         a, b, c = (driver.open(name) for name in "abc")
         driver.push(a)
@@ -79,7 +79,7 @@ class TestQuorum:
 
 
 class TestTimeout:
-    def test_it_closes_with_those_who_are_there(self) -> None:
+    def test_the_round_closes_with_the_pushes_that_it_has(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a, b, c = (driver.open(name, LONG) for name in "abc")
         driver.tick(3.0)
@@ -93,7 +93,7 @@ class TestTimeout:
         with refused("ROUND_CLOSED", base=0, current=1):
             driver.push(c, base=0)
 
-    def test_the_sooner_of_quorum_and_timeout_counts(self) -> None:
+    def test_the_earlier_of_grace_and_timeout_counts(self) -> None:
         driver = Driver(Sync(quorum=2, grace_seconds=3.0, round_timeout_seconds=4.0))
         a, b, _ = (driver.open(name, LONG) for name in "abc")
         driver.push(a)
@@ -101,7 +101,7 @@ class TestTimeout:
         driver.push(b)
         assert driver.machine.due() == 4.0
 
-    def test_the_next_round_has_a_time_of_its_own(self) -> None:
+    def test_the_next_round_has_its_own_timeout(self) -> None:
         driver = Driver(Sync(round_timeout_seconds=5.0))
         a, b = (driver.open(name, LONG) for name in "ab")
         driver.push(a)
@@ -120,7 +120,7 @@ class TestTimeout:
 
 
 class TestFailure:
-    def test_with_too_few_nothing_is_applied_and_numbers_are_free(self) -> None:
+    def test_below_min_workers_nothing_is_applied_and_sequence_numbers_are_free(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a = driver.open("a", LONG)
         driver.push(a, 1, base=0, fingerprint=7)
@@ -135,7 +135,7 @@ class TestFailure:
         assert len(contributions(driver.push(a, 1, base=0, fingerprint=7))) == 2
         assert driver.folds == [(a.id, 1), (b.id, 1)]
 
-    def test_another_push_may_have_the_number(self) -> None:
+    def test_another_push_may_take_the_sequence_number(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a = driver.open("a", LONG)
         driver.push(a, 1, fingerprint=7, hyperparameters=Hyperparameters(lr=0.5))
@@ -143,7 +143,7 @@ class TestFailure:
         driver.push(driver.open("b"), hyperparameters=Hyperparameters(lr=0.25))  # the round's own are forgotten
         assert driver.push(a, 1, fingerprint=8)
 
-    def test_all_who_wait_are_told_in_order_of_names(self) -> None:
+    def test_pushes_are_refused_in_the_order_of_worker_names(self) -> None:
         driver = Driver(Sync(min_workers=3, round_timeout_seconds=5.0))
         b, a = driver.open("b", LONG), driver.open("a", LONG)
         driver.push(b)
@@ -153,7 +153,7 @@ class TestFailure:
         assert list(driver.given_up) == [(a.id, 1), (b.id, 1)]
         assert {refusal.metadata["got"] for refusal in driver.given_up.values()} == {"2"}
 
-    def test_leases_start_anew(self) -> None:
+    def test_leases_restart(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a = driver.open("a")
         driver.push(a)
@@ -161,7 +161,7 @@ class TestFailure:
         assert driver.tick(LEASE - 1) == []
         assert driver.tick(1) == ["a"]
 
-    def test_who_waits_for_the_next_version_gets_it(self) -> None:
+    def test_a_late_joiner_that_was_admitted_gets_no_second_version(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a, b = driver.open("a", LONG), driver.open("b", LONG)
         driver.push(a, base=0)
@@ -176,7 +176,7 @@ class TestFailure:
         driver.push(a, 1, base=1)
         assert driver.push(late, base=1)
 
-    def test_a_round_that_fails_makes_the_version_that_others_were_promised(self) -> None:
+    def test_a_failed_round_bumps_the_version_for_late_joiners(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a, _ = driver.open("a", LONG), driver.open("b", LONG)
         driver.push(a, base=0)
@@ -190,7 +190,7 @@ class TestFailure:
         driver.tick(5.0)
         assert contribution(driver.answers[a.id, 1]).staleness == 1
 
-    def test_duplicates_of_the_last_eight_are_known_after_it(self) -> None:
+    def test_the_window_still_holds_the_last_eight_results(self) -> None:
         driver = Driver(Sync(round_timeout_seconds=5.0))
         a = driver.open("a", LONG)
         for _ in range(8):
@@ -205,7 +205,7 @@ class TestFailure:
         with refused("SEQUENCE_REUSED"):
             driver.push(a, 1, fingerprint=5)
 
-    def test_the_push_of_a_session_that_ended_has_never_come(self) -> None:
+    def test_the_push_of_an_ended_session_is_finally_not_accepted(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a = driver.open("a")
         driver.push(a)
@@ -216,7 +216,7 @@ class TestFailure:
 
 
 @pytest.mark.parametrize("quorum", [None, 3])
-def test_below_min_workers_without_a_timeout_it_waits(quorum: int | None) -> None:
+def test_below_min_workers_without_a_timeout_a_round_waits(quorum: int | None) -> None:
     driver = Driver(Sync(min_workers=3, quorum=quorum))
     driver.push(driver.open("a", 1e9))
     driver.push(driver.open("b", 1e9))

@@ -1,4 +1,4 @@
-"""The state machine: what became of a push, in every state that it can be in."""
+"""The status of a push, in every state that it can be in."""
 
 import pytest
 from machine_driver import LEASE, Driver, contribution, refused
@@ -10,13 +10,13 @@ NEVER = PushStatus("not accepted", final=True)
 WAITING = PushStatus("waiting", final=False)
 
 
-def test_what_has_not_come_may_still_come() -> None:
+def test_a_push_that_has_not_arrived_may_still_arrive() -> None:
     driver = Driver(Sync())
     a = driver.open("a")
     assert driver.status(a) == driver.status(a, 99) == NOT_YET
 
 
-def test_what_was_refused_has_not_come() -> None:
+def test_a_refused_push_is_not_accepted() -> None:
     driver = Driver(Async(max_staleness=0))
     a = driver.open("a")
     driver.push(a)
@@ -25,7 +25,7 @@ def test_what_was_refused_has_not_come() -> None:
     assert driver.status(a, 2) == NOT_YET
 
 
-def test_what_waits_for_its_round_waits_until_it_is_applied() -> None:
+def test_a_push_in_a_round_is_waiting_until_it_is_applied() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -37,7 +37,7 @@ def test_what_waits_for_its_round_waits_until_it_is_applied() -> None:
     assert contribution(status.result).worker == "a"
 
 
-def test_it_waits_when_its_session_has_ended_and_is_applied_after_all() -> None:
+def test_a_push_of_an_ended_session_is_waiting_until_it_is_applied() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -47,7 +47,7 @@ def test_it_waits_when_its_session_has_ended_and_is_applied_after_all() -> None:
     assert driver.status(a).state == "applied"
 
 
-def test_what_is_applied_is_applied_while_its_answer_is_held() -> None:
+def test_a_push_whose_answer_is_withheld_is_applied() -> None:
     driver = Driver(Bounded())
     a, _ = driver.open("a"), driver.open("b")
     assert driver.push(a) is None
@@ -57,7 +57,7 @@ def test_what_is_applied_is_applied_while_its_answer_is_held() -> None:
     assert status.result.version == 1
 
 
-def test_before_the_last_eight_the_current_version_is_told() -> None:
+def test_before_the_window_the_result_has_the_current_version() -> None:
     driver = Driver(Async())
     a = driver.open("a")
     for _ in range(9):
@@ -66,7 +66,7 @@ def test_before_the_last_eight_the_current_version_is_told() -> None:
     assert contribution(driver.status(a, 2).result).sequence == 2
 
 
-def test_what_became_of_it_is_told_of_fenced_closed_and_expired_sessions() -> None:
+def test_the_status_of_fenced_closed_and_expired_sessions_is_known() -> None:
     driver = Driver(Async())
     fenced, closed, expired = (driver.open(name) for name in "abc")
     for session in (fenced, closed, expired):
@@ -80,19 +80,19 @@ def test_what_became_of_it_is_told_of_fenced_closed_and_expired_sessions() -> No
 
 
 @pytest.mark.parametrize("sequence", [0, -1])
-def test_no_push_has_such_a_number(sequence: int) -> None:
+def test_a_sequence_number_below_one_is_refused(sequence: int) -> None:
     driver = Driver(Async())
     with refused("PUSH_INVALID", field="sequence"):
         driver.status(driver.open("a"), sequence)
 
 
-def test_strangers_are_unknown() -> None:
+def test_a_session_that_never_was_is_unknown() -> None:
     driver = Driver(Async())
     with refused("SESSION_UNKNOWN"):
         driver.machine.push_status(b"x" * 16, 1)
 
 
-def test_of_the_sessions_that_ended_the_last_1024_are_known() -> None:
+def test_the_last_1024_ended_sessions_are_known() -> None:
     driver = Driver(Async())
     sessions = [driver.open(f"w{number}") for number in range(1025)]
     for session in sessions:
@@ -102,7 +102,7 @@ def test_of_the_sessions_that_ended_the_last_1024_are_known() -> None:
     assert driver.status(sessions[1]) == driver.status(sessions[-1]) == NEVER
 
 
-def test_asking_renews_no_lease() -> None:
+def test_asking_does_not_renew_the_lease() -> None:
     driver = Driver(Async())
     a = driver.open("a")
     driver.now = LEASE - 1

@@ -1,14 +1,14 @@
-"""The state machine: what pushes are multiplied with, what divides their sum, and robust reductions."""
-
-import itertools
+"""The synchronous policy: weights, clipping and robust reductions."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from machine_driver import Driver
 
 from deltaserve_server.model import Answer, Async, Bounded, Combine, Fold, Policy, Sync, Update
 
 
-def test_weights_are_factors_and_their_sum_the_divisor() -> None:
+def test_weights_are_factors_and_their_sum_is_the_divisor() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(b, weight=32.0)
@@ -28,7 +28,7 @@ def test_weights_are_factors_and_their_sum_the_divisor() -> None:
 
 
 @pytest.mark.parametrize(("norm", "factor"), [(0.0, 3.0), (2.0, 3.0), (2.5, 2.4), (8.0, 0.75)])
-def test_what_is_longer_than_clip_norm_is_scaled_down_to_it(norm: float, factor: float) -> None:
+def test_a_push_longer_than_clip_norm_is_scaled_down_to_it(norm: float, factor: float) -> None:
     driver = Driver(Sync(clip_norm=2.0))
     a = driver.open("a")
     driver.push(a, weight=3.0, norm=norm)
@@ -38,7 +38,7 @@ def test_what_is_longer_than_clip_norm_is_scaled_down_to_it(norm: float, factor:
 
 
 @pytest.mark.parametrize(("workers", "trim"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)])
-def test_the_median_leaves_one_or_two(workers: int, trim: int) -> None:
+def test_the_median_keeps_one_or_two_values(workers: int, trim: int) -> None:
     driver = Driver(Sync(reduction="median"))
     sessions = [driver.open(name) for name in "abcdef"[:workers]]
     for session in reversed(sessions):
@@ -47,7 +47,7 @@ def test_the_median_leaves_one_or_two(workers: int, trim: int) -> None:
     assert driver.folds == []
 
 
-def test_the_trimmed_mean_leaves_out_as_many_as_it_says() -> None:
+def test_the_trimmed_mean_drops_trim_values_at_either_end() -> None:
     driver = Driver(Sync(min_workers=5, reduction="trimmed_mean", trim=2, clip_norm=1.0))
     sessions = [driver.open(name) for name in "edcba"]
     for session in sessions[:4]:
@@ -58,7 +58,7 @@ def test_the_trimmed_mean_leaves_out_as_many_as_it_says() -> None:
     assert driver.combined == [Combine(pushes, 2)]
 
 
-def test_a_robust_round_that_closes_by_quorum_has_those_who_came() -> None:
+def test_a_robust_round_that_closes_by_quorum_combines_the_pushes_that_it_has() -> None:
     driver = Driver(Sync(min_workers=3, reduction="median", quorum=3))
     a, b, c, d = (driver.open(name) for name in "abcd")
     for session in (d, b, c):
@@ -68,7 +68,7 @@ def test_a_robust_round_that_closes_by_quorum_has_those_who_came() -> None:
 
 
 @pytest.mark.parametrize("policy", [Async(), Bounded(slack=1), Async(damping=True)])
-def test_a_push_alone_is_itself_whatever_its_weight(policy: Policy) -> None:
+def test_the_weight_of_a_single_push_has_no_effect(policy: Policy) -> None:
     driver = Driver(policy)
     a = driver.open("a")
     driver.push(a, weight=7.0)
@@ -76,9 +76,9 @@ def test_a_push_alone_is_itself_whatever_its_weight(policy: Policy) -> None:
     assert driver.updates[0].summary.contributions[0].weight == 7.0
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 @pytest.mark.parametrize("reduction", ["mean", "median", "trimmed_mean"])
-def test_who_contributed_decides_not_who_came_first(reduction: str, order: tuple[int, ...]) -> None:
+@given(order=st.permutations(range(4)))
+def test_the_reduction_does_not_depend_on_the_order_of_arrival(reduction: str, order: list[int]) -> None:
     policies = {
         "mean": Sync(clip_norm=1.0, quorum=3, grace_seconds=9.0),
         "median": Sync(reduction="median"),
@@ -97,7 +97,7 @@ def test_who_contributed_decides_not_who_came_first(reduction: str, order: tuple
     assert [factor for _, factor in reduced] == [scale * weight for scale, weight in zip(scales, weights, strict=True)]
 
 
-def test_an_update_follows_the_reduction_of_its_pushes_alone() -> None:
+def test_an_update_follows_the_reduction_of_its_own_pushes() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     for _ in range(3):

@@ -1,15 +1,14 @@
-"""The state machine: who belongs to a round, and when it closes with all that are awaited."""
+"""The synchronous policy: members of a round, and rounds that close because all have pushed."""
 
-import itertools
-
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model import Sync, Tensor
 
 
-def test_an_update_when_all_have_pushed() -> None:
+def test_a_round_closes_when_all_have_pushed() -> None:
     driver = Driver(Sync())
     sessions = [driver.open(name) for name in "abc"]
     assert driver.push(sessions[2]) is None
@@ -20,8 +19,8 @@ def test_an_update_when_all_have_pushed() -> None:
     assert len(driver.answers) == 3
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_folds_are_in_the_order_of_names(order: tuple[int, ...]) -> None:
+@given(order=st.permutations(range(4)))
+def test_folds_are_in_the_order_of_names(order: list[int]) -> None:
     driver = Driver(Sync())
     names = ["a10", "B", "a9", "c"]
     sessions = [driver.open(name) for name in names]
@@ -52,7 +51,7 @@ def test_nothing_is_folded_while_workers_may_still_join() -> None:
     assert driver.folds == [(a.id, 1), (b.id, 1)]
 
 
-def test_who_comes_during_a_round_joins_the_next() -> None:
+def test_a_session_that_opens_during_a_round_joins_the_next() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -67,7 +66,7 @@ def test_who_comes_during_a_round_joins_the_next() -> None:
     assert driver.push(late)
 
 
-def test_who_leaves_is_not_waited_for() -> None:
+def test_a_round_does_not_wait_for_a_closed_session() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -75,7 +74,7 @@ def test_who_leaves_is_not_waited_for() -> None:
     assert len(contributions(driver.answers[a.id, 1])) == 1
 
 
-def test_a_push_of_one_who_leaves_still_counts() -> None:
+def test_a_push_of_a_closed_session_still_counts() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -84,7 +83,7 @@ def test_a_push_of_one_who_leaves_still_counts() -> None:
     assert len(contributions(driver.push(b))) == 2
 
 
-def test_a_lease_that_runs_out_ends_the_wait_but_not_that_of_who_waits() -> None:
+def test_a_round_does_not_wait_for_an_expired_session_but_keeps_those_that_wait() -> None:
     driver = Driver(Sync())
     a, _ = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -95,7 +94,7 @@ def test_a_lease_that_runs_out_ends_the_wait_but_not_that_of_who_waits() -> None
     assert driver.tick(LEASE - 1) == []
 
 
-def test_a_push_of_one_whose_lease_runs_out_still_counts() -> None:
+def test_a_push_of_an_expired_session_still_counts() -> None:
     driver = Driver(Sync(min_workers=2))
     driver.push(driver.open("a"))
     assert driver.tick(LEASE) == ["a"]
@@ -112,7 +111,7 @@ def test_a_round_waits_for_min_workers() -> None:
     assert driver.push(driver.open("c"))
 
 
-def test_a_fenced_workers_push_counts_and_its_successor_joins_the_next_round() -> None:
+def test_the_push_of_a_fenced_session_counts_and_its_successor_joins_the_next_round() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -125,7 +124,7 @@ def test_a_fenced_workers_push_counts_and_its_successor_joins_the_next_round() -
     assert driver.push(successor, base=1)
 
 
-def test_a_worker_that_is_fenced_before_it_pushed_has_its_place_taken() -> None:
+def test_the_successor_of_a_session_that_has_not_pushed_takes_its_place() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(b)
@@ -137,7 +136,7 @@ def test_a_worker_that_is_fenced_before_it_pushed_has_its_place_taken() -> None:
     assert len(contributions(driver.answers[b.id, 1])) == 2
 
 
-def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers() -> None:
+def test_a_round_that_lacks_workers_admits_late_joiners() -> None:
     driver = Driver(Sync(min_workers=2))
     a, b = driver.open("a"), driver.open("b")
     driver.push(a, base=0)
@@ -153,7 +152,7 @@ def test_who_waits_for_the_next_round_is_taken_into_one_that_lacks_workers() -> 
     assert contribution(driver.answers[a.id, 1]).staleness == 1
 
 
-def test_a_round_that_still_waits_for_someone_takes_nobody_in() -> None:
+def test_a_round_that_awaits_a_member_admits_nobody() -> None:
     driver = Driver(Sync(min_workers=2))
     a, b, c = (driver.open(name) for name in "abc")
     driver.push(a)
@@ -171,7 +170,7 @@ def test_a_push_of_an_older_round_is_refused() -> None:
         driver.push(a, base=0)
 
 
-def test_a_second_push_waits_for_no_round() -> None:
+def test_a_second_push_for_one_round_is_refused() -> None:
     driver = Driver(Sync())
     a, _ = driver.open("a"), driver.open("b")
     driver.push(a)
@@ -213,7 +212,7 @@ def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:
     assert driver.machine.update_counts == [1, 0]
 
 
-def test_a_new_state_does_not_close_the_round() -> None:
+def test_put_state_does_not_close_the_round() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a, base=0)
@@ -225,7 +224,7 @@ def test_a_new_state_does_not_close_the_round() -> None:
     assert driver.machine.update_counts == [6, 6]
 
 
-def test_older_sessions_go_on_after_an_extension() -> None:
+def test_older_sessions_continue_after_an_extension() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a, hyperparameters=Hyperparameters(lr=0.5))

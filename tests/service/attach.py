@@ -1,4 +1,4 @@
-"""A worker's side of shared memory by hand: the server's files opened and mapped, pushes whose end a test decides."""
+"""The worker's side of shared memory, written by hand from the contract. A test decides when each call ends."""
 
 import mmap
 import os
@@ -16,12 +16,12 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 
 def path(memory: rpc.SharedMemory) -> Path:
-    """Where the contract says that the memory is to be opened."""
+    """Returns the path at which the contract says to open the memory."""
     return Path(f"/proc/{memory.process_id}/fd/{memory.file_descriptor}")
 
 
 def mapped(memory: rpc.SharedMemory, *, write: bool = False) -> Vector:
-    """Opens and maps memory as the contract says, and holds it to its name and size."""
+    """Opens and maps memory as the contract says. Checks its name and size."""
     descriptor = os.open(path(memory), os.O_RDWR if write else os.O_RDONLY)
     try:
         assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == f"/memfd:{memory.name} (deleted)"
@@ -33,7 +33,7 @@ def mapped(memory: rpc.SharedMemory, *, write: bool = False) -> Vector:
 
 
 class SharedStep:
-    """A StreamStep of a push in shared memory, under way.
+    """A StreamStep in flight whose push is in shared memory.
 
     Args:
         wire: To the server.
@@ -51,12 +51,12 @@ class SharedStep:
         return rpc.StreamStepResponse.FromString(next(self.call)).header
 
     def finish(self) -> list[rpc.StreamStepResponse]:
-        """Sends what is left and half-closes; returns what is left of the answer."""
+        """Sends the remaining messages and half-closes. Returns the rest of the answer."""
         self._finished.set()
         return [rpc.StreamStepResponse.FromString(message) for message in self.call]
 
     def cancel(self) -> None:
-        """Goes away."""
+        """Cancels the call."""
         self.call.cancel()
         self._finished.set()
 
@@ -87,7 +87,7 @@ class Sharer:
         self.gradient = mapped(self.memory, write=True)
 
     def begin(self, sequence: int, gradient: ArrayLike | None, *after: Message, **fields: Any) -> SharedStep:
-        """Writes a gradient, unless None, and begins its push."""
+        """Writes a gradient, unless it is None, and starts its push."""
         if gradient is not None:
             self.gradient[:] = gradient
         return SharedStep(self._wire, self.session.header(sequence, shared_memory=True, **fields), *after)
@@ -108,10 +108,10 @@ def open_memory(wire: Wire, session: Session) -> rpc.SharedMemory:
 
 
 def free(wire: Wire) -> int:
-    """Bytes that the server has left."""
+    """Returns how many bytes of its memory budget the server has left."""
     return wire.info().limits.memory_available_bytes
 
 
 def descriptors() -> int:
-    """File descriptors of this process, which is the server's too."""
+    """Returns how many file descriptors this process has open. The server runs in it too."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())

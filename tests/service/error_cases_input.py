@@ -1,4 +1,4 @@
-"""Requests that are refused for what they say: names, shapes, numbers, chunks, values."""
+"""Requests that are invalid in themselves: names, shapes, numbers, chunks, values."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,7 +54,7 @@ def _bad_lease(seconds: float) -> Callable[[Scene], Request]:
 
 
 def _many() -> Iterator[Case]:
-    """The cases that differ in a value only."""
+    """Yields the cases that differ in one value."""
     for name in ("", ".hidden", "../m", "a/b", "a b", "a\n", "a\0b", "ä", "a" * 129, "-m"):
         yield Case("NAME_INVALID", _bad_name(name), {"field": "name"}, False)
     for name in ("", "x" * 257, "a\nb", "\x7f"):
@@ -81,8 +81,8 @@ def _many() -> Iterator[Case]:
             given: dict[str, Any] = {name: value}
             groups = [pb.Hyperparameters(**given)]
             yield Case("HYPERPARAMETER_INVALID", _bad_push(hyperparameters=groups), {"field": name}, False)
-    for seconds in (0.0, -1.0, 0.5, 1e9, float("nan"), float("inf")):
-        yield Case("POLICY_INVALID", _bad_lease(seconds), {"field": "lease_seconds", "allowed": "1 to 3600"}, False)
+    for seconds in (0.0, -1.0, 0.2, 1e9, float("nan"), float("inf")):
+        yield Case("POLICY_INVALID", _bad_lease(seconds), {"field": "lease_seconds", "allowed": "0.25 to 3600"}, False)
 
 
 CASES += _many()

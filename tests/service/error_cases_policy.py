@@ -1,4 +1,4 @@
-"""Requests that are refused for a policy, or by one; and UpdateModel, GetPush and WatchModel asked in vain."""
+"""Invalid policies, pushes that a policy refuses, and refusals of UpdateModel, GetPush and WatchModel."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "clip_norm": tuple({"clip_norm": norm} for norm in (0.0, -0.0, -1.0, NAN, INFINITY, -INFINITY)),
 }
-"""By the field that is refused: a SyncPolicy's settings."""
+"""Invalid settings of a SyncPolicy, by the field that the refusal names."""
 
 
 def _created(fields: dict[str, Any]) -> Callable[[Scene], Request]:
@@ -81,7 +81,7 @@ def _regrouped(**fields: float) -> Callable[[Scene], Request]:
 
 
 def _many() -> Iterator[Case]:
-    """The cases that differ in a value only."""
+    """Yields the cases that differ in one value."""
     for field, settings in SETTINGS.items():
         for fields in settings:
             for make in (_created, _updated):

@@ -1,4 +1,4 @@
-"""Requests that are refused for what is there, or is not: models, sessions, rounds, limits, a server that stops."""
+"""Requests that the server's state refuses: models, sessions, rounds, limits, shutdown."""
 
 import os
 from collections.abc import Callable
@@ -161,7 +161,7 @@ def a_session_of_another_model(scene: Scene) -> Request:
 
 @case("SESSION_UNKNOWN")
 def a_session_whose_lease_ran_out(scene: Scene) -> Request:
-    short = scene.wire.open("m", "b", lease_seconds=1.0)
+    short = scene.wire.open("m", "b", lease_seconds=0.25)
     eventually(lambda: len(scene.wire.model("m").sessions) == 1, "the lease does not run out")
     return step(short.header(1), *[1.0] * 5)
 
@@ -409,8 +409,8 @@ def a_snapshot_of_what_is_not_there(scene: Scene) -> Request:
 
 
 def _coming(scene: Scene) -> None:
-    scene.monkeypatch.setattr(scene.server._catalog, "_recovering", RecoveryProgress({"coming": 400, "further": 600}))
-    scene.server._catalog._recovery.progress(250)
+    scene.monkeypatch.setattr(scene.server._catalog, "_recovery", RecoveryProgress({"coming": 400, "further": 600}))
+    scene.server._catalog._recovery.add(250)
 
 
 @case("RECOVERING", retry=True, model="coming", percent="25")
@@ -454,6 +454,11 @@ def a_session_that_cannot_be_written_down(scene: Scene) -> Request:
 @case("LINEAGE_UNKNOWN", model="m")
 def a_worker_of_another_model_of_the_same_name(scene: Scene) -> Request:
     return opened(scene, lineage=ID)
+
+
+@case("LINEAGE_CHANGED", model="m")
+def a_push_on_weights_that_a_restart_has_lost(scene: Scene) -> Request:
+    return step(scene.a.header(3, lineage=ID), *[1.0] * 5)
 
 
 @case("INTERNAL")

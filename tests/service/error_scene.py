@@ -1,4 +1,4 @@
-"""What a request that is to be refused needs: a server with something on it that must not change."""
+"""The scene of a refused request: a server with a model that must not change."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +25,9 @@ CONFIG = ServerConfig(
     models=5,
     sessions=6,
     watchers=2,
+    lease_seconds_min=0.25,
 )
-"""So small that each limit is near."""
+"""Limits small enough for a test to reach."""
 
 LARGE = 20_000
 """Elements of a model that does not fit into one message, nor two pushes of it into the staged bytes."""
@@ -36,12 +37,12 @@ Request = tuple[str, list[Message | bytes]]
 
 @dataclass
 class Scene:
-    """A server with a model that has had updates, ready for a request that is to be refused.
+    """A server with a model that has had updates.
 
     Attributes:
         wire: To the server.
         a: A session with model "m" (tensors w [4] and b [], asynchronous), two pushes old.
-        models: Those that must not change.
+        models: Names of the models that must not change.
     """
 
     wire: Wire
@@ -54,19 +55,19 @@ class Scene:
     calls: list[object] = field(default_factory=list)
 
     def other(self, name: str, shape: tuple[int, ...] = (4,), policy: pb.Policy | None = None) -> None:
-        """Creates a further model."""
+        """Creates another model that must not change."""
         self.wire.create(name, {"w": shape}, policy=policy)
         self.models.append(name)
 
     def start_push(self, session: Session, sequence: int, size: int) -> None:
-        """Begins a push, and returns when it waits for its round."""
+        """Starts a push. Returns once it waits for its round."""
         self.calls.append(self.wire.start("StreamStep", push(session.header(sequence), cut(np.ones(size)))))
         eventually(lambda: self._waits(session), "the push does not wait for its round")
 
     def drain(self) -> None:
-        """Lets the server begin to stop; it is held up by a push that waits."""
+        """Starts to stop the server, which drains for as long as a push waits for its round."""
         self.pending.append(self.threads.submit(self.server.stop, 30.0))
-        eventually(lambda: bool(self.server._catalog._draining), "the server does not stop")
+        eventually(lambda: bool(self.server._catalog.quotas.draining), "the server does not stop")
 
     def _waits(self, session: Session) -> bool:
         return any(held.waiting for held in self.wire.model(session.model).sessions)
@@ -74,13 +75,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Case:
-    """A request that is to be refused.
+    """A request that the server must refuse.
 
     Attributes:
-        reason: Why.
-        prepare: Makes the request, after whatever must come before it.
-        metadata: Some of what the refusal is to say.
-        retry: Whether it is to say when to try again.
+        reason: The expected reason.
+        prepare: Sets the scene and returns the request.
+        metadata: Some of the expected metadata.
+        retry: Whether the refusal must carry a RetryInfo.
     """
 
     reason: str
@@ -113,7 +114,7 @@ def step(header: workers.PushHeader, *values: float) -> Request:
 
 
 def stream(header: workers.PushHeader, *chunks: tuple[int, object]) -> Request:
-    """A StreamStep; a chunk's values are numbers or bytes."""
+    """A StreamStep. The values of a chunk are numbers or bytes."""
     return "StreamStep", list(push(header, chunks))  # type: ignore[arg-type]
 
 

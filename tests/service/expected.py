@@ -1,4 +1,4 @@
-"""What a model's vectors are to be, bit for bit: the kernel run on sums that numpy has made."""
+"""Expected vectors of a model, bit for bit: the kernel applied to sums that numpy computes."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from deltaserve_server.adadelta import Hyperparameters, cpu
 
 
 def gradient(seed: int, size: int) -> Vector:
-    """Values of very different magnitudes, so that the order of a sum shows."""
+    """Returns values of very different magnitudes, so that another order of summation gives other bits."""
     source = np.random.default_rng(seed)
     return (source.standard_normal(size) * 10.0 ** source.integers(-4, 5, size)).astype(np.float32)
 
@@ -21,7 +21,7 @@ def norm(vector: ArrayLike) -> float:
 
 
 def weighted_sum(gradients: Sequence[Vector], factors: Sequence[float]) -> Vector:
-    """Adds up in the order given; factors, products and sums are each rounded to float32."""
+    """Adds in the order given. Rounds factors, products and sums to float32 each."""
     total = np.zeros_like(gradients[0])
     for values, factor in zip(gradients, factors, strict=True):
         total = total + np.float32(factor) * values
@@ -29,7 +29,7 @@ def weighted_sum(gradients: Sequence[Vector], factors: Sequence[float]) -> Vecto
 
 
 class Twin:
-    """A model's three vectors, updated as the server is to update them.
+    """A model's three vectors, updated as the server must update them.
 
     Args:
         weights: The initial weights.
@@ -41,12 +41,12 @@ class Twin:
         self.acc_delta = np.zeros_like(self.weights)
 
     def update(self, total: Vector, divisor: float = 1.0, own: Hyperparameters | None = None) -> float:
-        """Makes an update; returns the L2 norm of the change of the weights."""
+        """Makes an update. Returns the L2 norm of the change of the weights."""
         before, self.weights = self.weights, np.empty_like(self.weights)
         cpu.update(total, divisor, self.square_avg, self.acc_delta, before, self.weights, own or Hyperparameters())
         return norm(self.weights.astype(np.float64) - before)
 
     def check(self, state: Snapshot) -> None:
-        """Holds a model to it."""
+        """Checks that a model has these vectors."""
         vectors = (self.weights, self.square_avg, self.acc_delta)
         assert state.vectors == tuple(vector.tobytes() for vector in vectors)

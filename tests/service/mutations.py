@@ -1,4 +1,4 @@
-"""Valid requests, and what a seeded random source makes of them."""
+"""Random mutations of valid requests."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,23 +21,23 @@ _RANGES = {
 
 
 class Mutator:
-    """Changes requests.
+    """Mutates requests at random.
 
     Args:
-        seed: Of the random source.
+        seed: Seed of the random source.
     """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def noise(self) -> Messages:
-        """Random bytes as messages."""
+        """Returns messages of random bytes."""
         return [
             self._random.randbytes(self._random.choice((0, 1, 3, 20, 300))) for _ in range(self._random.randint(1, 4))
         ]
 
     def bits(self, messages: Sequence[Message]) -> Messages:
-        """Changes some bytes of some message."""
+        """Changes some bytes of one message."""
         encoded = [message.SerializeToString() for message in messages]
         index = self._random.randrange(len(encoded))
         data = bytearray(encoded[index])
@@ -54,7 +54,7 @@ class Mutator:
         return encoded
 
     def order(self, messages: Sequence[Message]) -> Messages:
-        """Leaves out, doubles, or exchanges messages."""
+        """Drops, repeats or swaps messages."""
         encoded = [message.SerializeToString() for message in messages]
         for _ in range(self._random.choice((1, 1, 2))):
             at = self._random.randrange(len(encoded))

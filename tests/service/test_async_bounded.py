@@ -1,4 +1,4 @@
-"""Policies that update at once: how stale a push may be, what damping makes of it, and who waits for the slowest."""
+"""The asynchronous and the bounded policy: staleness, damping, and waiting for the slowest worker."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _advance(wire: Wire, session: Session, steps: int, first: int = 1) -> None:
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
-def test_a_base_is_taken_up_to_max_staleness_and_not_beyond(wire: Wire, bound: int) -> None:
+def test_a_push_may_be_as_stale_as_max_staleness_and_no_staler(wire: Wire, bound: int) -> None:
     wire.create("m", policy=asynchronous(max_staleness=bound))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     _advance(wire, a, 5)
@@ -73,7 +73,7 @@ def test_the_largest_bound_is_none(wire: Wire, largest: int) -> None:
 
 
 @pytest.mark.parametrize("own", [None, 0.25], ids=["the model's", "the push's own"])
-def test_damping_divides_the_learning_rate_by_one_and_the_staleness(wire: Wire, own: float | None) -> None:
+def test_damping_divides_the_learning_rate_by_one_plus_the_staleness(wire: Wire, own: float | None) -> None:
     wire.create("m", policy=asynchronous(damping=True), groups=[Sent(lr=0.75, rho=0.8)])
     a, b = wire.open("m", "a"), wire.open("m", "b")
     twin = Twin(np.zeros(SIZE, np.float32))
@@ -98,7 +98,7 @@ def test_without_damping_staleness_changes_nothing(wire: Wire) -> None:
     assert (answer.result.staleness, answer.result.hyperparameters[0].lr) == (3, 1.0)
 
 
-def test_one_who_is_alone_has_the_same_bits_whatever_its_weight(wire: Wire) -> None:
+def test_the_weight_of_a_single_worker_changes_no_bit(wire: Wire) -> None:
     twin = Twin(np.zeros(SIZE, np.float32))
     twin.update(gradient(1, SIZE))
     for policy in (asynchronous(), asynchronous(damping=True), bounded(1)):
@@ -113,7 +113,7 @@ def test_one_who_is_alone_has_the_same_bits_whatever_its_weight(wire: Wire) -> N
 
 
 def _held(wire: Wire, session: Session, number: int) -> Any:
-    """Begins a push that is applied at once and whose answer waits."""
+    """Starts a push that is applied at once and whose answer is withheld."""
     before = wire.model("m").position.version
     call = wire.begin(session.header(number), gradient(number, SIZE))
     assert not call.done()
@@ -124,9 +124,7 @@ def _held(wire: Wire, session: Session, number: int) -> Any:
 
 
 @pytest.mark.parametrize("slack", [0, 1, 3])
-def test_a_worker_waits_when_it_is_more_than_slack_steps_ahead_and_the_slowest_s_step_lets_it_go(
-    wire: Wire, slack: int
-) -> None:
+def test_a_worker_that_is_more_than_slack_steps_ahead_waits_for_the_slowest(wire: Wire, slack: int) -> None:
     wire.create("m", policy=bounded(slack or None))
     quick, slow = wire.open("m", "a"), wire.open("m", "b")
     _advance(wire, quick, slack)
@@ -161,7 +159,7 @@ def test_a_session_that_ends_is_not_waited_for(wire: Wire, leaves: str) -> None:
     if leaves == "close":
         wire.close(slow)
     elif leaves == "lease":  # of one who takes over now: the push had time to arrive
-        wire.open("m", "b", lease_seconds=1.0)
+        wire.open("m", "b", lease_seconds=0.3)
     elif leaves == "takes over":  # the newer session stands where the older one stood
         newer = wire.open("m", "b")
         assert not call.done()
@@ -170,7 +168,7 @@ def test_a_session_that_ends_is_not_waited_for(wire: Wire, leaves: str) -> None:
 
 
 @pytest.mark.parametrize("leaves", ["close", "takes over"])
-def test_one_who_waits_and_ends_is_answered(wire: Wire, leaves: str) -> None:
+def test_a_waiting_worker_is_answered_when_its_session_ends(wire: Wire, leaves: str) -> None:
     wire.create("m", policy=bounded())
     quick, _slow = wire.open("m", "a"), wire.open("m", "b")
     call = _held(wire, quick, 1)
@@ -181,7 +179,7 @@ def test_one_who_waits_and_ends_is_answered(wire: Wire, leaves: str) -> None:
     assert streamed(call).result.version == 1
 
 
-def test_a_worker_that_comes_late_starts_where_the_slowest_stands(wire: Wire) -> None:
+def test_a_newcomer_starts_at_the_clock_of_the_slowest(wire: Wire) -> None:
     wire.create("m", policy=bounded(1))
     first = wire.open("m", "a")
     _advance(wire, first, 10)
@@ -196,7 +194,7 @@ def test_a_worker_that_comes_late_starts_where_the_slowest_stands(wire: Wire) ->
     streamed(held)
 
 
-def test_one_who_is_alone_never_waits(wire: Wire) -> None:
+def test_a_single_worker_never_waits(wire: Wire) -> None:
     wire.create("m", policy=bounded())
     a = wire.open("m", "a")
     _advance(wire, a, 20)
@@ -228,7 +226,7 @@ def test_an_answer_that_waits_holds_no_memory_for_its_values(wire: Wire) -> None
     streamed(call)
 
 
-def test_a_worker_whose_call_waits_keeps_its_lease(wire: Wire) -> None:
+def test_a_waiting_call_renews_the_lease(wire: Wire) -> None:
     wire.create("m", policy=bounded())
     quick = wire.open("m", "a", lease_seconds=60.0)
     wire.open("m", "b")

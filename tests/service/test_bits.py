@@ -1,4 +1,4 @@
-"""The same pushes give the same bits, and the bits are right."""
+"""The same pushes give the same bits, and those are close to the reference."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ GROUPS = (Hyperparameters(lr=0.5, weight_decay=0.01), Hyperparameters(rho=0.95, 
 
 
 def _gradient(seed: int, size: int = SIZE) -> Vector:
-    """Values of very different magnitudes, so that the order of a sum shows."""
+    """Returns values of very different magnitudes, so that another order of summation gives other bits."""
     source = np.random.default_rng(seed)
     return (source.standard_normal(size) * 10.0 ** source.integers(-4, 5, size)).astype(np.float32)
 
@@ -31,7 +31,7 @@ def _sent() -> list[Sent]:
 
 
 def _train(wire: Wire, model: str, joining: Sequence[str], arriving: Sequence[str], rounds: int = 3) -> Snapshot:
-    """Trains with a worker a name; the gradients are the names', whatever their order."""
+    """Trains with one worker for each name. A name determines its gradients, whatever the order."""
     weights = _gradient(99)
     wire.create(model, SHAPES, weights=weights, groups=_sent(), group_of=[0, 1], policy=sync(len(NAMES)))
     sessions = {name: wire.open(model, name) for name in joining}
@@ -46,7 +46,7 @@ def _train(wire: Wire, model: str, joining: Sequence[str], arriving: Sequence[st
 
 
 def _expected(rounds: int = 3) -> tuple[Vector, Vector, Vector]:
-    """Square averages, averages of squared steps, and weights, in float64."""
+    """Returns square_avg, acc_delta and weights in float64."""
     parts = []
     for own, part in zip(GROUPS, (slice(0, 280), slice(280, 300)), strict=True):
         state = (np.zeros(SIZE)[part], np.zeros(SIZE)[part], _gradient(99)[part].astype(np.float64))
@@ -63,14 +63,15 @@ def test_the_order_of_these_sums_shows() -> None:
     assert ((first + second) + third).tobytes() != (first + (second + third)).tobytes()
 
 
-def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire) -> None:
+@pytest.mark.parametrize("orders", [2, pytest.param(None, marks=pytest.mark.deep)], ids=["some orders", "all orders"])
+def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire, orders: int | None) -> None:
     states = []
-    for joining in permutations(NAMES):
-        for arriving in permutations(NAMES):
+    for joining in list(permutations(NAMES))[:orders]:
+        for arriving in list(permutations(reversed(NAMES)))[:orders]:
             state = _train(wire, "m", joining, arriving)
             wire.delete("m")
             states.append((state.vectors, state.version, state.update_counts))
-    assert len(states) == 36
+    assert len(states) == (orders or 6) ** 2
     assert all(state == states[0] for state in states)
 
 
@@ -87,7 +88,7 @@ def test_a_late_member_of_the_round_changes_no_bit(wire: Wire) -> None:
 
 
 class Storm:
-    """A worker whose calls are cut, doubled, given up and tried again, until each push has its answer.
+    """A worker that cuts, doubles, cancels and repeats its calls until each push has its answer.
 
     Args:
         wire: To the server.
@@ -102,7 +103,7 @@ class Storm:
         self._session = wire.open(model, name)
 
     def run(self, rounds: int) -> None:
-        """Makes so many steps."""
+        """Makes this many steps."""
         for number in range(1, rounds + 1):
             while not self._answered(number):
                 pass
@@ -151,14 +152,14 @@ def test_calls_that_are_cut_doubled_and_tried_again_change_no_bit(wire: Wire) ->
     assert state.vectors == calm.vectors
 
 
-def test_rounds_come_close_to_the_reference(wire: Wire) -> None:
-    """Twelve digits of the sums are lost where magnitudes differ by 1e8: hence the absolute part of the tolerance."""
+def test_rounds_are_close_to_the_reference(wire: Wire) -> None:
+    """The tolerance has an absolute part because sums of magnitudes that differ by 1e8 lose digits."""
     state = _train(wire, "m", NAMES, NAMES)
     for got, wanted in zip((state.square_avg, state.acc_delta, state.weights), _expected(), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6)
 
 
-def test_hundred_steps_come_close_to_the_reference(wire: Wire) -> None:
+def test_a_hundred_steps_are_close_to_the_reference(wire: Wire) -> None:
     wire.create("m", SHAPES, groups=_sent(), group_of=[0, 0])
     session = wire.open("m", "a")
     state = (np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE))
@@ -173,9 +174,9 @@ def test_hundred_steps_come_close_to_the_reference(wire: Wire) -> None:
 
 @pytest.mark.parametrize("policy", ["async", "sync"])
 def test_chunks_of_any_size_give_the_same_bits(wire: Wire, policy: str) -> None:
-    size = 6_011
+    size = 1_201
     states = set()
-    for chunk in (1, 13, 4096, size - 1, size):
+    for chunk in (1, 13, 1024, size - 1, size):
         wire.create("m", {"w": (size,)}, weights=_gradient(1, size), policy=sync() if policy == "sync" else None)
         session = wire.open("m", "a")
         for number in (1, 2):

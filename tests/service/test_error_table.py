@@ -1,6 +1,6 @@
 """The table of errors, row by row: what each refusal carries, and that it changes nothing.
 
-The table in the client, the comments in the proto and the cases here are held to one another.
+The tests hold the table in the client, the comments in the proto and the cases here equal.
 """
 
 import re
@@ -15,33 +15,40 @@ import error_cases_state  # noqa: F401
 import grpc
 import pytest
 from error_scene import CASES, CONFIG, Case, Scene
+from reused_server import ReusedServers
 from wire import Wire, refusal, unchanged
 
 import deltaserve
 from deltaserve._common.error_table import DOMAIN, TABLE, from_call
 from deltaserve._errors import Error
 from deltaserve.v1.errors_pb2 import ErrorReason
-from deltaserve_server import LocalServer
 
 PREFIX = "ERROR_REASON_"
 PROTO = Path(__file__).parents[2] / "proto/deltaserve/v1/errors.proto"
 
 
 @pytest.fixture
-def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    with LocalServer(CONFIG) as server, Wire(server.target) as wire, ThreadPoolExecutor() as threads:
+def scene(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    with (
+        reused_servers.serving(CONFIG) as server,
+        Wire(server.target) as wire,
+        ThreadPoolExecutor() as threads,
+    ):
         wire.create("m")
         a = wire.open("m", "a")
         for sequence in (1, 2):
             wire.step(a.header(sequence), [1.0] * 5)
-        yield Scene(wire, server, monkeypatch, threads, a)
-        with suppress(grpc.RpcError):  # a server that drained may have stopped by now
-            for name in {"s", "large"} & {model.name for model in wire.models()}:
-                wire.delete(name)
+        scene = Scene(wire, server, monkeypatch, threads, a)
+        yield scene
+        monkeypatch.undo()
+        if scene.pending:  # it drains until the push that waits is given up
+            with suppress(grpc.RpcError):
+                wire.delete("s")
+            reused_servers.stop(CONFIG)
 
 
 def _described() -> dict[str, tuple[str, frozenset[str]]]:
-    """Code and metadata keys by reason, out of the proto's comments."""
+    """Returns code and metadata keys by reason, as the comments in the proto state them."""
     found = {}
     comment = ""
     for line in PROTO.read_text().split("enum ErrorReason {")[1].splitlines():
@@ -81,7 +88,7 @@ def _below(kind: type[Error]) -> Iterator[type[Error]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_refusal_says_what_the_table_says_and_changes_nothing(case: Case, scene: Scene) -> None:
+def test_a_refusal_matches_the_table_and_changes_nothing(case: Case, scene: Scene) -> None:
     row = TABLE[case.reason]
     method, messages = case.prepare(scene)
     with unchanged(scene.wire, *scene.models):

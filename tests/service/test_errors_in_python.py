@@ -1,4 +1,4 @@
-"""The table of errors as a user of the Python client meets it: exception, reason, metadata, and nothing changed."""
+"""The table of errors in the Python client: exception, reason, metadata, and an unchanged model."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
+from reused_server import ReusedServers
 from wire import Wire, eventually, unchanged
 
 import deltaserve
@@ -28,7 +29,7 @@ from deltaserve import (
     UnavailableError,
     Worker,
 )
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import ServerConfig
 from deltaserve_server.memory.host import HostStore
 
 SIZE = 10_000
@@ -41,7 +42,7 @@ ONES, ONE = np.ones(2, np.float32), np.ones((), np.float32)
 
 @dataclass
 class Stage:
-    """A server with an asynchronous model "m" (w [2], b []) and a worker of it that has made a step."""
+    """A server with an asynchronous model "m" (w [2], b []), and a worker that has made one step."""
 
     client: Client
     wire: Wire
@@ -52,16 +53,16 @@ class Stage:
     threads: ThreadPoolExecutor
 
     def worker_of(self, name: str, policy: deltaserve.Async | Bounded | Sync | None = None, size: int = 3) -> Worker:
-        """A worker of another model, which is made for it."""
+        """Creates another model and returns a worker of it."""
         model = self.client.create_model(name, {"w": np.zeros(size, np.float32)}, policy=policy)
         return self.stack.enter_context(model.worker("first"))
 
     def another(self, model: str, worker: str) -> Worker:
-        """A further worker."""
+        """Returns another worker."""
         return self.stack.enter_context(self.client.model(model).worker(worker))
 
     def push_that_waits(self, worker: Worker, gradient: ArrayLike, own: Hyperparameters | None = None) -> None:
-        """Begins a step in a thread of its own; its end does not matter."""
+        """Starts a step in another thread, whose result is ignored."""
         arrays = {"w": np.asarray(gradient, np.float32)}
         self.threads.submit(worker.step, arrays, hyperparameters=[own] if own else None)
         name = next(model.name for model in self.client.models() if model.name != "m")
@@ -69,9 +70,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     with (
-        LocalServer(CONFIG) as server,
+        reused_servers.serving(CONFIG) as server,
         Wire(server.target) as wire,
         deltaserve.connect(server.target, timeout_seconds=20) as client,
         ThreadPoolExecutor() as threads,
@@ -88,7 +89,7 @@ CASES: dict[str, tuple[type[Error], dict[str, str], Provoke]] = {}
 
 
 def case(kind: type[Error], **metadata: str) -> Callable[[Provoke], Provoke]:
-    """Adds a case; its reason is the function's name."""
+    """Adds a case. Its reason is the name of the function."""
 
     def add(provoke: Provoke) -> Provoke:
         CASES[provoke.__name__.upper()] = kind, metadata, provoke
@@ -216,15 +217,15 @@ def round_failed(stage: Stage) -> Callable[[], object]:
 
 @case(UnavailableError, ahead="1", slack="0")
 def slack_exceeded(stage: Stage) -> Callable[[], object]:
-    """What a worker meets that goes on with another push than the one whose answer it did not wait for."""
+    """A worker sends its next push although the answer to the last one is withheld."""
     quick = stage.worker_of("s", Bounded())
     stage.another("s", "slow")
     quick.pull()
     stage.client._connection.timeout_seconds = 0.5
-    while quick._last_number == 0 or quick.get_push().state != "applied":
+    while quick._session.last_sent == 0 or quick.get_push().state != "applied":
         with pytest.raises(UnavailableError, match="did not answer"):
             quick.step({"w": ZEROS + 1})
-    quick._sequence += 1
+    quick._session.sequence += 1
     return lambda: quick.step({"w": ZEROS + 2})
 
 
@@ -243,7 +244,7 @@ def internal(stage: Stage) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("reason", CASES)
-def test_a_refusal_is_raised_as_what_the_table_says(reason: str, stage: Stage) -> None:
+def test_a_refusal_raises_the_exception_of_the_table(reason: str, stage: Stage) -> None:
     kind, metadata, provoke = CASES[reason]
     call = provoke(stage)
     stage.client._connection.timeout_seconds = 1.8  # for those that may pass, which are tried again after a second

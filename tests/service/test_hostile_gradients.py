@@ -18,7 +18,7 @@ from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
 
 GRADIENTS = 10_000
 SIZE = 128
-"""Coordinates of the model: so many gradients come in one push."""
+"""Elements of the model. Each counts as one gradient."""
 
 POLICIES: dict[str, Policy] = {
     "sync mean": sync(3),
@@ -36,7 +36,7 @@ BAD = (np.nan, -np.nan, np.inf, -np.inf, 1.9e19, 1e20, -1e30, 3.4e38, -3.4028235
 
 
 def _values(random: np.random.Generator, kind: str) -> Vector:
-    """A gradient that is accepted, and means no good."""
+    """Returns an adversarial gradient that is accepted."""
     signs = random.choice(np.array([-1.0, 1.0]), SIZE)
     match kind:
         case "largest":
@@ -76,14 +76,14 @@ class Attack:
         self._number = 0
 
     def step(self, kinds: Sequence[str]) -> None:
-        """Makes a step of each worker; before it, each is refused one."""
+        """Makes one step of each worker, after one refused push of each."""
         for session in self._sessions:
             self._refused(session)
         self.push([_values(self.random, kind) for kind in kinds])
         self.sent += 2 * SIZE * len(kinds)
 
     def push(self, gradients: Sequence[Vector]) -> None:
-        """Makes a step of each worker."""
+        """Makes one step of each worker."""
         self._number += 1
         weights = 10.0 ** self.random.uniform(-9, 9, 3)
         calls = [
@@ -93,7 +93,7 @@ class Attack:
         assert not any(streamed(call).result.duplicate for call in calls)
 
     def state(self) -> Snapshot:
-        """The model as it is; checks that it is finite."""
+        """Returns the model's state, and checks that it is finite."""
         state = self.wire.snapshot("m")
         for vector in (state.weights, state.square_avg, state.acc_delta):
             assert np.isfinite(vector).all()
@@ -133,9 +133,9 @@ def test_ten_thousand_adversarial_gradients_leave_the_state_finite_and_every_coo
 
 
 def _moves(attack: Attack) -> None:
-    """Holds a model to it that gradients of 1 move every coordinate, once the averages of the attack have decayed.
+    """Checks that gradients of 1 move every coordinate, once the averages of the attack have decayed.
 
-    With rho = 0.9 that would take 650 steps from the largest gradient, here it takes 20; from an infinity for ever.
+    After the largest gradient that takes 650 steps with rho = 0.9, and 20 here. After an infinity it never would.
     """
     policy = Policy()
     policy.CopyFrom(attack.policy)
@@ -149,7 +149,7 @@ def _moves(attack: Attack) -> None:
     assert (attack.state().weights < before).all()
 
 
-def test_what_is_refused_changes_nothing_and_what_follows_has_the_bits_of_a_model_that_never_saw_it(
+def test_refused_pushes_change_no_bit_of_what_follows(
     wire: Wire,
 ) -> None:
     for name, bad in (("calm", ()), ("attacked", BAD)):

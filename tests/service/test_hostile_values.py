@@ -1,4 +1,4 @@
-"""Numbers that no gradient may have are refused wherever they stand; those that one may have leave the state finite."""
+"""Invalid gradient values are refused at any position; valid ones leave the state finite."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ BAD = {
     "just beyond": (BEYOND, "VALUE_TOO_LARGE"),
 }
 PLACES = (0, 1, CHUNK - 1, CHUNK, 299, 300, 959, 960, SIZE - 2, SIZE - 1)
-"""First and last elements, of chunks and of tensors too."""
+"""First and last elements of vector, chunks and tensors."""
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_value_is_found_wherever_it_stands(wire: Wire, kind: str) -> None:
+def test_a_bad_value_is_found_at_any_position(wire: Wire, kind: str) -> None:
     value, reason = BAD[kind]
     wire.create("m", SHAPES)
     session = wire.open("m", "w")
@@ -53,8 +53,8 @@ def test_every_pattern_of_a_nan_is_one(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-38, 1.0, 1e18, MAGNITUDE_MAX])
-def test_whatever_is_accepted_leaves_the_state_finite(wire: Wire, scale: float) -> None:
-    """Also where the hyperparameters are at their limits, and at once after other magnitudes."""
+def test_accepted_values_leave_the_state_finite(wire: Wire, scale: float) -> None:
+    """Also with hyperparameters at their limits, and right after gradients of other magnitudes."""
     wire.create("m", {"w": (SIZE,)})
     session, number = wire.open("m", "w"), 0
     random = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Models made, joined, listed and forgotten; health and reflection, which tell of them."""
+"""Models: create, join, list, delete. Health and reflection."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +48,7 @@ def test_a_model_is_created_with_every_default_filled_in(wire: Wire) -> None:
     assert state.update_counts == (0, 0, 0)
 
 
-def test_creating_it_again_joins_it_and_leaves_its_weights(wire: Wire) -> None:
+def test_creating_a_model_again_joins_it_and_keeps_its_weights(wire: Wire) -> None:
     wire.create("m", weights=np.arange(5), policy=sync(2))
     with unchanged(wire, "m"):
         joined = wire.create("m", weights=np.full(5, 9.0), groups=[Hyperparameters(lr=1.0)], policy=sync(2))
@@ -58,7 +58,7 @@ def test_creating_it_again_joins_it_and_leaves_its_weights(wire: Wire) -> None:
 
 
 def test_joining_reads_no_weights(wire: Wire) -> None:
-    """A worker that joins may have begun to send: it has its answer at once all the same."""
+    """A worker that joins gets its answer at once, even while it still sends weights."""
     wire.create("m")
     never = Event()
 
@@ -72,7 +72,7 @@ def test_joining_reads_no_weights(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 64])
-def test_workers_that_create_one_model_at_once_agree(limit: int) -> None:
+def test_concurrent_creations_of_one_model_agree(limit: int) -> None:
     with (
         LocalServer(ServerConfig(bind="127.0.0.1:0", device="cpu", models=limit)) as server,
         Wire(server.target) as wire,
@@ -121,7 +121,7 @@ def test_models_are_listed_by_name(wire: Wire) -> None:
     assert last.position.version == 1
 
 
-def test_a_deleted_model_is_gone_with_its_sessions_and_comes_back_new(wire: Wire) -> None:
+def test_a_deleted_model_loses_its_sessions_and_can_be_created_anew(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     wire.step(session.header(1), np.ones(5))
@@ -135,7 +135,7 @@ def test_a_deleted_model_is_gone_with_its_sessions_and_comes_back_new(wire: Wire
     assert wire.open("m", "a").opened.epoch == 1
 
 
-def test_a_push_under_way_when_its_model_is_deleted_is_refused(wire: Wire) -> None:
+def test_a_push_in_flight_is_refused_when_its_model_is_deleted(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     available = wire.info().limits.memory_bytes
@@ -192,12 +192,12 @@ def test_health_tells_of_the_server_each_service_and_each_model(wire: Wire) -> N
     for name in ("", *SERVICES):
         assert _health(wire, name) == SERVING
     with pytest.raises(grpc.RpcError) as caught:
-        _health(wire, "m")
+        _health(wire, "healthy")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    wire.create("m")
-    assert _health(wire, "m") == SERVING
-    wire.delete("m")
-    assert _health(wire, "m") == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    wire.create("healthy")
+    assert _health(wire, "healthy") == SERVING
+    wire.delete("healthy")
+    assert _health(wire, "healthy") == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_a_model_of_a_service_s_name_does_not_speak_for_the_service(wire: Wire) -> None:

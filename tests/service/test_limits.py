@@ -1,4 +1,4 @@
-"""Limits hold, are told by GetServerInfo, and what was taken comes back."""
+"""Limits: they hold, GetServerInfo reports them, and memory is given back."""
 
 import random
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from reused_server import ReusedServers
 from wire import Session, Wire, creation, cut, eventually, push, refusal, sync, unchanged
 
 from deltaserve.v1.model_service_pb2 import PullStateRequest, PutStateHeader, PutStateRequest
@@ -31,9 +32,9 @@ SMALL = ServerConfig(
 
 
 @pytest.fixture
-def small() -> Iterator[Wire]:
+def small(reused_servers: ReusedServers) -> Iterator[Wire]:
     """A server whose limits are near."""
-    with LocalServer(SMALL) as server, Wire(server.target) as wire:
+    with reused_servers.serving(SMALL) as server, Wire(server.target) as wire:
         yield wire
 
 
@@ -58,7 +59,7 @@ def test_a_lease_is_the_default_or_within_the_limits(small: Wire) -> None:
     assert 40.0 < small.model("m").sessions[2].lease_left_seconds <= 60.0
 
 
-def test_a_message_beyond_the_limit_ends_its_call_and_changes_nothing(small: Wire) -> None:
+def test_a_message_over_the_limit_ends_its_call_and_changes_nothing(small: Wire) -> None:
     small.create("m", {"w": (SIZE,)})
     session = small.open("m", "a")
     too_large = StepRequest(header=session.header(1), gradient=bytes(101_000))
@@ -84,7 +85,7 @@ def test_the_number_of_sessions_is_over_all_models_and_a_worker_may_take_over_it
     small.open("m", "more")
 
 
-def test_models_take_memory_until_there_is_none_and_give_it_back(small: Wire) -> None:
+def test_models_take_memory_up_to_the_budget_and_give_it_back(small: Wire) -> None:
     with unchanged(small):
         for name in ("m", "n"):
             before = _free(small)
@@ -101,7 +102,7 @@ def test_models_take_memory_until_there_is_none_and_give_it_back(small: Wire) ->
         small.delete("o")
 
 
-def test_pushes_that_wait_take_staged_memory_until_they_are_reduced(small: Wire) -> None:
+def test_waiting_pushes_take_staged_memory_until_they_are_reduced(small: Wire) -> None:
     small.create("m", {"w": (SIZE,)}, policy=sync(3))
     a, b, c = (small.open("m", name) for name in "abc")
     free = _free(small)
@@ -127,7 +128,7 @@ def test_a_push_is_answered_where_no_memory_is_left(small: Wire) -> None:
 
 
 class Mixture:
-    """Good, bad and cancelled calls, one after the other, as a seeded random source has them."""
+    """Makes good, bad and cancelled calls at random."""
 
     def __init__(self, wire: Wire, seed: int) -> None:
         self._wire = wire
@@ -136,7 +137,7 @@ class Mixture:
         self._sequences: dict[str, tuple[Session, int]] = {}
 
     def run(self, calls: int) -> None:
-        """Makes so many calls."""
+        """Makes this many calls."""
         actions = (self._step, self._step, self._stream, self._cut, self._pull, self._create, self._put, self._open)
         for _ in range(calls):
             try:
@@ -207,7 +208,8 @@ class Mixture:
         self._wire.call("PutState", *messages)
 
 
-def test_hundreds_of_calls_good_bad_and_cancelled_leave_nothing_held() -> None:
+@pytest.mark.deep
+def test_hundreds_of_good_bad_and_cancelled_calls_leak_no_memory() -> None:
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=400_000, lease_seconds=1.0)
     with LocalServer(config) as server, Wire(server.target) as wire:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a push carries besides numbers of all tensors: tensors left out, and hyperparameters of its own."""
+"""Pushes without some tensors, and with hyperparameters of their own."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -133,7 +133,7 @@ def test_each_group_has_its_hyperparameters(wire: Wire) -> None:
     assert all(g.HasField(name) for g in used for name in ("lr", "rho", "eps", "weight_decay", "maximize"))
 
 
-def test_a_push_s_own_hyperparameters_are_for_its_update_alone(wire: Wire) -> None:
+def test_the_hyperparameters_of_a_push_apply_to_its_update_alone(wire: Wire) -> None:
     wire.create("m", SHAPES, groups=[Sent(lr=0.5), Sent(rho=0.8)], group_of=[0, 0, 1, 1])
     session = wire.open("m", "w")
     before = wire.snapshot("m")
@@ -159,7 +159,7 @@ def test_a_round_takes_the_hyperparameters_that_some_of_its_pushes_carry(wire: W
         assert (result.hyperparameters[0].lr, result.contributors) == (0.25, 3)
 
 
-def test_a_round_whose_pushes_disagree_refuses_the_later_one_and_goes_on(wire: Wire) -> None:
+def test_a_round_refuses_a_push_with_conflicting_hyperparameters_and_continues(wire: Wire) -> None:
     wire.create("m", SHAPES, policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1, hyperparameters=[Sent(rho=0.5)]), ONES)

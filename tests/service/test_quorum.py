@@ -1,4 +1,4 @@
-"""Rounds that do not wait for everybody: a quorum, its grace, and a time after which a round closes or fails."""
+"""Rounds that do not wait for every member: quorum, grace period and timeout."""
 
 from collections.abc import Iterator
 from threading import Event
@@ -15,7 +15,7 @@ from deltaserve.v1.worker_service_pb2 import PUSH_STATE_NOT_ACCEPTED, StepReques
 
 SIZE = 5
 LONG = 3600.0
-"""Seconds that no test waits for."""
+"""Seconds; longer than any test takes."""
 
 
 def _open(wire: Wire, names: str) -> list[Session]:
@@ -23,7 +23,7 @@ def _open(wire: Wire, names: str) -> list[Session]:
 
 
 def _refused(wire: Wire, session: Session, number: int, seed: int, **fields: int) -> str:
-    """Tries a push that is to change nothing; returns the reason."""
+    """Makes a push that is refused and changes nothing. Returns the reason."""
     request = StepRequest(header=session.header(number, **fields), gradient=floats(gradient(seed, SIZE)))
     with unchanged(wire, "m"):
         return wire.refused("Step", request).reason
@@ -43,9 +43,7 @@ def _failure(call: object) -> tuple[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("straggler", range(3))
-def test_a_quorum_goes_on_without_a_straggler_whose_push_is_refused_and_whose_next_is_taken(
-    wire: Wire, straggler: int
-) -> None:
+def test_a_quorum_closes_without_a_straggler_whose_next_push_is_accepted(wire: Wire, straggler: int) -> None:
     wire.create("m", policy=sync(2, quorum=2))
     sessions = _open(wire, "abc")
     late = sessions.pop(straggler)
@@ -66,7 +64,7 @@ def test_a_quorum_goes_on_without_a_straggler_whose_push_is_refused_and_whose_ne
     twin.check(wire.snapshot("m"))
 
 
-def test_a_straggler_s_upload_that_is_under_way_is_refused_at_its_end(wire: Wire) -> None:
+def test_a_straggler_s_upload_in_flight_is_refused_at_its_end(wire: Wire) -> None:
     wire.create("m", policy=sync(quorum=1, grace_seconds=LONG))
     quick, slow = _open(wire, "ab")
     closed = Event()
@@ -112,7 +110,7 @@ def test_grace_runs_from_the_push_that_makes_the_quorum(wire: Wire) -> None:
     assert 0.29 < monotonic() - began < 5.0
 
 
-def test_one_who_starts_again_within_the_grace_is_of_the_next_round(wire: Wire) -> None:
+def test_a_worker_that_restarts_within_the_grace_period_joins_the_next_round(wire: Wire) -> None:
     wire.create("m", policy=sync(quorum=1, grace_seconds=LONG))
     a, b = _open(wire, "ab")
     call = wire.begin(a.header(1), gradient(0, SIZE))
@@ -132,7 +130,7 @@ def test_a_quorum_above_the_number_of_workers_waits_for_all_of_them(wire: Wire) 
     streamed(call)
 
 
-def test_a_round_closes_with_what_it_has_when_its_time_is_up(wire: Wire) -> None:
+def test_a_round_closes_with_the_pushes_that_it_has_at_its_timeout(wire: Wire) -> None:
     wire.create("m", policy=sync(2, round_timeout_seconds=LONG))
     sessions = _open(wire, "abc")
     began = monotonic()
@@ -147,9 +145,7 @@ def test_a_round_closes_with_what_it_has_when_its_time_is_up(wire: Wire) -> None
 
 
 @pytest.mark.parametrize("reduction", [None, REDUCTION_MEDIAN], ids=["mean", "median"])
-def test_a_round_without_enough_workers_fails_whole_and_the_same_pushes_are_taken_again(
-    wire: Wire, reduction: int | None
-) -> None:
+def test_a_round_below_min_workers_fails_and_takes_the_same_pushes_again(wire: Wire, reduction: int | None) -> None:
     brief, long = (sync(3, round_timeout_seconds=seconds, reduction=reduction) for seconds in (0.2, LONG))
     wire.create("m", policy=brief)
     free = wire.info().limits.memory_available_bytes
@@ -189,8 +185,8 @@ def test_every_call_that_waits_for_a_push_learns_that_its_round_failed(wire: Wir
     assert {_failure(call)[0] for call in calls} == {"ROUND_FAILED"}
 
 
-def test_a_failed_round_of_a_worker_that_has_gone_is_nobody_s(wire: Wire) -> None:
-    """Its session is closed: that its push was given up is the end of it."""
+def test_a_failed_round_gives_up_the_push_of_a_closed_session(wire: Wire) -> None:
+    """Its session is closed, so nobody sends the push again."""
     wire.create("m", policy=sync(2, round_timeout_seconds=0.3))
     a, b = _open(wire, "ab")
     call = wire.begin(a.header(1), gradient(0, SIZE))
@@ -201,7 +197,7 @@ def test_a_failed_round_of_a_worker_that_has_gone_is_nobody_s(wire: Wire) -> Non
     assert _failure(wire.begin(b.header(1), gradient(1, SIZE))) == ("ROUND_FAILED", {"got": "1", "need": "2"})
 
 
-def test_the_time_of_a_round_runs_anew_with_each_first_push(wire: Wire) -> None:
+def test_the_timeout_of_a_round_starts_with_its_first_push(wire: Wire) -> None:
     wire.create("m", policy=sync(2, round_timeout_seconds=0.25))
     a = wire.open("m", "a")
     for _ in range(3):
@@ -210,7 +206,7 @@ def test_the_time_of_a_round_runs_anew_with_each_first_push(wire: Wire) -> None:
         assert 0.24 < monotonic() - began < 5.0
 
 
-def test_one_who_waits_for_the_next_round_has_it_when_this_one_fails(wire: Wire) -> None:
+def test_a_late_joiner_may_push_when_the_round_fails(wire: Wire) -> None:
     brief, long = (sync(3, quorum=3, round_timeout_seconds=seconds) for seconds in (0.2, LONG))
     wire.create("m", policy=long)
     a, b, _c = _open(wire, "abc")
@@ -228,7 +224,7 @@ def test_one_who_waits_for_the_next_round_has_it_when_this_one_fails(wire: Wire)
 
 
 def test_a_crowd_goes_through_many_rounds_of_a_quorum(wire: Wire) -> None:
-    """Whoever is left out pulls and goes on; every version is made of the quorum at least, and all bits add up."""
+    """Workers that miss a round pull and continue. Every version has a quorum, and every bit is accounted for."""
     wire.create("m", policy=sync(2, quorum=2, round_timeout_seconds=LONG))
     watch = wire.watch("m")
     watch.next()

@@ -1,4 +1,4 @@
-"""How a round's pushes become one gradient: weighted mean, clipping, trimmed mean, median; bit for bit."""
+"""How the pushes of a round become one gradient: weighted mean, clipping, trimmed mean, median."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -12,7 +12,7 @@ from wire import Snapshot, Stepped, Vector, Wire, push, streamed, sync
 from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Policy
 
 NAMES = ("Zoe", "a", "b1", "b10", "b2")
-"""In the order in which a round adds up: that of their bytes."""
+"""In the order in which a round adds pushes: the order of their bytes."""
 
 SHAPES = {"w": (40, 7), "b": (21,)}
 SIZE = 301
@@ -26,7 +26,7 @@ def _round(
     weights: Sequence[float] | None = None,
     arriving: Sequence[int] | None = None,
 ) -> tuple[Snapshot, list[Stepped]]:
-    """Makes one round of a new model; the answers are by worker."""
+    """Makes one round of a new model. Returns its state, and the answers by worker."""
     wire.create("m", SHAPES, weights=START, policy=policy)
     order = range(len(gradients)) if arriving is None else arriving
     sessions = [wire.open("m", name) for name in NAMES[: len(gradients)]]
@@ -45,7 +45,7 @@ def _round(
     [(1.0, 1.0, 1.0), (32.0, 7.0, 64.0), (0.1, 0.3, 1e-3), (1e-9, 1e9, 1.0), (1 / 3, 2 / 3, 1e9)],
     ids=str,
 )
-def test_a_weighted_mean_is_numpy_s_through_the_kernel_bit_for_bit(wire: Wire, weights: tuple[float, ...]) -> None:
+def test_a_weighted_mean_has_the_bits_of_numpy(wire: Wire, weights: tuple[float, ...]) -> None:
     gradients = [gradient(k, SIZE) for k in range(3)]
     twin = Twin(START)
     twin.update(weighted_sum(gradients, weights), sum(weights))
@@ -55,14 +55,14 @@ def test_a_weighted_mean_is_numpy_s_through_the_kernel_bit_for_bit(wire: Wire, w
         assert all(answer.weights.tobytes() == state.vectors[0] for answer in answers)
 
 
-def test_the_weight_of_one_who_is_alone_changes_nothing(wire: Wire) -> None:
+def test_the_weight_of_a_single_worker_changes_nothing(wire: Wire) -> None:
     twin = Twin(START)
     twin.update(gradient(1, SIZE))
     for weight in (1e-9, 0.3, 1.0, 1e9):
         twin.check(_round(wire, sync(), [gradient(1, SIZE)], [weight])[0])
 
 
-def test_a_worker_of_a_thousand_samples_outweighs_one_of_one(wire: Wire) -> None:
+def test_a_worker_with_a_thousand_samples_outweighs_one_with_one(wire: Wire) -> None:
     gradients = [np.full(SIZE, 1.0, np.float32), np.full(SIZE, -1.0, np.float32)]
     state, _ = _round(wire, sync(), gradients, [1000.0, 1.0])
     assert (state.weights < START).all()
@@ -71,9 +71,7 @@ def test_a_worker_of_a_thousand_samples_outweighs_one_of_one(wire: Wire) -> None
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (32.0, 7.0, 0.5)], ids=str)
-def test_a_push_longer_than_clip_norm_is_scaled_to_it_and_others_are_left(
-    wire: Wire, weights: tuple[float, ...]
-) -> None:
+def test_only_pushes_longer_than_clip_norm_are_scaled_down(wire: Wire, weights: tuple[float, ...]) -> None:
     gradients = [gradient(k, SIZE) * np.float32(scale) for k, scale in enumerate((1.0, 1e-6, 1e6))]
     clip = 2.0 * norm(gradients[1])
     assert [norm(values) > clip for values in gradients] == [True, False, True]
@@ -89,7 +87,7 @@ def test_a_push_longer_than_clip_norm_is_scaled_to_it_and_others_are_left(
         assert answer.result.gradient_norm == pytest.approx(norm(values), rel=1e-6), "as it came, before clipping"
 
 
-def test_one_who_is_alone_is_clipped_too(wire: Wire) -> None:
+def test_the_push_of_a_single_worker_is_clipped_too(wire: Wire) -> None:
     values = gradient(1, SIZE)
     (clipped,) = _round(wire, sync(clip_norm=norm(values) / 4), [values])[1]
     wire.create("m", SHAPES, weights=START)
@@ -104,8 +102,8 @@ def test_one_who_is_alone_is_clipped_too(wire: Wire) -> None:
 
 @pytest.mark.parametrize("pushes", [1, 2])
 @pytest.mark.parametrize("clip", [5e-324, 1e-310, 1e-45, 1e-30])
-def test_a_norm_that_is_far_below_all_gradients_does_no_harm(wire: Wire, clip: float, pushes: int) -> None:
-    """The push's factor is below what float32, or even float64, can express."""
+def test_a_clip_norm_far_below_all_gradients_does_no_harm(wire: Wire, clip: float, pushes: int) -> None:
+    """The factor of the push is smaller than the smallest float32, or even float64."""
     gradients = [np.full(SIZE, 1.8e19, np.float32)] * pushes
     state, answers = _round(wire, sync(pushes, clip_norm=clip), gradients, [1e-9] * pushes)
     assert [answer.result.version for answer in answers] == [1] * pushes
@@ -146,7 +144,7 @@ def test_a_trimmed_mean_is_numpy_s(wire: Wire, count: int, trim: int) -> None:
     [sync(5, reduction=REDUCTION_MEDIAN), sync(5, reduction=REDUCTION_TRIMMED_MEAN, trim=1)],
     ids=["median", "trimmed mean"],
 )
-def test_a_liar_takes_no_element_out_of_the_range_of_the_honest(wire: Wire, liar: int, policy: Policy) -> None:
+def test_a_liar_moves_no_element_out_of_the_honest_range(wire: Wire, liar: int, policy: Policy) -> None:
     honest = [gradient(k, SIZE) for k in range(4)]
     nonsense = np.where(np.arange(SIZE) % 2, np.float32(1.8e19), np.float32(-1.8e19))
     gradients = [*honest[:liar], nonsense, *honest[liar:]]
@@ -161,15 +159,15 @@ def test_a_liar_takes_no_element_out_of_the_range_of_the_honest(wire: Wire, liar
     assert (moved[high < 0] >= 0).all()
 
 
-def test_the_mean_is_at_a_liar_s_mercy(wire: Wire) -> None:
-    """Or else the test before this one would show nothing."""
+def test_a_liar_does_move_the_mean(wire: Wire) -> None:
+    """Otherwise the test above would prove nothing."""
     gradients = [*(gradient(k, SIZE) for k in range(4)), np.full(SIZE, 1.8e19, np.float32)]
     state, _ = _round(wire, sync(5), gradients)
     assert (state.square_avg > 1e30).all()
 
 
 def _absences(wire: Wire, policy: Policy) -> tuple[Snapshot, Snapshot]:
-    """A round of three: only the first has a gradient of w, nobody of c, two of b. Returns before and after."""
+    """Makes a round of three pushes: one has w, none has c, two have b. Returns the states before and after."""
     wire.create("m", {"w": (3,), "c": (2,), "b": (2,)}, weights=np.arange(7), policy=policy)
     sessions = [wire.open("m", name) for name in "abc"]
     before = wire.snapshot("m")
@@ -202,16 +200,14 @@ def _absences(wire: Wire, policy: Policy) -> tuple[Snapshot, Snapshot]:
     ],
     ids=["mean", "median", "trimmed mean", "clipped"],
 )
-def test_an_element_that_a_push_does_not_hold_counts_as_zero(
-    wire: Wire, policy: Policy, reduced: tuple[float, float]
-) -> None:
+def test_an_absent_element_counts_as_zero(wire: Wire, policy: Policy, reduced: tuple[float, float]) -> None:
     before, after = _absences(wire, policy)
     np.testing.assert_allclose(np.sqrt(after.square_avg[[0, 5]] / 0.1), reduced, rtol=1e-5)
     assert (after.weights[0] == before.weights[0]) == (reduced[0] == 0.0)
     assert after.weights[5] < before.weights[5]
 
 
-def test_a_median_goes_on_round_after_round(wire: Wire) -> None:
+def test_a_median_works_round_after_round(wire: Wire) -> None:
     wire.create("m", SHAPES, weights=START, policy=sync(3, reduction=REDUCTION_MEDIAN))
     sessions = [wire.open("m", name) for name in NAMES[:3]]
     twin = Twin(START)

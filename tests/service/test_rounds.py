@@ -1,4 +1,4 @@
-"""Rounds of a synchronous model: who is awaited, who joins, who leaves, and what becomes of a push that waits."""
+"""Rounds of a synchronous model: members, late joiners, sessions that end, and pushes that wait."""
 
 from collections.abc import Iterator
 from threading import Event
@@ -64,7 +64,7 @@ def test_a_round_closes_when_every_session_has_pushed_and_takes_the_mean(wire: W
     assert wire.waiting("m") == set()
 
 
-def test_a_round_waits_for_min_workers_and_they_may_come_late(wire: Wire) -> None:
+def test_a_round_waits_for_min_workers_to_join(wire: Wire) -> None:
     wire.create("m", policy=sync(3))
     first = wire.open("m", "b")
     call = wire.begin(first.header(1), _gradient(0))
@@ -78,7 +78,7 @@ def test_a_round_waits_for_min_workers_and_they_may_come_late(wire: Wire) -> Non
     _check(streamed(other_call), 1, 3)
 
 
-def test_one_who_joins_while_a_round_is_under_way_starts_with_the_next(wire: Wire) -> None:
+def test_a_session_that_opens_during_a_round_joins_the_next(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), _gradient(0))
@@ -99,7 +99,7 @@ def test_one_who_joins_while_a_round_is_under_way_starts_with_the_next(wire: Wir
         _check(streamed(call), 2, 3)
 
 
-def test_a_round_closes_without_one_who_leaves(wire: Wire) -> None:
+def test_a_round_does_not_wait_for_a_closed_session(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), _gradient(0))
@@ -107,19 +107,19 @@ def test_a_round_closes_without_one_who_leaves(wire: Wire) -> None:
     _check(streamed(call), 1, 1)
 
 
-def test_a_round_closes_without_one_whose_lease_runs_out(wire: Wire) -> None:
+def test_a_round_does_not_wait_for_an_expired_session(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a = wire.open("m", "a")
     began = monotonic()
-    wire.open("m", "b", lease_seconds=1.0)
+    wire.open("m", "b", lease_seconds=0.3)
     _check(wire.step(a.header(1), _gradient(0)), 1, 1)
-    assert monotonic() - began > 0.9
+    assert monotonic() - began >= 0.3
 
 
-def test_a_round_closes_without_one_who_dies_in_the_middle_of_its_push(wire: Wire) -> None:
+def test_a_round_does_not_wait_for_a_worker_that_dies_during_its_push(wire: Wire) -> None:
     wire.create("m", policy=sync())
     available = wire.info().limits.memory_available_bytes
-    a, b = wire.open("m", "a"), wire.open("m", "b", lease_seconds=1.0)
+    a, b = wire.open("m", "a"), wire.open("m", "b", lease_seconds=0.4)
     dead = Event()
 
     def feed() -> Iterator[bytes]:
@@ -152,7 +152,7 @@ def test_a_lease_does_not_run_out_while_a_push_waits(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("ends", ["cancel", "deadline"])
-def test_a_push_whose_caller_has_gone_still_counts(wire: Wire, ends: str) -> None:
+def test_a_push_counts_after_its_call_is_cancelled(wire: Wire, ends: str) -> None:
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     if ends == "cancel":
@@ -213,7 +213,7 @@ def test_a_push_of_a_worker_that_starts_again_still_counts_and_its_next_is_of_th
     _check(streamed(call), 2, 2)
 
 
-def test_a_worker_that_starts_again_before_it_has_pushed_takes_its_own_place_in_the_round(wire: Wire) -> None:
+def test_a_worker_that_restarts_before_its_push_takes_its_own_place(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
     a, _b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), _gradient(0))
@@ -223,7 +223,7 @@ def test_a_worker_that_starts_again_before_it_has_pushed_takes_its_own_place_in_
     _check(streamed(call), 1, 2)
 
 
-def test_one_who_waits_for_the_next_round_takes_the_place_of_a_member_who_leaves(wire: Wire) -> None:
+def test_a_late_joiner_replaces_a_member_that_leaves(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), _gradient(0))
@@ -261,7 +261,7 @@ def test_deleting_a_model_ends_everybody_s_waiting(wire: Wire) -> None:
     assert wire.snapshot("m").version == 0
 
 
-def test_a_pull_that_nobody_waits_for_any_more_is_forgotten(wire: Wire, server: LocalServer) -> None:
+def test_a_cancelled_pull_is_forgotten(wire: Wire, server: LocalServer) -> None:
     wire.create("m")
     a = wire.open("m", "a")
     calls = [wire.start("Pull", [PullRequest(model="m", wait_for_version=2)]) for _ in range(10)]
@@ -274,7 +274,7 @@ def test_a_pull_that_nobody_waits_for_any_more_is_forgotten(wire: Wire, server: 
     assert pulled(calls[9])[0].position.version == 2
 
 
-def test_leases_run_out_also_after_a_fault_has_ended_another_model(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leases_expire_after_a_fault_has_ended_another_model(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -289,7 +289,7 @@ def test_leases_run_out_also_after_a_fault_has_ended_another_model(wire: Wire, m
 
 
 def _with_a_silent_other(wire: Wire, model: str) -> Session:
-    """Opens a session, and one that is awaited until its lease runs out."""
+    """Opens a session, and another one that the round awaits until its lease runs out."""
     session = wire.open(model, "a")
-    wire.open(model, "silent", lease_seconds=1.0)
+    wire.open(model, "silent", lease_seconds=0.3)
     return session

@@ -1,4 +1,4 @@
-"""Sessions and their numbers: what is applied once, what is answered again, what is refused; through both doors."""
+"""Sequence numbers, through Step and StreamStep: what is applied once, answered again, or refused."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +85,7 @@ def test_the_last_eight_results_are_kept_and_older_ones_are_duplicates_still(wir
             assert not lost.hyperparameters
 
 
-def test_a_number_of_the_window_is_not_to_be_used_for_other_content(wire: Wire, door: Door) -> None:
+def test_other_values_under_a_number_of_the_window_are_refused(wire: Wire, door: Door) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     for number in range(1, 11):
@@ -106,7 +106,7 @@ def test_zeros_are_other_content_than_an_absent_tensor(wire: Wire) -> None:
     assert wire.refused("Step", StepRequest(header=header, gradient=floats(np.ones(4)))).reason == "SEQUENCE_REUSED"
 
 
-def test_a_refused_push_has_not_used_its_number(wire: Wire, door: Door) -> None:
+def test_a_refused_push_leaves_its_sequence_number_free(wire: Wire, door: Door) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     bad = [1.0, np.nan, 1.0, 1.0, 1.0]
@@ -132,7 +132,7 @@ def test_a_result_tells_how_stale_the_push_was(wire: Wire, door: Door) -> None:
     assert door(wire, b.header(2), ONES).result.staleness == 0
 
 
-def test_sessions_of_one_model_are_strangers_to_each_other(wire: Wire, door: Door) -> None:
+def test_each_session_has_its_own_sequence_numbers(wire: Wire, door: Door) -> None:
     wire.create("m")
     a, b = wire.open("m", "a"), wire.open("m", "b")
     assert (a.opened.rank, b.opened.rank) == (0, 1)
@@ -162,15 +162,15 @@ def test_a_newer_session_of_a_name_fences_the_older_one(wire: Wire, door: Door) 
     assert door(wire, newer.header(1), ONES).result.version == 2
 
 
-def test_an_epoch_grows_over_closed_and_expired_sessions(wire: Wire) -> None:
+def test_an_epoch_rises_over_closed_and_expired_sessions(wire: Wire) -> None:
     wire.create("m")
     wire.close(wire.open("m", "a"))
-    wire.open("m", "a", lease_seconds=1.0)
+    wire.open("m", "a", lease_seconds=0.3)
     eventually(lambda: not wire.model("m").sessions, "the lease does not run out")
     assert wire.open("m", "a").opened.epoch == 3
 
 
-def test_a_push_that_was_being_sent_when_its_session_was_fenced_is_refused(wire: Wire) -> None:
+def test_a_push_in_flight_is_refused_when_its_session_is_fenced(wire: Wire) -> None:
     wire.create("m")
     older = wire.open("m", "a")
 
@@ -220,8 +220,8 @@ def test_each_chunk_renews_the_lease_of_a_slow_worker(wire: Wire) -> None:
     assert renewals == 6, "of the header and each chunk"
 
 
-def test_what_a_push_contains_is_its_values_not_its_hyperparameters(wire: Wire) -> None:
-    """A retry may come from code that read its schedule anew: it is the same gradient, and is applied once."""
+def test_a_duplicate_may_carry_other_hyperparameters(wire: Wire) -> None:
+    """A retry may read its learning rate schedule again. It is the same gradient, and is applied once."""
     wire.create("m")
     session = wire.open("m", "a")
     wire.step(session.header(1, hyperparameters=[Hyperparameters(lr=0.5)]), ONES)
@@ -238,7 +238,7 @@ def test_a_round_s_duplicate_gets_the_round_s_result(wire: Wire, door: Door) -> 
     assert (again.result.duplicate, again.result.version) == (True, first.result.version)
 
 
-def test_of_two_contents_under_one_number_the_one_that_arrives_whole_counts(wire: Wire) -> None:
+def test_of_two_pushes_under_one_number_the_first_complete_one_counts(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     slow_may_end = Event()

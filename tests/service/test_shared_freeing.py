@@ -1,4 +1,4 @@
-"""Shared memory that nobody uses any more comes back: with a session that is closed or taken over, a model, a lease."""
+"""Shared memory is freed when a session is closed or fenced, a lease expires, or a model is deleted."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ BYTES = 4 * SIZE
 
 @pytest.fixture(autouse=True)
 def uncollected() -> Iterator[None]:
-    """Nothing here is left to the collector of cycles, which may run long after."""
+    """Memory must not wait for the cyclic garbage collector, which may run much later."""
     gc.collect()
     gc.disable()
     yield
@@ -39,7 +39,7 @@ def _deleted(wire: Wire, _: Sharer) -> None:
 
 
 @pytest.mark.parametrize("end", [_closed, _taken_over, _deleted])
-def test_it_comes_back_at_once_when_a_session_ends(wire: Wire, end: Callable[[Wire, Sharer], None]) -> None:
+def test_shared_memory_is_freed_when_a_session_ends(wire: Wire, end: Callable[[Wire, Sharer], None]) -> None:
     wire.create("m", {"w": (SIZE,)})
     before = free(wire)
     sharer = Sharer(wire, "m", "a")
@@ -53,7 +53,8 @@ def test_it_comes_back_at_once_when_a_session_ends(wire: Wire, end: Callable[[Wi
     sharer.gradient[:] = 1  # the worker's own mapping stays
 
 
-def test_it_comes_back_with_the_lease(wire: Wire) -> None:
+@pytest.mark.deep
+def test_shared_memory_is_freed_when_the_lease_expires(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)})
     before = free(wire)
     began = monotonic()
@@ -71,8 +72,8 @@ def _holds(sharer: Sharer) -> bool:
         return False
 
 
-@pytest.mark.parametrize("end", ["closed", "lease", "taken over"])
-def test_a_push_that_waits_in_its_round_outlives_its_session(wire: Wire, end: str) -> None:
+@pytest.mark.parametrize("end", ["closed", "taken over", pytest.param("lease", marks=pytest.mark.deep)])
+def test_a_waiting_shared_push_outlives_its_session(wire: Wire, end: str) -> None:
     wire.create("m", {"w": (SIZE,)}, policy=sync(2))
     before = free(wire)
     sharer = Sharer(wire, "m", "a", lease_seconds=4.0)
@@ -97,7 +98,8 @@ def test_a_push_that_waits_in_its_round_outlives_its_session(wire: Wire, end: st
     eventually(lambda: free(wire) == before, "memory is still held")
 
 
-def test_hundreds_of_sessions_leave_no_descriptor_and_no_byte(wire: Wire) -> None:
+@pytest.mark.deep
+def test_hundreds_of_sessions_leak_no_descriptor_and_no_byte(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)})
     Sharer(wire, "m", "first").step(1, np.ones(SIZE))
     sleep(0.6)
@@ -114,7 +116,8 @@ def test_hundreds_of_sessions_leave_no_descriptor_and_no_byte(wire: Wire) -> Non
     eventually(lambda: descriptors() <= before + 4, f"{descriptors() - before} descriptors are lost")
 
 
-def test_models_that_come_and_go_leave_no_descriptor_and_no_byte(wire: Wire) -> None:
+@pytest.mark.deep
+def test_created_and_deleted_models_leak_no_descriptor_and_no_byte(wire: Wire) -> None:
     before, held = descriptors(), free(wire)
     for number in range(40):
         wire.create("m", {"w": (SIZE,)})

@@ -1,4 +1,4 @@
-"""Calls about shared memory that make no sense, come too often, or are cut: refused as documented, nothing is left."""
+"""Invalid, excessive and cancelled calls about shared memory are refused as documented and leak nothing."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 import pytest
 from attach import Sharer, descriptors, free, open_memory, path
+from reused_server import ReusedServers
 from wire import Wire, eventually, refusal, unchanged
 
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server import LocalServer, ServerConfig
 
 SIZE = 5000
 
@@ -62,9 +62,9 @@ def test_opening_under_false_names(wire: Wire, sharer: Sharer) -> None:
     assert wire.refused("OpenSharedMemory", kind(**newer.id)).reason == "SESSION_UNKNOWN"
 
 
-def test_thousands_of_openings_of_one_session_take_no_more_than_one(wire: Wire, sharer: Sharer) -> None:
+def test_hundreds_of_openings_of_one_session_take_no_more_than_one(wire: Wire, sharer: Sharer) -> None:
     before, held = descriptors(), free(wire)
-    for _ in range(1000):
+    for _ in range(200):
         open_memory(wire, sharer.session)
     assert descriptors() <= before + 2
     assert free(wire) == held
@@ -82,20 +82,19 @@ def test_many_openings_at_once_are_of_one_memory(wire: Wire) -> None:
 
 
 @pytest.fixture
-def without_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    """A server whose system has no descriptors left for memory."""
+def without_files(reused_servers: ReusedServers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    """A server on a system that has no file descriptors left."""
 
     def full(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
-    config = ServerConfig(bind="127.0.0.1:0", device="cpu")
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving() as server, Wire(server.target) as wire:
         wire.create("m", {"w": (SIZE,)})
         monkeypatch.setattr(os, "memfd_create", full)
         yield wire
 
 
-def test_where_the_system_has_no_memory_files_chunks_still_do(without_files: Wire) -> None:
+def test_chunks_work_where_the_system_has_no_memory_files(without_files: Wire) -> None:
     session = without_files.open("m", "a")
     with unchanged(without_files, "m"):
         refused = without_files.refused("OpenSharedMemory", rpc.OpenSharedMemoryRequest(**session.id))
@@ -104,10 +103,10 @@ def test_where_the_system_has_no_memory_files_chunks_still_do(without_files: Wir
     assert without_files.step(session.header(1), np.ones(SIZE)).result.version == 1
 
 
-def test_where_files_run_out_later_the_weights_come_in_chunks(
-    wire: Wire, sharer: Sharer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reading = []
+def test_weights_come_in_chunks_once_descriptors_run_out(own_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its own server: pytest keeps the logged error, whose frames keep a version's memory, until the test is over.
+    own_wire.create("m", {"w": (SIZE,)})
+    sharer, reading = Sharer(own_wire, "m", "a"), []
     for number in range(1, 4):
         reading.append(sharer.begin(number, np.ones(SIZE)))
         reading[-1].answer()
@@ -120,13 +119,13 @@ def test_where_files_run_out_later_the_weights_come_in_chunks(
     answer = step.answer()
     assert not answer.HasField("weights")
     data = b"".join(message.weights.data for message in step.finish())
-    assert data == wire.snapshot("m").vectors[0]
-    for held in reading:
-        held.finish()
+    assert data == own_wire.snapshot("m").vectors[0]
+    for earlier in reading:
+        earlier.finish()
 
 
 def test_a_descriptor_that_was_closed_is_never_another_memory_of_that_name(wire: Wire) -> None:
-    """Numbers are used again at once: the name tells."""
+    """The system reuses descriptor numbers at once, so the client must check the name."""
     wire.create("m", {"w": (SIZE,)})
     seen: dict[tuple[int, str], int] = {}
     for _ in range(10):
@@ -167,7 +166,7 @@ def test_floods_of_calls_that_are_cut_leave_nothing(wire: Wire, sharer: Sharer) 
 
 
 def _flush(wire: Wire, sharer: Sharer) -> None:
-    """Lets a call that was cut end on the server too: it may still hold the number that is next."""
+    """Waits until a cancelled call has ended on the server too: it may still hold the next sequence number."""
     with pytest.raises(grpc.RpcError) as caught:
         sharer.begin(1 << 40, None).answer()
     assert refusal(caught.value).reason == "SEQUENCE_GAP"

@@ -1,4 +1,4 @@
-"""Pushes through shared memory, as the contract describes them: the same admission, the same results, the same bits."""
+"""Pushes through shared memory have the same admission, results and bits as others."""
 
 import gc
 import os
@@ -13,27 +13,28 @@ import pytest
 from attach import Sharer, free, mapped, open_memory, path
 from expected import Twin, gradient, norm
 from google.protobuf.message import Message
+from reused_server import ReusedServers
 from wire import Snapshot, Vector, Wire, asynchronous, bounded, cut, eventually, push, refusal, sync, unchanged
 
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve.v1.common_pb2 import Hyperparameters, Policy
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import ServerConfig
 
 SHAPES = {"a": (70_000, 4), "none": (0,), "b": (7, 101)}
 SIZE = 280_707
-"""More than a chunk, and no multiple of one."""
+"""Larger than a chunk, and not a multiple of one."""
 
 
 @pytest.fixture
-def tight() -> Iterator[Wire]:
-    """A server with room for a model of 1000 elements, its session's memory, and 100 bytes."""
+def tight(reused_servers: ReusedServers) -> Iterator[Wire]:
+    """A server with room for a model of 1000 elements, the memory of one session, and 100 bytes."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=7 * 4000 + 100, staged_bytes=4000)
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving(config) as server, Wire(server.target) as wire:
         yield wire
 
 
-def test_memory_is_the_owners_alone_and_no_name_comes_twice(wire: Wire) -> None:
+def test_only_the_owner_may_open_the_memory_and_names_are_unique(wire: Wire) -> None:
     wire.create("m", SHAPES)
     names = set()
     for number in range(20):
@@ -60,7 +61,7 @@ def test_memory_that_was_opened_is_opened_again_as_the_same(wire: Wire) -> None:
     assert free(wire) == held
 
 
-def test_a_push_is_what_it_is_in_chunks(wire: Wire) -> None:
+def test_a_shared_push_equals_a_chunked_one(wire: Wire) -> None:
     twin = Twin(gradient(0, SIZE))
     wire.create("m", SHAPES, weights=twin.weights)
     sharer = Sharer(wire, "m", "a")
@@ -88,7 +89,7 @@ POLICIES = {
 
 
 def _trained(wire: Wire, name: str, policy: Policy, shared: tuple[bool, ...]) -> tuple[Snapshot, list[rpc.PushResult]]:
-    """Trains with a worker for each of `shared`; absent tensors and own hyperparameters are among its steps."""
+    """Trains with one worker for each of `shared`. Some steps have absent tensors or hyperparameters of their own."""
     wire.create(name, SHAPES, weights=gradient(0, SIZE), policy=policy)
     workers = [Sharer(wire, name, f"w{k}") for k in range(len(shared))]
     results = []
@@ -165,7 +166,7 @@ def test_a_bad_value_is_refused_changes_nothing_and_leaves_the_number_free(
     assert sharer.step(2, np.ones(SIZE))[0].version == 2
 
 
-def test_what_is_absent_is_not_looked_at(wire: Wire) -> None:
+def test_absent_tensors_are_not_checked(wire: Wire) -> None:
     wire.create("m", {"a": (4,), "b": (3,)})
     sharer = Sharer(wire, "m", "a")
     pushed = np.ones(7, np.float32)
@@ -176,7 +177,7 @@ def test_what_is_absent_is_not_looked_at(wire: Wire) -> None:
     assert not weights[4:].any()
 
 
-def test_the_same_number_again_is_a_duplicate_by_either_way(wire: Wire) -> None:
+def test_a_duplicate_is_known_through_either_transport(wire: Wire) -> None:
     wire.create("m", SHAPES)
     sharer = Sharer(wire, "m", "a")
     pushed = gradient(1, SIZE)
@@ -210,7 +211,7 @@ def test_another_message_is_refused_and_the_version_given_back(wire: Wire) -> No
     assert wire.snapshot("m").version == 7
 
 
-def test_who_never_half_closes_keeps_the_version_until_it_goes(wire: Wire) -> None:
+def test_a_call_that_never_half_closes_pins_its_version(wire: Wire) -> None:
     wire.create("m", {"w": (1000,)})
     sharer = Sharer(wire, "m", "a")
     other = wire.open("m", "b")
@@ -233,7 +234,7 @@ def test_who_never_half_closes_keeps_the_version_until_it_goes(wire: Wire) -> No
     eventually(lambda: free(wire) == held, "a version is still held")
 
 
-def test_a_session_of_fewer_tensors_has_as_much_memory_and_gets_as_many_weights(wire: Wire) -> None:
+def test_a_session_shares_memory_for_the_tensors_that_it_knows(wire: Wire) -> None:
     wire.create("m", {"a": (100,)})
     sharer = Sharer(wire, "m", "a")
     sharer.step(1, np.ones(100))
@@ -262,7 +263,7 @@ def _extension(model: str, count: int, size: int) -> list[Message]:
     return [kind(header=header), kind(weights=chunk)]
 
 
-def test_memory_that_does_not_fit_is_refused_and_the_session_goes_on(tight: Wire) -> None:
+def test_shared_memory_over_the_budget_is_refused_and_the_session_continues(tight: Wire) -> None:
     tight.create("m", {"w": (1000,)})
     first, second = Sharer(tight, "m", "a"), tight.open("m", "b")
     assert free(tight) == 100

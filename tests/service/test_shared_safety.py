@@ -103,7 +103,7 @@ def test_a_hole_in_the_gradient_is_zeros(wire: Wire, sharer: Sharer) -> None:
     assert result.gradient_norm == pytest.approx((SIZE - 1024) ** 0.5)
 
 
-def test_a_gradient_that_is_altered_while_it_waits_in_its_round_counts_as_it_came(wire: Wire) -> None:
+def test_changing_a_gradient_that_waits_in_its_round_has_no_effect(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)}, policy=sync(2))
     sharer, other = Sharer(wire, "m", "a"), wire.open("m", "b")
     pushed = gradient(1, SIZE), gradient(2, SIZE)
@@ -134,7 +134,7 @@ def altered_after_inspection(monkeypatch: pytest.MonkeyPatch) -> Callable[[Share
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-def test_a_gradient_that_is_altered_after_it_was_found_good_leaves_the_state_finite(
+def test_changing_a_gradient_after_its_check_leaves_the_state_finite(
     wire: Wire, sharer: Sharer, altered_after_inspection: Callable[[Sharer, float], None], value: float
 ) -> None:
     altered_after_inspection(sharer, value)
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_altered_after_it_was_found_good_leaves_the_state_fin
         assert np.isfinite(vector).all()
 
 
-def test_a_push_in_place_does_not_begin_to_wait_when_the_policy_changes(
+def test_a_push_in_place_does_not_start_to_wait_when_the_policy_changes(
     wire: Wire, sharer: Sharer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It came under AsyncPolicy, and SyncPolicy began in between: again, it is copied, and waits as it came."""
@@ -173,7 +173,7 @@ def test_a_push_in_place_does_not_begin_to_wait_when_the_policy_changes(
     twin.check(wire.snapshot("m"))
 
 
-def test_a_gradient_altered_all_the_time_harms_nobody_else(wire: Wire, sharer: Sharer) -> None:
+def test_a_gradient_that_changes_all_the_time_harms_no_other_worker(wire: Wire, sharer: Sharer) -> None:
     """Good values all of them: whatever mixture is applied, the weights of a version are the same for everybody."""
     over = threading.Event()
 

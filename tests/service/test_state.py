@@ -1,4 +1,4 @@
-"""Whole states: pulled of one version, put in place, and extended, also while pushes go on."""
+"""PullState, PutState and ExtendModel, also during pushes."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ ONES = np.ones(5, np.float32)
 
 
 def put(wire: Wire, model: str, vectors: Sequence[ArrayLike], counts: Sequence[int] = (), chunk: int = 1 << 18) -> int:
-    """PutState; returns the version that it made."""
+    """Calls PutState. Returns the version that it made."""
     messages = [PutStateRequest(header=PutStateHeader(model=model, update_counts=counts))]
     for name, vector in zip(("weights", "square_avg", "acc_delta"), vectors, strict=True):
         fields: list[dict[str, Any]] = [{name: piece} for piece in pieces(vector, size=chunk)]
@@ -40,7 +40,7 @@ def extend(
     at: tuple[int, int, int],
     groups: Sequence[Hyperparameters] = (),
 ) -> bool:
-    """ExtendModel by vectors of ones; `at` says how many tensors, groups and elements there were."""
+    """Calls ExtendModel with vectors of ones. `at` is the number of tensors, groups and elements before."""
     tensors = [TensorSpec(name=name, shape=[size], group=at[1] if groups else 0) for name, size in sizes.items()]
     header = ExtendModelHeader(model=model, tensor_count=at[0], group_count=at[1], tensors=tensors, groups=groups)
     messages = [ExtendModelRequest(header=header)]
@@ -85,8 +85,8 @@ def test_weights_alone_may_be_pulled(wire: Wire) -> None:
     assert [message.WhichOneof("message") for message in answer] == ["header", "weights"]
 
 
-def test_whatever_is_pulled_while_updates_go_on_is_of_one_version(wire: Wire) -> None:
-    """All elements have the same gradients, so in one version they are equal; and a version has one value only."""
+def test_a_state_pulled_during_updates_is_of_one_version(wire: Wire) -> None:
+    """All elements have the same gradients, so the elements of one version are equal."""
     size = 300_000
     wire.create("m", {"w": (size,)})
     stop = Event()
@@ -124,7 +124,7 @@ def _vectors(wire: Wire) -> Snapshot:
     return wire.snapshot("m")
 
 
-def test_a_reader_who_stops_reading_keeps_his_version(wire: Wire) -> None:
+def test_a_slow_reader_keeps_its_version(wire: Wire) -> None:
     size = 2_000_000
     wire.create("m", {"w": (size,)})
     session = wire.open("m", "a")
@@ -150,7 +150,7 @@ def test_a_reader_who_stops_reading_keeps_his_version(wire: Wire) -> None:
 # --- putting
 
 
-def test_a_state_is_put_whole_and_makes_a_version(wire: Wire) -> None:
+def test_put_state_replaces_the_whole_state_and_makes_a_version(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     wire.step(session.header(1), ONES)
@@ -223,7 +223,7 @@ def test_a_model_is_extended_and_old_sessions_go_on(wire: Wire) -> None:
     assert [group.lr for group in old_with_its_own.result.hyperparameters] == [2.0, 0.5]
 
 
-def test_an_extension_whose_answer_was_lost_is_found_there_also_after_others(wire: Wire) -> None:
+def test_an_extension_is_idempotent_after_later_extensions_too(wire: Wire) -> None:
     wire.create("m")
     assert extend(wire, "m", {"x": 2}, (2, 1, 5))
     assert extend(wire, "m", {"y": 2}, (3, 1, 7))
@@ -233,7 +233,7 @@ def test_an_extension_whose_answer_was_lost_is_found_there_also_after_others(wir
         assert not extend(wire, "m", {}, (4, 1, 9))
 
 
-def test_two_who_extend_alike_at_once_agree_and_nothing_stays_held(wire: Wire) -> None:
+def test_concurrent_equal_extensions_agree_and_leak_no_memory(wire: Wire) -> None:
     wire.create("m")
     before = wire.info().limits.memory_available_bytes
     with ThreadPoolExecutor() as threads:
@@ -249,7 +249,7 @@ def test_two_who_extend_alike_at_once_agree_and_nothing_stays_held(wire: Wire) -
     assert limits.memory_available_bytes == limits.memory_bytes
 
 
-def test_a_round_under_way_goes_on_when_the_model_is_extended(wire: Wire) -> None:
+def test_an_open_round_continues_when_the_model_is_extended(wire: Wire) -> None:
     wire.create("m", policy=sync(3))
     a, c = wire.open("m", "a"), wire.open("m", "c")
     calls = [wire.begin(a.header(1), ONES), wire.begin(c.header(1), ONES)]
@@ -266,7 +266,7 @@ def test_a_round_under_way_goes_on_when_the_model_is_extended(wire: Wire) -> Non
 
 
 @pytest.mark.parametrize("reduced", [1, 2])
-def test_what_was_reduced_before_an_extension_is_in_the_update_after_it(wire: Wire, reduced: int) -> None:
+def test_pushes_folded_before_an_extension_are_in_the_update_after_it(wire: Wire, reduced: int) -> None:
     wire.create("m", policy=sync())
     sessions = [wire.open("m", name) for name in "abc"[: reduced + 1]]
     calls = [wire.begin(session.header(1), ONES) for session in sessions[:reduced]]
@@ -279,7 +279,7 @@ def test_what_was_reduced_before_an_extension_is_in_the_update_after_it(wire: Wi
     assert state.update_counts == (1, 1, 0)
 
 
-def test_a_push_under_way_when_its_model_is_extended_goes_on(wire: Wire) -> None:
+def test_a_push_in_flight_continues_when_its_model_is_extended(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
 

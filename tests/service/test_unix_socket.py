@@ -1,4 +1,4 @@
-"""A server on a Unix socket: every call as over TCP, shared memory by default, the same place again after a stop."""
+"""A server on a Unix socket: calls work as over TCP, shared memory is the default, and the path is reusable."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_every_door_and_shared_memory(tmp_path: Path) -> None:
 def test_a_worker_takes_shared_memory_there(tmp_path: Path) -> None:
     with LocalServer(config(tmp_path / "s.sock")) as server, deltaserve.connect(server.target) as client:
         worker = client.create_model("m", {"w": np.zeros(SIZE)}).worker()
-        assert worker._exchange._shared is not None
+        assert getattr(worker._membership.transport(), "memory", None) is not None
         worker.step({"w": np.ones(SIZE)})
         assert worker.version == 1
 
@@ -59,6 +59,6 @@ def test_a_path_that_cannot_be_listened_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bind", ["unix:", "unix", "/tmp/s.sock"])
-def test_what_is_no_address(bind: str) -> None:
+def test_a_bad_address_is_refused(bind: str) -> None:
     with pytest.raises(ValueError, match="expected HOST:PORT or unix:PATH"):
         ServerConfig(bind=bind)

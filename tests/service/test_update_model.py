@@ -1,4 +1,4 @@
-"""UpdateModel: hyperparameters and policies that change under way, at once or when the open round has closed."""
+"""UpdateModel: immediate changes, and changes that wait until the open round has closed."""
 
 import re
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _rates(events: Sequence[WatchModelResponse]) -> list[tuple[int, float]]:
 
 
 def _put(wire: Wire) -> None:
-    """Puts a state of zeros in place."""
+    """Replaces the state by zeros."""
     kind, chunk = PutStateRequest, Chunk(data=bytes(4 * SIZE))
     header = kind(header=PutStateHeader(model="m"))
     wire.call("PutState", header, kind(weights=chunk), kind(square_avg=chunk), kind(acc_delta=chunk))
@@ -56,7 +56,7 @@ def _put(wire: Wire) -> None:
 # --- hyperparameters
 
 
-def test_hyperparameters_are_for_the_versions_from_the_one_that_is_answered_on(wire: Wire) -> None:
+def test_hyperparameters_apply_from_the_answered_version_on(wire: Wire) -> None:
     wire.create("m", groups=[Sent(lr=1.0, rho=0.8)])
     session, watch = wire.open("m", "a"), _watch(wire)
     twin = Twin(np.zeros(SIZE, np.float32))
@@ -99,7 +99,7 @@ def test_a_push_that_carries_its_own_goes_on_using_them(wire: Wire) -> None:
 
 
 def test_hyperparameters_change_for_the_open_round_too(wire: Wire) -> None:
-    """Also where a part of it is reduced already, for that does not depend on them."""
+    """Also for a partly reduced round, because reduction does not depend on hyperparameters."""
     wire.create("m", policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = _watch(wire)
@@ -118,7 +118,7 @@ def test_hyperparameters_change_for_the_open_round_too(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("policy", [asynchronous(), bounded(1)], ids=["async", "bounded"])
-def test_a_policy_that_does_not_wait_answers_those_who_do(wire: Wire, policy: Policy) -> None:
+def test_waiting_pushes_are_answered_under_a_policy_that_does_not_wait(wire: Wire, policy: Policy) -> None:
     wire.create("m", policy=sync(3))
     sessions, watch = [wire.open("m", name) for name in "ab"], _watch(wire)
     calls = _begin(wire, sessions, 1)
@@ -134,7 +134,7 @@ def test_a_policy_that_does_not_wait_answers_those_who_do(wire: Wire, policy: Po
     twin.check(wire.snapshot("m"))
 
 
-def test_pushes_that_wait_are_judged_by_max_staleness_and_damping(wire: Wire) -> None:
+def test_max_staleness_and_damping_apply_to_waiting_pushes(wire: Wire) -> None:
     wire.create("m", policy=sync(4))
     sessions = [wire.open("m", name) for name in "abc"]
     calls = _begin(wire, sessions, 1)
@@ -150,7 +150,7 @@ def test_pushes_that_wait_are_judged_by_max_staleness_and_damping(wire: Wire) ->
     assert wire.step(sessions[2].header(1, base_version=2), gradient(9, SIZE)).result.version == 3
 
 
-def test_one_who_waits_for_the_next_version_has_it_where_all_who_waited_are_too_stale(wire: Wire) -> None:
+def test_a_late_joiner_gets_its_version_though_all_waiting_pushes_are_too_stale(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
     a, _b = wire.open("m", "a"), wire.open("m", "b")
     (call,) = _begin(wire, [a], 1)
@@ -165,7 +165,7 @@ def test_one_who_waits_for_the_next_version_has_it_where_all_who_waited_are_too_
     assert wire.step(late.header(1, base_version=2), gradient(1, SIZE)).result.version == 3
 
 
-def test_under_bounded_one_of_those_who_waited_goes_on_waiting_for_the_slowest(wire: Wire) -> None:
+def test_under_bounded_a_waiting_push_may_have_its_answer_withheld(wire: Wire) -> None:
     wire.create("m", policy=sync(3))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     (call,) = _begin(wire, [a], 1)
@@ -178,7 +178,7 @@ def test_under_bounded_one_of_those_who_waited_goes_on_waiting_for_the_slowest(w
 
 
 @pytest.mark.parametrize("policy", [asynchronous(), bounded(1), sync(), sync(2)], ids=["async", "slack", "1", "2"])
-def test_whoever_waits_under_bounded_is_answered_by_a_policy_that_lets_it_go(wire: Wire, policy: Policy) -> None:
+def test_withheld_answers_are_given_under_another_policy(wire: Wire, policy: Policy) -> None:
     wire.create("m", policy=bounded())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), gradient(0, SIZE))
@@ -256,7 +256,7 @@ def test_a_change_waits_for_a_round_that_is_reduced_in_part(wire: Wire, policy: 
     watch.cancel()
 
 
-def test_of_several_changes_that_wait_the_last_counts(wire: Wire) -> None:
+def test_the_last_of_several_deferred_changes_counts(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     _begin(wire, [a], 1)
@@ -268,7 +268,7 @@ def test_of_several_changes_that_wait_the_last_counts(wire: Wire) -> None:
     assert wire.model("m").config == answer.config
 
 
-def test_a_change_that_waits_is_taken_back_by_one_that_reduces_alike(wire: Wire) -> None:
+def test_an_immediate_change_replaces_a_deferred_one(wire: Wire) -> None:
     wire.create("m", policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     (call,) = _begin(wire, [a], 1)
@@ -280,7 +280,7 @@ def test_a_change_that_waits_is_taken_back_by_one_that_reduces_alike(wire: Wire)
 
 
 def test_a_state_that_is_put_while_a_change_waits_makes_a_version_of_its_own(wire: Wire) -> None:
-    """The change comes in place with the round all the same, one version later than was answered."""
+    """The change takes effect with the round, one version later than the answer said."""
     wire.create("m", {"w": (SIZE,)}, policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = _watch(wire)
@@ -298,7 +298,7 @@ def test_a_state_that_is_put_while_a_change_waits_makes_a_version_of_its_own(wir
 # --- a model that is asked for again
 
 
-def test_a_model_may_be_asked_for_as_it_was_created_or_as_it_is_now(wire: Wire) -> None:
+def test_create_model_accepts_the_initial_and_the_current_settings(wire: Wire) -> None:
     wire.create("m", groups=[Sent(lr=0.5)], policy=sync(2))
     wire.update("m", [Sent(lr=0.25)], bounded(3))
     with unchanged(wire, "m"):
@@ -332,8 +332,8 @@ def test_a_mismatch_of_policies_shows_the_setting_that_differs(
     assert re.search(rf"{setting}.{{1,20}}{ours}\b.*\b{theirs}\b", difference), difference
 
 
-def test_a_push_of_the_middle_of_a_change_is_of_one_policy_or_the_other(wire: Wire) -> None:
-    """Changes back and forth while workers step: every push is applied once, and no bit of the order matters."""
+def test_a_push_during_a_change_is_applied_under_either_policy(wire: Wire) -> None:
+    """Changes policies back and forth while workers step. Every push is applied once."""
     wire.create("m", policy=sync())
     a, b = wire.open("m", "a"), wire.open("m", "b")
     policies = [asynchronous(), sync(), bounded(1), MEDIAN, sync(2, quorum=2), asynchronous(damping=True)]

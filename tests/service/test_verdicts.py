@@ -1,4 +1,4 @@
-"""What a result says of a push: the lengths of gradient and update; and that it always says the same."""
+"""Norms of gradient and update in the result of a push, and that duplicates get the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def test_the_lengths_of_a_round_are_numpy_s(wire: Wire) -> None:
     ids=["async", "damping", "bounded", "sync", "median"],
 )
 @pytest.mark.parametrize("chunk", [1, 13, SIZE])
-def test_the_lengths_of_one_push_are_numpy_s_however_it_was_cut(wire: Wire, policy: Policy, chunk: int) -> None:
+def test_the_norms_of_a_push_are_those_of_numpy_whatever_its_chunks(wire: Wire, policy: Policy, chunk: int) -> None:
     wire.create("m", SHAPES, weights=START, policy=policy)
     session, twin = wire.open("m", "a"), Twin(START)
     for number in (1, 2):
@@ -64,7 +64,7 @@ def test_the_lengths_of_one_push_are_numpy_s_however_it_was_cut(wire: Wire, poli
         _check(wire.stream_step(session.header(number), pieces).result, values, update_norm)
 
 
-def test_what_is_absent_has_no_length(wire: Wire) -> None:
+def test_absent_tensors_do_not_count_in_the_norm(wire: Wire) -> None:
     wire.create("m", SHAPES, weights=START)
     session, values = wire.open("m", "a"), gradient(1, SIZE)
     twin = Twin(START[280:])
@@ -88,7 +88,7 @@ def test_lengths_of_extreme_values_are_finite_and_right(wire: Wire, scale: float
     assert 0 <= result.update_norm < float("inf")
 
 
-def test_a_model_larger_than_one_thread_s_share_has_the_length_of_all_of_it(wire: Wire) -> None:
+def test_the_norm_of_a_large_model_covers_the_shares_of_all_threads(wire: Wire) -> None:
     size = 1_000_003
     wire.create("m", {"w": (size,)}, weights=gradient(99, size))
     values, twin = gradient(1, size), Twin(gradient(99, size))
@@ -96,7 +96,7 @@ def test_a_model_larger_than_one_thread_s_share_has_the_length_of_all_of_it(wire
     _check(result, values, twin.update(values))
 
 
-def test_a_duplicate_has_the_first_result_with_its_lengths(wire: Wire) -> None:
+def test_a_duplicate_has_the_norms_of_the_first_result(wire: Wire) -> None:
     wire.create("m", SHAPES, policy=sync(2))
     sessions = [wire.open("m", name) for name in "ab"]
     first = {

@@ -1,4 +1,4 @@
-"""WatchModel: every version once and in order; who is slow is left behind and told so; how it ends."""
+"""WatchModel: every version once and in order, slow watchers, and how a watch ends."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from expected import gradient, norm
+from reused_server import ReusedServers
 from wire import Session, Watch, Wire, asynchronous, bounded, creation, eventually, streamed, sync
 
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
@@ -21,15 +22,15 @@ WATCHERS = 3
 
 
 @pytest.fixture
-def small() -> Iterator[Wire]:
-    """A server of few watchers."""
+def small(reused_servers: ReusedServers) -> Iterator[Wire]:
+    """A server that takes few watchers."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", sessions=4, watchers=WATCHERS)
-    with LocalServer(config) as server, Wire(server.target) as wire:
+    with reused_servers.serving(config) as server, Wire(server.target) as wire:
         yield wire
 
 
 def _put(wire: Wire, model: str) -> None:
-    """Puts a state of zeros in place."""
+    """Replaces the state by zeros."""
     kind, (_, chunk) = PutStateRequest, creation("unused", {"w": (SIZE,)})
     weights: Any = chunk
     header = PutStateHeader(model=model)
@@ -58,7 +59,7 @@ def test_the_first_message_tells_where_the_model_stands(wire: Wire) -> None:
         wire.step(session.header(version + 1), gradient(version, SIZE))
 
 
-def test_every_version_comes_once_in_order_and_to_every_watcher(wire: Wire) -> None:
+def test_every_watcher_gets_every_version_once_and_in_order(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
     watches = [wire.watch("m") for _ in range(3)]
@@ -129,7 +130,7 @@ def test_a_duplicate_and_a_refusal_are_no_events(wire: Wire) -> None:
     watch.cancel()
 
 
-def test_a_version_that_no_update_made_has_none(wire: Wire) -> None:
+def test_a_version_without_an_update_has_no_update(wire: Wire) -> None:
     wire.create("m", {"w": (SIZE,)}, policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = wire.watch("m")
@@ -158,8 +159,9 @@ def test_a_version_that_no_update_made_has_none(wire: Wire) -> None:
 # --- who is slow
 
 
-def test_a_slow_watcher_loses_the_oldest_with_an_exact_count_and_delays_nobody(wire: Wire) -> None:
-    """It has read one message, and then nothing for as long as a thousand updates take."""
+@pytest.mark.deep
+def test_a_slow_watcher_loses_the_oldest_events_and_delays_nobody(wire: Wire) -> None:
+    """It reads one message, and then nothing until a thousand updates are made."""
     groups, steps = [Sent()] * 200, 1000
     wire.create("m", groups=groups)  # so that messages are of 8 KB, and the connection holds few of them
     session = wire.open("m", "a")
@@ -208,7 +210,8 @@ def test_deleting_the_model_ends_it(wire: Wire) -> None:
     assert (refused.reason, refused.metadata) == ("MODEL_NOT_FOUND", {"model": "m"})
 
 
-def test_a_server_that_stops_ends_it(wire: Wire, server: LocalServer) -> None:
+def test_a_server_that_stops_ends_it(own_wire: Wire, own_server: LocalServer) -> None:
+    wire, server = own_wire, own_server
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = wire.watch("m")
@@ -216,7 +219,7 @@ def test_a_server_that_stops_ends_it(wire: Wire, server: LocalServer) -> None:
     call = wire.begin(a.header(1), gradient(1, SIZE))
     with ThreadPoolExecutor(1) as threads:
         stopping = threads.submit(server.stop, 20.0)
-        eventually(lambda: bool(server._catalog._draining), "the server does not stop")
+        eventually(lambda: bool(server._catalog.quotas.draining), "the server does not stop")
         late = wire.watch("m")
         assert late.next().position.version == 0, "a round is still under way: there is something to watch"
         wire.step(b.header(1), gradient(2, SIZE))
@@ -244,7 +247,7 @@ def test_the_number_of_watchers_is_over_all_models(small: Wire) -> None:
 
 
 def _place(wire: Wire, seconds: float = 20.0) -> Watch:
-    """Watches as soon as there is a place."""
+    """Starts to watch as soon as a place is free."""
     held: list[Watch] = []
 
     def taken() -> bool:
@@ -261,7 +264,7 @@ def _place(wire: Wire, seconds: float = 20.0) -> Watch:
 
 
 def _come_and_leave(small: Wire, way: str) -> None:
-    """Takes all places of watchers, and leaves them."""
+    """Takes all places of watchers, and frees them."""
     with Wire(small.target) as other:  # its connection ends with it
         watches = [_place(other, 0.5 if way == "deadline" else 20.0) for _ in range(WATCHERS)]
         if way == "unread":
@@ -278,14 +281,14 @@ def _come_and_leave(small: Wire, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline", "disconnect", "model", "unread"])
-def test_the_place_of_a_watcher_that_leaves_is_free_again(small: Wire, way: str) -> None:
+def test_a_watcher_that_leaves_frees_its_place(small: Wire, way: str) -> None:
     small.create("m")
     for _ in range(4):
         _come_and_leave(small, way)
     assert [_place(small).next for _ in range(WATCHERS)]
 
 
-def test_a_watcher_that_was_refused_takes_no_place(small: Wire) -> None:
+def test_a_refused_watcher_takes_no_place(small: Wire) -> None:
     small.create("m")
     for _ in range(2 * WATCHERS):
         assert small.watch("nothing").refused().reason == "MODEL_NOT_FOUND"
@@ -294,7 +297,7 @@ def test_a_watcher_that_was_refused_takes_no_place(small: Wire) -> None:
         assert watch.next().position.version == 0
 
 
-def test_watchers_that_come_and_go_while_a_model_steps_see_versions_without_a_gap(wire: Wire) -> None:
+def test_watchers_see_versions_without_a_gap_whenever_they_join(wire: Wire) -> None:
     wire.create("m", policy=sync(2))
     sessions = [wire.open("m", name) for name in "ab"]
     steps = 150

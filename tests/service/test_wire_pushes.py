@@ -20,7 +20,7 @@ every_half = pytest.mark.parametrize("kind", HALVES, ids=common_pb2.DataType.Nam
 
 
 def narrow(kind: int, values: Vector) -> NDArray[Any]:
-    """Rounds to nearest, ties to even, in another way than the server: by comparing the two neighbours in float64."""
+    """Rounds to nearest, ties to even, by comparing the two neighbours in float64: not the server's way."""
     if kind == DATA_TYPE_FLOAT16:
         with np.errstate(over="ignore"):
             return np.asarray(values, "<f2")
@@ -33,7 +33,7 @@ def narrow(kind: int, values: Vector) -> NDArray[Any]:
 
 
 def widen(kind: int, values: NDArray[Any]) -> Vector:
-    """Exact."""
+    """Returns the same values in float32."""
     if kind == DATA_TYPE_FLOAT16:
         return values.astype(np.float32)
     return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -44,7 +44,7 @@ def dtype(kind: int) -> str:
 
 
 def scaled(seed: int, size: int = SIZE) -> Vector:
-    """Within float16's range."""
+    """Returns values within the range of float16."""
     return gradient(seed, size).clip(-60_000, 60_000)
 
 
@@ -73,7 +73,7 @@ def test_a_streamed_push_is_that_of_its_values_widened(wire: Wire, kind: Any) ->
 
 
 @pytest.mark.parametrize("types", [(a, b) for a in (0, 1, 2, 3) for b in (0, 1, 2, 3)], ids=str)
-def test_each_direction_has_a_type_of_its_own(wire: Wire, types: tuple[Any, Any]) -> None:
+def test_gradients_and_weights_have_independent_types(wire: Wire, types: tuple[Any, Any]) -> None:
     out, back = types
     size = 1001
     twin = Twin(scaled(0, size))
@@ -92,8 +92,8 @@ def test_each_direction_has_a_type_of_its_own(wire: Wire, types: tuple[Any, Any]
 
 
 @every_half
-def test_the_same_values_in_another_type_are_the_same_push_or_another_one(wire: Wire, kind: Any) -> None:
-    """What may be sent again after a lost answer: the contract promises it for the same bytes."""
+def test_the_same_bytes_again_are_a_duplicate_in_either_type(wire: Wire, kind: Any) -> None:
+    """The contract promises a duplicate for the same bytes, which is what a retry sends."""
     wire.create("m", {"w": (100,)})
     session = wire.open("m", "w")
     pushed = narrow(kind, scaled(1, 100))
@@ -141,7 +141,7 @@ BAD = {
 
 @every_half
 @pytest.mark.parametrize("place", [0, 1, 15, 16, 31, 262_143, 262_144, 299_999, 300_000, SIZE - 1])
-def test_a_bad_value_is_found_wherever_it_stands(wire: Wire, kind: Any, place: int) -> None:
+def test_a_bad_value_is_found_at_any_position(wire: Wire, kind: Any, place: int) -> None:
     wire.create("m", SHAPES)
     session = wire.open("m", "w")
     expected = {"tensor": "a" if place < 300_000 else "b", "index": str(place if place < 300_000 else place - 300_000)}
@@ -158,7 +158,7 @@ def test_a_bad_value_is_found_wherever_it_stands(wire: Wire, kind: Any, place: i
 
 
 @every_half
-def test_the_largest_that_there_are_leave_the_state_finite(wire: Wire, kind: Any) -> None:
+def test_the_largest_values_leave_the_state_finite(wire: Wire, kind: Any) -> None:
     largest = 0x7BFF if kind == DATA_TYPE_FLOAT16 else 0x5F7F
     wire.create("m", {"w": (64,)})
     session = wire.open("m", "w")
@@ -193,7 +193,7 @@ def test_a_push_of_the_wrong_length(wire: Wire, kind: Any) -> None:
 
 @pytest.mark.parametrize("number", [4, 7, -1, (1 << 31) - 1])
 @pytest.mark.parametrize("field", ["gradient_type", "weights_type"])
-def test_a_number_that_is_no_type(wire: Wire, number: int, field: str) -> None:
+def test_an_unknown_data_type_is_refused(wire: Wire, number: int, field: str) -> None:
     wire.create("m", {"w": (4,)})
     session = wire.open("m", "w")
     fields: dict[str, Any] = {field: number}

@@ -1,4 +1,4 @@
-"""Every RPC through a plain gRPC channel: bytes of the generated message classes, none of the client's own code."""
+"""Every RPC through a plain gRPC channel: generated messages, without any code of the client."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,9 +39,9 @@ SERVICES = {
 METHODS: dict[str, MethodDescriptor] = {m.name: m for service in SERVICES.values() for m in service.methods}
 
 SECONDS = 20.0
-"""How long a call of a test may take: a server that hangs fails the test, a busy machine does not."""
+"""Timeout of a call. A server that hangs fails the test; a busy machine does not."""
 _WATCH_SECONDS = 100.0
-"""A call that goes on while others do, as a thousand steps on a busy machine."""
+"""Timeout of a call that lasts as long as many others, such as a thousand steps on a busy machine."""
 
 CHUNK = 1 << 18
 """Elements of a chunk unless a test says otherwise."""
@@ -64,13 +64,13 @@ def bounded(slack: int | None = None) -> Policy:
 
 
 def floats(values: ArrayLike) -> bytes:
-    """A vector as it travels."""
+    """Returns a vector as the wire has it."""
     return np.asarray(values, "<f4").tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """What a refused call carries."""
+    """The status of a refused call."""
 
     code: grpc.StatusCode
     reason: str
@@ -85,7 +85,7 @@ class Refusal:
 
 
 def refusal(error: grpc.RpcError) -> Refusal:
-    """Reads a status; fails where it carries no ErrorInfo."""
+    """Reads the status of a failed call. It must carry an ErrorInfo."""
     status = rpc_status.from_call(error)
     assert status is not None, f"no details: {error.code()} {error.details()}"
     info, retry, request = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
@@ -112,7 +112,7 @@ def refusal(error: grpc.RpcError) -> Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a client can see of a model."""
+    """Everything that a client can see of a model."""
 
     version: int
     config: bytes
@@ -138,7 +138,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Session:
-    """What names a session in a request, and what the server said when it was opened."""
+    """An open session: the fields that identify it in requests, and the answer of OpenSession."""
 
     model: str
     opened: worker_service_pb2.OpenSessionResponse
@@ -163,7 +163,7 @@ class Stepped:
 
 
 class Watch:
-    """A WatchModel call; each message is waited for.
+    """A WatchModel call.
 
     Args:
         call: The call.
@@ -173,18 +173,18 @@ class Watch:
         self.call = call
 
     def next(self) -> model_service_pb2.WatchModelResponse:
-        """The next message."""
+        """Waits for the next message."""
         return model_service_pb2.WatchModelResponse.FromString(next(self.call))
 
     def until(self, version: int) -> list[model_service_pb2.WatchModelResponse]:
-        """The messages up to the one of a version."""
+        """Returns the messages up to that of a version."""
         messages = [self.next()]
         while messages[-1].position.version < version:
             messages.append(self.next())
         return messages
 
     def refused(self) -> Refusal:
-        """Why it ends, once everything is read."""
+        """Reads everything that is left, and returns the refusal that ends it."""
         try:
             for _ in self.call:
                 pass
@@ -193,12 +193,12 @@ class Watch:
         raise AssertionError("it ended without a reason")
 
     def cancel(self) -> None:
-        """Leaves."""
+        """Cancels the call."""
         self.call.cancel()
 
 
 class Wire:
-    """A channel of its own to a server; its window does not grow, so that a reader who stops is felt at once."""
+    """A separate channel to a server. Its window does not grow, so a reader that stops takes effect at once."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -220,24 +220,24 @@ class Wire:
     # --- any RPC
 
     def start(self, method: str, messages: Iterable[Message | bytes], seconds: float = SECONDS) -> Any:
-        """Begins a call; the result iterates over the response's bytes and can be cancelled."""
+        """Starts a call. The result iterates over the bytes of the responses, and can be cancelled."""
         path = f"/{METHODS[method].containing_service.full_name}/{method}"
         begin: Any = self.channel.stream_stream(path, request_serializer=None, response_deserializer=None)
         encoded = (m if isinstance(m, bytes) else m.SerializeToString() for m in messages)
         return begin(encoded, timeout=seconds)
 
     def call(self, method: str, *messages: Message | bytes, seconds: float = SECONDS) -> list[Any]:
-        """Makes a call; returns the messages of the response."""
+        """Makes a call and returns its responses."""
         kind = GetMessageClass(METHODS[method].output_type)
         return [kind.FromString(data) for data in self.start(method, messages, seconds)]
 
     def one(self, method: str, *messages: Message | bytes, seconds: float = SECONDS) -> Any:
-        """Makes a call whose response is one message."""
+        """Makes a call that has one response."""
         (answer,) = self.call(method, *messages, seconds=seconds)
         return answer
 
     def refused(self, method: str, *messages: Message | bytes) -> Refusal:
-        """Makes a call that is to be refused."""
+        """Makes a call that the server refuses."""
         try:
             answer = self.call(method, *messages)
         except grpc.RpcError as error:
@@ -256,7 +256,7 @@ class Wire:
         group_of: Sequence[int] = (),
         policy: Policy | None = None,
     ) -> model_service_pb2.CreateModelResponse:
-        """Creates a model; its weights are zero unless given."""
+        """Creates a model. Its weights are zero unless given."""
         messages = creation(name, shapes, weights=weights, groups=groups, group_of=group_of, policy=policy)
         answer: model_service_pb2.CreateModelResponse = self.one("CreateModel", *messages)
         return answer
@@ -344,7 +344,7 @@ class Wire:
         return streamed(self.start("StreamStep", push(header, chunks)))
 
     def begin(self, header: PushHeader, gradient: ArrayLike) -> Any:
-        """Begins a StreamStep, which may have to wait for its round; returns when it was accepted or refused."""
+        """Starts a StreamStep, which may wait for its round. Returns once the push is accepted or refused."""
         call = self.start("StreamStep", push(header, cut(gradient)))
         eventually(lambda: self._accepted(header) or call.done(), "the push does not arrive")
         return call
@@ -355,11 +355,11 @@ class Wire:
         return bool(answer.last_accepted_sequence >= header.sequence)
 
     def lease_left(self, model: str) -> dict[str, float]:
-        """How many seconds of its lease each worker has left."""
+        """Returns the seconds that are left of each worker's lease."""
         return {session.worker: session.lease_left_seconds for session in self.model(model).sessions}
 
     def outlives(self, model: str, worker: str, other: str) -> bool:
-        """Whether the lease of a worker has more time left than that of another."""
+        """Returns whether the lease of one worker expires after that of another."""
         left = self.lease_left(model)
         return left[worker] > left[other]
 
@@ -445,7 +445,7 @@ def push(header: PushHeader, chunks: Iterable[tuple[int, ArrayLike]]) -> Iterato
 
 @contextmanager
 def unchanged(wire: Wire, *models: str) -> Iterator[None]:
-    """Holds a server to it that what happens inside changes nothing that a client can see."""
+    """Checks that the body changes nothing that a client can see."""
     before = _seen(wire, models)
     yield
     eventually(lambda: _seen(wire, models) == before, f"something of {models} changed")
@@ -460,7 +460,7 @@ def _seen(wire: Wire, models: Sequence[str]) -> tuple[object, ...]:
 
 
 def _names(wire: Wire) -> list[str]:
-    """The names of all models, or why they are not to be had."""
+    """Returns the names of all models, or the reason why the server does not list them."""
     try:
         return [model.name for model in wire.models()]
     except grpc.RpcError as error:

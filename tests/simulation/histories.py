@@ -1,4 +1,4 @@
-"""Random histories for the simulation: what happens, how often, under which policies."""
+"""Random histories for the simulation: events, their frequencies, and policies."""
 
 import random
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ Kind = Literal[
 
 
 class Event(NamedTuple):
-    """One event; most fields are for pushes alone.
+    """One event. Most fields concern pushes alone.
 
     Attributes:
         kind: What happens.
         wait: Seconds that pass before it.
-        worker: Whose it is, an index of NAMES.
+        worker: Index of the worker in NAMES.
         session: 0 for the worker's newest session, 1 for the one before, and so on.
-        number: Added to the number that is due; for other events, which of several.
-        age: How many versions the push's base is old; None is unset.
-        weight: The push's weight.
-        norm: Its norm.
-        carried: Hyperparameters of the first group, and of the others.
-        surplus: How many more groups it carries than there are.
+        number: For a push, an offset to the next sequence number; for other events, a choice among variants.
+        age: How many versions old the base of a push is; None means that it has none.
+        weight: Weight of a push.
+        norm: Norm of a push.
+        carried: Hyperparameters that a push carries for every group; None means none.
+        surplus: How many more groups a push carries than its session knows.
         absent: Tensors without a gradient.
-        twisted: The values are others than this number's usual ones.
-        stranger: 1: the session is none; 2: the epoch is not the session's.
-        patient: Whoever waits for an answer does not push; the next worker that does not wait pushes instead.
+        twisted: Whether the values differ from the usual ones of this sequence number.
+        stranger: 1 for an unknown session, 2 for a wrong epoch, 0 for neither.
+        patient: Whether a worker that waits for an answer lets the next worker push instead.
     """
 
     kind: Kind
@@ -57,7 +57,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a simulation is like: its policies, the first of which it begins with, and what happens more often."""
+    """The policies of a simulation, which begins with the first, and the events that are more frequent than usual."""
 
     policies: tuple[Policy, ...]
     often: tuple[tuple[Kind, int], ...] = ()
@@ -108,9 +108,9 @@ _OFTEN: dict[Kind, int] = {
 def history(scenario: Scenario, seed: int, events: int) -> list[Event]:
     """Returns random events.
 
-    The seed chooses how many workers there are and how often what happens, so that histories are of many kinds: with
-    workers that come and go, with time that flies, with nothing but pushes. Events are drawn from some hundreds that
-    the seed chose: that is fast, and still all mix.
+    The seed chooses the number of workers and the frequency of each event, so that histories differ in kind: some have
+    workers that come and go, some have long waits, some have hardly anything but pushes. Events are drawn from a pool
+    of 997, which is faster than making each anew.
     """
     chance = random.Random(seed)
     workers = chance.choice((2, 3, 4, 4, 5, 6))

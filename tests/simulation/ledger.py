@@ -1,4 +1,4 @@
-"""What a simulated machine has decided so far, and what holds of it whatever the reference says."""
+"""The decisions of a simulated machine so far, and the invariants that they must keep."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,12 +26,12 @@ from deltaserve_server.model import (
 
 
 class Violation(Exception):
-    """The machine did what it must not."""
+    """The machine broke a rule."""
 
 
 @dataclass
 class Totals:
-    """What happened in one or several simulations."""
+    """Counts of one or several simulations."""
 
     events: int = 0
     updates: int = 0
@@ -46,17 +46,17 @@ class Totals:
 
 
 class Ledger:
-    """Every push from its acceptance to its answer, and every version.
+    """Follows every push from its acceptance to its answer, and every version.
 
     Attributes:
-        totals: What happened.
-        version: Counted by updates, renumberings and new states.
-        judged_by: The policy that the event's updates are made under.
-        workers: By name and epoch.
+        totals: Counts of events.
+        version: Updates, version bumps and replaced states so far.
+        judged_by: The policy under which the current event makes updates.
+        workers: Workers by name and epoch.
         present: Sessions whose call waits for an answer.
         accepted: Pushes that were accepted and not given up.
-        applied: Those that became part of an update.
-        unanswered: Those without an answer.
+        applied: Accepted pushes that became part of an update, with that update.
+        unanswered: Accepted pushes without an answer.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -76,12 +76,12 @@ class Ledger:
             Combine: self._combined,
             Update: self._updated,
             Answer: self._answered,
-            BumpVersion: self._renumbered,
+            BumpVersion: self._version_bumped,
             Refuse: self._given_up,
         }
 
     def take_in(self, key: Key) -> None:
-        """A push was accepted."""
+        """Records that a push was accepted."""
         self.totals.pushes += 1
         if key in self.accepted:
             raise Violation("a push is accepted twice")
@@ -89,7 +89,7 @@ class Ledger:
         self.unanswered.add(key)
 
     def follow(self, decisions: list[Decision], said: list[Said]) -> None:
-        """Compares an event's decisions with what the reference says, and takes note of them."""
+        """Compares the decisions of an event with those of the reference, and records them."""
         should = iter(said)
         for decision in decisions:
             self._takes[type(decision)](decision, should)
@@ -98,7 +98,7 @@ class Ledger:
             raise Violation(f"missing: {missing}")
 
     def check_all_settled(self, policy: Policy) -> None:
-        """Of sessions that all have ended, long after: nobody waits, unless for others without a timeout."""
+        """Checks, long after all sessions have ended, that every push is answered unless its round has no timeout."""
         waits_for_ever = isinstance(policy, Sync) and policy.round_timeout_seconds is None
         too_few = isinstance(policy, Sync) and len(self.unanswered) < policy.min_workers
         if self.unanswered and not (waits_for_ever and too_few):
@@ -107,14 +107,14 @@ class Ledger:
             raise Violation("an accepted push is neither applied nor given up nor waiting")
 
     def change(self, before: Policy, after: Policy) -> None:
-        """Takes note of another policy: what holds from now on."""
+        """Records a change of policy."""
         if isinstance(after, Sync) and not isinstance(before, Sync):
             self._closed = self.version
         if isinstance(after, Bounded):
             self._most_slack = max(after.slack, self._most_slack if isinstance(before, Bounded) else 0)
 
     def check_slack(self, worker: Worker, slowest: int) -> None:
-        """A worker just made a step under `Bounded`."""
+        """Checks a step that a worker has just made under `Bounded`."""
         if worker.live and worker.steps > slowest + self._most_slack + 1:
             raise Violation("a worker went on that is too far ahead")
 
@@ -130,10 +130,10 @@ class Ledger:
             raise Violation("combined with a sum, or too much left out")
         self._reduced, self._trim = list(combine.pushes), combine.trim
 
-    def _renumbered(self, renumber: BumpVersion, should: Iterator[Said]) -> None:
+    def _version_bumped(self, bump: BumpVersion, should: Iterator[Said]) -> None:
         self.version += 1
-        if next(should, None) != VersionBumped(renumber.version) or renumber.version != self.version:
-            raise Violation(f"unexpected: {renumber}")
+        if next(should, None) != VersionBumped(bump.version) or bump.version != self.version:
+            raise Violation(f"unexpected: {bump}")
 
     def _given_up(self, refuse: Refuse, should: Iterator[Said]) -> None:
         key, refusal = refuse.key, refuse.refusal
@@ -158,7 +158,7 @@ class Ledger:
         self._reduced, self._trim = [], None
 
     def _check_reduced(self, summary: UpdateSummary) -> None:
-        """Just before an update its pushes were reduced in their order, each for the first time."""
+        """Checks that the pushes of an update were reduced just before it, in order and for the first time."""
         keys = [
             (self.workers[contribution.worker, contribution.epoch].id, contribution.sequence)
             for contribution in summary.contributions
@@ -186,7 +186,7 @@ class Ledger:
             raise Violation("another divisor than the weights of the pushes")
 
     def _check_bounds(self, summary: UpdateSummary) -> None:
-        """No push of a closed round counts, and none that is too stale."""
+        """Checks that no push of a closed round counts, and none that is too stale."""
         policy, before = self.judged_by, summary.version - 1
         for contribution in summary.contributions:
             if contribution.staleness < 0:

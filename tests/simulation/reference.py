@@ -1,6 +1,6 @@
-"""A second model of the state machine, written from the contract: naive, all of it lists that are gone through anew.
+"""A second, naive implementation of the state machine, written from the contract. It searches lists for everything.
 
-What it says is compared with what the machine decides: updates and renumberings, answers, and pushes that are given up.
+The simulation compares its decisions with those of the machine: updates, version bumps, answers and refusals.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class No(Exception):
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One session; `pushes` are those accepted, number n at n - 1."""
+    """One session. `pushes` are its accepted pushes; sequence number n is at index n - 1."""
 
     name: str
     id: bytes
@@ -47,7 +47,7 @@ class Worker:
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """One accepted push; `made` is the version that it became part of."""
+    """One accepted push. `summary` is the version of its update, or 0."""
 
     worker: Worker
     push: Push
@@ -57,7 +57,7 @@ class Sent:
 
 
 class Part(NamedTuple):
-    """What one push is in an update."""
+    """One push in an update."""
 
     key: Key
     factor: float
@@ -70,7 +70,7 @@ class Part(NamedTuple):
 
 
 class Updated(NamedTuple):
-    """An update; `trim` is None where its gradient is a sum."""
+    """An update. `trim` is None if its gradient is a sum."""
 
     version: int
     parts: tuple[Part, ...]
@@ -86,7 +86,7 @@ class VersionBumped(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A push's answer; not `full` where its result is no longer known."""
+    """The answer to a push. `full` is whether its result is still known."""
 
     key: Key
     version: int
@@ -95,7 +95,7 @@ class Answered(NamedTuple):
 
 
 class GivenUp(NamedTuple):
-    """A push that waited and is refused after all."""
+    """A push that was accepted, waited, and is refused."""
 
     key: Key
     reason: str
@@ -106,7 +106,7 @@ Said = Updated | VersionBumped | Answered | GivenUp
 
 
 class Reference:
-    """The contract, carried out; every method leaves in `said` what follows from the event."""
+    """The contract as code. Each method leaves the decisions of its event in `said`."""
 
     def __init__(self, tensors: int, groups: Groups, policy: Policy) -> None:
         self.tensors, self.groups, self.policy = tensors, groups, policy
@@ -172,7 +172,7 @@ class Reference:
         return worker
 
     def replaced(self, worker: Worker) -> bool:
-        """Whether another session of its name came when it had ended."""
+        """Returns whether another session of its name opened after it had ended."""
         return worker in self.ended and self.epochs[worker.name] > worker.epoch
 
     def keep(self, session_id: bytes, epoch: int, now: float) -> Worker:
@@ -203,7 +203,7 @@ class Reference:
     # --- pushes
 
     def check(self, push: Push, now: float) -> tuple[Worker, Sent | None]:
-        """Whose push it is, and the accepted push that it repeats."""
+        """Returns the worker of a push, and the accepted push that it repeats."""
         ended = self.known.get(push.session_id)
         replaced = ended and (ended.fenced or self.replaced(ended))
         if ended and not ended.live and not replaced and ended in self.ended and ended.epoch == push.epoch:
@@ -268,7 +268,7 @@ class Reference:
         self.flush(now)
 
     def status(self, session_id: bytes, sequence: int) -> tuple[str, bool, int | None]:
-        """A push's state, whether it is final, and the version that its result has."""
+        """Returns a push's state, whether that is final, and the version of its result."""
         if sequence < 1:
             raise No("PUSH_INVALID", field="sequence", allowed=">= 1")
         worker = self.known.get(session_id)
@@ -293,7 +293,7 @@ class Reference:
             self.coming = self.coming[0] + groups, self.coming[1]
 
     def change(self, groups: Groups, policy: Policy, now: float) -> int:
-        """The first version that is made with the change in place."""
+        """Returns the first version that is made with the change in place."""
         if self.partly_reduced() and not self.reduces_alike(policy):
             self.coming = groups, policy
             return self.version + 2
@@ -316,11 +316,11 @@ class Reference:
                 else:
                     self.apply_alone(sent, now)
             if late and self.version == version:
-                self.renumber()
+                self.bump_version()
         self.flush(now)
 
     def partly_reduced(self) -> bool:
-        """A sum is begun once the round may close and the first of its names is not preceded by an awaited one."""
+        """Returns whether a sum has begun: the round has enough pushes, and no awaited name precedes its first one."""
         policy = self.policy
         if not isinstance(policy, Sync) or policy.reduction != "mean" or not self.waiting:
             return False
@@ -352,7 +352,7 @@ class Reference:
         return min(quorum + [came[0] + seconds for seconds in [policy.round_timeout_seconds] if seconds], default=None)
 
     def flush(self, now: float) -> None:
-        """Closes, fails or fills up the round, or gives the answers that are held no longer."""
+        """Closes, fails or fills up the round, or gives withheld answers."""
         policy, due = self.policy, self.due()
         if not isinstance(policy, Sync) or not self.waiting:
             return self.release()
@@ -372,7 +372,7 @@ class Reference:
 
     def fail_round(self, policy: Sync, now: float) -> None:
         if not all(worker.member for worker in self.live):
-            self.renumber()
+            self.bump_version()
         failed, self.waiting = by_name(self.waiting), []
         for sent in failed:
             self.give_up(sent, now, "ROUND_FAILED", got=len(failed), need=policy.min_workers)
@@ -385,7 +385,7 @@ class Reference:
         for worker in late:
             worker.member = True
         if late:
-            self.renumber()
+            self.bump_version()
 
     def close_round(self, policy: Sync, now: float) -> None:
         sent, self.waiting = by_name(self.waiting), []
@@ -430,7 +430,7 @@ class Reference:
         sent.worker.expires = max(sent.worker.expires, now + sent.worker.lease)
         self.said.append(GivenUp(sent.push.key, reason, {key: str(value) for key, value in metadata.items()}))
 
-    def renumber(self) -> None:
+    def bump_version(self) -> None:
         self.version += 1
         self.said.append(VersionBumped(self.version))
 
@@ -440,7 +440,7 @@ def by_name(sent: list[Sent]) -> list[Sent]:
 
 
 def carried(sent: list[Sent], group: int) -> list[Hyperparameters]:
-    """What pushes carry for one group."""
+    """Returns the hyperparameters that pushes carry for one group."""
     given = [one.push.hyperparameters or () for one in sent]
     return [groups[group] for groups in given if len(groups) > group]
 

@@ -1,4 +1,4 @@
-"""Runs any number of events and tells what happened, by policy: `make simulate EVENTS=10000000 SEED=1`."""
+"""Simulates any number of events and prints counts by policy: `make simulate EVENTS=10000000 SEED=1`."""
 
 import argparse
 import sys
@@ -12,11 +12,11 @@ from shrink import story
 from simulator import Simulation
 
 HISTORY = 4000
-"""Events of one history; the next one begins with a new model, and other random events to draw from."""
+"""Events of one history. The next history begins with a new model and a new pool of events."""
 
 
 def simulate(name: str, seed: int, events: int) -> tuple[str, Totals, float, str]:
-    """Runs one history; returns its scenario, what happened, the seconds it took, and what was violated."""
+    """Runs one history. Returns its scenario, counts, CPU seconds, and the story of a violation or an empty string."""
     scenario = SCENARIOS[name]
     began = time.process_time()
     drawn = history(scenario, seed, events)

@@ -1,4 +1,4 @@
-"""Makes a history that ends in a violation short, and tells it."""
+"""Shortens a history that ends in a violation, and tells its story."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,11 +7,11 @@ from ledger import Violation
 from simulator import SNAPSHOT_EVERY, Simulation
 
 _RUNS = 3000
-"""So many histories are tried at most."""
+"""Most histories that shortening tries."""
 
 
 def violation(scenario: Scenario, events: Sequence[Event], snapshot_every: int = SNAPSHOT_EVERY) -> str | None:
-    """Returns what is violated by a history, or None."""
+    """Returns the violation that a history ends in, or None."""
     try:
         Simulation(scenario).run(events, snapshot_every)
     except Violation as found:
@@ -20,7 +20,7 @@ def violation(scenario: Scenario, events: Sequence[Event], snapshot_every: int =
 
 
 def shortest(scenario: Scenario, events: Sequence[Event]) -> list[Event]:
-    """Returns a part of a violating history that violates something too, and no event of which can be left out."""
+    """Returns a part of a violating history that still violates something, and of which no event can be left out."""
     found = violation(scenario, events)
     assert found
     every = 1 if "has changed" in found else len(events)
@@ -43,7 +43,7 @@ def shortest(scenario: Scenario, events: Sequence[Event]) -> list[Event]:
 
 
 def _plainer(event: Event) -> Iterator[Event]:
-    """Yields the event with one thing as it is by default."""
+    """Yields the event with one field set to its default."""
     plain = Event(event.kind)._asdict()
     for name, value in plain.items():
         if getattr(event, name) != value:
@@ -51,7 +51,7 @@ def _plainer(event: Event) -> Iterator[Event]:
 
 
 def story(scenario: Scenario, events: Sequence[Event]) -> str:
-    """Returns a short history that violates what the given one does, told line by line."""
+    """Returns the log of a short history that ends in a violation, one line for each event."""
     kept = shortest(scenario, events)
     lines = [f"policy {scenario.policies[0]}"]
     try:

@@ -1,7 +1,7 @@
 """A seeded simulation: random events drive the state machine and the reference side by side.
 
-An event names its worker and says everything else relative to where that worker and the model stand, so that any part
-of a history is a history too. That is how a history that ends in a violation is made short.
+An event names its worker and states everything else relative to the state of that worker and of the model. So any part
+of a history is a history too, which is how a violating history is shortened.
 """
 
 import pickle
@@ -13,30 +13,36 @@ from histories import GROUPS, LEASES, NAMES, Event, Scenario
 from ledger import Ledger, Violation
 from reference import No, Reference, Worker
 
-from deltaserve_server.model import Bounded, Decision, Hyperparameters, Layout, Machine, Push, Refused, Tensor
+from deltaserve_server.model import Bounded, Decision, Hyperparameters, Layout, Machine, Policy, Push, Refused, Tensor
 
 SNAPSHOT_EVERY = 97
-"""Before one event in so many the machine's whole state is kept, to see that a refusal left it as it was."""
+"""Before one event in this many, the machine's whole state is saved to check that a refusal leaves it unchanged."""
 
 _LONG = 1e6
-"""Seconds after which every lease has run out, and every round is over."""
+"""Seconds after which every lease has run out and every round is over."""
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 
 
 class Simulation:
-    """A machine and a reference that see the same events.
+    """Gives a machine and a reference the same events, and compares them.
 
     Args:
-        scenario: Which policies there are.
-        trace: Takes a line for each event, where one wants to read along.
+        scenario: The policies, and what happens often.
+        trace: Receives a line for each event; None means that nobody reads along.
+        machine: Builds the machine; planted defects build one of their own.
     """
 
-    def __init__(self, scenario: Scenario, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        trace: Callable[[str], None] | None = None,
+        machine: Callable[[str, Layout, Sequence[Hyperparameters], Policy], Machine] = Machine,
+    ) -> None:
         groups = (Hyperparameters(),)
         self.policies = scenario.policies
-        self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups, self.policies[0])
+        self.machine = machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups, self.policies[0])
         self.reference = Reference(2, groups, self.policies[0])
         self.now = 0.0
         self.ledger = Ledger(self.policies[0])
@@ -65,20 +71,20 @@ class Simulation:
         return len(self.ledger.unanswered)
 
     def run(self, events: Sequence[Event], snapshot_every: int = SNAPSHOT_EVERY) -> None:
-        """Takes the events one after the other, and then lets the dust settle.
+        """Runs the events, then lets all sessions end.
 
         Raises:
-            Violation: The machine did what it must not.
+            Violation: The machine broke a rule.
         """
         for count, event in enumerate(events):
             self.step(event, count % snapshot_every == 0)
         self.flush()
 
     def step(self, event: Event, snapshot: bool = False) -> None:
-        """Takes one event and compares.
+        """Runs one event and compares.
 
         Raises:
-            Violation: The machine did what it must not.
+            Violation: The machine broke a rule.
         """
         self.totals.events += 1
         self.now += event.wait
@@ -110,10 +116,10 @@ class Simulation:
                 self._trace(self._line)
 
     def flush(self) -> None:
-        """Lets all sessions end, and time pass: then nobody waits, unless for others without a timeout.
+        """Lets all sessions end and much time pass. Then nobody may wait, except in a round without a timeout.
 
         Raises:
-            Violation: Somebody does, or a push was lost.
+            Violation: Somebody waits, or a push was lost.
         """
         self.ledger.present.clear()
         for _ in range(3):
@@ -160,7 +166,7 @@ class Simulation:
         return decisions[0]
 
     def _ready(self, first: int) -> int:
-        """Returns the first worker, from this one on, that waits for no answer; this one if all do."""
+        """Returns the first worker from this one on that does not wait for an answer, or this one if all do."""
         for worker in chain(range(first, len(NAMES)), range(first)):
             sessions = self._sessions[worker]
             newest = sessions[-1] if sessions else None
@@ -217,7 +223,7 @@ class Simulation:
         return []
 
     def _lose(self, event: Event, sessions: list[Worker]) -> list[Decision]:
-        """A call is cancelled: nobody renews the lease on its behalf any more."""
+        """Cancels a call, so it does not renew the lease any more."""
         if self._trace:
             self._line = f"{NAMES[event.worker]} loses the answer"
         self.ledger.present.discard(sessions[-1].id)
@@ -301,7 +307,7 @@ class Simulation:
     # --- comparison
 
     def _both(self, ours: Callable[[], _T], theirs: Callable[[], _U]) -> tuple[_T, _U] | None:
-        """Asks both, and returns what both say, or None where both refuse."""
+        """Asks both. Returns both results, or None if both refuse."""
         refused = expected = None
         try:
             got = ours()
@@ -332,7 +338,7 @@ class Simulation:
             raise Violation(f"groups {self.machine.groups}, policy {self.machine.policy}")
 
     def _compare(self) -> None:
-        """Compares what both sides know."""
+        """Compares versions, counts and sessions."""
         machine, reference = self.machine, self.reference
         if not machine.version == reference.version == self.ledger.version:
             raise Violation(f"version {machine.version}, expected {reference.version}, counted {self.ledger.version}")
@@ -357,7 +363,7 @@ _NEEDS_NO_SESSION = {"open", "tick", "put state", "extend", "change"}
 
 
 def image(machine: Machine) -> bytes:
-    """Returns the state of a machine but for the leases, which a refused call renews, and for what has ended."""
+    """Returns a machine's state without leases, which a refused call renews, and without ended sessions."""
     leases = [(session, session.expires) for session in machine.sessions.live()]
     for session, _ in leases:
         session.expires = 0.0

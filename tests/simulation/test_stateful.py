@@ -1,7 +1,8 @@
-"""The same comparison driven by hypothesis, which gives the shortest history it can find for a violation."""
+"""The same comparison driven by hypothesis, which shrinks a violating history to the shortest it can find."""
 
 from typing import Any
 
+import pytest
 from histories import ABSENT, ASYNC, BOUNDED, CARRIED, NAMES, NORMS, SYNC, WEIGHTS, Event, Scenario
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ PUSHES = {
 
 
 class Comparison(RuleBasedStateMachine):
-    """Whatever hypothesis thinks of, the machine does what the reference says."""
+    """For any sequence of events, the machine decides what the reference decides."""
 
     simulation: Simulation
 
@@ -91,14 +92,16 @@ class Comparison(RuleBasedStateMachine):
             self.simulation.flush()
 
 
-Comparison.TestCase.settings = settings(
-    max_examples=250,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+class LongComparison(Comparison):
+    """The same with many more histories."""
+
+
+COMMON = settings(
+    stateful_step_count=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+Comparison.TestCase.settings = settings(COMMON, max_examples=30)
+LongComparison.TestCase.settings = settings(COMMON, max_examples=500)
 TestComparison = Comparison.TestCase
+TestLongComparison = pytest.mark.deep(LongComparison.TestCase)
 
 assert len(NAMES) > 3

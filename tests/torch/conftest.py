@@ -1,5 +1,6 @@
-"""One model twice, trained by torch's Adadelta here and by RemoteAdadelta on a server, and compared."""
+"""Fixtures that train the same model twice and compare: with torch's Adadelta, with RemoteAdadelta, with overlap."""
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._common import flat_vector
-from deltaserve._transport import exchange
+from deltaserve._transport import choice
 from deltaserve.torch import RemoteAdadelta
 from deltaserve.torch._overlap import Overlap
 from deltaserve_server import LocalServer
 
 RTOL, ATOL = 1e-4, 1e-5
-"""How far float32 may come apart in 100 steps: torch rounds in another order, differences grow from step to step."""
+"""How far float32 results may drift apart in 100 steps: torch rounds in another order, and differences grow."""
 
 Remote = Callable[..., RemoteAdadelta]
+Eventually = Callable[[Callable[[], Any]], Any]
 
 
 class Side:
@@ -38,7 +40,7 @@ class Side:
         return loss
 
     def train(self, steps: int, before_step: Callable[["Side", int], object] = lambda side, step: None) -> None:
-        """Makes steps, each on its own batch; `before_step` is called when the gradients are there."""
+        """Makes steps, each on its own batch; calls `before_step` when the gradients are there."""
         for step in range(steps):
             self.optimizer.zero_grad()
             self.backward(batch(step))
@@ -47,13 +49,13 @@ class Side:
 
 
 class Pair:
-    """The same model on both sides.
+    """The same model on a server and in this process.
 
     Args:
+        remote: Makes the optimizer of the server's side.
         make: Makes the model, with the same weights each time.
-        remote: Makes the server's side.
-        params: What of the model the optimizer is given.
-        options: Of both optimizers.
+        params: Selects what of the model the optimizer is given.
+        options: Arguments of both optimizers.
     """
 
     def __init__(
@@ -78,19 +80,19 @@ class Pair:
         """Compares the weights, the state, and how many updates each parameter has had."""
         for ours, theirs in zip(self.remote.net.parameters(), self.local.net.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
-        compare_state(self.remote.optimizer.state_dict(), self.local.optimizer.state_dict(), rtol, atol)
+        one, two = (side.optimizer.state_dict() for side in self.sides)
+        assert one["param_groups"] == two["param_groups"]
+        assert one["state"].keys() == two["state"].keys(), "a parameter without gradient has no state"
+        for key, mine in one["state"].items():
+            other = two["state"][key]
+            assert mine.keys() == other.keys()
+            assert (mine["step"].dtype, mine["step"].item()) == (other["step"].dtype, other["step"].item())
+            for name in ("square_avg", "acc_delta"):
+                torch.testing.assert_close(mine[name], other[name], rtol=10 * rtol, atol=atol)
 
-
-def compare_state(ours: dict[str, Any], theirs: dict[str, Any], rtol: float = RTOL, atol: float = ATOL) -> None:
-    assert ours["param_groups"] == theirs["param_groups"]
-    assert ours["state"].keys() == theirs["state"].keys(), "a parameter without gradient has no state"
-    for key, mine in ours["state"].items():
-        other = theirs["state"][key]
-        assert mine.keys() == other.keys()
-        assert mine["step"].dtype == other["step"].dtype
-        assert mine["step"].item() == other["step"].item()
-        for name in ("square_avg", "acc_delta"):
-            torch.testing.assert_close(mine[name], other[name], rtol=10 * rtol, atol=atol)
+    def counts(self) -> list[float]:
+        """Returns how many updates each parameter has had on the server."""
+        return [state["step"].item() for state in self.remote.optimizer.state_dict()["state"].values()]
 
 
 def batch(step: int) -> Tensor:
@@ -104,35 +106,64 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+def equal(one: Any, two: Any) -> bool:
+    """Whether two values are equal, bit for bit, also inside dicts and lists."""
+    if isinstance(one, Tensor):
+        return isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(value, two[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return type(one) is type(two) and bool(one == two)
+
+
+def version_of(optimizer: RemoteAdadelta) -> int | None:
+    """Returns the version that the last push made; None if there was no such push."""
+    return optimizer.last_result.version if optimizer.last_result else None
+
+
 @pytest.fixture(scope="session")
 def target() -> Iterator[str]:
-    """One server for all tests of this folder: every optimizer has a model of its own."""
+    """One server for all tests of this folder; every optimizer has a model of its own."""
     with LocalServer() as server:
         yield server.target
 
 
+@pytest.fixture(scope="session")
+def client(target: str) -> Iterator[deltaserve.Client]:
+    with deltaserve.connect(target, timeout_seconds=30) as connected:
+        yield connected
+
+
 @pytest.fixture
-def plain_remote(target: str) -> Iterator[Remote]:
-    """Makes RemoteAdadelta, by default of a model of its own; after the test it is closed and its model deleted."""
+def model() -> str:
+    """A name that no other model has."""
+    return f"model-{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def plain_remote(client: deltaserve.Client) -> Iterator[Remote]:
+    """Makes a RemoteAdadelta, by default with a model of its own; closes it and deletes its model after the test."""
     with ExitStack() as stack:
-        client = stack.enter_context(deltaserve.connect(target, timeout_seconds=30))
 
         def delete(name: str) -> None:
-            with suppress(deltaserve.RequestError):  # shared by two optimizers, or never made
+            with suppress(deltaserve.RequestError):  # two optimizers shared it, or it was never created
                 client.delete_model(name)
 
-        def make(params: Any, *, model: str | None = None, line: str = target, **options: Any) -> RemoteAdadelta:
+        def make(
+            params: Any, *, model: str | None = None, through: str = client.target, **options: Any
+        ) -> RemoteAdadelta:
             name = model or f"model-{secrets.token_hex(8)}"
             stack.callback(delete, name)
             options = {"timeout_seconds": 30, **options}
-            return stack.enter_context(RemoteAdadelta(params, line, model=name, **options))
+            return stack.enter_context(RemoteAdadelta(params, through, model=name, **options))
 
         yield make
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "overlap"])
+@pytest.fixture(params=[pytest.param(False, id="plain"), pytest.param(True, id="overlap", marks=pytest.mark.deep)])
 def remote(plain_remote: Remote, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    """As `plain_remote`; every test that uses it is made without `overlap` and with it."""
+    """Like `plain_remote`; the deep tier runs every test that uses it with `overlap` as well."""
     if not request.param:
         return plain_remote
     stream_all(monkeypatch, chunk=1024)
@@ -154,14 +185,18 @@ def make_pair(remote: Remote) -> Callable[..., Pair]:
 # --- overlap
 
 
-def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = 32) -> None:
-    """Lets models of any size travel as a stream, in chunks of so many elements."""
-    monkeypatch.setattr(exchange, "_UNARY_BYTES", 0)
+CHUNK = 64
+"""The elements of a chunk: twins have 507 parameters, and backward computes the gradients of 467 before `half_way`."""
+
+
+def stream_all(monkeypatch: pytest.MonkeyPatch, chunk: int = CHUNK) -> None:
+    """Makes models of any size travel as a stream, in chunks of `chunk` elements."""
+    monkeypatch.setattr(choice, "_UNARY_BYTES", 0)
     monkeypatch.setattr(flat_vector, "CHUNK_ELEMENTS", chunk)
 
 
-class _Pause(torch.autograd.Function):
-    """The identity, which calls a function in its backward pass."""
+class _Call(torch.autograd.Function):
+    """The identity; its backward pass calls a function."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, call: Callable[[], object]) -> Tensor:
@@ -178,7 +213,7 @@ class Deep(nn.Module):
     """A network with the same weights each time.
 
     Attributes:
-        half_way: Called by backward when it has made the gradients of `above`, and not yet those of `below`.
+        half_way: A function that backward calls between the gradients of `above` and those of `below`.
     """
 
     def __init__(self) -> None:
@@ -190,11 +225,12 @@ class Deep(nn.Module):
         self.half_way: Callable[[], object] = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.above(_Pause.apply(self.below(x), self.half_way))  # type: ignore[no-untyped-call]
+        result: Tensor = self.above(_Call.apply(self.below(x), self.half_way))  # type: ignore[no-untyped-call]
         return result
 
 
 Body = Callable[[Any, RemoteAdadelta, int], object]
+"""The body of a training loop; given the network, the optimizer and the number of the step."""
 
 
 def plain_step(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
@@ -204,12 +240,12 @@ def plain_step(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
 
 
 class Twins:
-    """A network twice, each with an optimizer on the server: the first overlaps, the second does not.
+    """Two copies of a network, each with an optimizer on the server: the first with overlap, the second without.
 
     Attributes:
         nets: The networks.
-        optimizers: Theirs.
-        fates: What became of the first's pushes: "taken", "not begun", or what was wrong with it.
+        optimizers: Their optimizers.
+        fates: What became of each push of the first: "taken", "discarded" or "not begun".
     """
 
     def __init__(self, remote: Remote, make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
@@ -221,41 +257,40 @@ class Twins:
         self.fates: list[str] = []
 
     def train(self, steps: int, body: Body = plain_step) -> None:
-        """Makes steps with either; they are the same, bit for bit."""
+        """Makes steps with both, and compares them bit for bit: weights after each step, the state at the end."""
         for step in range(steps):
             for net, optimizer in zip(self.nets, self.optimizers, strict=True):
                 push = optimizer._overlap.push if optimizer._overlap else None
                 body(net, optimizer, step)
                 if push:
-                    self.fates.append("taken" if push.taken else push.difference or "not begun")
-            self.compare()
-
-    def compare(self) -> None:
-        """Compares the weights and the state, bit for bit."""
+                    self.fates.append("taken" if push.taken else "discarded" if push.difference else "not begun")
+            assert all(map(torch.equal, self.nets[0].parameters(), self.nets[1].parameters()))
         ours, theirs = (optimizer._model.pull_state() for optimizer in self.optimizers)
-        assert ours.version == theirs.version
-        assert ours.update_counts == theirs.update_counts
+        assert (ours.version, ours.update_counts) == (theirs.version, theirs.update_counts)
         for mine, other in ((ours.weights, theirs.weights), (ours.square_avg, theirs.square_avg)):
             assert mine is not None
             assert other is not None
             assert all(mine[name].tobytes() == other[name].tobytes() for name in mine)
-        for one, two in zip(self.nets[0].parameters(), self.nets[1].parameters(), strict=True):
-            assert torch.equal(one, two)
+
+
+def drain(overlap: Overlap) -> None:
+    """Waits until the background thread has handled everything that backward has handed to it."""
+    done = Event()
+    overlap._jobs.put(done.set)
+    assert overlap._closed or done.wait(10)
 
 
 @pytest.fixture
 def make_twins(plain_remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Twins]:
-    """Makes twins, whose gradients travel in many chunks.
+    """Makes twins whose gradients travel in many chunks.
 
-    Their backward passes are over before a push can have begun; `step` waits until it has.
+    Their backward passes are shorter than it takes to begin a push, so `step` waits until the push has begun.
     """
     stream_all(monkeypatch)
     end = Overlap.end
 
     def end_later(self: Overlap, gradients: Any, weight: float) -> Any:
-        begun = Event()
-        self._jobs.put(begun.set)
-        assert self._closed or begun.wait(10)
+        drain(self)
         return end(self, gradients, weight)
 
     monkeypatch.setattr(Overlap, "end", end_later)
@@ -266,18 +301,22 @@ def make_twins(plain_remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return make
 
 
-Eventually = Callable[[Callable[[], Any]], Any]
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """Returns the client's warnings so far; the server, in this same process, may log warnings of its own."""
+    with caplog.at_level(logging.WARNING, "deltaserve"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.name == "deltaserve"]
 
 
 @pytest.fixture
 def eventually() -> Eventually:
-    """Waits until a condition is met; returns what it gave."""
+    """Waits until a condition is true; returns its value."""
 
     def wait(condition: Callable[[], Any]) -> Any:
         deadline = monotonic() + 10.0
-        while not (met := condition()):
-            assert monotonic() < deadline, "it did not happen within 10 s"
+        while not (value := condition()):
+            assert monotonic() < deadline, "the condition is not true after 10 s"
             sleep(0.005)
-        return met
+        return value
 
     return wait

@@ -1,7 +1,6 @@
-"""A run moves onto the service and off it, at any step: the state arrives bit for bit, and training goes on with it."""
+"""A run moves onto a server and off it, at any step: the state arrives bit for bit, and training continues."""
 
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -33,22 +32,12 @@ NAMED: "dict[str, Params]" = {
     "by name": lambda net: net.named_parameters(),
     "by group": two_groups,
 }
-ways = pytest.mark.parametrize("params", NAMED.values(), ids=NAMED)
-
-
-@pytest.fixture
-def client(target: str) -> Iterator[deltaserve.Client]:
-    with deltaserve.connect(target, timeout_seconds=30) as connected:
-        yield connected
-
-
-@pytest.fixture
-def model() -> str:
-    return f"model-{secrets.token_hex(8)}"
+ways = pytest.mark.parametrize(("params", "steps"), list(zip(NAMED.values(), (0, 1, 23), strict=True)), ids=NAMED)
+"""Each way to name parameters, with a number of steps before the move."""
 
 
 def bits(state: deltaserve.ModelState) -> dict[tuple[str, str], object]:
-    """Returns what two states must have in common to be the same: names, shapes, counts and every bit."""
+    """Returns what two equal states have in common: names, shapes, counts and every bit."""
     vectors: dict[tuple[str, str], object] = {
         (key, name): (array.shape, array.tobytes())
         for key in ("weights", "square_avg", "acc_delta")
@@ -58,13 +47,13 @@ def bits(state: deltaserve.ModelState) -> dict[tuple[str, str], object]:
 
 
 def adadelta(side: "Side") -> torch.optim.Adadelta:
-    """Returns the optimizer of a side that trains by itself."""
+    """Returns the optimizer of a side that trains in this process."""
     assert isinstance(side.optimizer, torch.optim.Adadelta)
     return side.optimizer
 
 
 def blank(net: nn.Module) -> nn.Module:
-    """Returns a network of the same form without its numbers, which are to come from somewhere else."""
+    """Returns a network of the same shapes, all zero."""
     copy = deepcopy(net)
     for param in copy.parameters():
         nn.init.zeros_(param)
@@ -74,7 +63,7 @@ def blank(net: nn.Module) -> nn.Module:
 def moved_on(
     side: "Side", client: deltaserve.Client, remote: "Remote", params: "Params", model: str
 ) -> tuple[nn.Module, RemoteAdadelta]:
-    """Makes a model of a side's optimizer; returns a network and an optimizer that go on with it."""
+    """Moves a side's state onto the server; returns a network and an optimizer that continue from there."""
     state, groups = model_state_of(adadelta(side)), len(side.optimizer.param_groups)
     client.create_model(
         model,
@@ -83,11 +72,11 @@ def moved_on(
         group_of={name: int(name.startswith("1.")) for name in state.weights},
     ).put_state(state)
     net = blank(side.net)
-    return net, remote(params(net), model=model, line=client.target)
+    return net, remote(params(net), model=model, through=client.target)
 
 
 def moved_off(side: "Side", state: deltaserve.ModelState, params: "Params") -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Returns a network as that of a side and an optimizer that go on by themselves from a model's state."""
+    """Returns a network and an optimizer that continue in this process from a model's state."""
     net = blank(side.net)
     optimizer = torch.optim.Adadelta(params(net))
     optimizer.load_state_dict(state_dict_of(state, optimizer))
@@ -99,8 +88,7 @@ def moved_off(side: "Side", state: deltaserve.ModelState, params: "Params") -> t
 
 
 @ways
-@pytest.mark.parametrize("steps", [0, 1, 23])
-def test_a_run_moves_onto_the_service_and_goes_on(
+def test_a_run_moves_onto_a_server_and_continues(
     steps: int,
     params: "Params",
     make_pair: "Callable[..., Pair]",
@@ -114,13 +102,12 @@ def test_a_run_moves_onto_the_service_and_goes_on(
     pair.remote.net, pair.remote.optimizer = moved_on(pair.local, client, remote, params, model)
     assert bits(client.model(model).pull_state()) == before
     pair.compare(rtol=0, atol=0)
-    pair.train(50)
-    assert client.model(model).info().version == 1 + 50
+    pair.train(20)
+    assert client.model(model).info().version == 1 + 20
 
 
 @ways
-@pytest.mark.parametrize("steps", [0, 1, 23])
-def test_a_run_moves_off_the_service_and_goes_on(
+def test_a_run_moves_off_a_server_and_continues(
     steps: int,
     params: "Params",
     make_pair: "Callable[..., Pair]",
@@ -135,14 +122,14 @@ def test_a_run_moves_off_the_service_and_goes_on(
     pair.local.net, pair.local.optimizer = moved_off(pair.remote, state, params)
     assert bits(model_state_of(adadelta(pair.local))) == bits(state)
     pair.compare(rtol=0, atol=0)
-    pair.train(50)
-    assert set(model_state_of(adadelta(pair.local)).update_counts.values()) == {steps + 50}
+    pair.train(20)
+    assert set(model_state_of(adadelta(pair.local)).update_counts.values()) == {steps + 20}
 
 
 def test_on_and_off_again_and_again(
     make_pair: "Callable[..., Pair]", plain_remote: "Remote", client: deltaserve.Client, model: str
 ) -> None:
-    """One side stays here throughout; the other moves after each of these numbers of steps."""
+    """One side trains here throughout; the other moves after each of these numbers of steps."""
     params = NAMED["by name"]
     pair = make_pair(params=params)
     stays, moves = pair.local, deepcopy(pair.local)
@@ -159,8 +146,7 @@ def test_on_and_off_again_and_again(
 
 
 @ways
-@pytest.mark.parametrize("steps", [1, 23])
-def test_a_run_moves_to_another_server_with_the_same_bits_throughout(
+def test_a_run_moves_between_servers_with_the_same_bits_throughout(
     steps: int,
     params: "Params",
     make_pair: "Callable[..., Pair]",
@@ -169,7 +155,7 @@ def test_a_run_moves_to_another_server_with_the_same_bits_throughout(
     model: str,
     tmp_path: Path,
 ) -> None:
-    """Here, the service, a file, another server, and here again."""
+    """From here to a server, through a file to another server, and back here."""
     pair = make_pair(params=params)
     one, two = pair.local, pair.remote
     one.train(5)
@@ -180,18 +166,18 @@ def test_a_run_moves_to_another_server_with_the_same_bits_throughout(
     with LocalServer() as server, deltaserve.connect(server.target, timeout_seconds=30) as there:
         assert run(["import", file, "--target", server.target]) == 0
         two.net = blank(one.net)
-        with remote(params(two.net), model=model, line=server.target) as two.optimizer:
-            for _ in range(10):
+        with remote(params(two.net), model=model, through=server.target) as two.optimizer:
+            for _ in range(5):
                 ours, theirs = there.model(model).pull_state(), client.model(model).pull_state()
                 assert bits(ours) == bits(theirs)
                 pair.compare(rtol=0, atol=0)
                 for side in (one, two):
                     side.train(2)
-            assert set(ours.update_counts.values()) == {5 + steps + 18}
+            assert set(ours.update_counts.values()) == {5 + steps + 8}
             state = there.model(model).pull_state()
             one.net, one.optimizer = moved_off(two, state, params)
             assert bits(model_state_of(adadelta(one))) == bits(state)
-            pair.train(20)
+            pair.train(5)
 
 
 def test_a_parameter_without_state_among_others_with(make_pair: "Callable[..., Pair]") -> None:
@@ -207,14 +193,14 @@ def test_a_parameter_without_state_among_others_with(make_pair: "Callable[..., P
     assert sorted(state_dict_of(state, adadelta(local))["state"]) == [1, 2, 3]
 
 
-def test_the_hyperparameters_stay_the_optimizers() -> None:
+def test_state_dict_of_keeps_the_hyperparameters_of_the_optimizer() -> None:
     net = nn.Linear(2, 1)
     one, two = torch.optim.Adadelta(net.parameters()), torch.optim.Adadelta(net.parameters(), lr=0.3, rho=0.5)
     two.load_state_dict(state_dict_of(model_state_of(one), two))
     assert (two.param_groups[0]["lr"], two.param_groups[0]["rho"]) == (0.3, 0.5)
 
 
-def test_names_and_order_are_those_of_the_drop_in(
+def test_names_and_order_are_those_of_remote_adadelta(
     make_pair: "Callable[..., Pair]", plain_remote: "Remote", client: deltaserve.Client, model: str
 ) -> None:
     for number, params in enumerate(NAMED.values()):
@@ -224,7 +210,7 @@ def test_names_and_order_are_those_of_the_drop_in(
         assert list(model_state_of(torch.optim.Adadelta(params(net))).weights) == expected
 
 
-def test_both_are_copies(make_pair: "Callable[..., Pair]") -> None:
+def test_both_conversions_copy(make_pair: "Callable[..., Pair]") -> None:
     local = make_pair().local
     local.train(3)
     state = model_state_of(adadelta(local))
@@ -237,20 +223,20 @@ def test_both_are_copies(make_pair: "Callable[..., Pair]") -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_travel_as_float32_and_come_back_as_their_own(dtype: torch.dtype) -> None:
+def test_other_types_travel_as_float32_and_come_back_unchanged(dtype: torch.dtype) -> None:
     param = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype))
     optimizer = torch.optim.Adadelta([param])
     param.grad = torch.ones_like(param)
     optimizer.step()
     state = model_state_of(optimizer)
     assert all(array.dtype == np.float32 for array in (state.weights["0.0"], state.square_avg["0.0"]))  # type: ignore[index]
-    held = state_dict_of(state, optimizer)["state"][0]
-    assert held["square_avg"].dtype is held["acc_delta"].dtype is dtype
-    assert held["step"].dtype is torch.float32
+    entry = state_dict_of(state, optimizer)["state"][0]
+    assert entry["square_avg"].dtype is entry["acc_delta"].dtype is dtype
+    assert entry["step"].dtype is torch.float32
 
 
-def test_an_optimizer_that_is_no_adadelta_of_torch(plain_remote: "Remote") -> None:
-    """Of the drop-in the server has the state; what it holds itself would be none."""
+def test_an_optimizer_that_is_not_torchs_adadelta_is_refused(plain_remote: "Remote") -> None:
+    """The state of a RemoteAdadelta is on the server; the object itself has none."""
     net = nn.Linear(2, 1)
     state = model_state_of(torch.optim.Adadelta(net.parameters()))
     for optimizer in (plain_remote(net.parameters()), torch.optim.SGD(net.parameters(), lr=0.1)):
@@ -267,10 +253,10 @@ def test_a_state_that_does_not_fit_the_parameters() -> None:
     state = deltaserve.ModelState(version=1, weights=ones, square_avg=ones, acc_delta=ones, update_counts={"0.0": 1})
     assert state_dict_of(state, optimizer)["state"][0]["step"].item() == 1
     for wrong, text in (
-        (replace(state, square_avg=None), "square_avg: the state is without it"),
+        (replace(state, square_avg=None), "square_avg: the state has none"),
         (replace(state, acc_delta={}), "acc_delta: tensor 0.0 is missing"),
         (replace(state, update_counts={}), "update_counts: tensor 0.0 is missing"),
-        (replace(state, acc_delta={"0.0": np.ones(2, np.float32)}), r"tensor 0.0 has shape \(2,\), not \(3,\)"),
+        (replace(state, acc_delta={"0.0": np.ones(2, np.float32)}), r"expected tensor 0.0 of shape \(3,\), got \(2,\)"),
     ):
         with pytest.raises(ValueError, match=text):
             state_dict_of(wrong, optimizer)

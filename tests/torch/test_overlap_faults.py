@@ -1,7 +1,6 @@
-"""`overlap=True` when things go wrong while a push is on its way before its time; and what it leaves behind."""
+"""`overlap=True` when something fails while a push is under way, and what it leaves behind when it ends."""
 
 import copy
-import functools
 import gc
 import signal
 import subprocess
@@ -19,10 +18,10 @@ from tests.torch.conftest import Deep, batch, stream_all
 from torch import nn
 
 import deltaserve
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteAdadelta, _overlap
 
 if TYPE_CHECKING:
-    from tests.torch.conftest import Eventually, Remote, Twins
+    from tests.torch.conftest import Eventually, Twins
 
     MakeTwins = Callable[..., Twins]
 
@@ -36,36 +35,40 @@ def proxy(target: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def program() -> Iterator[Callable[..., Program]]:
-    made: list[Program] = []
+    started: list[Program] = []
 
     def start(source: str, *arguments: str) -> Program:
-        made.append(Program(source, *arguments))
-        return made[-1]
+        started.append(Program(source, *arguments))
+        return started[-1]
 
     yield start
-    for each in made:
+    for each in started:
         each.kill()
 
 
 class Behind:
-    """An optimizer that overlaps, of a model of two layers, behind a line that can be cut; and its twin without."""
+    """Twins whose connections pass through a proxy that can be cut.
+
+    Attributes:
+        sent: The failpoints that the sending thread has passed, one for each chunk.
+    """
 
     def __init__(self, make_twins: "MakeTwins", proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[str] = []
         monkeypatch.setattr("deltaserve._transport.overlapped.failpoint", self.sent.append)
-        self.twins = make_twins(line=proxy.target)
+        self.twins = make_twins(through=proxy.target)
         self.net, self.optimizer = self.twins.nets[0], self.twins.optimizers[0]
         self.twins.train(2)
         self.sent.clear()
 
 
 @pytest.fixture
-def behind(make_twins: "MakeTwins", proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Behind:
+def behind(proxy: Proxy, make_twins: "MakeTwins", monkeypatch: pytest.MonkeyPatch) -> Behind:
     return Behind(make_twins, proxy, monkeypatch)
 
 
 def test_a_connection_that_is_cut_during_backward(behind: Behind, proxy: Proxy, eventually: "Eventually") -> None:
-    """Half of the push had been sent; `step` sends all of it anew."""
+    """Half of the push was sent; `step` sends all of it again."""
 
     def cut() -> None:
         if len(behind.twins.fates) == 2:
@@ -78,8 +81,10 @@ def test_a_connection_that_is_cut_during_backward(behind: Behind, proxy: Proxy, 
     assert behind.twins.fates[3:] == ["taken", "taken"]
 
 
-@pytest.mark.parametrize("bytes_down", [1, 100, 700, 1500])
-def test_a_connection_that_is_cut_while_the_answer_comes(behind: Behind, proxy: Proxy, bytes_down: int) -> None:
+@pytest.mark.parametrize(
+    "bytes_down", [100, *(pytest.param(count, marks=pytest.mark.deep) for count in (1, 700, 1500))]
+)
+def test_a_connection_that_is_cut_while_the_answer_arrives(behind: Behind, proxy: Proxy, bytes_down: int) -> None:
     def cut(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if behind.optimizer.version == 2:
             proxy.cut_after("down", bytes_down)
@@ -90,13 +95,12 @@ def test_a_connection_that_is_cut_while_the_answer_comes(behind: Behind, proxy: 
     assert behind.optimizer.version == 5, "each push counted once"
 
 
-def test_an_answer_that_is_lost(behind: Behind, proxy: Proxy, target: str, eventually: "Eventually") -> None:
-    """The server has the push, and knows it again when it comes a second time."""
+def test_a_lost_answer(behind: Behind, proxy: Proxy, client: deltaserve.Client, eventually: "Eventually") -> None:
+    """The server has the push, and recognises it when it comes a second time."""
     duplicates = []
 
     def cut() -> None:
-        with deltaserve.connect(target, timeout_seconds=20) as client:
-            eventually(lambda: client.model(behind.optimizer._model.name).info().version == 3)
+        eventually(lambda: client.model(behind.optimizer._model.name).info().version == 3)
         proxy.cut()
 
     def hold(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -115,7 +119,7 @@ def test_an_answer_that_is_lost(behind: Behind, proxy: Proxy, target: str, event
     assert behind.optimizer.version == 5
 
 
-def errors_after_a_kill(overlap: bool, again: bool) -> list[str]:
+def errors_after_a_kill(overlap: bool, restart: bool) -> list[str]:
     """Returns what steps raise after the server was killed in the middle of a backward pass."""
     server, net, errors = ServerProcess(), Deep(), []
     try:
@@ -125,9 +129,9 @@ def errors_after_a_kill(overlap: bool, again: bool) -> list[str]:
             def kill() -> None:
                 net.half_way = lambda: None
                 server.kill()
-                if again:
+                if restart:
                     server.start()
-                else:  # nobody is to be waited for
+                else:
                     optimizer._client._connection.timeout_seconds = 1.0
 
             for step in range(4):
@@ -144,12 +148,13 @@ def errors_after_a_kill(overlap: bool, again: bool) -> list[str]:
     return errors
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["started again", "gone"])
-def test_a_server_that_is_killed_during_backward(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The errors are those that there are without overlap."""
+@pytest.mark.deep
+@pytest.mark.parametrize("restart", [True, False], ids=["restarted", "gone"])
+def test_a_server_that_is_killed_during_backward(restart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors are the same with and without overlap."""
     stream_all(monkeypatch)
-    expected = ["StateLostError" if again else "UnavailableError"] * 2
-    assert errors_after_a_kill(True, again) == errors_after_a_kill(False, again) == expected
+    expected = ["StateLostError" if restart else "UnavailableError"] * 2
+    assert errors_after_a_kill(True, restart) == errors_after_a_kill(False, restart) == expected
 
 
 # --- Ctrl+C
@@ -186,30 +191,30 @@ optimizer.close()
 """
 
 
-def test_an_interrupt_while_the_round_is_waited_for(
-    target: str, program: Callable[..., Program], eventually: "Eventually"
+@pytest.mark.deep
+def test_an_interrupt_while_a_push_waits_for_its_round(
+    client: deltaserve.Client, program: Callable[..., Program], eventually: "Eventually"
 ) -> None:
-    """The push had been taken over; made again with the same gradient, it counts once."""
-    with deltaserve.connect(target, timeout_seconds=30) as client:
-        a = program(ROUND, target)
-        assert a.line() == "ready"
-        model = client.model("m")
-        with model.worker("b") as b:
-            b.pull()
-            a.tell("go")
-            eventually(lambda: any(session.waiting for session in model.info().sessions))
-            a.process.send_signal(signal.SIGINT)
-            assert a.line() == "interrupted True"
-            a.tell("again")
-            b.step({"0.0": np.full(700_000, 4.0)})
-            assert a.line() == "2 2"
-            assert a.finish()[0] == 0
-            assert model.info().version == 2
-        with client.create_model("twin", {"0.0": np.zeros(700_000)}).worker() as twin:
-            twin.step({"0.0": np.ones(700_000)})
-            np.testing.assert_array_equal(b.weights["0.0"], twin.step({"0.0": np.full(700_000, 3.0)})["0.0"])
-        for name in ("m", "twin"):
-            client.delete_model(name)
+    """The worker had taken the push over; repeated with the same gradient, it counts once."""
+    a = program(ROUND, client.target)
+    assert a.line() == "ready"
+    model = client.model("m")
+    with model.worker("b") as b:
+        b.pull()
+        a.tell("go")
+        eventually(lambda: any(session.waiting for session in model.info().sessions))
+        a.process.send_signal(signal.SIGINT)
+        assert a.line() == "interrupted True"
+        a.tell("again")
+        b.step({"0.0": np.full(700_000, 4.0)})
+        assert a.line() == "2 2"
+        assert a.finish()[0] == 0
+        assert model.info().version == 2
+    with client.create_model("twin", {"0.0": np.zeros(700_000)}).worker() as twin:
+        twin.step({"0.0": np.ones(700_000)})
+        np.testing.assert_array_equal(b.weights["0.0"], twin.step({"0.0": np.full(700_000, 3.0)})["0.0"])
+    for name in ("m", "twin"):
+        client.delete_model(name)
 
 
 STORM = """
@@ -217,7 +222,7 @@ import os, random, signal, sys, threading, time
 import torch
 from deltaserve.torch import RemoteAdadelta, _overlap
 
-_overlap._PATIENCE = 1_000_000  # what it would give up for are the interrupts
+_overlap._MAX_DISCARDED = 1_000_000  # interrupts discard many pushes in a row
 over, inside, taken, interrupts = False, False, 0, 0
 
 def interrupt(number, frame):
@@ -269,23 +274,24 @@ optimizer.close()
 """
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_a_storm_of_interrupts(seed: str, target: str, program: Callable[..., Program], tmp_path: Any) -> None:
-    """Wherever they come, nothing hangs, and afterwards it goes on as before with the weights of the server."""
-    storm = program(STORM, target, seed, str(tmp_path / "weights"))
-    status, said, errors = storm.finish(100)
+def test_a_storm_of_interrupts(
+    seed: str, client: deltaserve.Client, program: Callable[..., Program], tmp_path: Any
+) -> None:
+    """Wherever they hit, nothing hangs, and training goes on with the weights of the server."""
+    storm = program(STORM, client.target, seed, str(tmp_path / "weights"))
+    status, output, errors = storm.finish(100)
     assert status == 0, errors
-    interrupts, before, after, version = map(int, said.split())
+    interrupts, before, after, version = map(int, output.split())
     assert interrupts >= 25
     assert before > 0
-    assert after >= 4, "the first may have had the push before to settle"
-    with deltaserve.connect(target) as client:
-        state = client.model("storm").pull_state()
-        assert state.version == version
-        weights = torch.load(tmp_path / "weights", weights_only=True)
-        for index, weight in enumerate(weights):
-            assert state.weights[f"0.{index}"].tobytes() == weight.numpy().tobytes()
-        client.delete_model("storm")
+    assert after >= 4, "the first of five may have had an earlier push to settle"
+    state = client.model("storm").pull_state()
+    assert state.version == version
+    for index, weight in enumerate(torch.load(tmp_path / "weights", weights_only=True)):
+        assert state.weights[f"0.{index}"].tobytes() == weight.numpy().tobytes()
+    client.delete_model("storm")
 
 
 # --- what it leaves behind
@@ -296,27 +302,31 @@ def hooked(net: nn.Module) -> int:
 
 
 def threads() -> int:
-    return sum(thread.name.startswith("overlap of") for thread in threading.enumerate())
+    """Returns how many background threads of overlaps wait for work."""
+    return sum(frame.f_code is _overlap._work.__code__ for frame in sys._current_frames().values())
 
 
 def test_nothing_is_left_after_close(make_twins: "MakeTwins", eventually: "Eventually") -> None:
-    before = threads()
+    eventually(lambda: threads() == 0)
     twins = make_twins()
     twins.train(2)
     net, optimizer = twins.nets[0], twins.optimizers[0]
     assert hooked(net) == len(list(net.parameters()))
-    assert threads() == before + 1
+    eventually(lambda: threads() == 1)
     net(torch.ones(1, 4)).sum().backward()  # begins a push that never ends
     optimizer.close()
     optimizer.close()
     assert hooked(net) == 0
-    eventually(lambda: threads() == before)
+    eventually(lambda: threads() == 0)
     net(torch.ones(1, 4)).sum().backward()
 
 
-def test_nothing_is_left_of_an_optimizer_that_is_garbage(target: str, eventually: "Eventually") -> None:
-    before, net = threads(), nn.Linear(600, 600)
-    optimizer = RemoteAdadelta(net.parameters(), target, model="garbage", overlap=True, transport="stream")
+def test_nothing_is_left_of_an_optimizer_that_is_garbage(
+    client: deltaserve.Client, model: str, eventually: "Eventually"
+) -> None:
+    eventually(lambda: threads() == 0)
+    net = nn.Linear(600, 600)
+    optimizer = RemoteAdadelta(net.parameters(), client.target, model=model, overlap=True, transport="stream")
     for _ in range(2):
         net(torch.ones(1, 600)).sum().backward()
         optimizer.step()
@@ -325,12 +335,11 @@ def test_nothing_is_left_of_an_optimizer_that_is_garbage(target: str, eventually
     del optimizer
     eventually(lambda: gc.collect() >= 0 and gone() is None)
     assert hooked(net) == 0
-    eventually(lambda: threads() == before)
-    with deltaserve.connect(target) as client:
-        client.delete_model("garbage")
+    eventually(lambda: threads() == 0)
+    client.delete_model(model)
 
 
-def test_gradients_are_let_go_of(make_twins: "MakeTwins", eventually: "Eventually") -> None:
+def test_gradients_are_released(make_twins: "MakeTwins", eventually: "Eventually") -> None:
     twins = make_twins()
     twins.train(2)
     net = twins.nets[0]
@@ -340,7 +349,7 @@ def test_gradients_are_let_go_of(make_twins: "MakeTwins", eventually: "Eventuall
     eventually(lambda: all(gradient() is None for gradient in gradients))
 
 
-def test_a_copy_of_the_module_has_no_part_in_it(make_twins: "MakeTwins") -> None:
+def test_a_copy_of_the_module_has_no_hooks(make_twins: "MakeTwins") -> None:
     twins = make_twins()
     twins.train(2)
     copied = copy.deepcopy(twins.nets[0])
@@ -348,32 +357,6 @@ def test_a_copy_of_the_module_has_no_part_in_it(make_twins: "MakeTwins") -> None
     copied(torch.ones(1, 4)).sum().backward()
     twins.train(2)
     assert twins.fates[1:] == ["taken"] * 3
-
-
-def test_two_optimizers_of_one_network(make_twins: "MakeTwins", plain_remote: "Remote") -> None:
-    """One of all parameters; and one more of a part of them, on another model, which never makes a step."""
-    twins = make_twins()
-    other = plain_remote(twins.nets[0].above.parameters(), overlap=True, transport="stream")
-    twins.train(4)
-    assert twins.fates[1:] == ["taken"] * 3
-    assert other.version == 0
-
-
-def test_two_halves_of_a_network(plain_remote: "Remote", monkeypatch: pytest.MonkeyPatch) -> None:
-    stream_all(monkeypatch)
-    nets = Deep(), Deep()
-    optimizers = [
-        [plain_remote(part.parameters(), overlap=overlap, transport="stream") for part in (net.above, net.below)]
-        for net, overlap in zip(nets, (True, False), strict=True)
-    ]
-    for step in range(6):
-        for net, halves in zip(nets, optimizers, strict=True):
-            net.zero_grad()
-            net(batch(step)).pow(2).mean().backward()
-            for half in halves:
-                half.step()
-        for one, two in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-            assert torch.equal(one, two)
 
 
 FORK = """
@@ -403,30 +386,10 @@ optimizer.close()
 """
 
 
-def test_a_forked_child_hands_nothing_over(target: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FORK, target], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout.split()) == (0, ["False", "True", "True", "True"]), done.stderr
-    with deltaserve.connect(target) as client:
-        assert client.model("fork").info().version == 4
-        client.delete_model("fork")
-
-
-# --- where it does not go
-
-
-def test_local_steps_have_no_gradient_to_push(target: str) -> None:
-    sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    with pytest.raises(ValueError, match="overlap: a local_optimizer's steps make what is pushed"):
-        RemoteAdadelta([torch.zeros(1)], target, model="m", overlap=True, local_steps=2, local_optimizer=sgd)
-
-
-def test_a_small_model_travels_in_one_message(plain_remote: "Remote") -> None:
-    """Which is quicker than to begin early."""
-    net = nn.Linear(4, 4)
-    optimizer = plain_remote(net.parameters(), overlap=True)
-    assert optimizer._overlap
-    for _ in range(3):
-        push = optimizer._overlap.push
-        net(torch.ones(1, 4)).sum().backward()
-        optimizer.step()
-        assert push.header is None
+@pytest.mark.deep
+def test_a_forked_child_queues_nothing(client: deltaserve.Client) -> None:
+    command = [sys.executable, "-c", FORK, client.target]
+    forked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (forked.returncode, forked.stdout.split()) == (0, ["False", "True", "True", "True"]), forked.stderr
+    assert client.model("fork").info().version == 4
+    client.delete_model("fork")

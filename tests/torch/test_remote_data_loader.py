@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import deltaserve
 
 PROGRAM = """
@@ -16,7 +18,7 @@ torch.manual_seed(0)
 net = nn.Linear(4, 1)
 data = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
 optimizer = RemoteAdadelta(net.parameters(), sys.argv[1], model="loader", timeout_seconds=30)
-for epoch in range(3):  # each forks two processes while the session's lease is renewed
+for epoch in range(3):  # each epoch forks two processes while another thread renews the session's lease
     for x, y in DataLoader(data, batch_size=16, num_workers=2, multiprocessing_context="fork"):
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x), y).backward()
@@ -25,13 +27,14 @@ print(optimizer.last_result.version)
 """
 
 
-def test_a_data_loader_with_processes_of_its_own(target: str) -> None:
-    """The optimizer is not closed either: its session ends with the program."""
-    warnings = [] if sys.version_info >= (3, 12) else ["-W", "error"]  # newer ones warn of a fork beside threads
+@pytest.mark.deep
+def test_a_data_loader_with_processes_of_its_own(client: deltaserve.Client) -> None:
+    """The program does not close its optimizer; the session ends with the process."""
+    target = client.target
+    warnings = [] if sys.version_info >= (3, 12) else ["-W", "error"]  # newer versions warn of a fork beside threads
     done = subprocess.run(
         [sys.executable, *warnings, "-c", PROGRAM, target], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout.strip()) == (0, "12"), done.stderr
-    with deltaserve.connect(target) as client:
-        assert client.model("loader").info().sessions == ()
-        client.delete_model("loader")
+    assert client.model("loader").info().sessions == ()
+    client.delete_model("loader")

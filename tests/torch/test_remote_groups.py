@@ -1,4 +1,4 @@
-"""add_param_group after training has begun: state is kept, other workers go on, a refusal leaves nothing behind."""
+"""add_param_group during training: state is kept, other workers go on, a refusal leaves nothing behind."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,15 +27,14 @@ def body(net: nn.Module) -> Any:
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
 def test_a_group_that_is_added_later(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair(params=head)
-    pair.train(20)
+    pair.train(8)
     for side in pair.sides:
         side.optimizer.add_param_group({"params": body(side.net), **options})
-    pair.train(20)
-    counts = [state["step"].item() for state in pair.remote.optimizer.state_dict()["state"].values()]
-    assert counts == [40.0, 40.0, 20.0, 20.0]
+    pair.train(8)
+    assert pair.counts() == [16.0, 16.0, 8.0, 8.0]
 
 
-def test_named_groups_are_added_later(make_pair: "Callable[..., Pair]", target: str) -> None:
+def test_named_groups_are_added_later(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair(params=lambda net: [("head", next(head(net)))])
     pair.train(3)
     for side in pair.sides:
@@ -53,7 +52,7 @@ def test_several_groups_one_after_the_other(make_pair: "Callable[..., Pair]") ->
     assert len(pair.remote.optimizer.state_dict()["param_groups"]) == 4
 
 
-def test_its_state_goes_over_to_torch_and_back(make_pair: "Callable[..., Pair]") -> None:
+def test_its_state_moves_to_torch_and_back(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair(params=head)
     pair.train(5)
     for side in pair.sides:
@@ -63,9 +62,9 @@ def test_its_state_goes_over_to_torch_and_back(make_pair: "Callable[..., Pair]")
     pair.train(5)
 
 
-def test_another_worker_goes_on_and_may_add_the_same(remote: "Remote", target: str) -> None:
+def test_another_worker_goes_on_and_may_add_the_same(remote: "Remote", client: deltaserve.Client, model: str) -> None:
     ones = [nn.Parameter(torch.ones(3)) for _ in range(4)]
-    one, two = remote([ones[0]], model="grows"), remote([ones[1]], model="grows")
+    one, two = remote([ones[0]], model=model), remote([ones[1]], model=model)
 
     def step(optimizer: torch.optim.Optimizer, *params: nn.Parameter) -> None:
         for param in params:
@@ -78,34 +77,33 @@ def test_another_worker_goes_on_and_may_add_the_same(remote: "Remote", target: s
     step(two, ones[1])
     assert ones[1].tolist() != [1, 1, 1]
     two.add_param_group({"params": [ones[3]], "lr": 0.5})
-    assert torch.equal(ones[3], ones[2]), "it starts from what the server has"
+    assert torch.equal(ones[3], ones[2]), "it starts from the server's weights"
     step(two, ones[1], ones[3])
-    with deltaserve.connect(target) as client:
-        state = client.model("grows").pull_state()
-        assert state.update_counts == {"0.0": 4, "1.0": 2}
-        assert client.model("grows").groups == (Hyperparameters(), Hyperparameters(lr=0.5))
-        assert sorted(session.rank for session in client.model("grows").info().sessions) == [0, 1]
+    shared = client.model(model)
+    assert shared.pull_state().update_counts == {"0.0": 4, "1.0": 2}
+    assert shared.groups == (Hyperparameters(), Hyperparameters(lr=0.5))
+    assert sorted(session.rank for session in shared.info().sessions) == [0, 1]
 
 
-def test_another_worker_adding_something_else_is_told(remote: "Remote") -> None:
+def test_another_worker_that_adds_something_else_gets_an_error(remote: "Remote", model: str) -> None:
     ones = [nn.Parameter(torch.ones(3)) for _ in range(3)]
-    one, two = remote([ones[0]], model="forks"), remote([ones[1]], model="forks")
+    one, two = remote([ones[0]], model=model), remote([ones[1]], model=model)
     one.add_param_group({"params": [ones[2]], "lr": 0.5})
     other = nn.Parameter(torch.ones(4))
-    with pytest.raises(deltaserve.ConflictError, match="it has 2 tensors in 2 groups"):
+    with pytest.raises(deltaserve.ConflictError, match="2 tensors in 2 groups"):
         two.add_param_group({"params": [other]})
     assert len(two.param_groups) == 1
     ones[1].grad = torch.ones(3)
     two.step()
 
 
-def test_workers_add_groups_at_their_own_pace(remote: "Remote") -> None:
-    """One is two groups ahead of another, and a third begins anew when the model has all three."""
+def test_workers_add_groups_at_their_own_pace(remote: "Remote", model: str) -> None:
+    """One worker is two groups ahead of another; a third starts when the model has all three."""
     paces: dict[RemoteAdadelta, list[nn.Parameter]] = {}
 
     def begin() -> RemoteAdadelta:
         params = [nn.Parameter(torch.ones(2))]
-        optimizer = remote(params, model="paces")
+        optimizer = remote(params, model=model)
         paces[optimizer] = params
         return optimizer
 
@@ -156,7 +154,7 @@ def test_in_a_synchronous_model(remote: "Remote") -> None:
         (
             {"params": [torch.full((2,), torch.nan)]},
             deltaserve.RequestError,
-            "NaN or infinity in tensor 1.0 at element 0",
+            "tensor 1.0 at element 0",
         ),
         ({"lr": float("inf")}, deltaserve.RequestError, "lr"),
     ],
@@ -175,13 +173,11 @@ def test_a_group_that_is_refused_leaves_nothing_behind(
     pair.train(3)
 
 
-def test_a_group_that_the_server_did_not_get_leaves_nothing_behind(remote: "Remote") -> None:
+def test_a_group_that_does_not_reach_the_server_leaves_nothing_behind() -> None:
     param = nn.Parameter(torch.ones(2))
     with LocalServer() as server:
-        from deltaserve.torch import RemoteAdadelta
-
         optimizer = RemoteAdadelta([param], server.target, model="m", timeout_seconds=30)
-    optimizer._client._connection.timeout_seconds = 0.5
+    optimizer._client._connection.timeout_seconds = 0.1
     with pytest.raises(deltaserve.UnavailableError):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert len(optimizer.param_groups) == 1

@@ -1,4 +1,4 @@
-"""RemoteAdadelta makes the steps of torch.optim.Adadelta: 100 of them, compared in weights, state and step counts."""
+"""RemoteAdadelta makes the steps of torch.optim.Adadelta: weights, state and step counts agree."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ from torch import nn
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Side
 
-STEPS = 100
+STEPS = 30
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {}, "lr": {"lr": 0.1}, "rho": {"rho": 0.5}, "rho 0": {"rho": 0.0}, "rho 1": {"rho": 1.0},
+    "lr": {"lr": 0.1}, "rho": {"rho": 0.5}, "rho 0": {"rho": 0.0}, "rho 1": {"rho": 1.0},
     "eps": {"eps": 1e-3}, "weight decay": {"weight_decay": 0.1}, "maximize": {"maximize": True, "lr": 0.1},
     "maximize with weight decay": {"maximize": True, "weight_decay": 0.1, "lr": 0.1}, "lr 0": {"lr": 0.0},
     "all": {"lr": 0.5, "rho": 0.95, "eps": 1e-5, "weight_decay": 0.01},
@@ -21,8 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_steps_are_torchs(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
+def test_steps_are_those_of_torch(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
     make_pair(**options).train(STEPS)
+
+
+def test_a_hundred_steps(make_pair: "Callable[..., Pair]") -> None:
+    make_pair().train(100)
 
 
 def test_groups_have_their_own_hyperparameters(make_pair: "Callable[..., Pair]") -> None:
@@ -43,17 +47,12 @@ def test_named_parameters(make_pair: "Callable[..., Pair]") -> None:
     assert pair.remote.optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
-def test_a_learning_rate_that_is_a_tensor(make_pair: "Callable[..., Pair]") -> None:
-    make_pair(lr=torch.tensor(0.3)).train(20)
-    make_pair(lr=torch.tensor([0.3])).train(20)
-
-
-def test_hyperparameters_that_are_changed_between_steps(make_pair: "Callable[..., Pair]") -> None:
+def test_hyperparameters_that_change_between_steps(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
 
     def change(side: "Side", step: int) -> None:
         side.optimizer.param_groups[0].update(
-            lr=1.0 / (step + 1), rho=0.5 + step / 250, weight_decay=step / 1000, maximize=step % 10 == 9
+            lr=1.0 / (step + 1), rho=0.5 + step / 75, weight_decay=step / 300, maximize=step % 10 == 9
         )
 
     pair.train(STEPS, change)
@@ -61,7 +60,7 @@ def test_hyperparameters_that_are_changed_between_steps(make_pair: "Callable[...
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_both_ways_to_zero_gradients(set_to_none: bool, make_pair: "Callable[..., Pair]") -> None:
-    """With zeros a parameter that has no part in the loss decays; with None it is left out."""
+    """With zeros, a parameter that has no part in the loss is updated; with None, it is left out."""
     pair = make_pair()
     for side in pair.sides:
         for step in range(STEPS):
@@ -70,11 +69,10 @@ def test_both_ways_to_zero_gradients(set_to_none: bool, make_pair: "Callable[...
             part(torch.ones(2, 4)).sum().backward()
             side.optimizer.step()
     pair.compare()
-    counts = {state["step"].item() for state in pair.remote.optimizer.state_dict()["state"].values()}
-    assert counts == ({100.0, 67.0} if set_to_none else {100.0})
+    assert set(pair.counts()) == ({30.0, 20.0} if set_to_none else {30.0})
 
 
-def test_a_closure_is_called_with_gradients_on_and_its_loss_returned(make_pair: "Callable[..., Pair]") -> None:
+def test_a_closure_is_called_with_gradients_enabled_and_its_loss_returned(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
     losses: dict[int, list[float]] = {}
     for index, side in enumerate(pair.sides):
@@ -99,7 +97,7 @@ def test_a_closure_that_raises_makes_no_step(make_pair: "Callable[..., Pair]") -
     for side in pair.sides:
         with pytest.raises(ArithmeticError, match="as planned"):
             side.optimizer.step(closure)
-    pair.train(10)
+    pair.train(5)
 
 
 def test_gradient_clipping(make_pair: "Callable[..., Pair]") -> None:
@@ -115,7 +113,7 @@ def test_accumulated_gradients(make_pair: "Callable[..., Pair]") -> None:
 
 
 def test_mixed_precision_without_a_scaler(make_pair: "Callable[..., Pair]") -> None:
-    """Parameters stay float32; bfloat16's rounding amplifies what differs, hence the larger tolerance."""
+    """Parameters stay float32; rounding to bfloat16 amplifies differences, hence the larger tolerance."""
     pair = make_pair()
     for side in pair.sides:
         for _ in range(20):
@@ -127,7 +125,7 @@ def test_mixed_precision_without_a_scaler(make_pair: "Callable[..., Pair]") -> N
     pair.compare(rtol=2e-2, atol=1e-3)
 
 
-def test_gradients_are_never_written_to(make_pair: "Callable[..., Pair]") -> None:
+def test_a_step_does_not_change_the_gradients(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair(weight_decay=0.1, maximize=True)
     pair.remote.backward(torch.ones(2, 4))
     before = [param.grad.clone() for param in pair.remote.net.parameters() if param.grad is not None]
@@ -135,15 +133,6 @@ def test_gradients_are_never_written_to(make_pair: "Callable[..., Pair]") -> Non
     for param, gradient in zip(pair.remote.net.parameters(), before, strict=True):
         assert param.grad is not None
         assert torch.equal(param.grad, gradient)
-
-
-def test_no_gradient_at_all_is_a_step_that_changes_nothing(make_pair: "Callable[..., Pair]") -> None:
-    pair = make_pair(weight_decay=0.1)
-    for side in pair.sides:
-        before = [param.detach().clone() for param in side.net.parameters()]
-        side.optimizer.step()
-        assert all(map(torch.equal, side.net.parameters(), before))
-    pair.train(10)
 
 
 def test_parameters_without_gradient_in_some_steps(make_pair: "Callable[..., Pair]") -> None:
@@ -154,19 +143,14 @@ def test_parameters_without_gradient_in_some_steps(make_pair: "Callable[..., Pai
 
     pair = make_pair(weight_decay=0.1)
     pair.train(STEPS, drop)
-    counts = [state["step"].item() for state in pair.remote.optimizer.state_dict()["state"].values()]
-    assert counts == [50.0, 66.0, 75.0, 80.0]
+    assert pair.counts() == [15.0, 20.0, 22.0, 24.0]
 
 
 def test_parameters_that_are_frozen_and_later_unfrozen(make_pair: "Callable[..., Pair]") -> None:
-    def freeze(net: nn.Module, frozen: bool) -> None:
-        for param in net[0].parameters():  # type: ignore[index]
-            param.requires_grad_(not frozen)
-
     pair = make_pair(weight_decay=0.1)
     for frozen in (True, False, True, False):
         for side in pair.sides:
-            freeze(side.net, frozen)
-        pair.train(25)
-    counts = [state["step"].item() for state in pair.remote.optimizer.state_dict()["state"].values()]
-    assert counts == [50.0, 50.0, 100.0, 100.0]
+            for param in side.net[0].parameters():  # type: ignore[index]
+                param.requires_grad_(not frozen)
+        pair.train(8)
+    assert pair.counts() == [16.0, 16.0, 32.0, 32.0]

@@ -9,7 +9,6 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 import deltaserve
-from deltaserve.torch import RemoteAdadelta
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote
@@ -27,31 +26,30 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
-@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "tensor_lr", [pytest.param(False, id="number"), pytest.param(True, id="tensor", marks=pytest.mark.deep)]
+)
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_a_scheduler(
-    make: Callable[[torch.optim.Optimizer], Any], lr: "float | torch.Tensor", make_pair: "Callable[..., Pair]"
+    make: Callable[[torch.optim.Optimizer], Any], tensor_lr: bool, make_pair: "Callable[..., Pair]"
 ) -> None:
-    number = float(lr)
-    pair = make_pair(lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
-    if isinstance(lr, torch.Tensor):  # a scheduler changes it in place: each side has its own
-        pair.local.optimizer.param_groups[0]["lr"] = torch.tensor(number)
+    pair = make_pair()
+    if tensor_lr:  # a scheduler changes the tensor in place, so each side has its own
+        for side in pair.sides:
+            side.optimizer.param_groups[0]["lr"] = torch.tensor(1.0)
     schedulers = [make(side.optimizer) for side in pair.sides]
-    for _ in range(50):
+    for _ in range(25):
         for side, scheduler in zip(pair.sides, schedulers, strict=True):
             side.train(1)
             scheduler.step()
     pair.compare()
-    optimizer = pair.remote.optimizer
-    assert isinstance(optimizer, RemoteAdadelta)
-    assert optimizer.last_result is not None
-    assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr() != [number]
+    assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr() != [1.0]
 
 
 def test_reduce_on_plateau(make_pair: "Callable[..., Pair]") -> None:
     pair = make_pair()
     schedulers = [lr_scheduler.ReduceLROnPlateau(side.optimizer, patience=2) for side in pair.sides]
-    for _ in range(20):
+    for _ in range(15):
         for side, scheduler in zip(pair.sides, schedulers, strict=True):
             side.train(1)
             scheduler.step(1.0)
@@ -59,28 +57,29 @@ def test_reduce_on_plateau(make_pair: "Callable[..., Pair]") -> None:
     assert pair.remote.optimizer.param_groups[0]["lr"] < 1e-3
 
 
-def test_the_server_uses_the_rate_of_the_moment(remote: "Remote") -> None:
+def test_a_push_carries_the_present_rate(remote: "Remote") -> None:
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = remote([param], lr=1.0)
     scheduler = lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    seen = []
+    rates = []
     for _ in range(4):
         param.grad = torch.ones(3)
         optimizer.step()
         scheduler.step()
         assert optimizer.last_result is not None
-        seen += [group.lr for group in optimizer.last_result.hyperparameters]
-    assert seen == [1.0, 0.5, 0.25, 0.125]
+        rates += [group.lr for group in optimizer.last_result.hyperparameters]
+    assert rates == [1.0, 0.5, 0.25, 0.125]
 
 
-def test_a_scheduler_leaves_the_models_own_rate_alone(remote: "Remote", target: str) -> None:
-    """So that a worker that comes later, with the rate that the first began with, is no mismatch."""
+def test_a_scheduler_does_not_change_the_rate_of_the_model(
+    remote: "Remote", model: str, client: deltaserve.Client
+) -> None:
+    """So a worker that joins later with the rate that the first one started with is no mismatch."""
     param = torch.nn.Parameter(torch.ones(3))
-    optimizer = remote([param], model="shared", lr=1.0)
+    optimizer = remote([param], model=model, lr=1.0)
     lr_scheduler.StepLR(optimizer, step_size=1)
     optimizer.param_groups[0]["lr"] = 0.1
     param.grad = torch.ones(3)
     optimizer.step()
-    with deltaserve.connect(target) as client:
-        assert client.model("shared").groups[0].lr == 1.0
-    remote([torch.nn.Parameter(torch.zeros(3))], model="shared", lr=1.0)
+    assert client.model(model).groups[0].lr == 1.0
+    remote([torch.nn.Parameter(torch.zeros(3))], model=model, lr=1.0)

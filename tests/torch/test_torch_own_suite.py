@@ -1,42 +1,42 @@
-"""The checks that PyTorch makes of its own optimizers (test/test_optim.py), made of RemoteAdadelta.
+"""The checks that PyTorch makes of its own optimizers (test/test_optim.py), applied to RemoteAdadelta.
 
-The inputs are those of the installed PyTorch: `optim_db` in torch.testing._internal.common_optimizers has, for
-Adadelta, the hyperparameters to try, the schedulers, and the inputs that must be refused. The checks are written anew,
-each after the one of its name there. "cuda" marks what is only run on a GPU there.
+The inputs are those of the installed PyTorch: for Adadelta, `optim_db` in torch.testing._internal.common_optimizers has
+the hyperparameters to try, the schedulers, and the inputs that must be refused. Each check here is rewritten after the
+one of its name there. The fast tier tries the defaults and `maximize`; the deep tier tries all sets of hyperparameters.
+"cuda" marks checks that PyTorch runs only on a GPU.
 
     there                                              here
     -------------------------------------------------  ----------------------------------------------------------------
     errors                                             the same
-    forloop_goes_right_direction                       the same; there is but one implementation
+    forloop_goes_right_direction                       the same; there is only one implementation
     param_group_with_lrscheduler_goes_right_direction  the same
     param_groups_lr, param_groups_weight_decay         the same
     tensor_lr, tensor_lr_num_dim                       the same
     step_is_noop_when_params_have_no_grad              the same
     step_is_noop_for_zero_grads                        the same
-    optimizer_can_be_printed                           the same
+    optimizer_can_be_printed                           test_remote_optimizer.py: printed as by torch
     state_dict_deterministic                           the same
     can_load_older_state_dict                          the same
-    can_load_from_to_named_state_dict                  the same
-    save_load_equality_with_weights_only               the same
+    can_load_from_to_named_state_dict                  test_remote_state_dicts.py: names in a loaded state
+    save_load_equality_with_weights_only               test_remote_state_dicts.py: through files
     load_nontensor_step                                the same
     state_dict_pre_hook, _post_hook, _pre_post_hook    the same
     load_state_dict_pre_hook_and_prepend, _post_hook   the same
     step_pre_hook, step_post_hook, step_all_hooks      the same
-    non_empty_state                                    on the state dict: the optimizer itself holds no state
+    non_empty_state                                    test_remote_state_dicts.py: the form of torch
     grads_are_never_inplaced_into                      test_remote_parity.py
-    complex, complex_2d                                refused: the server holds real numbers (test_remote_optimizer.py)
+    complex, complex_2d                                refused: the server has real numbers (test_remote_optimizer.py)
     rosenbrock_sparse                                  Adadelta takes no sparse gradients, there or here
     deepcopy_copies_all_public_attrs                   refused with a TypeError: a connection cannot be copied
-    foreach_*, fused_*, peak_memory_*                  no such argument: the update is made elsewhere, and always fused
-    set_default_dtype_works_with_foreach               likewise
-    differentiable                                     no such argument: autograd ends at the network
-    capturable, cudagraphs (cuda)                      no such argument: a step waits for a network, a graph cannot
+    foreach_*, fused_*, peak_memory_*                  no such argument: the server makes the update, always fused
+    set_default_dtype_works_with_foreach               no such argument
+    differentiable                                     no such argument: autograd cannot pass through a server
+    capturable, cudagraphs (cuda)                      no such argument: a graph cannot wait for the network
     state_dict_with_cuda_params, mixed_device_dtype    cuda; test_gpu.py of the end-to-end tests steps on a GPU
-    second_order_optims_return_consistent_types        Adadelta is none
+    second_order_optims_return_consistent_types        Adadelta is a first-order optimizer
 """
 
 import functools
-import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from tests.torch.conftest import equal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -57,7 +58,7 @@ Scheduler = Callable[[torch.optim.Optimizer], Any]
 
 
 class Database(NamedTuple):
-    """What PyTorch has of Adadelta in its `optim_db`."""
+    """What PyTorch's `optim_db` has for Adadelta."""
 
     kwargs: Callable[[], list[dict[str, Any]]]
     errors: list[Any]
@@ -66,19 +67,20 @@ class Database(NamedTuple):
     construction_error: object
 
 
-@pytest.fixture(scope="module")
-def database() -> Database:
-    """The import has effects on the whole process, which are taken back."""
+@pytest.fixture(scope="module", params=[pytest.param(3, id="some"), pytest.param(1, id="all", marks=pytest.mark.deep)])
+def database(request: pytest.FixtureRequest) -> Database:
+    """The inputs: every third set of hyperparameters in the fast tier, all of them in the deep one."""
     profile = hypothesis.settings.get_current_profile_name()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_optimizers as common
+    # The import has effects on the whole process, which are undone here.
     hypothesis.settings.load_profile(profile)
     vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     infos: list[Any] = common.optim_db
     info = next(info for info in infos if info.optim_cls is torch.optim.Adadelta)
     return Database(
-        kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")],
+        kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")[:: request.param]],
         errors=info.optim_error_inputs_func(device="cpu", dtype=torch.float32),
         schedulers=info.scheduler_inputs,
         newer_flags=info.not_og_supported_flags,
@@ -87,7 +89,7 @@ def database() -> Database:
 
 
 class Regression:
-    """Ten outputs of a linear layer, the sum of their squares the loss."""
+    """A linear layer with ten outputs; the loss is the sum of their squares."""
 
     def __init__(self, contiguous: bool = True) -> None:
         if contiguous:
@@ -128,22 +130,10 @@ def without_names(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def assert_equal(one: Any, two: Any) -> None:
-    """Bit for bit, and through dicts and lists."""
-    assert type(one) is type(two)
-    if isinstance(one, Tensor):
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            assert_equal(value, two[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_equal(left, right)
-    else:
-        assert one == two
+@pytest.fixture
+def remote(plain_remote: "Remote") -> "Remote":
+    """Without overlap: test_overlap_results.py compares both bit for bit."""
+    return plain_remote
 
 
 @pytest.fixture(autouse=True)
@@ -153,10 +143,12 @@ def seed() -> Iterator[None]:
         yield
 
 
-def test_the_database_is_the_one_expected(database: Database) -> None:
+@pytest.mark.parametrize("database", [1], indirect=True)
+def test_the_database_has_the_expected_inputs(database: Database) -> None:
     assert {} in database.kwargs()
     assert {"maximize": True} in database.kwargs()
     assert len(database.kwargs()) >= 6
+    assert database.schedulers
     assert len(database.errors) >= 5
     assert not {"foreach", "fused", "differentiable"} & set().union(*database.kwargs())
 
@@ -194,7 +186,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(database: Database, r
 def test_param_groups_lr(database: Database, remote: "Remote") -> None:
     for kwargs in database.kwargs():
         problem, irrelevant = Regression(), nn.Parameter(torch.randn(2))
-        kept = irrelevant.detach().clone()
+        before_all = irrelevant.detach().clone()
         group = {"lr": 1e-3, **kwargs, "params": [problem.weight, problem.bias]}
         optimizer = remote([group, {"params": [irrelevant]}], lr=1e-28)
         before = problem.loss(optimizer)
@@ -203,7 +195,7 @@ def test_param_groups_lr(database: Database, remote: "Remote") -> None:
             optimizer.step()
             problem.loss(optimizer)
         assert right_direction(before, problem.loss(optimizer), kwargs), kwargs
-        assert_equal(irrelevant.detach(), kept)
+        assert equal(irrelevant.detach(), before_all)
 
 
 def test_param_groups_weight_decay(database: Database, remote: "Remote") -> None:
@@ -225,32 +217,26 @@ def test_tensor_lr(lr: Tensor, database: Database, remote: "Remote") -> None:
         with_tensor = remote([two.weight, two.bias], **{**kwargs, "lr": lr})
         for problem, optimizer in ((one, with_number), (two, with_tensor)):
             problem.run(optimizer, 5)
-        assert_equal((one.weight, one.bias), (two.weight, two.bias))
+        assert equal((one.weight, one.bias), (two.weight, two.bias))
 
 
 def test_step_is_noop_when_params_have_no_grad(database: Database, remote: "Remote") -> None:
     params = [torch.randn(2, 3) for _ in range(2)]
-    kept = [param.clone() for param in params]
+    before = [param.clone() for param in params]
     for kwargs in database.kwargs():
         remote(params, **kwargs).step(lambda: 1.0)
-        assert_equal(params, kept)
+        assert equal(params, before)
 
 
 def test_step_is_noop_for_zero_grads(database: Database, remote: "Remote") -> None:
     param = nn.Parameter(torch.randn(5, 1))
-    kept = param.detach().clone()
+    before = param.detach().clone()
     for kwargs in database.kwargs():
         if not kwargs.get("weight_decay"):
             optimizer = remote([param], **kwargs)
             param.grad = torch.zeros_like(param)
             optimizer.step(lambda: 1.0)
-            assert_equal(param.detach(), kept)
-
-
-def test_optimizer_can_be_printed(database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        text = repr(remote([nn.Parameter(torch.randn(2, 3))], **kwargs))
-        assert all(f"{key}: {value}" in text for key, value in kwargs.items())
+            assert equal(param.detach(), before)
 
 
 @pytest.mark.parametrize("first_named", [True, False])
@@ -266,67 +252,27 @@ def test_state_dict_deterministic(first_named: bool, second_named: bool, databas
         for _ in range(10):
             one.run(first, 1)
             two.run(second, 1)
-            assert_equal((one.weight, one.bias), (two.weight, two.bias))
-        assert_equal(without_names(first.state_dict()), without_names(second.state_dict()))
-        # A group twice has the same form twice.
+            assert equal((one.weight, one.bias), (two.weight, two.bias))
+        assert equal(without_names(first.state_dict()), without_names(second.state_dict()))
+        # A group that is there twice has the same form twice.
         second.param_groups.extend(second.param_groups)
-        assert_equal(
+        assert equal(
             without_names(first.state_dict())["param_groups"][-1],
             without_names(second.state_dict())["param_groups"][-1],
         )
 
 
-def convolution() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv2d(4, 2, 1, stride=2), nn.BatchNorm2d(2)), torch.rand(1, 4, 16, 16)
-
-
-def convolve(optimizer: torch.optim.Optimizer, model: nn.Module, image: Tensor, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(image).sum().backward()
-        optimizer.step()
-
-
 def test_can_load_older_state_dict(database: Database, remote: "Remote") -> None:
     for kwargs in database.kwargs():
-        model, image = convolution()
-        optimizer = remote(model.parameters(), **kwargs)
-        convolve(optimizer, model, image, 3)
+        problem = Regression()
+        optimizer = remote([problem.weight, problem.bias], **kwargs)
+        problem.run(optimizer, 3)
         older = deepcopy(optimizer.state_dict())
         for group, flag in itertools.product(older["param_groups"], database.newer_flags):
             group.pop(flag, None)
         optimizer.load_state_dict(older)
-        convolve(optimizer, model, image, 1)
+        problem.run(optimizer, 1)
         assert optimizer.state_dict()["state"][0]["step"].item() == 4
-
-
-@pytest.mark.parametrize("first_named", [True, False])
-@pytest.mark.parametrize("second_named", [True, False])
-def test_can_load_from_to_named_state_dict(
-    first_named: bool, second_named: bool, database: Database, remote: "Remote"
-) -> None:
-    for kwargs in database.kwargs():
-        model, image = convolution()
-        first = remote(model.named_parameters() if first_named else model.parameters(), **kwargs)
-        convolve(first, model, image, 3)
-        second = remote(model.named_parameters() if second_named else model.parameters(), **kwargs)
-        second.load_state_dict(deepcopy(first.state_dict()))
-        convolve(second, model, image, 1)
-        if first_named or second_named:
-            assert second.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-@pytest.mark.parametrize("with_names", [True, False])
-def test_save_load_equality_with_weights_only(with_names: bool, database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        problem = Regression()
-        optimizer = remote(named([problem.weight, problem.bias], with_names), **kwargs)
-        problem.run(optimizer, 3)
-        state, file = optimizer.state_dict(), io.BytesIO()
-        torch.save(state, file)
-        for weights_only in (False, True):
-            file.seek(0)
-            assert_equal(torch.load(file, weights_only=weights_only), state)
 
 
 def test_load_nontensor_step(database: Database, remote: "Remote") -> None:
@@ -391,7 +337,7 @@ def test_load_state_dict_hooks(database: Database, remote: "Remote") -> None:
         assert optimizer.param_groups[0]["lr"] == 0.002
         optimizer.register_load_state_dict_pre_hook(replace, prepend=True)
         optimizer.load_state_dict(state)
-        assert optimizer.param_groups[0]["lr"] == 0.002, "the one that came first runs last"
+        assert optimizer.param_groups[0]["lr"] == 0.002, "the hook that was registered first runs last"
         optimizer.register_load_state_dict_post_hook(note)
         optimizer.load_state_dict(optimizer.state_dict())
         assert optimizer.state["replaced"] is False  # type: ignore[index]
@@ -422,14 +368,3 @@ def test_step_hooks(database: Database, remote: "Remote") -> None:
             handle.remove()
         ours.step()
         assert len(order) == 12
-
-
-def test_non_empty_state(database: Database, remote: "Remote") -> None:
-    for kwargs in database.kwargs():
-        model = nn.Linear(5, 5)
-        optimizer = remote(model.parameters(), **kwargs)
-        model(torch.rand(2, 5)).sum().backward()
-        optimizer.step()
-        state = optimizer.state_dict()["state"]
-        assert [sorted(entry) for entry in state.values()] == [["acc_delta", "square_avg", "step"]] * 2
-        assert all(entry["square_avg"].any() for entry in state.values())

@@ -1,7 +1,7 @@
-"""Messages of the streams: headers through protobuf, chunks of vectors without a copy of their own.
+"""Encoding of stream messages: headers through protobuf, chunks of vectors without an extra copy.
 
-The bytes are those of the .proto: every stream message is a oneof whose field 1 is the header and whose further fields
-are a `Chunk {offset = 1, data = 2}` of the vector that the field is named after.
+The bytes are those of the .proto. Every stream message is a oneof: field 1 is the header, and each further field is a
+`Chunk {offset = 1, data = 2}` of the vector that the field is named after.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ _LENGTH_DELIMITED = 2
 _OFFSET_TAG = 1 << 3
 _DATA_TAG = 2 << 3 | _LENGTH_DELIMITED
 
-# The longest varints that protobuf takes.
+# The longest varints that protobuf accepts.
 _LENGTH_BYTES = 5
 _OFFSET_BYTES = 10
 
 
 class Chunk(NamedTuple):
-    """A chunk that was received: elements of `vector` from `offset` on, as raw bytes."""
+    """A received chunk: raw bytes of the elements of `vector` from `offset` on."""
 
     vector: str
     offset: int
@@ -48,7 +48,7 @@ class StreamCodec(Generic[M]):
         return message.SerializeToString()
 
     def chunk(self, vector: str, offset: int, parts: Sequence[memoryview]) -> bytes:
-        """Returns the message for a chunk: the bytes of `parts` one after the other, `offset` in elements."""
+        """Returns the message of a chunk: the bytes of `parts` joined; `offset` in elements."""
         size = sum(part.nbytes for part in parts)
         inner = (bytes([_OFFSET_TAG]) + _varint(offset) if offset else b"") + bytes([_DATA_TAG]) + _varint(size)
         tag = self._numbers[vector] << 3 | _LENGTH_DELIMITED
@@ -58,12 +58,12 @@ class StreamCodec(Generic[M]):
         """Returns a Chunk, or the header's own message.
 
         Raises:
-            DecodeError: The bytes are no message of this stream, or neither is set.
+            DecodeError: The bytes are not a message of this stream, or no field is set.
         """
-        return self._piece(message) or self._parsed(message)
+        return self._chunk(message) or self._parsed(message)
 
-    def _piece(self, message: bytes) -> Chunk | None:
-        """Reads a chunk as `chunk` writes it; None for any other message, and for other ways to write one."""
+    def _chunk(self, message: bytes) -> Chunk | None:
+        """Decodes a chunk in the form that `chunk` writes; returns None for any other bytes, valid or not."""
         vector = self._vectors.get(message[0] >> 3) if message and message[0] & 7 == _LENGTH_DELIMITED else None
         if vector is None:
             return None
@@ -97,7 +97,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(message: bytes, at: int, longest: int) -> tuple[int, int]:
-    """Returns the number at `at` and where it ends; an end beyond the message where it is no such 64-bit varint."""
+    """Returns the number at `at` and the index after it; an index beyond the message if it is not a 64-bit varint."""
     value = 0
     for index in range(longest):
         if at + index >= len(message):

@@ -1,6 +1,6 @@
-"""Element types on the wire: float32 as it lies in memory, and two of 16 bits, converted in the copy to or from it.
+"""Element types on the wire: float32 as it lies in memory, and two 16-bit types, converted while copying.
 
-A conversion works block by block, so that what it keeps in between stays in a near cache.
+Conversions work block by block, so that intermediate values stay in a near cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from deltaserve.v1 import common_pb2
 Array = NDArray[np.float32]
 
 WireType = Literal["float32", "bfloat16", "float16"]
-"""How a vector's elements travel; the server's own are float32 in any case."""
+"""The type of a vector's elements in messages. On the server they are always float32."""
 
 _BLOCK = 1 << 14
 
@@ -22,17 +22,17 @@ _HALF = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _SHIFT = np.uint32(16)
 _QUIET = np.uint16(0x40)
-"""The bit that keeps a NaN one whose lower half is cut off."""
+"""Setting this bit keeps a NaN a NaN after its lower half is cut off."""
 
 
 class ElementType(NamedTuple):
-    """A type.
+    """An element type and its conversions.
 
     Attributes:
-        data_type: The proto's number.
-        dtype: What numpy makes of its bytes.
-        narrow: Writes float32 values to an array of this type, rounded to nearest, ties to even.
-        widen: Writes values of this type to a float32 array, exactly.
+        data_type: Its number in the proto.
+        dtype: The numpy type that holds its bytes.
+        narrow: Converts a float32 array to an array of this type, rounding to nearest, ties to even.
+        widen: Converts an array of this type to a float32 array, exactly.
     """
 
     data_type: "common_pb2.DataType.ValueType"
@@ -41,7 +41,7 @@ class ElementType(NamedTuple):
     widen: Callable[[NDArray[Any], Array], None]
 
     def encoded(self, parts: Sequence[memoryview]) -> list[memoryview]:
-        """Returns float32 memory as what travels: itself, or a converted copy."""
+        """Returns the bytes to send for float32 memory: the memory itself, or a converted copy."""
         if self is FLOAT32:
             return list(parts)
         sources = [np.frombuffer(part, "<f4") for part in parts]
@@ -73,11 +73,11 @@ def _to_bfloat16(source: Array, target: NDArray[Any]) -> None:
 
 
 def _from_bfloat16(source: NDArray[Any], target: Array) -> None:
-    np.left_shift(source, _SHIFT, out=target.view(np.uint32), dtype=np.uint32)  # the type: older numpy takes uint16
+    np.left_shift(source, _SHIFT, out=target.view(np.uint32), dtype=np.uint32)  # older numpy would choose uint16
 
 
 def _to_float16(source: Array, target: NDArray[Any]) -> None:
-    with np.errstate(all="ignore"):  # too large: infinity, as everywhere; of a gradient, the server refuses it
+    with np.errstate(all="ignore"):  # large values become infinity, which the server refuses in a gradient
         target[:] = source
 
 
@@ -88,14 +88,14 @@ ELEMENT_TYPES: dict[WireType, ElementType] = {
     "bfloat16": ElementType(common_pb2.DATA_TYPE_BFLOAT16, np.dtype("<u2"), _to_bfloat16, _from_bfloat16),
     "float16": ElementType(common_pb2.DATA_TYPE_FLOAT16, np.dtype("<f2"), _to_float16, _copy),
 }
-"""By the name that users give."""
+"""Element types by their public names."""
 
 
 def named(name: WireType, wires: Mapping[WireType, ElementType]) -> ElementType:
-    """Returns a type by its name.
+    """Returns an element type by its public name.
 
     Raises:
-        ValueError: There is no such type.
+        ValueError: There is no type of this name.
     """
     if name not in wires:
         raise ValueError(f"wire: expected one of {', '.join(wires)}, got {name!r}")

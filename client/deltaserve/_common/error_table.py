@@ -26,12 +26,12 @@ DOMAIN = "deltaserve.dev"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What belongs to one reason.
+    """The status and the exception of one reason.
 
     Attributes:
         code: The gRPC status code.
-        exception: What the client raises.
-        text: One line; the fields in braces are the metadata keys.
+        exception: The exception that the client raises.
+        text: The message, one line; fields in braces are metadata keys.
     """
 
     code: grpc.StatusCode
@@ -66,7 +66,7 @@ TABLE: Mapping[str, Row] = {
     "MODEL_NOT_FOUND": Row(grpc.StatusCode.NOT_FOUND, RequestError, "no model is named '{model}'"),
     "MODEL_MISMATCH": Row(_EXISTS, ConflictError, "model {model} exists and differs: {difference}"),
     "SESSION_UNKNOWN": Row(
-        _PRECONDITION, SessionError, "there is no such session: it was closed, or its lease ran out; open a new one"
+        _PRECONDITION, SessionError, "no such session: it was closed, or its lease ran out; open a new one"
     ),
     "SESSION_FENCED": Row(
         _PRECONDITION,
@@ -79,20 +79,22 @@ TABLE: Mapping[str, Row] = {
     "ROUND_CLOSED": Row(
         _PRECONDITION,
         StaleGradientError,
-        "the gradient is of version {base}, its round is of version {current}: pull that, compute again, push",
+        "the gradient was computed on version {base}, its round needs {current}: pull that, compute again, push",
     ),
     "HYPERPARAMETER_CONFLICT": Row(
         _PRECONDITION, ConflictError, "{field}: other workers push {round} in this round, got {got}"
     ),
     "MEMORY_BUDGET": Row(
-        _EXHAUSTED, UnavailableError, "needs {needed} bytes of the server's memory budget, {available} are left"
+        _EXHAUSTED,
+        UnavailableError,
+        "needs {needed} bytes of the server's memory budget, {available} bytes are available",
     ),
-    "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} sessions"),
-    "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} models"),
+    "SESSION_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} sessions"),
+    "MODEL_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} models"),
     "RECOVERING": Row(
         grpc.StatusCode.UNAVAILABLE,
         UnavailableError,
-        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s to go",
+        "the server still reads model {model} from its disk: {percent} % done, about {seconds} s left",
     ),
     "STORAGE_UNAVAILABLE": Row(
         grpc.StatusCode.UNAVAILABLE, UnavailableError, "the server cannot use its data directory: {why}"
@@ -100,7 +102,11 @@ TABLE: Mapping[str, Row] = {
     "NOT_DURABLE": Row(
         _PRECONDITION, RequestError, "the server has no data directory: start it with --data-dir to have snapshots"
     ),
-    "LINEAGE_UNKNOWN": Row(_PRECONDITION, StateLostError, "model {model} is another one than before, of the same name"),
+    "LINEAGE_UNKNOWN": Row(
+        _PRECONDITION,
+        StateLostError,
+        "model {model} is a different model of the same name than the one that the worker knew",
+    ),
     "LINEAGE_CHANGED": Row(
         _PRECONDITION,
         ConflictError,
@@ -110,31 +116,34 @@ TABLE: Mapping[str, Row] = {
     "STALE_BASE": Row(
         grpc.StatusCode.ABORTED,
         StaleGradientError,
-        "the gradient is of version {base}, more than {bound} before the current {current}: pull, compute again, push",
+        "the gradient was computed on version {base}, more than {bound} before the current {current}: "
+        "pull, compute again, push",
     ),
     "ROUND_FAILED": Row(
         grpc.StatusCode.ABORTED,
         UnavailableError,
         "the round's time was up with {got} of the {need} pushes that it needs; none was applied: step again",
     ),
-    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has its {limit} watchers"),
+    "WATCHER_LIMIT": Row(_EXHAUSTED, UnavailableError, "the server has reached its limit of {limit} watchers"),
     "SLACK_EXCEEDED": Row(
         _PRECONDITION,
         UnavailableError,
         "the worker is {ahead} steps ahead of the slowest, {slack} are allowed: the answer to its last push waits",
     ),
-    "INTERNAL": Row(grpc.StatusCode.INTERNAL, ServerError, "a fault of the server; its log has incident {incident}"),
+    "INTERNAL": Row(
+        grpc.StatusCode.INTERNAL, ServerError, "the server has a bug; look for incident {incident} in its log"
+    ),
     "SHARED_MEMORY_UNAVAILABLE": Row(_PRECONDITION, RequestError, "no shared memory: {why}"),
 }
 
 
 def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | None = None) -> grpc.Status:
-    """Returns the status that a server ends a call with.
+    """Returns the status with which a server ends a call.
 
     Args:
         reason: A key of TABLE.
-        metadata: Exactly the row's keys.
-        retry_seconds: When the same request may succeed; None where a retry does not help.
+        metadata: A value for each of the row's keys, and no other.
+        retry_seconds: Time after which the same request may succeed; None if a retry does not help.
     """
     row = TABLE[reason]
     status = status_pb2.Status(code=code_pb2.Code.Value(row.code.name), message=row.text.format_map(metadata))
@@ -149,17 +158,17 @@ def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | N
         delay = Duration()
         delay.FromNanoseconds(round(retry_seconds * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    made: grpc.Status = rpc_status.to_status(status)
-    return made
+    converted: grpc.Status = rpc_status.to_status(status)
+    return converted
 
 
 def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error, float | None]:
-    """Returns the exception for a call that failed, and after how many seconds to try again (None: do not).
+    """Returns the exception for a failed call, and the seconds before the next attempt (None: a retry does not help).
 
     Args:
-        error: What the call raised.
+        error: The error of gRPC.
         target: The server's address, for the message.
-        seconds: How long the call was allowed to take, for the message.
+        seconds: The call's time limit, for the message.
     """
     info, retry_seconds = _details(error)
     if info is None:
@@ -170,7 +179,7 @@ def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error,
 
 
 def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
-    """Reads ErrorInfo and RetryInfo out of a status; None where it is not one of ours."""
+    """Returns a status' ErrorInfo and retry delay; None for each that it lacks, as the status of a proxy does."""
     try:
         status = rpc_status.from_call(error)
     except (DecodeError, ValueError):

@@ -1,12 +1,13 @@
-"""Named places at which a test makes this process die, stop, wait or fail; off unless the environment names them.
+"""Named places in the code at which a test makes this process die, stop, wait or fail.
 
     DELTASERVE_FAILPOINTS="worker.mid_body=kill@3;push.staged=sleep(0.05)@1/20"
 
-Each entry is NAME=ACTION, where ACTION is kill (SIGKILL of this process), stop (SIGSTOP of it), sleep(SECONDS) or error
-(raises `FailpointError`). Without more it happens every time; with @N the Nth time; with @1/N one time in N, by chance,
-from DELTASERVE_FAILPOINTS_SEED. Before it happens, a line is added to the file DELTASERVE_FAILPOINTS_LOG.
+Each entry is NAME=ACTION. The action is kill (SIGKILL to this process), stop (SIGSTOP), sleep(SECONDS) or error (raises
+`FailpointError`). An action happens every time the process reaches the place; with @N the Nth time; with @1/N one time
+in N at random, seeded by DELTASERVE_FAILPOINTS_SEED. Each action first adds a line to the file
+DELTASERVE_FAILPOINTS_LOG.
 
-The environment is read once, when this is imported: a place that is off costs a call and a comparison.
+The environment is read once, on import. A place that it does not name costs a call and a comparison.
 """
 
 import os
@@ -21,60 +22,60 @@ from time import monotonic_ns, sleep
 
 NAMES: Mapping[str, str] = {
     # A worker's side.
-    "worker.opened": "the server has opened the session, the worker does not know yet",
-    "worker.rejoined": "a new session is open after the lease ran out, nothing is pushed in it yet",
-    "worker.renewing": "the lease is about to be renewed in the background",
-    "worker.before_send": "a push is about to be sent, nothing of it has been",
-    "worker.mid_body": "StreamStep: one more chunk of the gradient is handed to gRPC",
-    "worker.sent": "StreamStep: all of the push is handed to gRPC, no answer has come",
-    "worker.acknowledged": "the answer has come, the worker has taken no note of it",
+    "worker.opened": "the server has opened the session, the worker has not recorded it",
+    "worker.rejoined": "a new session has replaced the old one, nothing was pushed in it yet",
+    "worker.renewing": "the background thread is about to renew the lease",
+    "worker.before_send": "a push is about to be sent",
+    "worker.mid_body": "StreamStep: gRPC has taken one more chunk of the gradient",
+    "worker.sent": "StreamStep: gRPC has taken the whole push, no answer has arrived",
+    "worker.acknowledged": "the answer has arrived, the worker has not recorded it",
     "worker.mid_answer": "one more chunk of the weights is written to the caller's memory",
-    "worker.recorded": "the worker has taken note of the answer, its caller does not know yet",
+    "worker.recorded": "the worker has recorded the answer, the call has not returned",
     # The server's side, in the order in which a push comes by.
-    "push.headers": "the header has been looked at, no value has come",
-    "push.chunk": "one more chunk of values has come, and is not looked at",
-    "push.admitted": "all values are here and are good",
-    "push.staged": "the push is handed to the model, which does not have it yet",
-    "push.accepted": "the model has the push and has decided, nothing is carried out",
-    "push.waiting": "the call is about to wait for the update; nothing is held",
-    "push.reduce": "a push is about to be added to the sum, or several to be combined",
-    "push.mid_update": "a part of the update is done",
-    "push.updated": "the new version is computed, not current",
-    "push.published": "the new version is current, nobody has been told",
-    "push.acknowledged": "the update is made, its answer is about to be sent",
-    # Where there is a journal.
-    "journal.recorded": "an update is made, its record waits to be written",
-    "journal.written": "records are written, and not on the disk",
-    "journal.synced": "records are as safe as they are to be, nobody has been told",
-    # Whenever a small file or a snapshot is written.
-    "file.created": "a file is made under another name, and is empty",
-    "file.mid_write": "a part of it is written",
-    "file.written": "all of it is written, and not on the disk",
-    "file.synced": "it is on the disk, under another name",
-    "file.renamed": "it has its name, which is not on the disk",
-    "file.safe": "it is there for good",
-    "snapshot.cut": "a snapshot is taken, nothing of it is written",
-    "snapshot.tensors": "its tensors are there for good, its manifest is not begun",
-    "snapshot.manifest": "it is there for good, nothing old is removed",
+    "push.headers": "the header is checked, no value has arrived",
+    "push.chunk": "one more chunk of values has arrived, it is not checked",
+    "push.admitted": "all values have arrived and are valid",
+    "push.staged": "the push is about to be handed to the model",
+    "push.accepted": "the model has decided about the push, nothing is carried out",
+    "push.waiting": "the call is about to wait for the update, it holds no lock",
+    "push.reduce": "a push is about to be added to the sum, or several are about to be combined",
+    "push.mid_update": "part of the update is done",
+    "push.updated": "the new version is computed, it is not the current one",
+    "push.published": "the new version is the current one, no call is answered",
+    "push.acknowledged": "the update is done, its answer is about to be sent",
+    # With a journal.
+    "journal.recorded": "an update is done, its record waits to be written",
+    "journal.written": "records are written, not synced",
+    "journal.synced": "records are durable, no call is answered",
+    # For every small file and snapshot that is written.
+    "file.created": "an empty temporary file exists",
+    "file.mid_write": "part of it is written",
+    "file.written": "all of it is written, not synced",
+    "file.synced": "it is synced, under its temporary name",
+    "file.renamed": "it has its final name, the folder is not synced",
+    "file.safe": "the folder is synced: the file is durable",
+    "snapshot.cut": "a snapshot is taken in memory, nothing of it is written",
+    "snapshot.tensors": "its tensors are durable, its manifest does not exist",
+    "snapshot.manifest": "its manifest is durable, nothing old is removed",
     "snapshot.removing": "one more old file is about to be removed",
-    # When a server comes back.
+    # During recovery.
     "recovery.manifest": "a model's newest manifest is read",
     "recovery.tensors": "its tensors are read",
-    "recovery.replay": "one more record has happened again",
-    "recovery.done": "a model is back, and not yet served",
+    "recovery.replay": "one more journal record is replayed",
+    "recovery.done": "a model is recovered, it is not served yet",
 }
-"""Every place, and what holds there."""
+"""Every place, and what is true when the process reaches it."""
 
 _SHAPE = re.compile(r"(?P<name>[a-z_.]+)=(?P<action>[a-z]+)(\((?P<seconds>[^()]*)\))?(@(?P<chance>1/)?(?P<count>\d+))?")
 
 
 class FailpointError(RuntimeError):
-    """What a failpoint with the action `error` raises."""
+    """The error of a failpoint with the action `error`."""
 
 
 @dataclass(slots=True)
 class _Armed:
-    """A place that is on, and when its turn is: always, the `nth` time, or by chance one time in `one_in`."""
+    """A place that is on, and when it acts: always, the `nth` time, or at random one time in `one_in`."""
 
     name: str
     action: str
@@ -85,7 +86,7 @@ class _Armed:
     reached: int = 0
 
     def due(self) -> bool:
-        """Counts one more time that the place was reached, and says whether it is to happen now."""
+        """Counts a visit to the place and returns whether it acts now."""
         self.reached += 1
         if self.one_in:
             return self.chance.randrange(self.one_in) == 0
@@ -93,16 +94,16 @@ class _Armed:
 
 
 def failpoint(name: str) -> None:
-    """Does what the environment asks for at this place; `name` is one of `NAMES`."""
+    """Performs the actions that the environment asks for at the place `name`, one of `NAMES`."""
     if _armed is not None:
         _reach(name)
 
 
 def parse(text: str, seed: str = "") -> list[_Armed]:
-    """Returns what a value of DELTASERVE_FAILPOINTS asks for.
+    """Parses a value of DELTASERVE_FAILPOINTS.
 
     Raises:
-        ValueError: It cannot be understood, or names a place or an action that does not exist.
+        ValueError: The syntax is wrong, or a place or an action does not exist.
     """
     return [_entry(entry, f"{seed}:{index}") for index, entry in enumerate(filter(None, text.split(";")))]
 
@@ -118,7 +119,7 @@ def _entry(text: str, seed: str) -> _Armed:
         raise ValueError(f"DELTASERVE_FAILPOINTS: expected a count of 1 or more, got {text!r}")
     which = {"one_in": count} if found["chance"] else {"nth": count}
     act = _action(name, found["action"], found["seconds"])
-    # Chance decides when a test's fault happens, and nothing else.
+    # Not for cryptography: it decides when a test's fault happens.
     return _Armed(name, found["action"], act, **which, chance=random.Random(f"{seed}:{name}"))  # noqa: S311
 
 
@@ -155,12 +156,12 @@ def _reach(name: str) -> None:
     with _lock:
         due = [armed for armed in (_armed or {}).get(name, ()) if armed.due()]
     for armed in due:
-        _tell(f"{monotonic_ns()} {os.getpid()} {name} {armed.action} {armed.reached}\n")
+        _log(f"{monotonic_ns()} {os.getpid()} {name} {armed.action} {armed.reached}\n")
         armed.act()
 
 
-def _tell(line: str) -> None:
-    """Adds a line to the log in one write, which a death that follows does not undo."""
+def _log(line: str) -> None:
+    """Adds a line to the log in one write, which survives the death of the process."""
     if _log_path:
         log = os.open(_log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

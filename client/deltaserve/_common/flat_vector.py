@@ -1,4 +1,4 @@
-"""The flat vector over tensors that lie where the caller has them."""
+"""A model's flat vector over tensors that stay in the caller's memory."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
@@ -12,19 +12,19 @@ from deltaserve._common.element_types import FLOAT32, Array, ElementType
 ELEMENT_BYTES = 4
 
 CHUNK_ELEMENTS = 1 << 18
-"""float32 elements of a chunk: 1 MiB, which fits gRPC's default limit in every language."""
+"""float32 elements in a chunk: 1 MiB, which fits gRPC's default message limit in every language."""
 
 
 def chunk_elements(wire: ElementType) -> int:
-    """Returns how many elements of a type make a chunk."""
+    """Returns the number of elements of a type in a chunk."""
     return CHUNK_ELEMENTS * ELEMENT_BYTES // wire.dtype.itemsize
 
 
 def contiguous(values: ArrayLike) -> Array:
-    """Returns the values as a C-contiguous float32 array of the same shape; the same memory where it is one.
+    """Returns values as a C-contiguous float32 array of the same shape, without a copy if they are one already.
 
     Raises:
-        TypeError: They are not real numbers.
+        TypeError: The values are not real numbers.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
@@ -33,10 +33,10 @@ def contiguous(values: ArrayLike) -> Array:
 
 
 class FlatVector:
-    """A flat float32 vector that consists of the memory of several arrays, one after the other.
+    """Several arrays as one flat float32 vector, in order, read and written in place.
 
     Args:
-        arrays: float32, C-contiguous, little-endian. Their memory is read and written in place.
+        arrays: C-contiguous little-endian float32 arrays.
     """
 
     def __init__(self, arrays: Sequence[Array]) -> None:
@@ -51,7 +51,7 @@ class FlatVector:
     def chunks(
         self, absent: Collection[int] = (), wire: ElementType = FLOAT32
     ) -> Iterator[tuple[int, list[memoryview]]]:
-        """Yields chunks as offset and memory; the arrays in `absent` are left out, and no chunk reaches across them."""
+        """Yields chunks as offset and memory. Arrays in `absent` are left out, and no chunk spans one of them."""
         size = chunk_elements(wire)
         for first, last in self._runs(absent):
             stop = self.offsets[last]
@@ -59,7 +59,7 @@ class FlatVector:
                 yield start, list(self._parts(start, min(start + size, stop)))
 
     def write(self, offset: int, data: memoryview, wire: ElementType = FLOAT32) -> None:
-        """Writes received elements from element `offset` on; what lies beyond the vector's end is left out."""
+        """Writes received elements from element `offset` on; ignores elements beyond the vector's end."""
         values = np.frombuffer(data, wire.dtype)[: max(self.size - offset, 0)]
         at = 0
         for part in self._parts(offset, offset + values.size):
@@ -79,7 +79,7 @@ class FlatVector:
             index += 1
 
     def _runs(self, absent: Collection[int]) -> Iterator[tuple[int, int]]:
-        """Yields the longest runs `[first, last)` of arrays that are not absent."""
+        """Yields the maximal runs `[first, last)` of arrays that are not absent."""
         first = 0
         for index in [*sorted(absent), len(self._bytes)]:
             if first < index:

@@ -1,1 +1,1 @@
-"""How a worker's vectors travel: one message, a stream of chunks, or shared memory."""
+"""How a worker's vectors travel: in one message each way, in a stream of chunks, or through shared memory."""

@@ -1,10 +1,10 @@
-"""A push that is sent while its gradient is still being made.
+"""A push that begins while backward still computes its gradient.
 
-A push has its header first, and the header says what the whole push is: its number, the version it is of, which tensors
-have no gradient, its hyperparameters and its weight. An early push guesses that, sends every chunk as soon as its
-tensors are there, and keeps the last chunk back. `Worker.step` takes it over only where it is, header and values, the
-very push that is asked for; otherwise the call is cancelled, of which the server keeps nothing, and the push is sent as
-if there had been no other.
+The header of a push comes first and describes all of it: number, base version, tensors without a gradient,
+hyperparameters, weight. An overlapped push guesses the header, sends every chunk as soon as its tensors have a
+gradient, and keeps back the last element. `Worker.step` takes the push over only if its header and values equal those
+of the push to send. Otherwise the call is cancelled, the server keeps nothing of it, and the push is sent from the
+beginning.
 """
 
 from bisect import bisect_right
@@ -23,30 +23,30 @@ from deltaserve._common.flat_vector import ELEMENT_BYTES, FlatVector
 from deltaserve._connection import Connection
 from deltaserve.v1 import worker_service_pb2 as rpc
 
-_AGAIN = "more than one backward pass made gradients"
-_OTHERS = "other parameters had a gradient than in the step before"
+_SECOND_BACKWARD = "more than one backward pass made gradients"
+_OTHER_TENSORS = "other parameters had a gradient than in the step before"
 _DIFFERENCES = {
-    "absent_tensors": _OTHERS,
+    "absent_tensors": _OTHER_TENSORS,
     "hyperparameters": "the hyperparameters were changed",
     "weight": "the weight was another than in the step before",
 }
 
 
 class OverlappedPush:
-    """One push on its way before it is whole.
+    """A push that is sent before its gradient is whole.
 
-    One thread adds tensors, in any order: `begin`, `claim`, `add`, `end` and `drop` are its. gRPC's own thread sends. A
-    third takes the push over.
+    Three threads use it. One adds tensors in any order, with `begin`, `claim`, `add`, `end` and `drop`. One of gRPC's
+    sends. A third takes the push over, with `take`.
 
     Args:
-        arrays: By tensor name, in the layout's order: where the gradients are put before they are sent; float32,
-            C-contiguous. They may be used again for the next push once this one was dropped.
+        arrays: The memory that gradients are sent from: float32, C-contiguous, by tensor name, in the layout's order.
+            The next push may use it again after this one was dropped.
 
     Attributes:
-        header: What the push was begun with; None before.
-        over: Whether nothing of it is wanted any more.
+        header: The header that was sent; None before `begin`.
+        over: Whether the push was dropped.
         taken: Whether `Worker.step` took it over.
-        difference: What made it another push than the one that was asked for, in words; None where nothing did.
+        difference: How it differs from the push to send, in words; None if it does not.
     """
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
@@ -58,52 +58,53 @@ class OverlappedPush:
         self._vector = FlatVector(list(arrays.values()))
         self._absent: list[int] = []
         self._added: set[int] = set()
-        self._idle: set[int] = set()  # of which nothing is sent
+        self._unsent: set[int] = set()  # absent tensors and empty ones
         self._first_missing = 0
-        self._last = 0  # the last element that is sent
+        self._last = 0  # index of the last element to send
         self._call: Any = None
-        self._whole = Event()
-        self._may_send: SimpleQueue[int] = SimpleQueue()  # the vector up to this element; below 0: no more
+        self._ended = Event()
+        self._may_send: SimpleQueue[int] = SimpleQueue()  # send up to this element; a negative number ends the stream
         self._lock = Lock()
 
     # --- the thread that adds
 
     def begin(self, connection: Connection, header: rpc.PushHeader, wire: ElementType) -> None:
-        """Begins the call.
+        """Starts the call.
 
         Args:
-            connection: To the server.
-            header: What the push is expected to be.
+            connection: The connection to the server.
+            header: The header that the push is expected to have.
             wire: The type of elements in messages.
         """
         self._absent = list(header.absent_tensors)
-        sizes = [stop - start for start, stop in pairwise(self._vector.offsets)]
-        self._idle.update(self._absent, (index for index, size in enumerate(sizes) if not size))
-        self._last = max(self._vector.offsets[index + 1] for index in range(len(sizes)) if index not in self._idle) - 1
-        self._call = connection.begin("StreamStep", self._messages(header, wire))
+        bounds = list(pairwise(self._vector.offsets))
+        self._unsent.update(self._absent, (index for index, (start, stop) in enumerate(bounds) if start == stop))
+        self._last = max(stop for index, (_, stop) in enumerate(bounds) if index not in self._unsent) - 1
+        messages = self._messages(header, wire)
+        self._call = connection.stub("StreamStep")(messages, timeout=connection.timeout_seconds)
         self.header = header
 
     def claim(self, index: int) -> bool:
-        """Returns whether a tensor's array may be written to now; the push is dropped if that tensor is not due."""
+        """Returns whether a tensor's array may be written to. Drops the push if the tensor is not expected."""
         if index in self._added or index in self._absent:
-            self.drop(_AGAIN if index in self._added else _OTHERS)
-        return not self.over and not self._whole.is_set()
+            self.drop(_SECOND_BACKWARD if index in self._added else _OTHER_TENSORS)
+        return not self.over and not self._ended.is_set()
 
     def add(self, index: int) -> None:
-        """Takes note that a tensor's gradient is in its array, where it stays as it is until the push is over."""
+        """Releases a tensor for sending. Its array must not change until the push is over."""
         self._added.add(index)
         before = self._first_missing
-        while self._first_missing in self._added or self._first_missing in self._idle:
+        while self._first_missing in self._added or self._first_missing in self._unsent:
             self._first_missing += 1
         if self._first_missing > before:
             self._may_send.put(min(self._vector.offsets[self._first_missing], self._last))
 
     def end(self) -> None:
-        """Takes note that no further tensor comes."""
-        self._whole.set()
+        """States that no further tensor comes."""
+        self._ended.set()
 
     def drop(self, difference: str | None = None) -> None:
-        """Cancels the call, if it is not done, and lets go of it; nothing is sent after that."""
+        """Cancels the call if it is not done. Nothing is sent after that."""
         with self._lock:
             self.over = True
             self.difference = self.difference or difference
@@ -111,7 +112,7 @@ class OverlappedPush:
         self._may_send.put(-1)
         if call is not None:
             call.cancel()
-        self._whole.set()
+        self._ended.set()
 
     # --- the thread that sends
 
@@ -129,19 +130,19 @@ class OverlappedPush:
             failpoint("worker.mid_body")
         failpoint("worker.sent")
 
-    # --- the thread that takes it over
+    # --- the thread that takes the push over
 
     def take(self, header: rpc.PushHeader, pushed: FlatVector) -> Any:
-        """Lets the rest go if this is the push that is asked for, once no further tensor comes.
+        """Waits for `end`, and sends the rest if this is the push to send.
 
         Args:
-            header: Of the push that is asked for.
+            header: The header of the push to send.
             pushed: Its gradient.
 
         Returns:
-            The call, whose answer is to be read; None where there is none of this push.
+            The call, whose answer the caller reads; None if the push must be sent from the beginning.
         """
-        self._whole.wait()
+        self._ended.wait()
         with self._lock:
             call = None if self.over else self._call
         if call is None or self.header is None:
@@ -166,7 +167,7 @@ class OverlappedPush:
         return next((_DIFFERENCES[name] for name in different if name in _DIFFERENCES), "the session was another")
 
     def _difference(self, pushed: FlatVector) -> str | None:
-        """Compares, bit for bit, what was sent with what is asked for; fills in what did not come by itself."""
+        """Compares what was sent with the push to send, bit for bit. Copies the tensors that were not added."""
         for (offset, mine), (_, theirs) in zip(
             self._vector.chunks(self._absent), pushed.chunks(self._absent), strict=True
         ):

@@ -1,7 +1,7 @@
-"""`RemoteAdadelta`: a `torch.optim.Optimizer` whose state and update live on a deltaserve server.
+"""torch optimizers whose parameters and state live on a deltaserve server.
 
-And what moves the state of a `torch.optim.Adadelta` onto a server and off it. The only place of the client that imports
-torch.
+`RemoteAdadelta` is a drop-in for `torch.optim.Adadelta`. `model_state_of` and `state_dict_of` move the state of a
+`torch.optim.Adadelta` to a server and back. This package is the only part of the client that imports torch.
 """
 
 from deltaserve.torch._remote import RemoteAdadelta

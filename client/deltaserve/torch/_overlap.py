@@ -1,186 +1,193 @@
-"""Gradients that are sent while backward still makes others."""
+"""Pushes that begin during backward: each gradient is sent while backward still computes others."""
 
 import logging
 import os
 import weakref
+from _thread import start_new_thread  # Thread.start waits in Python code, where Ctrl+C could leave it half done
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod
 from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaserve._background import BackgroundCall
 from deltaserve._common.element_types import Array
 from deltaserve._transport.overlapped import OverlappedPush
 from deltaserve._types import TensorSpec
-from deltaserve.torch._tensors import is_plain, own_memory
+from deltaserve.torch._tensors import can_view, view
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from deltaserve.torch._remote import RemoteAdadelta
-
 _log = logging.getLogger("deltaserve")
 
-_PATIENCE = 3
-"""How many pushes in a row may be begun in vain before no more are begun."""
+_MAX_DISCARDED = 3
+"""How many pushes in a row may be discarded before overlap switches itself off."""
+
+BeginPush = Callable[[OverlappedPush, list[int], float], bool]
+"""Begins a push; given the indices of the tensors without gradient and the push's weight, returns whether it began."""
 
 _Job = Callable[[], object]
 
 
 class Overlap:
-    """Begins each push at its first gradient, and adds the others as backward makes them.
+    """Begins each push at its first gradient and adds the others as backward computes them.
 
-    Hooks on the parameters hand every gradient to a thread, which copies it, as float32, to memory of its own: from
-    there it is sent, and with that what `step()` finds in `.grad` is compared. Nothing else would notice all that may
-    have happened to a gradient meanwhile: a change through `.data` or numpy does not count as one for autograd.
+    A hook on every parameter hands its gradient to a background thread, which copies it, as float32, into a buffer. The
+    buffer is what is sent. `step()` compares it bit for bit with what it finds in `.grad`, since nothing else reveals
+    every change in between: autograd does not count a write through `.data` or numpy.
 
     Args:
-        remote: Whose gradients; not kept alive by this.
-        params: By tensor name, the parameters that its worker knows.
+        owner: The optimizer. It is not kept alive; when it is garbage collected, the overlap closes.
+        begin: A weak reference to the owner's method that begins a push.
+        tensors: The layout of the model.
+        params: The parameters by tensor name.
 
     Attributes:
-        push: The one that the next `step()` may take over.
+        push: The push that the next `step()` may take over.
     """
 
-    def __init__(self, remote: "RemoteAdadelta", params: Mapping[str, Tensor]) -> None:
-        self._remote = weakref.ref(remote)
-        self._params = [params[spec.name] for spec in remote._joined.tensors]
-        self._arrays = _arrays(remote._joined.tensors, pinned=any(param.is_cuda for param in self._params))
-        self._in_order = list(self._arrays.values())
-        self._absent: list[int] | None = None
+    def __init__(
+        self,
+        owner: object,
+        begin: Callable[[], BeginPush | None],
+        tensors: Sequence[TensorSpec],
+        params: Mapping[str, Tensor],
+    ) -> None:
+        self._begin = begin
+        self._params = [params[spec.name] for spec in tensors]
+        self._buffers = _buffers(tensors, pinned=any(param.is_cuda for param in self._params))
+        self._buffer_list = list(self._buffers.values())
+        self._absent: list[int] | None = None  # before the first step nothing tells what a push will be
         self._weight = 1.0
-        self._in_vain = 0
+        self._discarded = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._handles: dict[int, RemovableHandle] = {}
+        self._hooks: dict[int, RemovableHandle] = {}
         self._process = os.getpid()
         self._closed = False
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self.push = OverlappedPush(self._arrays)
-        self._finalize = weakref.finalize(remote, self.close)
-        thread = Thread(target=_work, args=(self._jobs,), name=f"overlap of {remote._joined.name}", daemon=True)
-        BackgroundCall(thread.start, None).run()
-        self._watch()
+        self.push = OverlappedPush(self._buffers)
+        self._finalizer = weakref.finalize(owner, self.close)
+        start_new_thread(_work, (self._jobs,))
+        self._add_hooks()
 
-    # --- the optimizer's thread
+    # --- called by the thread that calls step()
 
     def end(self, gradients: Mapping[str, Array | None], weight: float) -> OverlappedPush | None:
-        """Returns the push that `step()` may take over; no further gradient is added to it.
+        """Ends the present push: no further gradient is added to it.
 
         Args:
-            gradients: What the step is to push.
-            weight: With which weight.
+            gradients: The gradients that the step pushes.
+            weight: The weight of the step's push.
+
+        Returns:
+            The push, for the worker to take over; None if overlap is off.
         """
         if self._closed or self._process != os.getpid():
             return None
-        # What this push is, the next is expected to be.
+        # The next push is begun before its step, so it is expected to be like this one.
         self._weight = weight
-        self._absent = [index for index, name in enumerate(self._arrays) if gradients[name] is None]
+        self._absent = [index for index, name in enumerate(self._buffers) if gradients[name] is None]
         self._jobs.put(self.push.end)
         return self.push
 
     def next(self) -> None:
-        """Lets go of the present push; gradients from now on are the next one's."""
+        """Drops the present push, whatever its state; gradients from now on belong to the next one."""
         if self._closed:
             return
         push = self.push
         self._jobs.put(push.drop)
-        # Last: an interrupt before this leaves a push that is over, which the next step makes good.
-        self.push = OverlappedPush(self._arrays)
+        # An interrupt before this line leaves a push that is over; the next step then sends its gradients itself.
+        self.push = OverlappedPush(self._buffers)
         if push.taken:
-            self._in_vain = 0
+            self._discarded = 0
         elif push.difference:
-            self._in_vain += 1
-        if self._in_vain == _PATIENCE:
-            self._give_up(push.difference or "")
+            self._discarded += 1
+        if self._discarded == _MAX_DISCARDED:
+            self._switch_off(push.difference or "")
         else:
-            self._watch()
+            self._add_hooks()
 
     def close(self) -> None:
-        """Takes the hooks off and cancels a push that was begun."""
+        """Removes the hooks, cancels a push that has begun and ends the thread."""
         self._closed = True
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
         self._jobs.put(self.push.drop)
         self._jobs.put(None)
-        self._finalize.detach()
+        self._finalizer.detach()
 
-    def _give_up(self, difference: str) -> None:
+    def _switch_off(self, difference: str) -> None:
         self.close()
         _log.warning(
-            "overlap=True does not help here and is off from now on: %d pushes in a row that had been begun during "
-            "backward were thrown away: %s. The results are the same with it and without: leave it out, or leave the "
-            "gradients as one backward pass makes them",
-            _PATIENCE,
+            "overlap=True is off from now on: the last %d pushes that began during backward were discarded: %s. "
+            "Results are the same without it: remove overlap=True, or leave gradients as one backward pass made them",
+            _MAX_DISCARDED,
             difference,
         )
 
-    def _watch(self) -> None:
-        """Puts hooks on the parameters that have none yet; one that is frozen cannot have one."""
+    def _add_hooks(self) -> None:
+        """Adds a hook to each parameter that lacks one; a frozen parameter cannot have one until it is unfrozen."""
         for index, param in enumerate(self._params):
-            if param.requires_grad and index not in self._handles:
-                self._handles[index] = param.register_post_accumulate_grad_hook(partial(self._came, index))
+            if param.requires_grad and index not in self._hooks:
+                self._hooks[index] = param.register_post_accumulate_grad_hook(partial(self._on_gradient, index))
 
-    # --- backward's threads
+    # --- called by autograd's threads
 
-    def _came(self, index: int, param: Tensor) -> None:
-        """Hands a gradient over, and goes."""
+    def _on_gradient(self, index: int, param: Tensor) -> None:
+        """Queues a gradient for the background thread."""
         gradient = param.grad
-        if gradient is None or self._closed or self._process != os.getpid():
+        if gradient is None or self._closed or self._process != os.getpid():  # a forked child has no such thread
             return
-        made = None
+        computed = None
         if gradient.device.type == "cuda":
-            made = torch.cuda.Event()
-            made.record(torch.cuda.current_stream(gradient.device))
-        self._jobs.put(partial(self._add, self.push, index, gradient, made))
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(gradient.device))
+        self._jobs.put(partial(self._add, self.push, index, gradient, computed))
 
-    # --- the thread that adds
+    # --- called by the background thread
 
-    def _add(self, push: OverlappedPush, index: int, gradient: Tensor, made: torch.cuda.Event | None) -> None:
+    def _add(self, push: OverlappedPush, index: int, gradient: Tensor, computed: torch.cuda.Event | None) -> None:
+        """Adds a gradient to a push, which begins with its first one."""
         try:
             if push.over:
                 return
-            if not push.header and not self._begin(push):
+            if not push.header and not self._try_begin(push):
                 push.drop()
             elif push.claim(index):
-                self._copy(gradient, self._in_order[index], made)
+                self._copy(gradient, self._buffer_list[index], computed)
                 push.add(index)
         except Exception:
             push.drop()
             raise
 
-    def _begin(self, push: OverlappedPush) -> bool:
-        """Begins a push as the one before was, with the present hyperparameters; returns whether it is begun."""
-        remote = self._remote()
-        if remote is None or self._absent is None or not remote._is_current():
-            return False
-        return remote._joined._begin(push, self._absent, remote._hyperparameters(), self._weight)
+    def _try_begin(self, push: OverlappedPush) -> bool:
+        begin = self._begin()
+        return begin is not None and self._absent is not None and begin(push, self._absent, self._weight)
 
-    def _copy(self, gradient: Tensor, out: Array, made: torch.cuda.Event | None) -> None:
-        """Copies a gradient, converted, once it is made; waits for nothing that its device does after it."""
+    def _copy(self, gradient: Tensor, out: Array, computed: torch.cuda.Event | None) -> None:
+        """Copies a gradient to `out`; from a GPU as soon as `computed` is reached, whatever the GPU does after it."""
         if gradient.shape != out.shape:
             raise ValueError(f"expected a gradient of shape {out.shape}, got {tuple(gradient.shape)}")
-        if is_plain(gradient):
-            np.copyto(out, own_memory(gradient))
-        elif made is None:
+        if can_view(gradient):
+            np.copyto(out, view(gradient))
+        elif computed is None:
             torch.from_numpy(out).copy_(gradient.detach())
         else:
-            made.synchronize()
+            computed.synchronize()
             if gradient.device not in self._streams:
                 self._streams[gradient.device] = torch.cuda.Stream(gradient.device)
             with torch.cuda.stream(self._streams[gradient.device]):
                 torch.from_numpy(out).copy_(gradient.detach())
 
 
-def _arrays(tensors: Sequence[TensorSpec], pinned: bool) -> dict[str, Array]:
-    """Returns an array for each tensor, all in one piece of memory; pinned memory is what a GPU copies to fastest."""
+def _buffers(tensors: Sequence[TensorSpec], pinned: bool) -> dict[str, Array]:
+    """Returns an array for each tensor, all in one allocation; GPUs copy fastest to pinned memory."""
     stops = list(accumulate(prod(spec.shape) for spec in tensors))
     flat: Array = torch.empty(stops[-1], dtype=torch.float32, pin_memory=pinned).numpy()
     parts = np.split(flat, stops[:-1])
@@ -188,10 +195,10 @@ def _arrays(tensors: Sequence[TensorSpec], pinned: bool) -> dict[str, Array]:
 
 
 def _work(jobs: "SimpleQueue[_Job | None]") -> None:
-    """Does one job after the other; a failure leaves the gradient to `step()`."""
+    """Runs jobs until it gets None. After a failed job `step()` sends the gradients itself."""
     while (job := jobs.get()) is not None:
         try:
             job()
         except Exception as error:
-            _log.info("a push was not begun, or not continued, during backward: %s", error)
-        del job  # and with it a gradient
+            _log.info("overlap: a push did not begin or continue during backward: %s", error)
+        del job  # a job holds a gradient, and the next may be long in coming

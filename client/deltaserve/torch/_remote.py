@@ -1,96 +1,107 @@
-"""The drop-in."""
+"""The drop-in for `torch.optim.Adadelta`."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, overload
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from deltaserve._client import connect
 from deltaserve._common.element_types import Array, WireType, named
-from deltaserve._errors import ConflictError, StaleGradientError
+from deltaserve._credentials import Credentials
+from deltaserve._errors import ConflictError, RequestError, StaleGradientError
 from deltaserve._model import Model
-from deltaserve._transport.exchange import Transport, check_transport
+from deltaserve._transport.overlapped import OverlappedPush
+from deltaserve._transport.protocol import TransportName, check_transport
 from deltaserve._types import Hyperparameters, Policy, StepResult
 from deltaserve._worker import Worker
 from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
-from deltaserve.torch._local import LocalOptimizer, LocalSteps
+from deltaserve.torch._hyperparameters import UNUSED_DEFAULTS, check_group, hyperparameters_of
+from deltaserve.torch._local_steps import LocalOptimizer, LocalSteps
 from deltaserve.torch._overlap import Overlap
-from deltaserve.torch._states import from_torch, give_names, to_torch
-from deltaserve.torch._tensors import gradient_of, is_plain, own_memory, to_host
+from deltaserve.torch._states import assign_names, from_torch, to_torch
+from deltaserve.torch._tensors import WeightReceiver, gradient_of, to_host
 
 _log = logging.getLogger("deltaserve")
 
-_HYPERPARAMETERS = ("lr", "rho", "eps", "weight_decay", "maximize")
-
-_UNUSED = {"foreach": None, "capturable": False, "differentiable": False}
-"""What torch.optim.Adadelta has in its groups besides: kept so that state dicts fit both."""
-
 
 class RemoteAdadelta(torch.optim.Optimizer):
-    """Adadelta on a server; in the training loop as `torch.optim.Adadelta`.
+    """A drop-in for `torch.optim.Adadelta` whose weights and optimizer state live on a deltaserve server.
 
-    The first worker creates the model with its own weights; those that come later start from the server's. `step()`
-    pushes the gradients with this group's present hyperparameters and writes the new weights into the parameters. The
-    server holds weights and state in float32, whatever the parameters are.
+    `step()` pushes the gradients, waits until they are part of an update, and writes the new weights into the
+    parameters. Processes that use the same `model` train it together; `policy` says how their gradients combine.
 
-    The server's weights are the model's: change parameters in another way (`load_state_dict` of the module, say) before
-    making the optimizer, or call `load_state_dict` of the optimizer afterwards, which puts both on the server.
+    The first worker creates the model from its own weights. A worker that joins later starts from the server's: they
+    are in its parameters as soon as the optimizer is constructed. The server keeps weights and state in float32,
+    whatever the dtype of the parameters.
 
-    A gradient of weights that are too old, because a synchronous round closed without it or it is beyond
-    `max_staleness`, is left out: a warning is logged, `last_result` is None, and the parameters have the newer weights.
+    Hyperparameters may change at any time, for instance by a scheduler: each push carries those of its parameter
+    groups.
 
-    With `local_steps`, each worker trains by itself for so many steps, with an optimizer of its own that
-    `local_optimizer` makes; then the difference of the weights is pushed as one gradient, and Adadelta is the outer
-    optimizer (Reddi et al., 2020, arXiv:2003.00295; DiLoCo: Douillard et al., 2023, arXiv:2311.08105). The local
-    optimizer keeps its state from one push to the next.
+    The server holds the only weights that count, and `step()` overwrites the parameters. To set weights yourself, for
+    instance with `module.load_state_dict()`, do it before you construct the optimizer; or call the optimizer's
+    `load_state_dict()` afterwards, which puts both weights and state on the server.
+
+    A gradient that is too stale is skipped: its synchronous round has closed without it, or it is older than
+    `max_staleness` allows. `step()` then logs a warning, sets `last_result` to None and writes the newer weights into
+    the parameters.
+
+    With `local_optimizer`, each worker trains on its own for `local_steps` steps and then pushes how far its weights
+    have moved, as one gradient. Adadelta is then the outer optimizer (Reddi et al., 2020, arXiv:2003.00295; DiLoCo:
+    Douillard et al., 2023, arXiv:2311.08105). The local optimizer keeps its state across pushes.
 
     Args:
-        params: Parameters, parameter groups, or named parameters, whose names then name the tensors on the server.
+        params: Parameters, parameter groups or named parameters, as `torch.optim.Adadelta` takes them. Names become
+            the names of the tensors on the server; parameters without a name are called by group and position, such as
+            "0.1".
         target: HOST:PORT of the server, or unix:PATH.
         model: The model's name on the server.
-        lr: As in torch.optim.Adadelta, like the next four; each group may have its own.
-        rho: Likewise.
-        eps: Likewise.
-        weight_decay: Likewise.
-        maximize: Likewise.
-        policy: When a push becomes an update; None means `deltaserve.Async()`.
-        worker: This worker's name; None makes one up.
+        lr: Factor of the update, >= 0. This and the next four are those of `torch.optim.Adadelta`, and each parameter
+            group may set its own.
+        rho: Decay of the running averages, in [0, 1].
+        eps: Added to both averages before their square root, > 0. `torch.optim.Adadelta` allows 0 as well.
+        weight_decay: L2 penalty, >= 0.
+        maximize: Ascend instead of descend.
+        policy: When pushes become an update, if this worker creates the model; a worker that joins must pass the same.
+            None means `deltaserve.Async()`.
+        worker: This worker's name, unique within the model; None generates one.
         local_steps: How many steps of the local optimizer make one push.
-        local_optimizer: Makes it, for instance `functools.partial(torch.optim.SGD, lr=0.1)`; None means that gradients
-            are pushed as they are.
-        overlap: Send each gradient as soon as backward has made it, so that `step()` finds most of them sent. The
-            results are the same, bit for bit: what is no longer there in `step()` as it was sent is thrown away, and
-            the gradients are pushed anew. It is for gradients that reach `step()` as one backward pass made them: where
-            they are clipped, unscaled or accumulated, it stops with a warning after a few steps. It shortens training
-            where backward leaves a processor core idle, as on a GPU; takes memory for one more copy of the gradients,
-            and a thread of the server while backward lasts; and does nothing for a model that travels in one message,
-            or through shared memory.
-        transport: "auto" has vectors go through shared memory where the server is on this host, runs as the same user
-            and allows it; "stream" never; "shared" insists on it when the session is opened.
-        wire: The type in which elements travel in messages, "float32", "bfloat16" or "float16", in both directions.
-        timeout_seconds: How long any call may take in all, its retries and the wait for a round included.
+        local_optimizer: Makes the local optimizer, for instance `functools.partial(torch.optim.SGD, lr=0.1)`. None
+            means that every step pushes its gradients.
+        overlap: Whether to send each gradient as soon as backward has computed it. The results are the same, bit for
+            bit. It shortens a step where backward leaves a processor core idle, as on a GPU. It costs a second copy of
+            the gradients in memory, and a thread of the server during backward. It needs gradients that reach `step()`
+            as one backward pass computed them: with clipping, unscaling or accumulation it warns after a few steps and
+            switches itself off. It has no effect on a model that fits into one message (1 MiB) or uses shared memory.
+        transport: How weights and gradients travel. "auto" uses shared memory if the server runs on this host as the
+            same user and allows it; "stream" never does; "shared" fails if shared memory is not available.
+        wire: The type of the elements in messages, in both directions: "float32", "bfloat16" or "float16".
+        timeout_seconds: The limit for one call, including its retries and the wait for a round.
+        credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
-        ValueError: A hyperparameter is out of range, `local_steps` is without a local optimizer, `overlap` is with one,
-            or there is no such transport or type.
-        TypeError: A parameter is no real floating-point tensor.
-        ConflictError: The model exists and differs; the message says in what.
-        UnavailableError: The server was not reached.
+        ValueError: A hyperparameter is out of range, `local_steps` is above 1 without `local_optimizer`, `overlap` is
+            combined with `local_optimizer`, two parameters have the same name, or `transport` or `wire` is unknown.
+        TypeError: A parameter is not a real floating-point tensor.
+        ConflictError: The model exists and differs from this one; the message says in what.
+        RequestError: The server refuses a name, a shape, a hyperparameter or a weight.
+        UnavailableError: The server cannot be reached within the timeout.
 
     Example:
         >>> import deltaserve_server
         >>> net = torch.nn.Linear(2, 1)
         >>> with deltaserve_server.LocalServer() as server:
-        ...     optimizer = RemoteAdadelta(net.parameters(), server.target, model="line")
-        ...     net(torch.ones(1, 2)).sum().backward()
-        ...     optimizer.step()
-        ...     optimizer.close()
+        ...     with RemoteAdadelta(net.parameters(), server.target, model="line", lr=0.5) as optimizer:
+        ...         for step in range(3):
+        ...             optimizer.zero_grad()
+        ...             net(torch.ones(1, 2)).square().sum().backward()
+        ...             optimizer.step()
+        ...         optimizer.version
+        3
     """
 
     def __init__(
@@ -109,56 +120,58 @@ class RemoteAdadelta(torch.optim.Optimizer):
         local_steps: int = 1,
         local_optimizer: LocalOptimizer | None = None,
         overlap: bool = False,
-        transport: Transport = "auto",
+        transport: TransportName = "auto",
         wire: WireType = "float32",
         timeout_seconds: float = 120.0,
+        credentials: Credentials | None = None,
     ) -> None:
+        # All options are checked first: a mistake must not leave a model behind on the server.
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
         if overlap and local_optimizer:
-            raise ValueError("overlap: a local_optimizer's steps make what is pushed, backward does not")
+            raise ValueError("overlap: not possible with local_optimizer, which pushes differences, not gradients")
         check_transport(transport)
         elements = named(wire, TORCH_ELEMENT_TYPES)
-        self._make_local = local_optimizer
-        self._local: LocalSteps | None = None
-        self._overlaps = overlap
-        self._overlap: Overlap | None = None
         self._worker: Worker | None = None
-        self._version: int | None = None
-        self._staged: dict[Tensor, Array] = {}
+        self._worker_name = worker
+        self._version: int | None = None  # of the weights in the parameters; None before the first pull
         self._names: dict[Tensor, str] = {}
+        self._receiver = WeightReceiver()
+        self._uses_local_optimizer = local_optimizer is not None
+        self._local: LocalSteps | None = None
+        self._uses_overlap = overlap
+        self._overlap: Overlap | None = None
         defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, {**defaults, **_UNUSED})
-        self._client = connect(target, timeout_seconds=timeout_seconds)
+        super().__init__(params, {**defaults, **UNUSED_DEFAULTS})
+        self._client = connect(target, timeout_seconds=timeout_seconds, credentials=credentials)
         try:
-            self._model = self._create(model, policy)
+            self._model = self._create_or_join_model(model, policy)
             self._open_worker = partial(self._model._worker, lease_seconds=None, transport=transport, wire=elements)
-            self._name = worker
             if local_optimizer:
-                self._local = LocalSteps(self, local_optimizer, local_steps)
-            self._join()
+                self._local = LocalSteps(self.param_groups, local_optimizer, local_steps)
+            self._open_session()
         except BaseException:
             self._client.close()
             raise
 
     @property
     def rank(self) -> int:
-        """The lowest number that no other live worker of the model had when this one came."""
+        """The lowest rank that no other live worker of the model had when this worker joined; 0 for the first."""
         return self._joined.rank
 
     @property
     def version(self) -> int:
-        """The version of the weights that the parameters have, before any local steps."""
+        """The version of the weights in the parameters, before any local steps."""
         return self._joined.version
 
     @property
     def last_result(self) -> StepResult | None:
-        """What became of the last push; None before the first, and where it was left out or refused."""
+        """The result of the last push; None before the first push, and after one that was skipped or refused."""
         return self._joined.last_result
 
     @property
     def local_optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer of the local steps, for schedulers and checkpoints; None where there is none."""
+        """The local optimizer, for schedulers and checkpoints; None without local steps."""
         return self._local.optimizer if self._local else None
 
     @overload
@@ -169,46 +182,64 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None, *, weight: float = 1.0) -> float | None:
         """Pushes the gradients and writes the new weights into the parameters; or makes a local step.
 
+        If it raises without a `reason` or is interrupted, the server may have accepted the push all the same. Call it
+        again with the same gradients: it finds out, and the push counts once.
+
         Args:
-            closure: Evaluates the model again and returns the loss.
-            weight: How much the gradient counts in the mean of its round, for instance its number of samples. Those of
-                local steps add up.
+            closure: Reevaluates the model, computes gradients and returns the loss.
+            weight: How much the gradients count in the mean of their round, for instance the number of samples. The
+                weights of local steps add up.
+
+        Returns:
+            The closure's loss; None without a closure.
 
         Raises:
-            Error: As `deltaserve.Worker.step` raises it. Where the connection broke while weights came, the parameters
-                are of two versions; the next step leaves its gradient out and puts them right.
+            Error: See `deltaserve.Worker.step`. If the connection broke while weights arrived, the parameters may mix
+                two versions; the next step skips its gradients and writes whole weights.
         """
         try:
-            return self._step(closure, weight)
+            if not self._is_current():
+                self._catch_up()
+                return _evaluate(closure)
+            if self._local:
+                return self._step_locally(self._local, closure, weight)
+            loss = _evaluate(closure)
+            self._push({name: gradient_of(param) for name, param in self._params().items()}, weight)
+            return loss
         finally:
             if self._overlap:
                 self._overlap.next()
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Pushes what the local steps since the last push have made, if anything, as the end of training asks for.
+        """Pushes the local steps made since the last push, if any. Call it at the end of training.
 
         Raises:
-            Error: As from `step`.
+            Error: See `step`.
         """
         if not self._is_current():
             self._catch_up()
         elif self._local:
-            self._local.push()
+            self._push_local_steps(self._local)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, on the server too; its weights are this worker's, unless another added it before."""
+        """Adds a parameter group to the optimizer and to the model on the server.
+
+        The server takes this worker's weights for it, unless another worker has added the same group before.
+        """
         if self._worker:
             self.flush()
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
+        group = self.param_groups[index]
         try:
-            _check(self.param_groups[index])
-            if self._make_local and self.param_groups[index]["maximize"]:
-                raise ValueError("maximize belongs to the local optimizer, which takes the steps")
-            give_names(self._names, index, self.param_groups[index])  # for good: load_state_dict replaces "param_names"
+            check_group(group)
+            if self._uses_local_optimizer and group["maximize"]:
+                raise ValueError("maximize: set it on the local optimizer, which makes the steps")
+            assign_names(self._names, index, group)  # once: load_state_dict may replace "param_names" later
             if self._worker:
-                self._extend(index)
+                tensors, group_of = self._layout(from_group=index)
+                self._model.extend(tensors, groups=self._hyperparameters()[index:], group_of=group_of)
         except BaseException:
             for param in self.param_groups.pop()["params"]:
                 self._names.pop(param, None)
@@ -216,33 +247,35 @@ class RemoteAdadelta(torch.optim.Optimizer):
         if self._worker:
             if self._local:
                 self._local.optimizer.add_param_group({"params": param_group["params"]})
-            older = self._worker
-            self._join()  # takes the older session's place in a round
-            older.close()
+            previous = self._worker
+            self._open_session()  # first, so that it takes the place of the previous session in a round
+            previous.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what `torch.optim.Adadelta.state_dict()` would, with the state that the server has."""
-        self.state.update(to_torch(self._model.pull_state(), self._named()))
+        """Returns a state dict of `torch.optim.Adadelta`, with the present state on the server."""
+        # torch's hooks and its state_dict() read self.state, which is filled for as long as they run.
+        self.state.update(to_torch(self._model.pull_state(), self._params()))
         try:
             return super().state_dict()
         finally:
-            self._drop_state()
+            self._clear_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts a state of `torch.optim.Adadelta` or of this class on the server, with the parameters' present values.
+        """Puts a state dict on the server, together with the present values of the parameters.
 
-        It counts for every worker of the model: call it in one before the others start, or under
-        `Sync(min_workers=N)` in all N before their first step.
+        The state dict may come from `torch.optim.Adadelta` or from this class. It replaces weights and state for every
+        worker of the model: call this in one worker before the others start, or under `Sync(min_workers=N)` in all N
+        workers before their first step.
         """
         super().load_state_dict(state_dict)
         try:
-            self._model.put_state(from_torch(self.state, self._named()))
+            self._model.put_state(from_torch(self.state, self._params()))
         finally:
-            self._drop_state()
-        self._pull()
+            self._clear_state()
+        self._pull()  # the server has rounded to float32, and has made a new version
 
     def close(self) -> None:
-        """Ends this worker's session and the connection; otherwise that happens when the process exits."""
+        """Ends this worker's session and closes the connection; at the latest this happens when the process exits."""
         if self._overlap:
             self._overlap.close()
         if self._worker:
@@ -259,168 +292,145 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # State dicts of older torch versions lack some of the options.
         for group in self.param_groups:
-            for key, value in {**self.defaults, **_UNUSED}.items():
+            for key, value in {**self.defaults, **UNUSED_DEFAULTS}.items():
                 group.setdefault(key, value)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a RemoteAdadelta is a connection and cannot be copied or pickled: take its state_dict()")
+        raise TypeError(
+            "a RemoteAdadelta is a connection and cannot be copied or pickled: save its state_dict() instead"
+        )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self.__reduce__()
 
-    # --- the session
+    # --- the model and the session
+
+    def _create_or_join_model(self, name: str, policy: Policy | None) -> Model:
+        """Creates the model or joins it; a model that another worker laid out in another order keeps its order."""
+        tensors, group_of = self._layout()
+        create = partial(
+            self._client.create_model, name, groups=self._hyperparameters(), group_of=group_of, policy=policy
+        )
+        try:
+            return create(tensors)
+        except ConflictError:
+            existing = [spec.name for spec in self._client.model(name).tensors if spec.name in tensors]
+            reordered = {key: tensors[key] for key in dict.fromkeys([*existing, *tensors])}
+            if list(reordered) == list(tensors):
+                raise
+        return create(reordered)
+
+    def _open_session(self) -> None:
+        """Opens a session as a new worker, and takes its weights."""
+        self._worker = self._open_worker(self._worker_name)
+        self._worker_name = self._worker.name
+        self._pull()
+        if self._overlap:
+            self._overlap.close()
+        if self._uses_overlap:
+            begin = weakref.WeakMethod(self._begin_push)
+            self._overlap = Overlap(self, begin, self._joined.tensors, self._params())
 
     @property
     def _joined(self) -> Worker:
         assert self._worker is not None
         return self._worker
 
-    def _create(self, name: str, policy: Policy | None) -> Model:
-        """Creates the model or joins it.
-
-        Its tensors are in the reverse order of the parameters: about the order in which backward makes gradients, and
-        in which they can therefore be sent. Where others have made it in another order, theirs counts.
-        """
-        tensors = {name: to_host(param) for name, param in reversed(list(self._named()))}
-        create = partial(
-            self._client.create_model,
-            name,
-            groups=self._hyperparameters(),
-            group_of=self._group_of(),
-            policy=policy,
-        )
-        try:
-            return create(tensors)
-        except ConflictError:
-            theirs = [spec.name for spec in self._client.model(name).tensors if spec.name in tensors]
-            in_their_order = {key: tensors[key] for key in dict.fromkeys([*theirs, *tensors])}
-            if list(in_their_order) == list(tensors):
-                raise
-        return create(in_their_order)
-
-    def _join(self) -> None:
-        self._worker = self._open_worker(self._name)
-        self._name = self._worker.name
-        self._pull()
-        if self._overlap:
-            self._overlap.close()
-        if self._overlaps:
-            self._overlap = Overlap(self, dict(self._named()))
-
-    @torch.no_grad()
-    def _pull(self) -> None:
-        out = self._out()
-        self._joined.pull(out=out)
-        self._written(out)
-
     def _is_current(self) -> bool:
-        """Whether the parameters have the weights that the worker has; an interrupt may have come between."""
+        """Whether the parameters hold the worker's weights; not so after an interrupt between the two."""
         return self._version == self._joined.version
 
     def _catch_up(self) -> None:
-        _log.warning("worker %s: a gradient is left out: it is of weights that had arrived in part", self._joined.name)
+        _log.warning("worker %s: skipped a gradient of weights that had arrived only in part", self._joined.name)
         self._pull()
 
-    def _step(self, closure: Callable[[], float] | None, weight: float) -> float | None:
-        if not self._is_current():
-            self._catch_up()
-            return None if closure is None else _evaluate(closure)
-        if self._local:
-            return self._local.step(closure, weight)
-        loss = None if closure is None else _evaluate(closure)
-        self._exchange({name: gradient_of(param) for name, param in self._named()}, weight)
-        return loss
+    @torch.no_grad()
+    def _pull(self) -> None:
+        self._joined.pull(out=self._receiver.arrays(self._params()))
+        self._commit()
 
-    def _exchange(self, gradients: dict[str, Array | None], weight: float) -> None:
-        """Pushes gradients and takes the weights."""
-        worker, out = self._joined, self._out()
+    def _commit(self) -> None:
+        """Moves received weights into the parameters."""
+        self._receiver.commit(self._params())
+        if self._local:
+            self._local.start(self._params())
+        self._version = self._joined.version  # last: an interrupt before this makes the next step start with a pull
+
+    # --- pushes
+
+    def _push(self, gradients: dict[str, Array | None], weight: float) -> None:
+        """Pushes gradients and takes the new weights; a gradient that is too stale is skipped."""
+        worker = self._joined
         if self._overlap:
             worker._take_over(self._overlap.end(gradients, weight))
+        out = self._receiver.arrays(self._params())
         try:
             worker.step(gradients, hyperparameters=self._hyperparameters(), weight=weight, out=out)
         except StaleGradientError as error:
             base = error.metadata.get("base")
-            why = f"of version {base}, which is too old: version {worker.version} is here now" if base else error
-            _log.warning("worker %s: a gradient is left out: %s", worker.name, why)
+            reason = f"it is of version {base}, which is too stale; now at {worker.version}" if base else error
+            _log.warning("worker %s: skipped a gradient: %s", worker.name, reason)
         except BaseException:
-            if not self._is_current():  # weights came all the same, to mend what had come in part
-                self._written(out)
+            if not self._is_current():  # new weights arrived before the failure
+                self._commit()
             raise
-        self._written(out)
+        self._commit()
 
-    # --- parameters as named arrays
+    def _begin_push(self, push: OverlappedPush, absent: list[int], weight: float) -> bool:
+        """Begins the next push with the present hyperparameters, in the thread of an `Overlap`."""
+        return self._is_current() and self._joined._begin(push, absent, self._hyperparameters(), weight)
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for index in range(len(self.param_groups)):
-            yield from self._named_in(index)
+    def _step_locally(self, local: LocalSteps, closure: Callable[[], float] | None, weight: float) -> float | None:
+        """Makes a local step, and a push if one is due."""
+        if local.push_unsettled:
+            self._push_local_steps(local)
+            if closure is None:  # there is no way to compute the gradients again
+                _log.warning("worker %s: skipped a gradient of weights from before a retried push", self._joined.name)
+                return None
+        loss = local.step(closure, weight)
+        if local.due:
+            self._push_local_steps(local)
+        return loss
 
-    def _named_in(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        for param in self.param_groups[index]["params"]:
-            yield self._names[param], param
+    def _push_local_steps(self, local: LocalSteps) -> None:
+        """Pushes what the local steps have changed; if the server refuses that for good, undoes them."""
+        if not local.pending:
+            return
+        try:
+            self._push(local.gradient(), local.weight)
+        except RequestError:  # for instance because the local steps have diverged
+            local.undo()
+            raise
 
-    def _extend(self, index: int) -> None:
-        """Adds a group to the model on the server."""
-        tensors = {name: to_host(param) for name, param in reversed(list(self._named_in(index)))}
-        hyperparameters = self._hyperparameters()[index:]
-        self._model.extend(tensors, groups=hyperparameters, group_of=dict.fromkeys(tensors, index))
+    # --- parameters
 
-    def _group_of(self) -> dict[str, int]:
-        return {name: index for index in range(len(self.param_groups)) for name, _ in self._named_in(index)}
+    def _params(self, from_group: int = 0) -> dict[str, Tensor]:
+        """Returns the parameters by tensor name."""
+        return {self._names[param]: param for group in self.param_groups[from_group:] for param in group["params"]}
+
+    def _layout(self, from_group: int = 0) -> tuple[dict[str, Array], dict[str, int]]:
+        """Returns the parameters' values, and the index of each one's group.
+
+        They are in reverse order, which is about the order in which backward computes gradients, so that `overlap` can
+        send them as they come.
+        """
+        tensors = {name: to_host(param) for name, param in reversed(self._params(from_group).items())}
+        groups = enumerate(self.param_groups[from_group:], from_group)
+        return tensors, {self._names[param]: index for index, group in groups for param in group["params"]}
 
     def _hyperparameters(self) -> list[Hyperparameters]:
-        return [
-            Hyperparameters(**{key: kind(group[key]) for key, kind in zip(_HYPERPARAMETERS, _KINDS, strict=True)})
-            for group in self.param_groups
-        ]
+        return [hyperparameters_of(group) for group in self.param_groups]
 
-    def _out(self) -> dict[str, Array]:
-        """Returns where the weights are to be written: a parameter's own memory if it is float32, contiguous, here."""
-        return {name: own_memory(param) if is_plain(param) else self._stage(param) for name, param in self._named()}
-
-    def _stage(self, param: Tensor) -> Array:
-        if param not in self._staged:
-            self._staged[param] = np.empty(tuple(param.shape), np.float32)
-        return self._staged[param]
-
-    def _written(self, out: dict[str, Array]) -> None:
-        """Copies what was staged into its parameter, and tells autograd of what was written past it."""
-        for name, param in self._named():
-            if is_plain(param):
-                increment_version(param)
-            else:
-                param.copy_(torch.from_numpy(out[name]))
-        if self._local:
-            self._local.begin()
-        self._version = self._joined.version  # last: until then the parameters may be of two versions
-
-    def _drop_state(self) -> None:
-        """Forgets the parameters' state, which the server has; what hooks put beside it stays."""
-        for _, param in self._named():
+    def _clear_state(self) -> None:
+        """Removes the parameters' state, which is on the server; entries that hooks have added stay."""
+        for param in self._params().values():
             self.state.pop(param, None)
 
 
-def _evaluate(closure: Callable[[], float]) -> float:
+def _evaluate(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
     with torch.enable_grad():
         return closure()
-
-
-_KINDS: tuple[Callable[[Any], Any], ...] = (float, float, float, float, bool)
-
-
-def _check(group: dict[str, Any]) -> None:
-    """Raises ValueError, worded as by torch.optim.Adadelta, and TypeError for complex parameters."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    allowed: Iterable[tuple[str, str, bool]] = (
-        ("lr", "learning rate", group["lr"] >= 0),
-        ("rho", "rho value", 0 <= group["rho"] <= 1),
-        ("eps", "epsilon value", group["eps"] > 0),
-        ("weight_decay", "weight_decay value", group["weight_decay"] >= 0),
-    )
-    for key, name, fits in allowed:
-        if not fits:
-            raise ValueError(f"Invalid {name}: {group[key]}")
-    for param in group["params"]:
-        if not param.dtype.is_floating_point:
-            raise TypeError(f"RemoteAdadelta takes real floating-point parameters, not {param.dtype}")

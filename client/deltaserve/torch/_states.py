@@ -1,6 +1,6 @@
-"""The state of `torch.optim.Adadelta` and that of a model, each made of the other."""
+"""Conversion between the state of `torch.optim.Adadelta` and that of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,130 +13,132 @@ from deltaserve.torch._tensors import to_host
 
 _VECTORS = ("square_avg", "acc_delta")
 
-Named = Iterable[tuple[str, Tensor]]
-"""Parameters with the names of their tensors on the server."""
-
 
 def state_dict_of(state: ModelState, optimizer: torch.optim.Adadelta) -> dict[str, Any]:
-    """Returns what `optimizer.load_state_dict` takes, so that it goes on where the model was.
+    """Returns a model's optimizer state as a state dict that `optimizer.load_state_dict` takes.
 
-    The hyperparameters are the optimizer's own. The parameters are for the caller to set, from `state.weights`.
+    The hyperparameters stay those of `optimizer`. The parameters are not touched: copy `state.weights` into them
+    yourself.
 
     Args:
-        state: With optimizer state, as `Model.pull_state()` returns it.
-        optimizer: Of parameters whose names and shapes are those of the model's tensors. They are named as
-            `RemoteAdadelta` names them: as in the optimizer's named parameters, else by group and place, as in "0.1".
+        state: A model's state, as `Model.pull_state()` returns it.
+        optimizer: An optimizer whose parameters match the model's tensors in name and shape. A parameter is named as
+            `RemoteAdadelta` names it: by its own name if the optimizer was given named parameters, else by group and
+            position, such as "0.1".
 
     Raises:
-        TypeError: The optimizer is no `torch.optim.Adadelta`.
-        ValueError: A part of the state is missing or has another shape, or two parameters have the same name.
+        TypeError: `optimizer` is not a `torch.optim.Adadelta`.
+        ValueError: `state` lacks a part or has a tensor of another shape, or two parameters have the same name.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.Adadelta([("w", weight)])
         >>> optimizer.load_state_dict(state_dict_of(model_state_of(optimizer), optimizer))
     """
-    named = _named(optimizer)
-    held = to_torch(state, named)
+    params = _params_of(optimizer)
+    entries = to_torch(state, params)
     return {
-        "state": {index: deepcopy(held[param]) for index, (_, param) in enumerate(named) if param in held},
+        "state": {index: deepcopy(entries[p]) for index, p in enumerate(params.values()) if p in entries},
         "param_groups": optimizer.state_dict()["param_groups"],
     }
 
 
 def model_state_of(optimizer: torch.optim.Adadelta) -> ModelState:
-    """Returns an optimizer's parameters and state, as `Model.put_state` takes them.
+    """Returns an optimizer's parameters and state in the form that `Model.put_state` takes.
 
-    Its `weights` make a model that goes on where the optimizer was, by `Client.create_model` before `put_state`: in the
-    order in which `RemoteAdadelta` lays them out. Everything is copied, as float32.
+    To continue a run on a server, create the model from the returned `weights` with `Client.create_model`, then call
+    `put_state`. The weights are in the order in which `RemoteAdadelta` lays them out. Everything is a float32 copy.
 
     Args:
-        optimizer: Its parameters are named as for `state_dict_of`.
+        optimizer: An optimizer whose parameters are named as `state_dict_of` describes.
 
     Raises:
-        TypeError: The optimizer is no `torch.optim.Adadelta`; of a `RemoteAdadelta`, the server has the state.
+        TypeError: `optimizer` is not a `torch.optim.Adadelta`. The state of a `RemoteAdadelta` is on the server.
         ValueError: Two parameters have the same name.
     """
-    return deepcopy(from_torch(optimizer.state, reversed(_named(optimizer))))
+    # Reversed is the order of a RemoteAdadelta's layout: about that in which backward computes gradients.
+    return deepcopy(from_torch(optimizer.state, dict(reversed(_params_of(optimizer).items()))))
 
 
-def give_names(names: dict[Tensor, str], index: int, group: Mapping[str, Any]) -> None:
-    """Names a group's tensors; those without a name by group and place.
+def assign_names(names: dict[Tensor, str], index: int, group: Mapping[str, Any]) -> None:
+    """Adds the tensor names of a group's parameters to `names`.
+
+    A parameter that the user gave no name is named by group and position.
 
     Args:
-        names: Of the parameters so far; the group's are added.
-        index: The group's.
-        group: As in `param_groups`.
+        names: The names of all parameters so far.
+        index: The group's index.
+        group: The group, as in `param_groups`.
 
     Raises:
-        ValueError: Two tensors have the same name.
+        ValueError: Two parameters have the same name.
     """
-    given = group.get("param_names") or [f"{index}.{place}" for place in range(len(group["params"]))]
-    named = dict(zip(group["params"], given, strict=True))
-    taken = {name for param, name in names.items() if param not in named}
-    for name in named.values():
+    given = group.get("param_names") or [f"{index}.{position}" for position in range(len(group["params"]))]
+    new = dict(zip(group["params"], given, strict=True))  # torch allows a parameter twice in a group
+    taken = {name for param, name in names.items() if param not in new}
+    for name in new.values():
         if name in taken:
             raise ValueError(f"two parameters are named {name}")
         taken.add(name)
-    names.update(named)
+    names.update(new)
 
 
-def to_torch(state: ModelState, named: Named) -> dict[Tensor, dict[str, Tensor]]:
-    """Returns the state that torch.optim.Adadelta would hold of every parameter that has had an update.
+def to_torch(state: ModelState, params: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """Returns the `state` of a `torch.optim.Adadelta`: an entry for each parameter that has had an update.
 
-    It may have the memory of the arrays.
+    The tensors may share memory with the arrays of `state`.
 
     Raises:
-        ValueError: A part of the state is missing or has another shape.
+        ValueError: `state` lacks a part or has a tensor of another shape.
     """
-    held = {}
-    for name, param in named:
+    entries = {}
+    for name, param in params.items():
         count = _part(state, "update_counts", name)
-        if count:
+        if count:  # torch has no entry for a parameter before its first update
             vectors = {key: _vector(_part(state, key, name), key, name, param) for key in _VECTORS}
-            held[param] = {"step": torch.tensor(float(count)), **vectors}
-    return held
+            entries[param] = {"step": torch.tensor(float(count)), **vectors}
+    return entries
 
 
-def from_torch(held: Mapping[Tensor, Mapping[str, Any]], named: Named) -> ModelState:
-    """Returns parameters and the state of torch.optim.Adadelta; zero state where it has none yet.
+def from_torch(entries: Mapping[Tensor, Mapping[str, Any]], params: Mapping[str, Tensor]) -> ModelState:
+    """Returns parameters and the `state` of a `torch.optim.Adadelta` as a model's state.
 
-    It may have the memory of the tensors.
+    A parameter without an entry gets zeros. The arrays may share memory with the tensors.
     """
-    states = {name: (param, held.get(param, {})) for name, param in named}
+    entry_of = {name: entries.get(param, {}) for name, param in params.items()}
     vectors = {
-        key: {name: to_host(state.get(key, torch.zeros_like(param))) for name, (param, state) in states.items()}
+        key: {name: to_host(entry_of[name].get(key, torch.zeros_like(param))) for name, param in params.items()}
         for key in _VECTORS
     }
     return ModelState(
         version=0,
-        weights={name: to_host(param) for name, (param, _) in states.items()},
+        weights={name: to_host(param) for name, param in params.items()},
         square_avg=vectors["square_avg"],
         acc_delta=vectors["acc_delta"],
-        update_counts={name: int(state.get("step", 0)) for name, (_, state) in states.items()},
+        update_counts={name: int(entry.get("step", 0)) for name, entry in entry_of.items()},
     )
 
 
-def _named(optimizer: torch.optim.Adadelta) -> list[tuple[str, Tensor]]:
+def _params_of(optimizer: torch.optim.Adadelta) -> dict[str, Tensor]:
     if not isinstance(optimizer, torch.optim.Adadelta):
         raise TypeError(f"expected a torch.optim.Adadelta, got {type(optimizer).__name__}")
     names: dict[Tensor, str] = {}
     for index, group in enumerate(optimizer.param_groups):
-        give_names(names, index, group)
-    return [(name, param) for param, name in names.items()]
+        assign_names(names, index, group)
+    return {name: param for param, name in names.items()}
 
 
-def _part(state: ModelState, what: str, name: str) -> Any:
-    """Returns what a state has of a tensor."""
-    values = getattr(state, what)
+def _part(state: ModelState, key: str, name: str) -> Any:
+    """Returns the entry of tensor `name` in the part of `state` called `key`."""
+    values = getattr(state, key)
     if values is None:
-        raise ValueError(f"{what}: the state is without it")
+        raise ValueError(f"{key}: the state has none; pull it with optimizer_state=True")
     if name not in values:
-        raise ValueError(f"{what}: tensor {name} is missing")
+        raise ValueError(f"{key}: tensor {name} is missing")
     return values[name]
 
 
-def _vector(array: Array, what: str, name: str, param: Tensor) -> Tensor:
+def _vector(array: Array, key: str, name: str, param: Tensor) -> Tensor:
     if array.shape != tuple(param.shape):
-        raise ValueError(f"{what}: tensor {name} has shape {array.shape}, not {tuple(param.shape)}")
+        raise ValueError(f"{key}: expected tensor {name} of shape {tuple(param.shape)}, got {array.shape}")
     return torch.from_numpy(array).to(param)

@@ -1,25 +1,26 @@
-"""How this room comes to numba, and has it compile a function."""
+"""Imports numba and compiles functions with it."""
 
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
-_IMPORTS = 5
+_IMPORT_ATTEMPTS = 5
 
 
-def _imported() -> Any:
-    """Imports numba.
+def _import_numba() -> Any:
+    """Imports numba, again where another thread changes the environment meanwhile.
 
-    It reads all of the environment as it is imported, and fails where another thread takes a variable out meanwhile
-    (pytest does with each test). What has been imported of it by then would keep any later try from success.
+    Numba copies the whole environment during its import and raises KeyError if a variable disappears under it, as
+    pytest makes one do around each test.
     """
-    for left in reversed(range(_IMPORTS)):
+    for attempts_left in reversed(range(_IMPORT_ATTEMPTS)):
         try:
             import numba.extending
         except KeyError:
-            if not left:
+            if not attempts_left:
                 raise
+            # Modules that were imported halfway would fail the next attempt too.
             for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
                 del sys.modules[name]
         else:
@@ -27,44 +28,50 @@ def _imported() -> Any:
     return numba
 
 
-_numba = _imported()
+_numba = _import_numba()
 cgutils, intrinsic, types = _numba.core.cgutils, _numba.extending.intrinsic, _numba.types
 
 logger = logging.getLogger(__name__)
 
 
 def received(dtype: Any) -> Any:
-    """Numba's type of a vector that may lie in a received message: read-only, at any byte."""
+    """Numba's type of a vector inside a received message: read-only, at any byte offset."""
     return types.Array(dtype, 1, "C", readonly=True, aligned=False)
 
 
 def readable(dtype: Any) -> Any:
-    """Numba's type of a vector that is only read."""
+    """Numba's type of an aligned vector that the function only reads."""
     return types.Array(dtype, 1, "C", readonly=True)
 
 
 def writable(dtype: Any) -> Any:
-    """Numba's type of a vector that is written."""
+    """Numba's type of an aligned vector that the function writes."""
     return types.Array(dtype, 1, "C")
 
 
 def compiled(signatures: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function for its signatures, or takes it from numba's cache on disk.
+    """Compiles a function for its signatures, or loads it from numba's cache on disk.
 
-    Fast-math stays off: it would let the compiler fuse, reorder and flush as it likes, differently in a loop's vector
-    part and in its rest. `error_model="numpy"` drops Python's check for a division by zero, which prevents vector code.
+    Fast-math stays off: it would let the compiler fuse, reorder and flush as it likes, and differently in the vector
+    part of a loop and in its remainder. `error_model="numpy"` drops Python's check for division by zero, which would
+    prevent vector code.
 
     Args:
-        signatures: Numba's signatures of the function, or its only one.
+        signatures: Numba's signatures of the function, or a single one.
         function: Code that numba can compile without Python objects. It runs without the GIL.
+
+    Returns:
+        The compiled function.
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return _jit(signatures, function, cache=True, **options)
     except Exception as error:
-        # No folder for the cache can be written to, or the disk is full, or a file in it is damaged: all of this comes
-        # in many types, and none of it is a reason not to start. A fault in the function itself is raised again below.
-        logger.warning("numba's cache is of no use (%s): compiling takes a few seconds", type(error).__name__)
+        # A cache folder that is read-only, full or damaged raises exceptions of many types, and none of them is a
+        # reason not to start. A fault of the function itself is raised again below.
+        logger.warning(
+            "numba cannot use its cache (%s): compiling the kernels takes a few seconds", type(error).__name__
+        )
         return _jit(signatures, function, cache=False, **options)
 
 

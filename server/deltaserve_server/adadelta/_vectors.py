@@ -1,10 +1,10 @@
-"""Vector code that is written out: 16 lanes at a time, as LLVM's own instructions, to be called in functions of numba.
+"""Explicit vector code for numba functions: 16 lanes at a time, as LLVM instructions.
 
-A compiler that makes vector code of a loop may not reorder additions, nor store around the caches; where it may
-(fast-math), it takes an order of its own on every processor. Here both are said, and so the same bits come out on each
-of them: LLVM makes of 16 lanes what the processor's longest vectors are, one, two or four of them.
+A compiler that vectorizes a loop may neither reorder additions nor store around the caches; with fast-math it may, but
+it picks a different order for each processor. This module states both, so the same bits come out on every processor:
+LLVM maps 16 lanes to one, two or four of the processor's longest vectors.
 
-Operators on `Floats` and `Bits` are instructions, each rounded as IEEE 754 says, and none is fused but `fused`.
+Each operator on `Floats` and `Bits` emits one instruction, rounded as IEEE 754 says. Only `fused` fuses two operations.
 """
 
 from collections.abc import Callable
@@ -15,106 +15,106 @@ from llvmlite import ir
 from deltaserve_server.adadelta._compiled import cgutils, types
 
 LANES = 16
-"""Elements that are worked on side by side: one of the longest vectors that processors have."""
+"""Elements in a group: as many float32 as the longest vectors of any processor hold."""
 
 AHEAD = 1024
-"""Elements between what is worked on and what is fetched: a page of memory of float32. What the processor fetches by
-itself ends with the page."""
+"""Distance in elements from a group to the data that it prefetches: one page of float32. The processor's own prefetcher
+stops at the end of a page."""
 
 _READ_TO_NEAREST_CACHE = 0, 3, 1
-"""LLVM's way to say this: not to be written, to be kept, data."""
+"""Arguments of llvm.prefetch: for reading, with the highest locality, into the data cache."""
 
 _I16, _I32, _I64, _FLOAT, _DOUBLE = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 
 DOUBLES, WORDS, LONGS = (ir.VectorType(element, LANES) for element in (_DOUBLE, _I32, _I64))
-"""Types of 16 float64, 16 unsigned integers of 32 bits, and 16 of 64."""
+"""LLVM's types of 16 float64, 16 integers of 32 bits, and 16 integers of 64 bits."""
 
 _FLOATS, _SHORTS, _HALVES = (ir.VectorType(element, LANES) for element in (_FLOAT, _I16, ir.HalfType()))
 _SUFFIXES = {_FLOATS: "v16f32", DOUBLES: "v16f64", _SHORTS: "v16i16"}
-"""What they are called in the names of LLVM's functions."""
+"""Their names in those of LLVM's intrinsics."""
 
 
 class _Lanes:
-    """Sixteen values of one type.
+    """Sixteen values of one type, while code is generated.
 
     Args:
-        builder: Where instructions go.
-        value: What they are to LLVM.
+        builder: LLVM's builder, which appends the instructions.
+        value: LLVM's value of the whole vector.
     """
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
         self.value = value
 
-    def _made(self, operation: str, *operands: Any) -> Self:
+    def _emit(self, operation: str, *operands: Any) -> Self:
         others = [self.splatted(operand).value for operand in operands]
         return type(self)(self.builder, getattr(self.builder, operation)(self.value, *others))
 
     def splatted(self, operand: Any) -> Self:
-        """Puts a plain number into each lane; lanes stay what they are."""
+        """Returns lanes that all hold a plain number; returns lanes unchanged."""
         if isinstance(operand, type(self)):
             return operand
         return type(self)(self.builder, ir.Constant(self.value.type, [operand] * LANES))
 
     def where(self, condition: Any, otherwise: Any) -> Self:
-        """Keeps the lanes in which the condition holds."""
+        """Returns these lanes where the condition holds, and the others elsewhere."""
         other = self.splatted(otherwise).value
         return type(self)(self.builder, self.builder.select(condition, self.value, other))
 
 
 class Floats(_Lanes):
-    """Sixteen float32 or float64; comparisons with a NaN are false."""
+    """Sixteen float32 or float64. A comparison with NaN is false."""
 
     def __add__(self, other: Any) -> Self:
-        return self._made("fadd", other)
+        return self._emit("fadd", other)
 
     def __sub__(self, other: Any) -> Self:
-        return self._made("fsub", other)
+        return self._emit("fsub", other)
 
     def __mul__(self, other: Any) -> Self:
-        return self._made("fmul", other)
+        return self._emit("fmul", other)
 
     def __truediv__(self, other: Any) -> Self:
-        return self._made("fdiv", other)
+        return self._emit("fdiv", other)
 
     def compared(self, operator: str, other: Any) -> Any:
-        """Returns a condition: whether each lane compares so with the other, and neither is a NaN."""
+        """Returns the mask of the lanes for which the comparison holds; an operand of NaN makes it false."""
         return self.builder.fcmp_ordered(operator, self.value, self.splatted(other).value)
 
     def fused(self, factor: Any, summand: Any) -> "Floats":
-        """Returns self * factor + summand, rounded once."""
-        return self._called("fma", self.splatted(factor), self.splatted(summand))
+        """Returns self * factor + summand, rounded once (fused multiply-add)."""
+        return self._intrinsic("fma", self.splatted(factor), self.splatted(summand))
 
     def root(self) -> "Floats":
         """Returns the square root."""
-        return self._called("sqrt")
+        return self._intrinsic("sqrt")
 
     def at_most(self, limit: float) -> Self:
-        """Cuts off what is larger; a NaN stays."""
+        """Clips values above the limit; NaN stays NaN."""
         return self.splatted(limit).where(self.compared(">", limit), self)
 
     def bounded(self, limit: float) -> Self:
-        """Cuts off what is of a larger magnitude; a NaN stays."""
-        cut = self.at_most(limit)
-        return self.splatted(-limit).where(cut.compared("<", -limit), cut)
+        """Clips values to [-limit, limit]; NaN stays NaN."""
+        clipped = self.at_most(limit)
+        return self.splatted(-limit).where(clipped.compared("<", -limit), clipped)
 
-    def numbers(self) -> Self:
-        """Makes 0 of every NaN."""
+    def nan_to_zero(self) -> Self:
+        """Replaces NaN by 0."""
         return self.where(self.compared("ord", self), 0.0)
 
     def doubles(self) -> "Floats":
-        """Makes float64 of float32."""
+        """Converts float32 to float64."""
         return Floats(self.builder, self.builder.fpext(self.value, DOUBLES))
 
     def bits(self) -> "Bits":
-        """Returns the bits of float32."""
+        """Reinterprets float32 as their bits."""
         return Bits(self.builder, self.builder.bitcast(self.value, WORDS))
 
     def total(self) -> Any:
-        """Adds the upper half to the lower one until one sum is left; returns LLVM's value of it."""
-        return _folded(self.builder, self.value, self.builder.fadd)
+        """Adds the upper half to the lower half until one sum is left; returns LLVM's value of it."""
+        return _reduce(self.builder, self.value, self.builder.fadd)
 
-    def _called(self, name: str, *operands: Any) -> "Floats":
+    def _intrinsic(self, name: str, *operands: Any) -> "Floats":
         lanes = self.value.type
         kind = ir.FunctionType(lanes, [lanes] * (1 + len(operands)))
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{_SUFFIXES[lanes]}")
@@ -123,156 +123,157 @@ class Floats(_Lanes):
 
 
 class Bits(_Lanes):
-    """Sixteen unsigned integers, modulo 2 to the number of their bits."""
+    """Sixteen unsigned integers of one width; arithmetic wraps around."""
 
     def __add__(self, other: Any) -> Self:
-        return self._made("add", other)
+        return self._emit("add", other)
 
     def __mul__(self, other: Any) -> Self:
-        return self._made("mul", other)
+        return self._emit("mul", other)
 
     def __xor__(self, other: Any) -> Self:
-        return self._made("xor", other)
+        return self._emit("xor", other)
 
     def __and__(self, other: Any) -> Self:
-        return self._made("and_", other)
+        return self._emit("and_", other)
 
     def __or__(self, other: Any) -> Self:
-        return self._made("or_", other)
+        return self._emit("or_", other)
 
     def __lshift__(self, other: Any) -> Self:
-        return self._made("shl", other)
+        return self._emit("shl", other)
 
     def __rshift__(self, other: Any) -> Self:
-        return self._made("lshr", other)
+        return self._emit("lshr", other)
 
     def compared(self, operator: str, other: Any) -> Any:
-        """Returns a condition: whether each lane compares so with the other."""
+        """Returns the mask of the lanes for which the comparison holds."""
         return self.builder.icmp_unsigned(operator, self.value, self.splatted(other).value)
 
     def at_least(self, other: Any) -> Self:
-        """Returns the larger of the two."""
+        """Returns the larger value in each lane."""
         return self.where(self.compared(">", other), other)
 
     def longs(self) -> "Bits":
-        """Makes integers of 64 bits of these."""
+        """Extends to 64 bits with zeros."""
         return Bits(self.builder, self.builder.zext(self.value, LONGS))
 
     def words(self) -> "Bits":
-        """Makes integers of 32 bits of 16."""
+        """Extends 16 bits to 32 with zeros."""
         return Bits(self.builder, self.builder.zext(self.value, WORDS))
 
     def shorts(self) -> "Bits":
-        """Drops all but 16 bits."""
+        """Keeps the lower 16 bits."""
         return Bits(self.builder, self.builder.trunc(self.value, _SHORTS))
 
-    def halves(self) -> Floats:
-        """Takes 16 bits for a float16's, and makes float32 of them."""
+    def float16_to_floats(self) -> Floats:
+        """Reinterprets 16 bits as float16 and converts to float32, with the processor's own instruction."""
         return Floats(self.builder, self.builder.fpext(self.builder.bitcast(self.value, _HALVES), _FLOATS))
 
     def floats(self) -> Floats:
-        """Takes 32 bits for a float32's."""
+        """Reinterprets 32 bits as float32."""
         return Floats(self.builder, self.builder.bitcast(self.value, _FLOATS))
 
     def total(self) -> Any:
-        """Adds the lanes up; returns LLVM's value of the sum."""
-        return _folded(self.builder, self.value, self.builder.add)
+        """Returns LLVM's value of the sum of all lanes."""
+        return _reduce(self.builder, self.value, self.builder.add)
 
     def largest(self) -> Any:
         """Returns LLVM's value of the largest lane."""
         builder = self.builder
-        return _folded(builder, self.value, lambda x, y: builder.select(builder.icmp_unsigned(">", x, y), x, y))
+        return _reduce(builder, self.value, lambda x, y: builder.select(builder.icmp_unsigned(">", x, y), x, y))
 
 
-class StoredModel:
-    """Lanes that are kept from one group of elements to the next.
+class Accumulator:
+    """Lanes whose value carries over from one group of elements to the next.
 
     Args:
-        first: What they are before the first one.
+        initial: Their value before the first group.
     """
 
-    def __init__(self, first: Any) -> None:
-        self._kind, self._builder = type(first), first.builder
-        self._place = cgutils.alloca_once_value(first.builder, first.value)
+    def __init__(self, initial: Any) -> None:
+        self._kind, self._builder = type(initial), initial.builder
+        # A stack slot, which LLVM turns into registers: generated loops have no other mutable variables.
+        self._slot = cgutils.alloca_once_value(initial.builder, initial.value)
 
     @property
     def lanes(self) -> Any:
-        """What they are now."""
-        return self._kind(self._builder, self._builder.load(self._place))
+        """The current value."""
+        return self._kind(self._builder, self._builder.load(self._slot))
 
     @lanes.setter
     def lanes(self, lanes: _Lanes) -> None:
-        self._builder.store(lanes.value, self._place)
+        self._builder.store(lanes.value, self._slot)
 
 
 def zeros(kind: Any) -> Any:
-    """Returns LLVM's constant of that type whose lanes are 0."""
+    """Returns LLVM's constant of a vector type with all lanes 0."""
     return ir.Constant(kind, None)
 
 
 def splat(builder: Any, value: Any) -> Any:
-    """Puts one of LLVM's values into each lane."""
+    """Copies one of LLVM's scalar values into all lanes."""
     kind = ir.VectorType(value.type, LANES)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, first, ir.Constant(WORDS, [0] * LANES))
 
 
 def floats_from_bfloat16(bits: Bits) -> Floats:
-    """Widens 16 bits that are those of a bfloat16."""
+    """Converts bfloat16, given as 16 bits, to float32."""
     return (bits.words() << 16).floats()
 
 
 def floats_from_float16(bits: Bits) -> Floats:
-    """Widens 16 bits that are those of a float16, with what every processor has."""
+    """Converts float16, given as 16 bits, to float32 with instructions that every processor has."""
     words = bits.words()
     shifted = (words & 0x7FFF) << 13
-    # The exponent of a normal number differs by 127 - 15, that of an infinity or NaN by 255 - 31. A denormal number is
-    # put behind the leading 1 of 2**-14, which is then taken off it.
+    # The exponent's bias grows by 127 - 15 for a normal number, and by 255 - 31 for infinity and NaN. A denormal number
+    # becomes the fraction of a number with the exponent of 2**-14, and subtracting 2**-14 leaves its value.
     normal = (shifted + (112 << 23)).floats()
     denormal = ((shifted + (113 << 23)).floats()) - 2.0**-14
     special = (shifted + (224 << 23)).floats()
-    made = special.where(shifted.compared(">=", 0x7C00 << 13), normal)
-    made = denormal.where(shifted.compared("<", 0x0400 << 13), made)
-    return (made.bits() | ((words & 0x8000) << 16)).floats()
+    magnitude = special.where(shifted.compared(">=", 0x7C00 << 13), normal)
+    magnitude = denormal.where(shifted.compared("<", 0x0400 << 13), magnitude)
+    return (magnitude.bits() | ((words & 0x8000) << 16)).floats()
 
 
 def _widening(context: Any, dtype: Any) -> Callable[[Bits], Floats] | None:
-    """Returns what makes float32 of a format of 16 bits; None for float32 itself."""
+    """Returns the conversion of an element type to float32, or None for float32 itself."""
     if dtype == types.float32:
         return None
     if dtype == types.uint16:
         return floats_from_bfloat16
     triple, _, features = context.codegen().magic_tuple()
-    # Elsewhere LLVM would call a function that need not be there.
-    return Bits.halves if "+f16c" in features or triple.startswith("aarch64") else floats_from_float16
+    # Without the instruction, LLVM would call a runtime function that numba does not link.
+    return Bits.float16_to_floats if "+f16c" in features or triple.startswith("aarch64") else floats_from_float16
 
 
 class Memory:
-    """A vector in memory: float32, float16 as signed integers of 16 bits, or bfloat16 as unsigned ones.
+    """A vector in memory: float32, float16 as int16, or bfloat16 as uint16.
 
     Args:
-        context: Numba's.
-        builder: Where instructions go.
+        context: Numba's target context.
+        builder: LLVM's builder, which appends the instructions.
         kind: Numba's type of the array.
-        array: LLVM's value of it.
+        array: LLVM's value of the array.
     """
 
     def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
-        made = context.make_array(kind)(context, builder, array)
-        self.size = made.nitems
+        fields = context.make_array(kind)(context, builder, array)
+        self.size = fields.nitems
         self._builder = builder
-        self._data = made.data
-        self._widened = _widening(context, kind.dtype)
+        self._data = fields.data
+        self._widen = _widening(context, kind.dtype)
         self._align = kind.dtype.bitwidth // 8 if kind.aligned else 1
         self._type = _FLOATS if kind.dtype == types.float32 else _SHORTS
 
     def load(self, at: Any, mask: Any) -> Floats:
-        """Returns 16 values from element `at` on, as float32; 0 where the mask, if there is one, does not hold."""
+        """Loads 16 values from element `at` on as float32, and 0 for the lanes that a mask excludes."""
         loaded = self._loaded(at, mask)
-        return self._widened(Bits(self._builder, loaded)) if self._widened else Floats(self._builder, loaded)
+        return self._widen(Bits(self._builder, loaded)) if self._widen else Floats(self._builder, loaded)
 
     def store(self, at: Any, values: _Lanes, mask: Any) -> None:
-        """Writes 16 values from element `at` on; only those where the mask, if there is one, holds."""
+        """Stores 16 values from element `at` on, without the lanes that a mask excludes."""
         if mask is None:
             self._builder.store(values.value, self._place(at), align=self._align)
             return
@@ -280,20 +281,20 @@ class Memory:
         self._builder.call(function, [values.value, self._place(at), ir.Constant(_I32, self._align), mask])
 
     def stream(self, at: Any, values: _Lanes) -> None:
-        """Writes 16 values around the caches; the address is a multiple of 64."""
+        """Stores 16 values around the caches. Their address must be a multiple of 64."""
         stored = self._builder.store(values.value, self._place(at), align=64)
         stored.set_metadata("nontemporal", self._builder.module.add_metadata([ir.Constant(_I32, 1)]))
 
-    def fetch(self, at: Any) -> None:
-        """Has the processor fetch what lies `AHEAD` elements further on, which may be beyond the end."""
+    def prefetch(self, at: Any) -> None:
+        """Prefetches the data `AHEAD` elements further on. An address beyond the end is harmless."""
         place = self._builder.gep(self._data, [self._builder.add(at, _long(AHEAD))])
         pointer = self._builder.bitcast(place, ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0")
         self._builder.call(function, [pointer, *(ir.Constant(_I32, x) for x in _READ_TO_NEAREST_CACHE)])
 
-    def at_line(self) -> Any:
-        """Returns whether the vector begins at a multiple of 64 bytes."""
+    def starts_at_cache_line(self) -> Any:
+        """Returns LLVM's condition that the vector starts at a multiple of 64 bytes."""
         address = self._builder.ptrtoint(self._data, _I64)
         return self._builder.icmp_unsigned("==", self._builder.and_(address, ir.Constant(_I64, 63)), _long(0))
 
@@ -314,42 +315,44 @@ class Memory:
 
 
 def each_group(builder: Any, size: Any, body: Callable[[Any, Any], None], head: Any = None) -> None:
-    """Goes through a vector 16 elements at a time, in ascending order.
+    """Generates a loop over a vector, 16 elements at a time, in ascending order.
 
     Args:
-        builder: Where instructions go.
-        size: Elements of the vector; LLVM's value, 64 bits.
-        body: Makes the code for the group that begins at an element, with a mask where it is not whole, else None.
-        head: How many elements of the first group lie before the vector, 0 to 15; likewise. None means 0.
+        builder: LLVM's builder, which appends the instructions.
+        size: LLVM's value of the vector's number of elements, 64 bits.
+        body: Generates the code of one group from its first element and its mask, which is None for a whole group.
+        head: LLVM's value of the number of lanes of the first group that lie before the vector, 0 to 15, so that lanes
+            stay tied to positions in a larger vector. None means 0.
     """
     lanes = ir.Constant(LONGS, list(range(LANES)))
 
-    def edge(at: Any) -> None:
+    def partial_group(at: Any) -> None:
         places = builder.add(splat(builder, at), lanes)
-        # Unsigned: what lies before the vector is beyond its end.
+        # The comparison is unsigned, so that a negative place, before the vector, counts as beyond its end.
         body(at, builder.icmp_unsigned("<", places, splat(builder, size)))
 
     first = _long(0)
     if head is not None:
-        cut = builder.icmp_unsigned("!=", head, first)
-        with builder.if_then(cut):
-            edge(builder.neg(head))
-        first = builder.select(cut, builder.sub(_long(LANES), head), first)
-    left = builder.sub(size, first)
-    left = builder.select(builder.icmp_signed("<", left, _long(0)), _long(0), left)
-    end = builder.add(first, builder.and_(left, _long(-LANES)))
+        is_partial = builder.icmp_unsigned("!=", head, first)
+        with builder.if_then(is_partial):
+            partial_group(builder.neg(head))
+        first = builder.select(is_partial, builder.sub(_long(LANES), head), first)
+    remaining = builder.sub(size, first)
+    # Negative where the vector ends inside its first, partial group.
+    remaining = builder.select(builder.icmp_signed("<", remaining, _long(0)), _long(0), remaining)
+    end = builder.add(first, builder.and_(remaining, _long(-LANES)))
     with cgutils.for_range_slice(builder, first, end, _long(LANES), _I64, inc=True) as (at, _):
         body(at, None)
     with builder.if_then(builder.icmp_signed("<", end, size)):
-        edge(end)
+        partial_group(end)
 
 
 def _long(value: int) -> Any:
     return ir.Constant(_I64, value)
 
 
-def _folded(builder: Any, value: Any, operation: Callable[[Any, Any], Any]) -> Any:
-    """Puts the upper half and the lower one together until one is left."""
+def _reduce(builder: Any, value: Any, operation: Callable[[Any, Any], Any]) -> Any:
+    """Combines the upper half with the lower half until one element is left."""
     half = LANES // 2
     while half:
         low, high = (

@@ -1,6 +1,6 @@
-"""Adadelta in Triton, float32, for torch tensors: one fused pass, 28 bytes an element, bound by memory.
+"""Adadelta in Triton, float32, for torch tensors: one fused pass of 28 bytes an element, limited by memory.
 
-The same arithmetic as in `cpu`, operation for operation, hence the same bits: where that says why, this does not.
+The arithmetic is that of `cpu`, operation for operation, and gives the same bits. `cpu` explains each step.
 """
 
 import torch
@@ -16,7 +16,7 @@ _BLOCK = 1024
 
 
 def blocks(size: int) -> int:
-    """Returns how many sums of squares the update of a range of `size` elements writes."""
+    """Returns the number of sums of squares that the update of a range of `size` elements writes."""
     return -(-size // _BLOCK)
 
 
@@ -32,24 +32,24 @@ def update(
 ) -> None:
     """Queues one update of a range on the tensors' device, in its current stream.
 
-    Where the weights are finite, the averages stay finite, whatever the gradient and the hyperparameters. Weights do as
-    long as lr times `MAGNITUDE_MAX`, added to them, is finite. Denormal numbers are numbers.
+    If the weights are finite, the averages stay finite for any gradient and hyperparameters. The weights stay finite as
+    long as their sum with lr times `MAGNITUDE_MAX` is finite. Denormal numbers are not flushed to zero.
 
     Args:
-        gradient: The sum of a round's gradients, float32, float16 or bfloat16 [n], contiguous, as all tensors here. A
-            NaN in it counts as 0.
+        gradient: The sum of a round's gradients, float32, float16 or bfloat16 [n]. Like every tensor here, it is
+            contiguous. A NaN in it counts as 0.
         divisor: The sum of the gradients' weights, > 0; rounded to float32.
         square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
         acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
-        weights: The parameters, float32 [n]; only read.
-        new_weights: Where the new parameters go, float32 [n].
-        squares: Where the sums of (new_weights - weights)**2 go, one of each block of the range, float64 [blocks(n)];
-            differences in float32, squares and sums in float64. Their order of additions is not that of `cpu`.
-        hyperparameters: Without a `problem`.
+        weights: The parameters, float32 [n]; read only.
+        new_weights: Output, the new parameters, float32 [n].
+        squares: Output, the sum of (new_weights - weights)**2 for each block of the range, float64 [blocks(n)], with
+            differences in float32 and squares and sums in float64. The order of additions is not that of `cpu`.
+        hyperparameters: Hyperparameters in range, whose `problem()` is None.
 
     Raises:
         ValueError: The lengths or the devices differ.
-        TypeError: A tensor is not a contiguous vector of its type.
+        TypeError: A tensor has another type, or is not a contiguous vector.
     """
     tensors = (gradient, square_avg, acc_delta, weights, new_weights)
     _check(tensors, squares)
@@ -68,21 +68,21 @@ def update(
 
 
 def _check(tensors: tuple[torch.Tensor, ...], squares: torch.Tensor) -> None:
-    kinds = [
+    allowed = [
         *((tensor, (torch.float32,)) for tensor in tensors[1:]),
         (tensors[0], _FORMATS),
         (squares, (torch.float64,)),
     ]
-    if any(tensor.dtype not in dtypes or tensor.dim() != 1 or not tensor.is_contiguous() for tensor, dtypes in kinds):
+    if any(tensor.dtype not in dtypes or tensor.dim() != 1 or not tensor.is_contiguous() for tensor, dtypes in allowed):
         raise TypeError(
-            "expected contiguous vectors: a gradient of float32 or 16 bits, float32, float64 for the squares"
+            "expected contiguous vectors: a gradient of float32, float16 or bfloat16, float64 squares, else float32"
         )
     if len({tensor.numel() for tensor in tensors}) != 1:
         raise ValueError(f"expected five vectors of one length, got lengths {[tensor.numel() for tensor in tensors]}")
     if squares.numel() != blocks(tensors[0].numel()):
         raise ValueError(f"expected {blocks(tensors[0].numel())} squares, got {squares.numel()}")
-    if len({tensor.device for tensor, _ in kinds}) != 1:
-        raise ValueError(f"expected one device, got {sorted({str(tensor.device) for tensor, _ in kinds})}")
+    if len({tensor.device for tensor, _ in allowed}) != 1:
+        raise ValueError(f"expected one device, got {sorted({str(tensor.device) for tensor, _ in allowed})}")
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _at_most(limit, value):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounded(value):  # type: ignore[no-untyped-def]
-    # No unary minus: some releases of Triton make it 0 - x, which loses the sign of a zero.
+    # A constant for the lower limit: some releases of Triton compile -x as 0 - x, which loses the sign of a zero.
     return tl.where(value < _MAGNITUDE_MIN, _MAGNITUDE_MIN, _at_most(_MAGNITUDE_MAX, value))
 
 
@@ -101,7 +101,7 @@ def _update_range(  # type: ignore[no-untyped-def]
     gradient, square_avg, acc_delta, weights, new_weights, squares, size, divisor,
     minus_lr, rho, one_minus_rho, eps, weight_decay, sign, block: tl.constexpr,
 ):  # fmt: skip
-    # Offsets of 64 bits: a model may have more than 2**31 elements.
+    # Offsets need 64 bits: a model may have more than 2**31 elements.
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = i < size
     w = tl.load(weights + i, inside)

@@ -1,4 +1,7 @@
-"""Values of 16 bits in numba: how it knows them, and how float32 is rounded to them."""
+"""float16 and bfloat16 in numba: their types there, and the rounding of float32 to them.
+
+The client has this rounding in numpy (`deltaserve._common.element_types`), which takes six times as long and the GIL.
+"""
 
 from typing import Any
 
@@ -7,17 +10,17 @@ from numpy.typing import NDArray
 
 from deltaserve_server.adadelta._compiled import compiled, intrinsic, readable, types, writable
 from deltaserve_server.adadelta._vectors import Bits, Memory, each_group
-from deltaserve_server.adadelta.formats import Halves, Values
+from deltaserve_server.adadelta.formats import HalfPrecision, Values
 
 FORMATS = (types.float32, types.int16, types.uint16)
-"""What float32, float16 and bfloat16 are to numba, which does not compute in the latter two."""
+"""Numba's types for float32, float16 and bfloat16. It has no arithmetic for the latter two, so they are integers."""
 
 
 def as_bits(values: Values) -> NDArray[Any]:
-    """Returns the same memory as a vector of one of `FORMATS`.
+    """Returns a view of the values whose type is one of `FORMATS`.
 
     Raises:
-        TypeError: The values are neither float32 nor in a format of 16 bits.
+        TypeError: The values are neither float32, float16 nor uint16.
     """
     if values.dtype in (np.float32, np.uint16):
         return values
@@ -26,19 +29,19 @@ def as_bits(values: Values) -> NDArray[Any]:
     raise TypeError(f"expected float32, float16, or bfloat16 as uint16, got {values.dtype}")
 
 
-def narrow(values: NDArray[np.float32], out: Halves) -> None:
-    """Rounds to a format of 16 bits, in one pass, on the calling thread and without the GIL.
+def narrow(values: NDArray[np.float32], out: HalfPrecision) -> None:
+    """Rounds float32 to float16 or bfloat16 in one pass, on the calling thread and without the GIL.
 
-    To the nearest value, ties to even, as IEEE 754 says and torch does. What is too large becomes infinite, NaN stays
-    NaN.
+    Values are rounded to nearest, ties to even, as in IEEE 754 and torch. Values that are too large become infinite,
+    and NaN stays NaN.
 
     Args:
         values: float32 [n], contiguous; may be read-only.
-        out: Where the rounded ones go, float16 [n], or uint16 [n] for the bits of bfloat16; contiguous.
+        out: Output, contiguous: float16 [n], or uint16 [n] for the bits of bfloat16.
 
     Raises:
         ValueError: The lengths differ.
-        TypeError: A vector is not a contiguous one of its type, or `out` is read-only or not aligned.
+        TypeError: A vector has another type or is not contiguous, or `out` is read-only or not aligned.
     """
     if values.size != out.size:
         raise ValueError(f"expected two vectors of one length, got lengths {[values.size, out.size]}")
@@ -46,23 +49,25 @@ def narrow(values: NDArray[np.float32], out: Halves) -> None:
 
 
 def _bfloat16(bits: Bits) -> Bits:
-    """Rounds a float32 that is given by its bits: half of the last bit that stays, less 1 where that bit is 0."""
+    """Rounds float32, given as 32 bits, to the 16 bits of bfloat16."""
+    # Adding half of the last place that stays, less 1 where its bit is 0, rounds a tie to even.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Bits that are dropped may be all that makes a NaN one; adding to them may carry into the sign.
+    # A NaN whose fraction lies in the lower half would become an infinity, or carry into the sign: set a bit that
+    # stays.
     return ((bits >> 16) | 0x40).where((bits & 0x7FFFFFFF).compared(">", 0x7F800000), rounded)
 
 
 def _float16(bits: Bits) -> Bits:
-    """Rounds a float32 that is given by its bits."""
+    """Rounds float32, given as 32 bits, to the 16 bits of float16."""
     magnitude = bits & 0x7FFFFFFF
-    # The exponent of a normal number differs by 127 - 15; the carry of one that is rounded up makes the next power.
+    # The exponent's bias shrinks by 127 - 15. A fraction that rounds up to 2 carries into the exponent, as it should.
     normal = (magnitude + (2**32 - (112 << 23)) + 0xFFF + ((magnitude >> 13) & 1)) >> 13
-    # What is smaller is rounded by an addition: the last bit of 0.5 stands for 2**-24, and so does float16's.
+    # A denormal result is rounded by an addition: the last bit of a float32 near 0.5 is 2**-24, as is float16's.
     denormal = (magnitude.floats() + 0.5).bits() + (2**32 - (126 << 23))
-    made = denormal.where(magnitude.compared("<", 113 << 23), normal)
-    made = made.splatted(0x7C00).where(magnitude.compared(">=", 143 << 23), made)
-    made = made.splatted(0x7E00).where(magnitude.compared(">", 0x7F800000), made)
-    return made | ((bits >> 16) & 0x8000)
+    narrowed = denormal.where(magnitude.compared("<", 113 << 23), normal)
+    narrowed = narrowed.splatted(0x7C00).where(magnitude.compared(">=", 143 << 23), narrowed)
+    narrowed = narrowed.splatted(0x7E00).where(magnitude.compared(">", 0x7F800000), narrowed)
+    return narrowed | ((bits >> 16) & 0x8000)
 
 
 def _type_narrow(_context: Any, values: Any, out: Any) -> Any:

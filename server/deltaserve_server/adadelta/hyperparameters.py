@@ -1,4 +1,4 @@
-"""Adadelta's hyperparameters, and what the float32 implementations make of them."""
+"""Adadelta's hyperparameters, and their rounding for the float32 implementations."""
 
 import functools
 import math
@@ -32,11 +32,10 @@ class Hyperparameters:
     maximize: bool = False
 
     def problem(self) -> tuple[str, str] | None:
-        """Says what is out of range, if anything is.
+        """Checks that all fields are in range, both as given and as rounded to float32 for the update.
 
         Returns:
-            The name of the first field that is out of range and the values it may have, or None where all are fine.
-            Ranges hold for the value as given and as rounded to float32, in which the update is computed.
+            The name of the first field that is out of range and its allowed values, or None if all are in range.
         """
         for field, in_range, allowed in (
             ("lr", self.lr >= 0, ">= 0 and finite in float32"),
@@ -50,15 +49,15 @@ class Hyperparameters:
 
 
 class Scalars(NamedTuple):
-    """Hyperparameters as the float32 implementations take them; every number is a float32's value.
+    """Hyperparameters rounded for the float32 implementations.
 
     Attributes:
-        minus_lr: Minus the factor of the update.
+        minus_lr: The negated factor of the update.
         rho: Decay of both leaky averages.
-        one_minus_rho: Weight of the new square, subtracted in double and then rounded, as torch does.
+        one_minus_rho: Weight of the new square, 1 - rho computed in float64 and then rounded, as in torch.
         eps: Added to both averages before their square root.
         weight_decay: L2 penalty.
-        sign: -1 to maximize, else 1.
+        sign: -1 if `maximize`, else 1.
     """
 
     minus_lr: float
@@ -69,12 +68,13 @@ class Scalars(NamedTuple):
     sign: float
 
 
+# Every portion of every update asks for one of a few sets.
 @functools.lru_cache(maxsize=1024)
 def scalars(hyperparameters: Hyperparameters) -> Scalars:
-    """Rounds hyperparameters to float32, once and for all implementations alike.
+    """Rounds hyperparameters to float32, the same way for every implementation.
 
     Args:
-        hyperparameters: Without a `problem`.
+        hyperparameters: Hyperparameters in range, whose `problem()` is None.
     """
     return Scalars(
         minus_lr=-_rounded(hyperparameters.lr),
@@ -87,8 +87,8 @@ def scalars(hyperparameters: Hyperparameters) -> Scalars:
 
 
 def _rounded(value: float) -> float:
-    """Rounds to the nearest float32; what is too large for one becomes infinite."""
+    """Rounds to the nearest float32; a value beyond its range becomes infinite."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
-    except OverflowError:
+    except OverflowError:  # struct raises where rounding to nearest gives infinity
         return math.copysign(math.inf, value)

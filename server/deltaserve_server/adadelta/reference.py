@@ -1,4 +1,4 @@
-"""Adadelta in numpy and float64, to be read and to be judged by. Nothing is tuned here."""
+"""Adadelta in numpy and float64: the reference that the fast implementations are tested against."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,30 +15,30 @@ def update(
     weights: ArrayLike,
     hyperparameters: Hyperparameters,
 ) -> tuple[Vector, Vector, Vector]:
-    """Makes one update (Zeiler, 2012, arXiv:1212.5701).
+    """Computes one update (Zeiler, 2012, arXiv:1212.5701).
 
-    With s and dx for the leaky averages and x for the weights:
+    With s and dx as the leaky averages and x as the weights:
 
         s_t  = rho s_{t-1} + (1 - rho) g_t^2                       (1)  square_avg
         x_t  = x_{t-1} - lr g'_t                                   (2)  weights
         g'_t = sqrt(dx_{t-1} + eps) / sqrt(s_t + eps) * g_t        (3)  the step
         dx_t = rho dx_{t-1} + (1 - rho) g'_t^2                     (4)  acc_delta
 
-    `lr` is torch's addition and is 1 in the paper. As in torch, `maximize` first negates the gradient, then the weight
-    decay's gradient is added to it.
+    `lr` is torch's addition and is 1 in the paper. As in torch, `maximize` negates the gradient before weight decay is
+    added to it.
 
-    Infinities and NaN are as in numpy here. The float32 implementations never let them into a state: they take a NaN in
-    the gradient for 0, and cut off what is too large (`cpu` says where).
+    Infinities and NaN propagate as in numpy. The float32 implementations keep them out of the state: they treat a NaN
+    in the gradient as 0 and clip values that are too large (see `cpu`).
 
     Args:
         gradient: The mean gradient, any shape.
         square_avg: The leaky average of squared gradients, >= 0, of that shape.
         acc_delta: The leaky average of squared steps, >= 0, of that shape.
         weights: The parameters, of that shape.
-        hyperparameters: Without a `problem`.
+        hyperparameters: Hyperparameters in range, whose `problem()` is None.
 
     Returns:
-        New square_avg, acc_delta and weights, float64. The arguments are left as they are.
+        The new square_avg, acc_delta and weights, float64. The arguments are not modified.
     """
     lr, rho, eps = hyperparameters.lr, hyperparameters.rho, hyperparameters.eps
     g, s, dx, x = (np.asarray(vector, np.float64) for vector in (gradient, square_avg, acc_delta, weights))
@@ -54,10 +54,10 @@ def update(
 
 
 def squared_change(weights: ArrayLike, new_weights: ArrayLike) -> float:
-    """Returns the sum of (new_weights - weights)**2, float64: the square of an update's L2 norm.
+    """Returns the sum of (new_weights - weights)**2 in float64, the square of an update's L2 norm.
 
     Args:
-        weights: The parameters before it, any shape.
-        new_weights: The parameters after it, of that shape.
+        weights: The parameters before the update, any shape.
+        new_weights: The parameters after the update, of that shape.
     """
     return float(np.sum((np.asarray(new_weights, np.float64) - np.asarray(weights, np.float64)) ** 2))

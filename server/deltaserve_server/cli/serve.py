@@ -236,10 +236,20 @@ def serve(
     typer.echo(_welcome(server))
     sys.stdout.flush()
     number = signals.wait()
-    then = "" if config.keeps == "none" else ", then takes last snapshots"
+    then = "" if config.effective_durability == "none" else ", then takes last snapshots"
     log.info("%s: stopping; waits at most %g s for open rounds%s", number.name, grace_seconds, then)
     saved = server.stop(grace_seconds=grace_seconds)
-    raise typer.Exit(_EXIT_STATUS[number] if saved else 1)
+    status = _EXIT_STATUS[number] if saved else 1
+    _exit_if_stuck(server, status)
+    raise typer.Exit(status)
+
+
+def _exit_if_stuck(server: "Server | None", status: int) -> None:
+    """Ends the process at once if a thread of the server hangs: the interpreter would wait for it."""
+    if server and server.abandoned:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def _make_config(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
@@ -253,12 +263,17 @@ def _start(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
     """Makes and starts a server, and reports in one line what prevents it; `check` may end the command meanwhile."""
     from deltaserve_server.durability.errors import DataDirectoryError
 
+    server: Server | None = None
     try:
         server = make()
         server.start(check)
-    except typer.Exit:  # a RuntimeError too
+    except typer.Exit as end:  # a RuntimeError too
+        _exit_if_stuck(server, end.exit_code)
         raise
     except (OSError, RuntimeError, ValueError, DataDirectoryError) as error:
+        if server and server.abandoned:
+            log.error("%s", error)
+            _exit_if_stuck(server, 1)
         raise CommandError(str(error)) from error
     return server
 
@@ -293,7 +308,8 @@ def _welcome(server: "Server") -> str:
     address = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     config = server.config
-    durable = [f"durable  {config.keeps} in {config.data_dir}"] if config.keeps != "none" else []
+    durability = config.effective_durability
+    durable = [f"durable  {durability} in {config.data_dir}"] if durability != "none" else []
     lines = [
         f"deltaserve {__version__} listens on {address}",
         f"device   {device.kind}: {device.name}{threads}",

@@ -1,5 +1,5 @@
-"""What survives a death: snapshots, journals, and how a model comes back from them.
+"""Durability: snapshots, journals, and the recovery of models from them.
 
-A model has a folder of its own. A snapshot is its whole state at one moment; a journal holds what has happened since,
-in order. Whatever a file holds is checked before it is used, and nothing in it is ever executed.
+Each model has a folder. A snapshot is the whole state at one moment; a journal has every change since, in order. Every
+file is checked before it is used, and nothing in a file is ever executed.
 """

@@ -1,4 +1,4 @@
-"""Small files of JSON with a checksum, and the values in them; all that is read is held against its types."""
+"""Small JSON files with a checksum. Every value read is checked against its type."""
 
 from typing import Any, TypeVar
 
@@ -9,34 +9,35 @@ from deltaserve_server.durability.errors import CorruptError
 
 T = TypeVar("T")
 
-_DIGITS = 8
+_CHECKSUM_DIGITS = 8
 
 
 def packed(value: Any) -> bytes:
-    """Returns a value of dataclasses as JSON in one line, and its CRC-32C in another."""
+    """Returns a value as one line of JSON, followed by a line with its CRC-32C."""
     body = msgspec.json.encode(value)
     return b"%b\n%08x\n" % (body, crc32c(body))
 
 
 def unpacked(content: bytes, kind: type[T], where: str) -> T:
-    """Returns the value that `packed` has written.
+    """Returns the value that `packed` encoded.
 
     Args:
-        content: A whole file.
-        kind: What it is to hold.
-        where: The file, for the error.
+        content: The whole file.
+        kind: Type of the value.
+        where: Path of the file, for the error.
 
     Raises:
-        CorruptError: It is not what was written.
+        CorruptError: The checksum is wrong, or the value is not a `kind`.
     """
-    body, check = content[: -_DIGITS - 2], content[-_DIGITS - 2 :]
-    if check != b"\n%08x\n" % crc32c(body):
+    line_bytes = _CHECKSUM_DIGITS + 2
+    body, checksum = content[:-line_bytes], content[-line_bytes:]
+    if checksum != b"\n%08x\n" % crc32c(body):
         raise CorruptError(where, "its checksum is wrong")
     return decoded(body, kind, where)
 
 
 def decoded(body: bytes | memoryview, kind: type[T], where: str) -> T:
-    """Returns the value of some JSON; raises CorruptError where it is no `kind`."""
+    """Decodes JSON; raises CorruptError unless it is a `kind`."""
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -1,7 +1,10 @@
-"""What a model has done and not yet told: records that wait to be safe, and what is to be told when they are.
+"""The queue between a model and its journal: records to be written, and callbacks that wait until they are durable.
 
-There is no thread for it. Whoever brings an event writes, after it, all that waits, in one go and with one fsync; who
-comes meanwhile waits for that, and mostly finds its own record written (group commit).
+The update comes first, in memory; its record is written after it and before anybody is notified of it.
+
+There is no writer thread. A thread that has changed the model calls `flush` after it has released the model's lock. It
+writes everything that is queued, with one fsync; threads that come meanwhile wait and mostly find their own records
+written (group commit). So a lone worker pays no hand-over to another thread, and many workers share an fsync.
 """
 
 import errno
@@ -22,43 +25,49 @@ _log = logging.getLogger(__name__)
 Effect = Callable[[], None]
 
 _NAMED_ENTRIES = 6
-"""How many entries of `record_bytes` a tensor counts for where its record has its name and shape."""
+"""How many entries of `record_bytes` a tensor counts as if its record contains its name and shape."""
 
 _SPARE_BYTES = 1 << 18
-"""For records without a vector."""
+"""Reserved for records without a vector, which are written without a call of `ready`."""
 
 
 class StorageError(Exception):
-    """A journal cannot be written to; the text says why."""
+    """The journal cannot be written. The text is the system's reason."""
 
 
-class _Switch(NamedTuple):
-    """From here on another journal is written to; with what was counted before."""
+class _Rotation(NamedTuple):
+    """Queued: later records go to another journal.
+
+    Attributes:
+        journal: That journal.
+        records: Value of `Journaled.records` before the rotation.
+        bytes_before: Bytes of earlier journals that counted before the rotation.
+    """
 
     journal: Journal
     records: int
     bytes_before: int
 
 
-class _Done(NamedTuple):
-    """The record before needs its pieces no more."""
+class _Release(NamedTuple):
+    """Queued: the pieces of the record before are no longer needed."""
 
-    release: Effect
+    effect: Effect
 
 
-_Item = Record | Effect | _Done | _Switch
+_Item = Record | Effect | _Release | _Rotation
 
 
 class Commits:
-    """What a model's owner tells. Here nothing waits: without a journal everything is told at once.
+    """Makes a model's changes durable and calls back when they are. This class has no journal: it calls back at once.
 
-    `add`, `then` and `ready` are called by whoever owns the model, `settle` by whoever does not.
+    The caller holds the model's lock for `add`, `on_durable`, `ready` and `rotate`, and does not hold it for `flush`.
 
     Args:
-        index: Of the last record before.
+        index: Index of the last record so far.
 
     Attributes:
-        index: Of the last record.
+        index: Index of the last record.
         journals: Whether there is a journal.
     """
 
@@ -68,60 +77,65 @@ class Commits:
         self.index = index
 
     def ready(self, records: int, elements: int, entries: int) -> None:
-        """Sees to it that so many records can be written; see `record_bytes`.
+        """Reserves disk space for records, so that a full disk refuses a push before it changes anything.
+
+        Args:
+            records: Number of records.
+            elements: Number of elements in each record's vector.
+            entries: See `record_bytes`.
 
         Raises:
-            StorageError: They cannot.
+            StorageError: The records could not be written.
         """
 
     def add(self, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
-        """Takes note of what happened; `done` is called when the pieces are not needed any more."""
+        """Adds a record. `done` is called when its pieces are no longer needed."""
         self.index += 1
         if done:
             done()
 
     def on_durable(self, effect: Effect) -> None:
-        """Has `effect` called when all that happened so far is safe."""
+        """Calls `effect` when everything added so far is durable."""
         effect()
 
     def flush(self) -> None:
-        """Returns when all that happened so far is safe, and told.
+        """Waits until everything added so far is durable and its effects were called.
 
         Raises:
-            StorageError: That cannot be said.
+            StorageError: It could not be written.
         """
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keeps effects from being called meanwhile; here it is the model's owner who calls them."""
+        """Delays effects until the block is left."""
         yield
 
     def rotate(self, journal: Journal) -> None:
-        """Has what happens from now on written to another journal."""
+        """Writes records that are added from now on to another journal."""
 
     def take_back(self, journal: Journal) -> bool:
-        """Takes that back; returns whether it is possible."""
+        """Undoes `rotate`; returns False if records are in that journal already."""
         return True
 
     def adopt(self, journal: Journal) -> None:
-        """Goes on with that journal, all that happened before being safe in a snapshot."""
+        """Continues with a journal of an earlier `rotate`, now that a snapshot has everything before it."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the journal."""
 
 
 class Journaled(Commits):
     """`Commits` with a journal.
 
     Args:
-        journal: To write to.
-        index: Of the last record before.
-        sync: Whether a record is safe when it is on the disk; otherwise when the system has it.
-        before: Records, and bytes, of the journals since the last snapshot that are written to no more.
+        journal: The journal.
+        index: Index of the last record so far.
+        sync: Whether a record is durable only when it is on the disk; otherwise when the kernel has it.
+        before: Number and bytes of the records since the last snapshot that are in earlier journals.
 
     Attributes:
-        records: How many were added since the last snapshot.
-        error: Why nothing can be written; None where it can.
+        records: Number of records since the last snapshot.
+        error: Why the journal cannot be written; None if it can. Final for the journal, see `files`.
     """
 
     journals = True
@@ -132,157 +146,160 @@ class Journaled(Commits):
         self.error: OSError | None = None
         self._journal = journal
         self._sync = sync
-        self._safe = index
+        self._durable = index
         self._refusing = False
-        self._waiting: deque[_Item] = deque()
-        self._added = self._settled = 0
+        self._queue: deque[_Item] = deque()
+        self._added = self._completed = 0
         self._writing = threading.Lock()
 
     @property
     def bytes(self) -> int:
-        """Length of the journals since the last snapshot, with what waits."""
-        return self._bytes_before + self._journal.size + sum(_bytes(i) for i in list(self._waiting))
+        """Bytes of the records since the last snapshot, including queued ones."""
+        return self._bytes_before + self._journal.size + sum(_estimated_bytes(item) for item in list(self._queue))
 
     def ready(self, records: int, elements: int, entries: int) -> None:
-        """Sets space aside."""
+        """Reserves disk space in the journal that the next record goes to."""
+        journal, end = self._end()
         try:
             if self.error:
                 raise self.error.with_traceback(None)
-            journal, end = self._end()
             journal.reserve(end + records * record_bytes(elements, entries) + _SPARE_BYTES)
         except OSError as error:
             if not self._refusing:
-                _log.warning("%s: pushes are refused until they can be written there: %s", self._journal.where, error)
+                _log.warning("%s: cannot be written, pushes are refused: %s", journal.where, error.strerror)
             self._refusing = True
             raise StorageError(error.strerror or str(error)) from None
         if self._refusing:
-            _log.warning("%s: it can be written to again", journal.where)
+            _log.warning("%s: can be written again, pushes are accepted", journal.where)
         self._refusing = False
 
     def add(self, event: Event, pieces: Sequence[Piece] = (), done: Effect | None = None) -> None:
-        """Has it written with the next `settle`."""
+        """Queues a record for the next `flush`."""
         self.index += 1
         self.records += 1
         self._put(Record(self.index, event, pieces))
         if done:
-            self._put(_Done(done))
+            self._put(_Release(done))
 
     def on_durable(self, effect: Effect) -> None:
-        """Has it called with the next `settle`."""
+        """Queues an effect for the next `flush`."""
         self._put(effect)
 
     def rotate(self, journal: Journal) -> None:
-        """Has what happens from now on written to another journal."""
-        self._put(_Switch(journal, self.records, self._bytes_before))
+        """Queues the change to another journal."""
+        self._put(_Rotation(journal, self.records, self._bytes_before))
         self.records = self._bytes_before = 0
 
     def take_back(self, journal: Journal) -> bool:
-        """Goes on with the journal before one that was to be switched to; returns whether that is still possible."""
+        """Removes a rotation from the queue."""
         with self._writing:
-            for place, item in enumerate(list(self._waiting)):
-                if isinstance(item, _Switch) and item.journal is journal:
-                    self._waiting[place] = _nothing  # others count on its place
+            for place, item in enumerate(list(self._queue)):
+                if isinstance(item, _Rotation) and item.journal is journal:
+                    self._queue[place] = _no_effect  # not deleted: `_completed` counts items
                     self.records += item.records
                     self._bytes_before += item.bytes_before
             return self._journal is not journal
 
     def flush(self) -> None:
-        """Writes what waits, unless somebody does, and calls the effects."""
+        """Writes the queue, unless another thread has done so."""
         wanted = self._added
-        if self._settled >= wanted:
+        if self._completed >= wanted:
             return
         with self._writing:
-            if self._settled < wanted:
+            if self._completed < wanted:
                 self._flush(wanted)
 
     def adopt(self, journal: Journal) -> None:
-        """Goes on with a journal that was switched to, all that happened before being safe in a snapshot."""
+        """Drops records that could not be written, since the snapshot has them, and continues with `journal`."""
         with self._writing:
-            # What can be written is: should this snapshot turn out bad, the one before it and the journals lead here.
+            # Write what can be written: if this snapshot turns out to be corrupt, the earlier one and the journals
+            # still lead here.
             with suppress(StorageError):
                 self._flush(self._added)
-            if not any(isinstance(item, _Switch) and item.journal is journal for item in list(self._waiting)):
-                return  # it is written to already
+            if not any(isinstance(item, _Rotation) and item.journal is journal for item in list(self._queue)):
+                return  # the journal is in use already
             self.error = None
             while self._journal is not journal:
-                self._next()
+                self._complete_next()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keeps whoever writes from calling effects meanwhile."""
+        """Keeps other threads from calling effects."""
         with self._writing:
             yield
 
     def close(self) -> None:
-        """Ends the journal: whatever still waits is not written, nobody is told of it, and its pieces are let go."""
+        """Closes the journal. Queued records are not written, their pieces are released, and effects are not called."""
         with self._writing:
             self.error = self.error or OSError(errno.ESHUTDOWN, "the model has ended")
             self._journal.close()
-            for place, item in enumerate(list(self._waiting)):
-                if isinstance(item, _Switch):
+            for place, item in enumerate(list(self._queue)):
+                if isinstance(item, _Rotation):
                     item.journal.close()
-                elif isinstance(item, _Done):
-                    self._waiting[place] = _nothing
-                    item.release()
+                elif isinstance(item, _Release):
+                    self._queue[place] = _no_effect
+                    item.effect()
 
     def _end(self) -> tuple[Journal, int]:
-        """Returns the journal that the next record goes to, and where, about."""
-        waiting = 0
-        for item in reversed(list(self._waiting)):
-            if isinstance(item, _Switch):
-                return item.journal, item.journal.size + waiting
-            waiting += _bytes(item)
-        return self._journal, self._journal.size + waiting
+        """Returns the journal that the next record goes to, and about where in it."""
+        queued = 0
+        for item in reversed(list(self._queue)):
+            if isinstance(item, _Rotation):
+                return item.journal, item.journal.size + queued
+            queued += _estimated_bytes(item)
+        return self._journal, self._journal.size + queued
 
     def _put(self, item: _Item) -> None:
-        self._waiting.append(item)
+        self._queue.append(item)
         self._added += 1
 
     def _flush(self, wanted: int) -> None:
         failpoint("journal.recorded")
-        while self._settled < wanted:
-            batch = list(self._batch())
+        while self._completed < wanted:
+            batch = self._batch()
             records = [item for item in batch if isinstance(item, Record)]
             if records:
                 self._write(records)
             for _ in batch:
-                self._next()
+                self._complete_next()
 
-    def _next(self) -> None:
-        """Does what the next item stands for, what was recorded before it being safe."""
-        item = self._waiting.popleft()
-        self._settled += 1
-        if isinstance(item, Record):
-            self._safe = item.index
-        elif isinstance(item, _Switch):
-            before, self._journal = self._journal, item.journal
-            before.close()
-        else:
-            try:
-                (item.release if isinstance(item, _Done) else item)()
-            except Exception:  # what is written stays so, whoever cannot be told
-                _log.exception("somebody was not told")
-
-    def _batch(self) -> Iterator[_Item]:
-        """Yields what can be written in one go: up to where another journal begins."""
-        for item in list(self._waiting):
-            yield item
-            if isinstance(item, _Switch):
-                return
+    def _batch(self) -> list[_Item]:
+        """Returns the items up to the next rotation: what one write and one fsync cover."""
+        batch: list[_Item] = []
+        for item in list(self._queue):
+            batch.append(item)
+            if isinstance(item, _Rotation):
+                break
+        return batch
 
     def _write(self, records: Sequence[Record]) -> None:
         if self.error:
             raise StorageError(self.error.strerror or str(self.error))
         try:
-            self._journal.write(records, self._safe, sync=self._sync)
+            self._journal.write(records, self._durable, sync=self._sync)
         except OSError as error:
             self.error = error
             raise StorageError(error.strerror or str(error)) from error
         failpoint("journal.synced")
 
+    def _complete_next(self) -> None:
+        """Takes the next item off the queue and acts on it; records before it are durable."""
+        item = self._queue.popleft()
+        self._completed += 1
+        if isinstance(item, Record):
+            self._durable = item.index
+        elif isinstance(item, _Rotation):
+            previous, self._journal = self._journal, item.journal
+            previous.close()
+        else:
+            try:
+                (item.effect if isinstance(item, _Release) else item)()
+            except Exception:  # the record stays durable although a caller cannot be notified
+                _log.exception("an effect of a durable record failed")
 
-def _bytes(item: _Item) -> int:
-    """Returns how long a record is, about; nothing for anything else."""
+
+def _estimated_bytes(item: _Item) -> int:
+    """Returns about how long a record is; 0 for other items."""
     if not isinstance(item, Record):
         return 0
     match item.event:
@@ -300,9 +317,9 @@ def _bytes(item: _Item) -> int:
 
 
 def extension_entries(tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> int:
-    """Returns what `record_bytes` counts for an extension, whose record has the tensors' names."""
+    """Returns what `record_bytes` counts for an extension, whose record contains the tensors' names."""
     return _NAMED_ENTRIES * len(tensors) + len(groups)
 
 
-def _nothing() -> None:
-    """Stands where something was that is not wanted any more."""
+def _no_effect() -> None:
+    """Replaces a queued item that is no longer wanted."""

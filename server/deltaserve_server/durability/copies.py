@@ -1,6 +1,6 @@
-"""Copies of snapshots at another place, an object store for instance: anything that fsspec knows by its URL.
+"""Copies snapshots to another place, for example an object store: any file system that fsspec knows by URL.
 
-They have the names that they have here, so a data directory is made of them by copying them back.
+The copies keep their file names, so copying them back makes a data directory.
 """
 
 import logging
@@ -19,20 +19,20 @@ from deltaserve_server.durability.folder import HEAD, LINEAGE_BYTES, Folder, Hea
 
 _log = logging.getLogger(__name__)
 
-_KEPT = 2
+_COPIES_KEPT = 2
 _MANIFEST = re.compile(r"snapshot-(\d{8,})\.json", re.ASCII)
 _RETRY_SECONDS = (1.0, 5.0, 25.0)
 
 
 class Copies:
-    """Copies the newest snapshot of every model, in a thread of its own, one after the other.
+    """Copies the newest snapshot of each model, one after the other, in a thread of its own.
 
     Args:
-        url: A folder, as s3://bucket/path or file:///path; what a file system of fsspec needs beside it, it takes from
-            the environment or from fsspec's configuration.
+        url: The destination folder, such as s3://bucket/path or file:///path. fsspec takes credentials and options from
+            the environment or its own configuration.
 
     Raises:
-        ValueError: fsspec does not know the URL, or lacks a package for it.
+        ValueError: fsspec does not know the URL, or a package for it is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -51,98 +51,98 @@ class Copies:
         self._thread.start()
 
     def offer(self, model: str, folder: Folder) -> None:
-        """Has a model's newest snapshot copied, as of when its turn comes."""
+        """Requests a copy of a model's newest snapshot. It is chosen when the copy starts, not now."""
         with self._lock:
             self._waiting[model] = folder
         self._wake.put(True)
 
     def close(self, timeout_seconds: float) -> None:
-        """Copies what waits, then ends; whatever is not done in time is left."""
+        """Finishes the requested copies and stops, or gives up after the timeout."""
         self._closed.set()
         self._wake.put(False)
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            _log.warning("copies: not everything was copied to %s", self._url)
+            _log.warning("copies: not everything was copied to %s in time", self._url)
 
     def _run(self) -> None:
-        going_on = True
-        while going_on:
-            going_on = self._wake.get()
+        running = True
+        while running:
+            running = self._wake.get()
             with self._lock:
                 waiting, self._waiting = self._waiting, {}
             for model, folder in waiting.items():
-                self._copy_for_sure(model, folder)
+                self._copy_with_retries(model, folder)
 
-    def _copy_for_sure(self, model: str, folder: Folder) -> None:
-        """Copies the newest snapshot; tries again where that fails, with the one that is the newest by then."""
+    def _copy_with_retries(self, model: str, folder: Folder) -> None:
+        """Copies the newest snapshot. A retry takes the one that is the newest by then."""
         for seconds in (*_RETRY_SECONDS, None):
             try:
                 with folder.newest() as number:
                     copied = self._copy(model, folder, number)
-            except Exception as error:
-                if _is_gone(folder):
+            except Exception as error:  # an fsspec file system may raise anything
+                if _is_deleted(folder):
                     return
                 _log.warning("copies: the newest snapshot of model %s was not copied: %s", model, error)
                 if seconds is None or self._closed.wait(seconds):
                     return
             else:
                 if copied:
-                    _log.info("copies: snapshot %d of model %s is at %s", number, model, self._url)
+                    _log.info("copies: copied snapshot %d of model %s to %s", number, model, self._url)
                 return
 
     def _copy(self, model: str, folder: Folder, number: int) -> bool:
-        """Copies a snapshot; returns False where it is there already."""
+        """Copies a snapshot; returns False if the destination has it already."""
         models, head = f"{self._root.rstrip('/')}/models", folder.read_head()
         target = f"{models}/{model}"
-        other = self._lineage(target)
-        if other is not None and not head.knows(other):  # a model that once had this name
-            self._system.mv(target, f"{models}/.{model}.{other.hex()}", recursive=True)
+        lineage = self._lineage(target)
+        if lineage is not None and not head.knows(lineage):  # copies of an earlier model of the same name
+            self._system.mv(target, f"{models}/.{model}.{lineage.hex()}", recursive=True)
         self._system.makedirs(target, exist_ok=True)
-        # Who puts it back has an older state than somebody may have been told of.
-        self._place(f"{target}/{HEAD}", packed(head.mark_uncertain()))
+        # A copy lacks the journal: a model restored from it may lack versions that a worker has seen.
+        self._put(f"{target}/{HEAD}", packed(head.mark_uncertain()))
         tensors, name = snapshot.tensors_name(number), snapshot.manifest_name(number)
         manifest = folder.files.read(name)
-        self._tidy(target, sys.maxsize)  # what an attempt has left that failed takes space
-        there = name in self._names(target)
-        if there and self._system.cat_file(f"{target}/{name}") == manifest:
+        self._tidy(target, sys.maxsize)  # an attempt that failed may have left large files
+        exists = name in self._names(target)
+        if exists and self._system.cat_file(f"{target}/{name}") == manifest:
             return False
-        if there:  # of a course that was left: without it nobody takes what is written next for a whole snapshot
+        if exists:  # of a lineage that was left; with its manifest, half-written tensors would pass for a snapshot
             self._system.rm_file(f"{target}/{name}")
         self._system.put_file(str(folder.files.folder / tensors), f"{target}/{tensors}")
-        self._place(f"{target}/{name}", manifest)  # the last: without it a snapshot is none
+        self._put(f"{target}/{name}", manifest)  # last: a snapshot exists if its manifest does
         self._tidy(target, number)
         return True
 
-    def _place(self, path: str, content: bytes) -> None:
-        """Puts a small file there, whole or not at all."""
+    def _put(self, path: str, content: bytes) -> None:
+        """Writes a small file atomically."""
         self._system.pipe_file(path + UNFINISHED, content)
         self._system.mv(path + UNFINISHED, path)
 
     def _tidy(self, target: str, number: int) -> None:
-        """Removes all but the last two snapshots up to a number: later ones are of a course that was left."""
+        """Removes all files but the last two snapshots up to `number`; later ones belong to a lineage that was left."""
         names = self._names(target)
         found = sorted((int(match[1]), name) for name in names if (match := _MANIFEST.fullmatch(name)))
-        kept = [name for found_number, name in found if found_number <= number][-_KEPT:]
-        whole = {HEAD, *kept, *(name.replace(".json", ".safetensors") for name in kept)}
-        for name in sorted(set(names) - whole, key=lambda name: not name.endswith(".json")):  # a manifest comes first
+        manifests = [name for found_number, name in found if found_number <= number][-_COPIES_KEPT:]
+        kept = {HEAD, *manifests, *(name.replace(".json", ".safetensors") for name in manifests)}
+        for name in sorted(set(names) - kept, key=lambda name: not name.endswith(".json")):  # manifests first
             self._system.rm_file(f"{target}/{name}")
 
     def _lineage(self, target: str) -> bytes | None:
-        """Returns the lineage of the copies that are there; None where there are none."""
+        """Returns the lineage of the copies at the destination; None if there are none."""
         try:
             return unpacked(self._system.cat_file(f"{target}/{HEAD}"), Head, f"{target}/{HEAD}").lineage
         except FileNotFoundError:
             return None
         except CorruptError:
-            return secrets.token_bytes(LINEAGE_BYTES)
+            return secrets.token_bytes(LINEAGE_BYTES)  # unknown to every model, so the copies are moved aside
 
     def _names(self, target: str) -> list[str]:
         found: list[Any] = self._system.ls(target, detail=False)
         return [str(path).rsplit("/", 1)[-1] for path in found]
 
 
-def _is_gone(folder: Folder) -> bool:
-    """Whether the model was deleted."""
+def _is_deleted(folder: Folder) -> bool:
+    """Returns whether the model was deleted."""
     try:
         folder.files.names()
     except FileNotFoundError:

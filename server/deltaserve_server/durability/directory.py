@@ -1,8 +1,8 @@
-"""A server's data directory: a folder for each model, and a lock that keeps other servers out.
+"""The data directory of a server: a folder for each model, and a lock that keeps other servers out.
 
 lock
 models/NAME/              see `folder`
-models/.NAME.CHANCE.new   a model that is being made, or removed
+models/.NAME.RANDOM.new   a model that is being created or deleted
 """
 
 import fcntl
@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltaserve_server.durability import snapshot
-from deltaserve_server.durability.errors import DataDirectoryError
+from deltaserve_server.durability.errors import DataDirectoryError, disk_full_advice
 from deltaserve_server.durability.files import UNFINISHED, Files
 from deltaserve_server.durability.folder import Folder, Head
-from deltaserve_server.durability.model_storage import Durability, ModelStorage, Schedule, StoredModel
+from deltaserve_server.durability.model_storage import Clock, Durability, ModelStorage, Schedule, StoredModel
 from deltaserve_server.memory import State
 from deltaserve_server.model import Machine
 from deltaserve_server.model.state import MachineState
@@ -26,38 +26,45 @@ _OWNER = 0o700
 
 
 class Prepared:
-    """A new model's folder that does not have its name yet."""
+    """The folder of a new model, under a temporary name.
 
-    def __init__(self, path: Path, kept: StoredModel) -> None:
+    Args:
+        path: The folder.
+        stored: What it contains.
+    """
+
+    def __init__(self, path: Path, stored: StoredModel) -> None:
         self.path = path
-        self.kept = kept
+        self.stored = stored
 
     def discard(self) -> None:
-        """Removes it."""
+        """Removes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 class DataDirectory:
-    """A data directory that is this server's until `close`.
+    """A data directory, locked until `close`.
 
     Args:
-        path: Where; it is made if it is not there.
-        schedule: How models are kept safe.
+        path: The directory; it is created if it does not exist.
+        schedule: What must survive, and when to take snapshots.
+        clock: The time.
 
     Raises:
-        DataDirectoryError: It cannot be used, or another server uses it.
+        DataDirectoryError: The directory cannot be used, or another server uses it.
     """
 
-    def __init__(self, path: Path, schedule: Schedule) -> None:
+    def __init__(self, path: Path, schedule: Schedule, clock: Clock = time) -> None:
         self.path = path
         self._schedule = schedule
+        self._clock = clock
         self._models = path / "models"
         self._owner = os.getpid()
         try:
-            self._make()
+            self._create_folders()
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise DataDirectoryError(f"data directory {path}: {error.strerror}") from error
+            raise self._error(error) from error
         try:
             self._take_lock()
             self._tidy()
@@ -71,25 +78,25 @@ class DataDirectory:
         return self._schedule.durability
 
     def names(self) -> list[str]:
-        """Returns the names of all models in it."""
+        """Returns the names of all models, sorted."""
         return sorted(path.name for path in self._models.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     def folder(self, name: str) -> Folder:
-        """Returns a model's folder."""
+        """Returns the folder of a model."""
         return Folder(Files(self._models / name))
 
-    def storage(self, name: str, kept: StoredModel) -> ModelStorage:
-        """Returns what keeps a model safe from now on; raises OSError where it cannot be written."""
-        return ModelStorage(self.folder(name), self._schedule, kept)
+    def storage(self, name: str, stored: StoredModel) -> ModelStorage:
+        """Starts to keep a model durable; raises OSError if its folder cannot be written."""
+        return ModelStorage(self.folder(name), self._schedule, stored, self._clock)
 
     def prepare(self, machine: Machine, state: State) -> Prepared:
-        """Writes a new model's first snapshot; raises OSError where that is not possible."""
+        """Writes the first snapshot of a new model, under a temporary name; raises OSError if it cannot."""
         path = self._models / f".{machine.name}.{secrets.token_hex(4)}{UNFINISHED}"
         path.mkdir(mode=_OWNER)
         try:
             files, head = Files(path), Head.new()
-            follows = 2 if self._schedule.durability.journals else None
-            entry = snapshot.write(files, 1, time.time(), 0, follows, MachineState.of(machine), state)
+            journal = 2 if self._schedule.durability.journals else None
+            entry = snapshot.write(files, 1, self._clock.time(), 0, journal, MachineState.of(machine), state)
             Folder(files).write_head(head)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -97,54 +104,57 @@ class DataDirectory:
         return Prepared(path, StoredModel(head=head, last=entry))
 
     def add(self, prepared: Prepared, name: str) -> ModelStorage:
-        """Gives a new model its name, for good; raises OSError where one of this name is there."""
+        """Gives a new model its name, durably; raises OSError if it cannot, or if the name is taken."""
         prepared.path.rename(self._models / name)
         try:
             Files(self._models).sync()
-            return self.storage(name, prepared.kept)
+            return self.storage(name, prepared.stored)
         except BaseException:
             (self._models / name).rename(prepared.path)
             raise
 
     def remove(self, name: str) -> None:
-        """Forgets a model, for good; raises OSError where that is not possible."""
-        gone = self._models / f".{name}.{secrets.token_hex(4)}{UNFINISHED}"
-        (self._models / name).rename(gone)
+        """Deletes a model, durably; raises OSError if it cannot.
+
+        The rename decides: a crash leaves either the model or a folder that the next start removes.
+        """
+        deleted = self._models / f".{name}.{secrets.token_hex(4)}{UNFINISHED}"
+        (self._models / name).rename(deleted)
         try:
             Files(self._models).sync()
         except OSError:
-            gone.rename(self._models / name)
+            deleted.rename(self._models / name)
             raise
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(deleted, ignore_errors=True)
 
     def set_aside(self, name: str) -> Path:
-        """Keeps a model's folder under another name, which no model has; returns it."""
+        """Renames the folder of a corrupt model, so that the name is free; returns the new path."""
         aside = self._models / f".{name}.{secrets.token_hex(4)}.corrupt"
         (self._models / name).rename(aside)
         Files(self._models).sync()
         return aside
 
     def close(self) -> None:
-        """Lets others use it; once."""
+        """Releases the lock. A second call does nothing."""
         lock, self._lock = self._lock, -1
         if lock < 0:
             return
         try:
-            # A process that was forked meanwhile holds it too: it must not keep it, nor take it from this one.
+            # A forked child shares the lock: it must neither keep it when the parent closes nor release it itself.
             if os.getpid() == self._owner:
                 fcntl.flock(lock, fcntl.LOCK_UN)
         finally:
             os.close(lock)
 
-    def _make(self) -> None:
-        """Makes the folders that are not there, for good."""
-        made = [folder for folder in (self._models, *self._models.parents) if not folder.exists()]
+    def _create_folders(self) -> None:
+        """Creates the missing folders, durably: a new folder survives a power failure once its parent is synced."""
+        missing = [folder for folder in (self._models, *self._models.parents) if not folder.exists()]
         self._models.mkdir(mode=_OWNER, parents=True, exist_ok=True)
-        for folder in made:
+        for folder in missing:
             Files(folder.parent).sync()
 
     def _take_lock(self) -> None:
-        """Makes it ours: the lock goes with the process, however that ends."""
+        """Locks the directory. The kernel releases a flock when the process ends, however it ends."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,10 +166,14 @@ class DataDirectory:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            raise DataDirectoryError(f"data directory {self.path} cannot be written to: {error.strerror}") from error
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> DataDirectoryError:
+        advice = disk_full_advice(error, self.path)
+        return DataDirectoryError(f"data directory {self.path}: {error.strerror}{advice}")
 
     def _tidy(self) -> None:
-        """Removes what was being made or removed when a server died."""
+        """Removes models whose creation or deletion a crash interrupted."""
         with suppress(OSError):
             for path in self._models.iterdir():
                 if path.name.startswith(".") and path.name.endswith(UNFINISHED):

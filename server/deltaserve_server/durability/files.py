@@ -1,4 +1,11 @@
-"""A folder's files: the one place that asks the system for them, so that a test can see, and undo, all that is done."""
+"""Reads and writes the files of one folder.
+
+Everything in this room goes through `Files` and `File`, so that a test can record, fail or undo each operation.
+
+A failed fsync is final: Linux marks the pages clean although they never reached the disk, so a second fsync of the
+same file succeeds without writing them (Rebello et al., "Can Applications Recover from fsync Failures?", ATC'20).
+Data that matters is therefore written again, to another file or over the same bytes, and synced there.
+"""
 
 import os
 from collections.abc import Sequence
@@ -7,24 +14,25 @@ from pathlib import Path
 from typing import Self
 
 from deltaserve._common.failpoints import failpoint
+from deltaserve_server.durability.errors import disk_operation
 
-_MOST_BUFFERS = 1024
-"""What one call of pwritev takes: Linux' IOV_MAX."""
+_BUFFERS_PER_CALL = 1024
+"""Linux' IOV_MAX: the most buffers that one pwritev takes."""
 
 _OWNER = 0o600
 
 UNFINISHED = ".new"
-"""What the name of a file ends with that is not whole yet."""
+"""Suffix of a file that is still being written. A crash leaves it behind; the next start removes it."""
 
 
 class File:
-    """A file that is being written.
+    """A new file, open for writing.
 
     Args:
-        path: Where it is to be; nothing may be there.
+        path: Path of the file, which must not exist.
 
     Attributes:
-        name: Its name in its folder.
+        name: Name of the file in its folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,29 +40,29 @@ class File:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _OWNER)
 
     def allocate(self, start: int, stop: int) -> None:
-        """Has the system set space aside from byte `start`, the end of the file, up to `stop`.
+        """Reserves disk space from byte `start`, the end of the file, to byte `stop`, so that writes there succeed.
 
-        Writing there does not fail for want of it. Where a file system cannot, the C library writes zeros instead; of
-        bytes that are there already it would have to read first, which this file does not allow.
+        On file systems without fallocate, the C library writes zeros. It would have to read bytes that exist, which
+        this write-only descriptor does not allow; so `start` must be the end of the file.
         """
-        if stop > start:  # nothing at all is an error to the system
+        if stop > start:  # the system call refuses an empty range
             os.posix_fallocate(self._descriptor, start, stop - start)
 
     def write(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
-        """Writes buffers one after the other, from byte `offset` on."""
+        """Writes buffers one after the other, starting at byte `offset`."""
         _write(self._descriptor, offset, buffers)
 
     def cut(self, stop: int) -> None:
-        """Ends the file at byte `stop`."""
+        """Truncates the file at byte `stop`."""
         os.ftruncate(self._descriptor, stop)
 
     def sync(self) -> None:
-        """Returns when what was written is on the disk. If it raises, what became of it is not known, for good."""
+        """Waits until the content is on the disk. After an error, what the disk holds is unknown; do not call again."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Lets go of the file; what was not synced stays so. A second time it does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1  # its number may be another file's by then
+        """Closes the file without syncing it. A second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1  # the number may be another file's by then
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -66,106 +74,124 @@ class File:
 
 
 class Files:
-    """What a folder holds. Every method raises OSError where the system refuses.
+    """The files of a folder. Every method raises OSError if the system refuses.
 
     Args:
-        folder: The folder; it exists.
+        folder: The folder, which exists.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Returns the names of all files."""
+        """Returns the names of all files, sorted."""
         return sorted(path.name for path in self.folder.iterdir())
 
     def size(self, name: str) -> int:
-        """Returns a file's length in bytes."""
+        """Returns the length of a file in bytes."""
         return (self.folder / name).stat().st_size
 
     def read(self, name: str) -> bytes:
-        """Returns a whole file."""
+        """Returns the content of a file."""
         return (self.folder / name).read_bytes()
 
     def create(self, name: str) -> File:
-        """Makes a file; it is there for good after `sync`."""
+        """Creates a file. Its name survives a power failure after `sync`."""
         return File(self.folder / name)
 
     def shorten(self, name: str, stop: int, end: bytes, *, sync: bool) -> None:
-        """Ends a file with `end` at byte `stop`; where it is to `sync`, it is on the disk with all that it holds."""
-        descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            _write(descriptor, stop, [end])
-            os.ftruncate(descriptor, stop + len(end))
-            if sync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Overwrites a file with `end` at byte `stop` and truncates it after that.
+
+        Args:
+            name: Name of the file.
+            stop: Bytes to keep.
+            end: Content that follows them.
+            sync: Whether to wait until the whole file is on the disk.
+        """
+        with disk_operation("shortening", self.folder / name):
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                _write(descriptor, stop, [end])
+                os.ftruncate(descriptor, stop + len(end))
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def rewrite(self, name: str, offset: int, data: memoryview) -> None:
-        """Writes a part of a file again, from byte `offset` on; the whole file is on the disk when this returns.
+        """Writes bytes again over the same bytes and syncs the file.
 
-        What was written before an fsync that failed, or was never called, may be with the system alone, which takes it
-        for clean.
+        Pages that an earlier process wrote may be in the page cache alone, marked clean by an fsync that failed.
+        Writing marks them dirty, so that this fsync writes them.
         """
-        descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            _write(descriptor, offset, [data])
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with disk_operation("rewriting", self.folder / name, len(data)):
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                _write(descriptor, offset, [data])
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def rename(self, name: str, new: str) -> None:
-        """Gives a file another name, in place of a file that has it; for good after `sync`."""
+        """Renames a file and replaces the file called `new`, if any. The change survives power failure after `sync`."""
         (self.folder / name).replace(self.folder / new)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there; for good after `sync`."""
+        """Removes a file if it exists. The change survives power failure after `sync`."""
         (self.folder / name).unlink(missing_ok=True)
 
     def sync(self) -> None:
-        """Returns when the names are on the disk as they now are."""
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Waits until the folder's names are on the disk."""
+        with disk_operation("syncing", self.folder):
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def put(self, name: str, content: Sequence[bytes | memoryview]) -> None:
-        """Writes a file whole or not at all, in place of one of this name; it is on the disk when this returns.
+        """Writes a file atomically and durably, replacing the file of this name, if any.
+
+        A crash leaves the old file or the new one, never a mixture: rename replaces a file in one step, and it follows
+        the fsync of the new content.
 
         Args:
-            name: Its name.
-            content: What is in it, in parts.
+            name: Name of the file.
+            content: The new content, in parts.
         """
         temporary = name + UNFINISHED
+        total = sum(memoryview(part).nbytes for part in content)
         self.remove(temporary)
         try:
-            with self.create(temporary) as file:
-                failpoint("file.created")
-                file.allocate(0, sum(memoryview(part).nbytes for part in content))
-                offset = 0
-                for part in content:
-                    file.write(offset, [part])
-                    offset += memoryview(part).nbytes
-                    failpoint("file.mid_write")
-                failpoint("file.written")
-                file.sync()
-            failpoint("file.synced")
-            self.rename(temporary, name)
-            failpoint("file.renamed")
-            self.sync()
-            failpoint("file.safe")
+            with disk_operation("writing", self.folder / name, total):
+                self._put(temporary, name, content, total)
         except OSError:
             with suppress(OSError):
                 self.remove(temporary)
             raise
 
+    def _put(self, temporary: str, name: str, content: Sequence[bytes | memoryview], total: int) -> None:
+        with self.create(temporary) as file:
+            failpoint("file.created")
+            file.allocate(0, total)
+            offset = 0
+            for part in content:
+                file.write(offset, [part])
+                offset += memoryview(part).nbytes
+                failpoint("file.mid_write")
+            failpoint("file.written")
+            file.sync()
+        failpoint("file.synced")
+        self.rename(temporary, name)
+        failpoint("file.renamed")
+        self.sync()
+        failpoint("file.safe")
+
 
 def _write(descriptor: int, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
     left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
     while left:
-        written = os.pwritev(descriptor, left[:_MOST_BUFFERS], offset)
+        written = os.pwritev(descriptor, left[:_BUFFERS_PER_CALL], offset)
         offset += written
         while left and written >= len(left[0]):
             written -= len(left.pop(0))

@@ -1,11 +1,12 @@
-"""A model's folder: which snapshots and journals there are, and the head, which says how to take them.
+"""The folder of a model: its snapshots, its journals, and its head.
 
-    head.json                 the lineage, and how the model was last served
+    head.json                 the model's lineage, and how it is served
     snapshot-N.safetensors    see `snapshot`
     snapshot-N.json
     journal-N                 see `journal`
 
-Numbers only grow. The last two snapshots stay, with one that is being copied, and the journals since the older of them.
+Numbers only grow. The folder keeps the last two snapshots, any that is being copied, and the journals since the older
+of the two: if the newest snapshot turns out to be corrupt, the older one and its journals lead to the same state.
 """
 
 import logging
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 HEAD = "head.json"
 _SNAPSHOTS_KEPT = 2
-_ANCESTORS = 64
+_ANCESTORS_MAX = 64
 _SNAPSHOT = re.compile(r"snapshot-(\d{8,})\.(safetensors|json)", re.ASCII)
 _JOURNAL = re.compile(r"journal-(\d{8,})", re.ASCII)
 
@@ -37,19 +38,19 @@ LINEAGE_BYTES = 16
 
 
 class Ancestor(msgspec.Struct, frozen=True):
-    """A lineage that was left, and the last version that it has in common with the present one."""
+    """An earlier lineage of a model, and the last version that it shares with the present one."""
 
     lineage: bytes
     version: int
 
 
 class Served(msgspec.Struct, frozen=True):
-    """How a model is served, or was until its server died.
+    """How a server serves a model, or served it until it crashed.
 
     Attributes:
-        durability: What survives.
-        boot: Of the machine: another one says that it was started anew meanwhile.
-        journal: Number of the journal that it was begun with; None where there is none.
+        durability: Name of the `Durability`.
+        boot: Boot id of the machine; empty if unknown.
+        journal: Number of the first journal of that server; None if it keeps none.
     """
 
     durability: str
@@ -58,24 +59,30 @@ class Served(msgspec.Struct, frozen=True):
 
     @property
     def lost_power(self) -> bool:
-        """Whether the machine may have been started anew since."""
+        """Whether the machine may have restarted since: then what was only in the page cache is gone."""
         return not self.boot or self.boot != boot()
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What is known of a model apart from its state.
+    """What a folder says about a model apart from its state.
+
+    A lineage names one run of a model's versions. Every start of a server begins a new one and records at which version
+    the previous one was left. Only so can a worker tell that versions are lost when somebody puts a directory back from
+    a backup: the restored directory cannot know of versions that were made after it was copied.
 
     Attributes:
-        lineage: Names the course that its versions have taken.
-        ancestors: The lineages before, the newest last.
-        served: None where its server ended in good order, its state safe.
-        lost_at: Index of the last record that was there when the lineage before was left: all sessions ended there.
+        lineage: The present lineage, 16 random bytes.
+        ancestors: The lineages before it, newest last.
+        served: How the model is served; None after an orderly shutdown.
+        lost_at: Index of the last record that was left when a recovery last lost records. All sessions ended there.
+        inode: Inode number of the folder when the model was last served; a copy of the folder has another one.
     """
 
     lineage: bytes
     ancestors: tuple[Ancestor, ...] = ()
     served: Served | None = None
     lost_at: int | None = None
+    inode: int | None = None
 
     @classmethod
     def new(cls) -> "Head":
@@ -83,41 +90,56 @@ class Head(msgspec.Struct, frozen=True):
         return cls(secrets.token_bytes(LINEAGE_BYTES))
 
     def knows(self, lineage: bytes) -> bool:
-        """Whether it is that of the model, now or before."""
-        return lineage == self.lineage or any(lineage == one.lineage for one in self.ancestors)
+        """Returns whether a lineage is the present one or one of its ancestors."""
+        return lineage == self.lineage or any(lineage == ancestor.lineage for ancestor in self.ancestors)
 
     def mark_uncertain(self) -> "Head":
-        """Returns this head for a folder that may lack what somebody was told of."""
+        """Returns this head with a mark: the folder may lack versions, so the next recovery must end all sessions."""
         return msgspec.structs.replace(self, served=Served("snapshot", ""))
 
-    def forked(self, version: int, index: int) -> "Head":
-        """Returns the head of a model that goes on from `version` and record `index`, later ones being lost."""
-        shared = (*self.ancestors, Ancestor(self.lineage, version))
-        cut = tuple(Ancestor(one.lineage, min(one.version, version)) for one in shared)
-        return Head(secrets.token_bytes(LINEAGE_BYTES), cut[-_ANCESTORS:], self.served, index)
+    def next_lineage(self, version: int, lost_at: int | None = None) -> "Head":
+        """Returns the head of a new lineage.
+
+        Args:
+            version: The version at which the present lineage is left. Later versions are lost, in all lineages.
+            lost_at: Index of the last record that is left, if records are or may be lost; None if none are.
+        """
+        lineages = (*self.ancestors, Ancestor(self.lineage, version))
+        ancestors = [Ancestor(ancestor.lineage, min(ancestor.version, version)) for ancestor in lineages]
+        return Head(
+            secrets.token_bytes(LINEAGE_BYTES),
+            tuple(ancestors[-_ANCESTORS_MAX:]),
+            self.served,
+            self.lost_at if lost_at is None else lost_at,
+        )
 
 
 def boot() -> str:
-    """Returns what names this start of the machine; nothing where the system does not say."""
+    """Returns the boot id of the machine, which changes with each restart; empty if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 class Folder:
-    """A model's folder.
+    """The folder of a model.
 
     Args:
-        files: What it holds.
+        files: Its files.
     """
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self._held: list[int] = []
+        self._being_copied: list[int] = []
         self._removing = threading.Lock()
 
+    @property
+    def inode(self) -> int:
+        """Inode number of the folder."""
+        return self.files.folder.stat().st_ino
+
     def snapshots(self) -> list[int]:
-        """Returns the numbers of the snapshots that have a manifest, in ascending order."""
+        """Returns the numbers of the snapshots, in ascending order."""
         return sorted(number for number, kind in self._snapshot_files() if kind == "json")
 
     def journals(self) -> list[int]:
@@ -125,7 +147,7 @@ class Folder:
         return sorted(int(found[1]) for name in self.files.names() if (found := _JOURNAL.fullmatch(name)))
 
     def next_number(self) -> int:
-        """Returns a number that no file has had, whether it was finished or not."""
+        """Returns a number above that of every file, finished or not."""
         digits = (re.search(r"-(\d{8,})", name) for name in self.files.names())
         return max((int(found[1]) for found in digits if found), default=0) + 1
 
@@ -142,29 +164,30 @@ class Folder:
             raise CorruptError(where, "it is missing") from None
 
     def write_head(self, head: Head) -> None:
-        """Puts a head in place, for good."""
+        """Replaces the head, atomically and durably."""
         self.files.put(HEAD, [packed(head)])
 
     @contextmanager
     def newest(self) -> Iterator[int]:
-        """Gives the number of the newest snapshot, which stays meanwhile, whatever comes after it.
+        """Yields the number of the newest snapshot and keeps it from being removed meanwhile.
 
         Raises:
-            FileNotFoundError: The model is gone.
+            FileNotFoundError: The model was deleted.
         """
         with self._removing:
             number = self.snapshots()[-1]
-            self._held.append(number)
+            self._being_copied.append(number)
         try:
             yield number
         finally:
-            self._held.remove(number)
+            self._being_copied.remove(number)
 
     def tidy(self) -> None:
-        """Removes what is not needed: all but the last two snapshots, and the journals since the older of them."""
+        """Removes snapshots before the last two, and the journals that neither of the two needs."""
         with self._removing:
             last = self.snapshots()[-_SNAPSHOTS_KEPT:]
-            kept = {*last, *self._held}
+            kept = {*last, *self._being_copied}
+            # Manifests first: without one, nobody takes a half-removed snapshot for a whole one.
             old = [snapshot.manifest_name(number) for number in self.snapshots() if number not in kept]
             old += [snapshot.tensors_name(n) for n, kind in self._snapshot_files() if kind != "json" and n not in kept]
             old += [journal_name(number) for number in self.journals() if number < self._first_journal(last)]
@@ -174,27 +197,27 @@ class Folder:
         if old:
             self.files.sync()
 
-    def set_aside(self, name: str, keep: int) -> None:
-        """Keeps a corrupt journal, if it is there, under another name; its first `keep` bytes are good, and stay."""
+    def set_aside(self, name: str, keep_bytes: int) -> None:
+        """Keeps a copy of a corrupt journal, if it exists, under another name; its first good bytes stay in place."""
         aside = f"{name}.corrupt"
-        if keep:
+        if keep_bytes:
             self.files.put(aside, [self.files.read(name)])
-            self.files.shorten(name, keep, END, sync=True)
+            self.files.shorten(name, keep_bytes, END, sync=True)
         elif name in self.files.names():
-            self.files.rename(name, aside)  # as it is: the disk may be unable to read it
+            self.files.rename(name, aside)  # not copied: the disk may be unable to read it
             self.files.sync()
 
     def clear(self) -> None:
-        """Removes what was not finished."""
+        """Removes files that a crash left unfinished."""
         for name in self.files.names():
             if name.endswith(UNFINISHED):
                 self.files.remove(name)
 
     def entries(self) -> list[snapshot.Entry]:
-        """Returns the snapshots that are good as far as their manifests tell, oldest first.
+        """Returns the snapshots whose manifests are good, oldest first.
 
         Raises:
-            OSError: One cannot be read, or the folder is gone.
+            OSError: A manifest cannot be read, or the folder does not exist.
         """
         listed = self.snapshots()
         found = []
@@ -203,15 +226,15 @@ class Folder:
                 manifest = snapshot.read_manifest(self.files, number)
                 size = manifest.bytes + self.files.size(snapshot.manifest_name(number))
                 found.append(snapshot.Entry(number, manifest.model.version, size, manifest.taken_at))
-        # Those that were removed meanwhile have made way for newer ones, or the model is gone.
+        # A snapshot that was removed meanwhile has made room for a newer one: list again.
         return found if self.snapshots() == listed else self.entries()
 
     def _first_journal(self, kept: Sequence[int]) -> int:
-        """Returns the number of the first journal that one of these snapshots needs; of a bad one all are kept."""
+        """Returns the number of the first journal that these snapshots need; 0 if one of them cannot be read."""
         try:
-            return min((snapshot.read_manifest(self.files, number).follows for number in kept), default=0)
+            return min((snapshot.read_manifest(self.files, number).first_journal for number in kept), default=0)
         except (CorruptError, OSError) as error:
-            _log.warning("%s", error)
+            _log.warning("all journals are kept, because a snapshot cannot be read: %s", error)
             return 0
 
     def _snapshot_files(self) -> list[tuple[int, str]]:

@@ -1,13 +1,15 @@
-"""A journal: a model's records one after the other in a file.
+"""A journal file: the records of a model, one after the other.
 
-The file begins with a title of 64 bytes. Every record begins at a multiple of 64 bytes: a head of 48, JSON, the vector
-at the next such multiple, and a tail of 16 that ends at one. What follows the last record is zeros, 64 at the least.
-Head and tail hold the file's own number of chance, so that no vector can pass for a record.
+The file starts with a header of 64 bytes. Every record starts at a multiple of 64 bytes and consists of a header of 48
+bytes, a JSON body, the vector at the next multiple of 64, and a trailer of 16 bytes that ends at one. At least 64 zero
+bytes follow the last record. Header and trailer contain a random number of the file (the nonce), so that no vector can
+be mistaken for a record.
 
-A crash may tear what was being written and nobody was told of: a part of it is zeros, as the file was before. So it
-ends there. Anything else that is not as it was written was changed later, and is an error; as is a record that is not
-there where a later one says that it was safe, or where the file ends without those zeros: it was longer once. A loss of
-power alone may make it shorter.
+The reader tells a torn write from corruption. Space is allocated, and therefore zero, before a record is written; a
+write that a crash interrupted leaves some of those zeros, and nobody was told of its record, so the journal ends there.
+Every other difference was made later and is an error: a wrong checksum, a missing record where a later one says that it
+was durable, or a file that ends without the zeros. Only a power failure can shorten a file, because only then is the
+file system's own metadata lost.
 """
 
 import errno
@@ -29,122 +31,123 @@ from crc32c import crc32c
 
 from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability.checked import decoded
-from deltaserve_server.durability.errors import CorruptError, readable
+from deltaserve_server.durability.errors import CorruptError, disk_operation, unreadable_is_corrupt
 from deltaserve_server.durability.files import Files
-from deltaserve_server.durability.records import DTYPES, Header, Piece, Record, finite
+from deltaserve_server.durability.records import DTYPES, Piece, Record, RecordBody, finite
 
 _log = logging.getLogger(__name__)
 
-_LINE = 64
-_PART = 4 << 20
-"""Bytes that are read at a time."""
+_ALIGNMENT = 64
+_READ_BYTES = 4 << 20
+"""Bytes per read call."""
 
 _SECTOR = 512
-"""What a disk writes whole or not at all."""
+"""Bytes that a disk writes whole or not at all."""
 
 _MAGIC = b"deltaserve journal 1\n"
-_TITLE = struct.Struct("<21s3x8sI")
-_HEAD = struct.Struct("<8sQQIIQI")
-_CHECK = struct.Struct("<I")
-_HEAD_BYTES = _HEAD.size + _CHECK.size
-_TAIL = struct.Struct("<8sQ")
+_FILE_HEADER = struct.Struct("<21s3x8sI")
+_HEADER = struct.Struct("<8sQQIIQI")
+_CHECKSUM = struct.Struct("<I")
+_HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+_TRAILER = struct.Struct("<8sQ")
 
-END = bytes(_LINE)
-"""What follows the last record."""
+END = bytes(_ALIGNMENT)
+"""Zeros that follow the last record."""
 
 _ALLOCATED = 16 << 20
-"""Space is set aside in portions of so many bytes, where there is as much."""
+"""Bytes per allocation of disk space, if the disk has as many: fewer, larger extents and fewer system calls."""
 
 _JSON_BYTES = 4096
-"""What the JSON of a record may take, about, beside what follows."""
+"""Estimated length of a record's JSON, without the parts below."""
 
 _ENTRY_BYTES = 128
-"""The same for a tensor or a group that it speaks of."""
+"""Estimated JSON length for each tensor or group that a record mentions."""
 
-_ELEMENTS_A_BYTE = 128
-"""And a byte for so many elements: a piece of a vector has thousands, and takes some 25 bytes of JSON."""
+_ELEMENTS_PER_JSON_BYTE = 128
+"""A piece of a vector has thousands of elements and takes about 25 bytes of JSON."""
 
 
 def journal_name(number: int) -> str:
-    """Returns the name of a journal's file."""
+    """Returns the file name of a journal."""
     return f"journal-{number:08}"
 
 
-class _Head(NamedTuple):
-    """A record's head.
+class _RecordHeader(NamedTuple):
+    """The header of a record.
 
     Attributes:
-        nonce: The file's.
-        number: The record's index.
-        safe: The last record that was safe when this one was written.
-        json_bytes: Length of the JSON.
-        check: CRC-32C of everything that follows the head.
+        nonce: Random number of the file.
+        number: Index of the record.
+        durable: Index of the last record that was durable when this one was written.
+        json_bytes: Length of the JSON body.
+        checksum: CRC-32C of everything after the header.
         vector_bytes: Length of the vector.
         spare: 0.
     """
 
     nonce: bytes
     number: int
-    safe: int
+    durable: int
     json_bytes: int
-    check: int
+    checksum: int
     vector_bytes: int
     spare: int = 0
 
     @property
     def vector_at(self) -> int:
-        """Where the vector begins, from the record's start."""
-        return _up(_HEAD_BYTES + self.json_bytes)
+        """Offset of the vector from the start of the record."""
+        return _aligned(_HEADER_BYTES + self.json_bytes)
 
     @property
     def total_bytes(self) -> int:
         """Length of the record."""
-        return _up(self.vector_at + self.vector_bytes + _TAIL.size)
+        return _aligned(self.vector_at + self.vector_bytes + _TRAILER.size)
 
     def packed(self) -> bytes:
-        """Returns its bytes."""
-        raw = _HEAD.pack(*self)
-        return raw + _CHECK.pack(crc32c(raw))
+        """Returns the header as bytes, with its own checksum."""
+        raw = _HEADER.pack(*self)
+        return raw + _CHECKSUM.pack(crc32c(raw))
 
 
 class Journal:
-    """A journal that is written to.
+    """A new journal, open for writing.
 
     Args:
         files: The model's folder.
-        number: The journal's; a new one.
+        number: Number of the journal, which no other one has.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The file cannot be created.
 
     Attributes:
-        number: As above.
-        where: The file.
-        size: How many bytes of it are written.
+        number: Number of the journal.
+        where: Path of the file.
+        size: Bytes written so far.
     """
 
     def __init__(self, files: Files, number: int) -> None:
         self.number = number
         self.where = str(files.folder / journal_name(number))
-        self.size = _LINE
+        self.size = _ALIGNMENT
         self._nonce = secrets.token_bytes(8)
         self._file = files.create(journal_name(number))
         self._allocated = 0
         self._lock = threading.Lock()
         try:
-            self.reserve(_LINE + len(END))
-            self._file.write(0, [_title(self._nonce)])
-            self._file.sync()
+            self.reserve(_ALIGNMENT + len(END))
+            with disk_operation("creating", Path(self.where), _ALIGNMENT):
+                self._file.write(0, [_file_header(self._nonce)])
+                self._file.sync()
             files.sync()
         except BaseException:
             self._file.close()
-            with suppress(OSError):  # on a full disk, what it has got of it
+            with suppress(OSError):  # tried again and again, empty journals would fill the disk
                 files.remove(journal_name(number))
             raise
 
     def reserve(self, stop: int) -> None:
-        """Has space set aside up to byte `stop`, if it is written to still; raises OSError where there is none."""
-        with self._lock:
+        """Allocates disk space up to byte `stop`, unless the journal is closed; raises OSError if the disk is full."""
+        with self._lock, disk_operation("allocating", Path(self.where), stop - self._allocated):
             if stop > self._allocated:
                 end = -(-stop // _ALLOCATED) * _ALLOCATED
                 try:
@@ -156,245 +159,250 @@ class Journal:
                     self._file.allocate(self._allocated, end)
                 self._allocated = end
 
-    def write(self, records: Sequence[Record], safe: int, *, sync: bool) -> None:
-        """Adds records.
+    def write(self, records: Sequence[Record], durable: int, *, sync: bool) -> None:
+        """Appends records.
 
         Args:
-            records: What happened.
-            safe: Index of the last record that is safe.
-            sync: Whether they are to be on the disk when this returns.
+            records: The records.
+            durable: Index of the last record that is durable already.
+            sync: Whether to wait until the records are on the disk.
 
         Raises:
-            OSError: They are not all written, and the file is not to be written to again.
+            OSError: Not all records were written. The journal must not be written to again (see `files`).
         """
-        buffers = [buffer for record in records for buffer in _encoded(record, self._nonce, safe)]
+        buffers = [buffer for record in records for buffer in _encoded(record, self._nonce, durable)]
         end = self.size + sum(map(len, buffers))
         self.reserve(end + len(END))
-        self._file.write(self.size, buffers)
-        failpoint("journal.written")
-        if sync:
-            self._file.sync()
+        with disk_operation("appending", Path(self.where), end - self.size):
+            self._file.write(self.size, buffers)
+            failpoint("journal.written")
+            if sync:
+                self._file.sync()
         self.size = end
 
     def close(self) -> None:
-        """Ends the journal; what was set aside for it and not used is given back."""
+        """Closes the journal and frees the space that it has allocated and not used."""
         with self._lock:
             self._allocated = sys.maxsize
             with suppress(OSError):
-                self._file.write(self.size, [END])  # over a record that could not be written whole
+                self._file.write(self.size, [END])  # over a record that was only partly written
                 self._file.cut(self.size + len(END))
             self._file.close()
 
 
 def record_bytes(elements: int, entries: int) -> int:
-    """Returns how long a record is at the most, about.
+    """Returns an upper estimate of a record's length.
 
     Args:
-        elements: Of its vector.
-        entries: How many tensors and groups it may speak of.
+        elements: Number of elements in its vector.
+        entries: Number of tensors and groups that it may mention.
     """
-    return elements * 4 + elements // _ELEMENTS_A_BYTE + entries * _ENTRY_BYTES + _JSON_BYTES
+    return elements * 4 + elements // _ELEMENTS_PER_JSON_BYTE + entries * _ENTRY_BYTES + _JSON_BYTES
 
 
-class Reading:
-    """What a journal holds, read one record after the other.
+class JournalReader:
+    """Reads the records of a journal, one after the other.
 
     Args:
         files: The model's folder.
-        number: The journal's.
-        after: Index of the record that comes before its first.
-        lost_power: Whether the machine was started anew since it was written: then a part of the last records may be
-            missing, while what was written after that part is there.
-        begun: Whether it is known to have been there, with its title.
+        number: Number of the journal.
+        after: Index of the record that precedes the journal's first.
+        lost_power: Whether the machine may have restarted since the journal was written. Then disk sectors may be
+            missing in the middle of the last records while later sectors are there.
+        must_exist: Whether the journal is known to have been created.
 
     Attributes:
-        size: Bytes up to which it was read and is good.
-        total: Bytes of the file; 0 where there is none.
-        index: Of the last record that was read.
-        where: The file.
-        tail: The last records that were written in one go: where they begin, and their bytes. Nobody says of them, in
-            this file, that they were safe.
+        size: Bytes that were read and are good.
+        file_bytes: Length of the file; 0 if there is none.
+        index: Index of the last record read.
+        where: Path of the file.
     """
 
-    def __init__(self, files: Files, number: int, after: int, *, lost_power: bool, begun: bool = False) -> None:
+    def __init__(self, files: Files, number: int, after: int, *, lost_power: bool, must_exist: bool = False) -> None:
         name = journal_name(number)
-        self.total = 0
+        self.file_bytes = 0
         with suppress(FileNotFoundError):
-            self.total = files.size(name)
+            self.file_bytes = files.size(name)
         self.size = 0
         self.index = after
         self.where = str(files.folder / name)
         self._lost_power = lost_power
-        self._begun = begun
-        self._mapped: mmap | bytes = b""
-        self._data = memoryview(self._mapped)
+        self._must_exist = must_exist
+        self._map: mmap | bytes = b""
+        self._data = memoryview(self._map)
         self._nonce = b""
         self._starts: list[int] = []
-        self._safe = after
+        self._durable = after
 
     @property
-    def tail(self) -> tuple[int, memoryview]:
-        """As above."""
-        count = min(self.index - self._safe, len(self._starts))
+    def last_batch(self) -> tuple[int, memoryview]:
+        """Offset and bytes of the records that were written last, in one go: no later record says they are durable."""
+        count = min(self.index - self._durable, len(self._starts))
         start = self._starts[-count] if count > 0 else self.size
         return start, self._data[start : self.size]
 
     def records(self) -> Iterator[Record]:
-        """Yields the records up to where the journal was torn, or ends; their vectors lie in the file.
+        """Yields the records up to the end of the journal or a torn write. Their vectors are views of the file.
 
         Raises:
             CorruptError: The journal is not what was written, or the disk cannot read it.
         """
-        self._mapped = _mapped(Path(self.where), self.total)
-        self._data = memoryview(self._mapped)
-        title = any(self._data[:_LINE])
-        if len(self._data) < _LINE or not (title or np.frombuffer(self._data, np.uint8).any()):
-            if self._begun:
+        self._map = _mapped(Path(self.where), self.file_bytes)
+        self._data = memoryview(self._map)
+        header = self._data[:_ALIGNMENT]
+        if len(header) < _ALIGNMENT or not (any(header) or np.frombuffer(self._data, np.uint8).any()):
+            if self._must_exist:
                 raise self._corrupt(
-                    "it was cut, and all its records are gone" if self.total else "it is missing, or empty"
+                    "it was cut, and all its records are gone" if self.file_bytes else "it is missing, or empty"
                 )
-            return  # made, and nobody was told of anything in it
-        self._nonce = bytes(self._data[24:32])
-        if self._data[:_LINE] != _title(self._nonce):
-            raise self._corrupt("its title is not that of a journal")
-        self.size = _LINE
-        while head := self._head():
-            record = self._record(head)
+            return  # the server died while it created the journal
+        self._nonce = bytes(header[24:32])
+        if header != _file_header(self._nonce):
+            raise self._corrupt("its header is not that of a journal")
+        self.size = _ALIGNMENT
+        while next_header := self._header():
+            record = self._record(next_header)
             if record is None:
                 break
             yield record
         self._check_rest()
 
-    def _head(self) -> _Head | None:
-        """Returns the next record's head; None where there is none."""
-        raw = self._data[self.size : self.size + _HEAD_BYTES]
-        if len(raw) < _HEAD_BYTES:
+    def _header(self) -> _RecordHeader | None:
+        """Returns the header of the next record; None at the end of the journal."""
+        raw = self._data[self.size : self.size + _HEADER_BYTES]
+        if len(raw) < _HEADER_BYTES:
             self._check_end()
             return None
         if not any(raw):
             return None
-        head = _parsed(raw, self._nonce)
-        if head is None:
+        header = _parsed(raw, self._nonce)
+        if header is None:
             raise self._corrupt(f"the record at byte {self.size} is bad")
-        if head.number != self.index + 1:
-            raise self._corrupt(f"record {self.index + 1} is missing, {head.number} is in its place")
-        return head
+        if header.number != self.index + 1:
+            raise self._corrupt(f"record {self.index + 1} is missing, {header.number} is in its place")
+        return header
 
-    def _record(self, head: _Head) -> Record | None:
-        """Returns the record; None where it is torn."""
-        data = self._data[self.size : self.size + head.total_bytes]
-        if len(data) < head.total_bytes:
+    def _record(self, header: _RecordHeader) -> Record | None:
+        """Returns the record that follows a header; None if it is torn."""
+        data = self._data[self.size : self.size + header.total_bytes]
+        if len(data) < header.total_bytes:
             self._check_end()
             return None
-        if crc32c(data[_HEAD_BYTES:]) != head.check:
-            if _torn(data, self.size, anywhere=self._lost_power) and not self._is_moved(head):
-                if any(data[-_TAIL.size :]):  # where a vector has a sector of zeros the two look alike
-                    text = "%s: record %d is left out: a loss of power has torn it, or it was changed since"
-                    _log.warning(text, self.where, head.number)
+        if crc32c(data[_HEADER_BYTES:]) != header.checksum:
+            if _is_torn(data, self.size, anywhere=self._lost_power) and not self._is_moved(header):
+                if any(data[-_TRAILER.size :]):  # a vector may contain a sector of zeros, which looks like a torn one
+                    _log.warning(
+                        "%s: record %d is dropped: a power failure has torn it, or it was changed since",
+                        self.where,
+                        header.number,
+                    )
                 return None
-            raise self._corrupt(f"the checksum of record {head.number} is wrong")
-        where = f"{self.where}: record {head.number}"
-        header = decoded(data[_HEAD_BYTES : _HEAD_BYTES + head.json_bytes], Header, where)
-        vector = data[head.vector_at : head.vector_at + head.vector_bytes]
+            raise self._corrupt(f"the checksum of record {header.number} is wrong")
+        where = f"{self.where}: record {header.number}"
+        body = decoded(data[_HEADER_BYTES : _HEADER_BYTES + header.json_bytes], RecordBody, where)
+        vector = data[header.vector_at : header.vector_at + header.vector_bytes]
         self._starts.append(self.size)
-        self._safe = head.safe
-        self.size += head.total_bytes
-        self.index = head.number
-        return Record(head.number, header.event, _pieces(header, vector, where))
+        self._durable = header.durable
+        self.size += header.total_bytes
+        self.index = header.number
+        return Record(header.number, body.event, _pieces(body, vector, where))
 
-    def _is_moved(self, head: _Head) -> bool:
-        """Whether a record's tail is there, but not where it belongs: it was whole once."""
-        found = self._mapped.find(_TAIL.pack(self._nonce, head.number), self.size + 1)
-        return found not in (-1, self.size + head.total_bytes - _TAIL.size)
+    def _is_moved(self, header: _RecordHeader) -> bool:
+        """Returns whether a record's trailer is in the file, in the wrong place: then the record was once whole."""
+        found = self._map.find(_TRAILER.pack(self._nonce, header.number), self.size + 1)
+        return found not in (-1, self.size + header.total_bytes - _TRAILER.size)
 
     def _check_rest(self) -> None:
-        """Raises CorruptError where a record beyond, wherever it is, says that one which is not here was safe."""
+        """Raises CorruptError if a record further on says that a record missing here was durable."""
         at = self.size
-        while (at := self._mapped.find(self._nonce, at)) >= 0:
-            head = _parsed(self._data[at : at + _HEAD_BYTES], self._nonce)
-            if head and head.safe > self.index:
+        while (at := self._map.find(self._nonce, at)) >= 0:
+            header = _parsed(self._data[at : at + _HEADER_BYTES], self._nonce)
+            if header and header.durable > self.index:
                 raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
             at += 1
 
     def _check_end(self) -> None:
-        """Raises CorruptError where the file ends before it may."""
+        """Raises CorruptError if the file is shorter than it was: a crash of the process cannot cause that."""
         if not self._lost_power:
-            raise self._corrupt(f"it was cut at byte {self.total}, after record {self.index}")
+            raise self._corrupt(f"it was cut at byte {self.file_bytes}, after record {self.index}")
 
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(self.where, what)
 
 
-def _title(nonce: bytes) -> bytes:
-    check = crc32c(_TITLE.pack(_MAGIC, nonce, 0))
-    return _TITLE.pack(_MAGIC, nonce, check).ljust(_LINE, b"\0")
+def _file_header(nonce: bytes) -> bytes:
+    checksum = crc32c(_FILE_HEADER.pack(_MAGIC, nonce, 0))
+    return _FILE_HEADER.pack(_MAGIC, nonce, checksum).ljust(_ALIGNMENT, b"\0")
 
 
-def _encoded(record: Record, nonce: bytes, safe: int) -> list[bytes | memoryview]:
-    """Returns a record's parts."""
+def _encoded(record: Record, nonce: bytes, durable: int) -> list[bytes | memoryview]:
+    """Returns a record as buffers; the vectors are not copied."""
     pieces = tuple((offset, values.size, values.dtype.str) for offset, values in record.pieces)
-    body = msgspec.json.encode(Header(finite(record.event), pieces))
+    body = msgspec.json.encode(RecordBody(finite(record.event), pieces))
     vectors = [memoryview(values.data).cast("B") for _, values in record.pieces]
-    head = _Head(nonce, record.index, safe, len(body), 0, sum(map(len, vectors)))
-    front = body + bytes(head.vector_at - _HEAD_BYTES - len(body))
-    back = bytes(head.total_bytes - head.vector_at - head.vector_bytes - _TAIL.size) + _TAIL.pack(nonce, record.index)
-    check = crc32c(front)
+    header = _RecordHeader(nonce, record.index, durable, len(body), 0, sum(map(len, vectors)))
+    front = body + bytes(header.vector_at - _HEADER_BYTES - len(body))
+    padding = bytes(header.total_bytes - header.vector_at - header.vector_bytes - _TRAILER.size)
+    back = padding + _TRAILER.pack(nonce, record.index)
+    checksum = crc32c(front)
     for vector in vectors:
-        check = crc32c(vector, check)
-    check = crc32c(back, check)
-    return [head._replace(check=check).packed() + front, *vectors, back]
+        checksum = crc32c(vector, checksum)
+    checksum = crc32c(back, checksum)
+    return [header._replace(checksum=checksum).packed() + front, *vectors, back]
 
 
-def _parsed(raw: memoryview, nonce: bytes) -> _Head | None:
-    """Returns a head; None where the bytes are none of this file."""
-    if len(raw) < _HEAD_BYTES or _CHECK.unpack_from(raw, _HEAD.size)[0] != crc32c(raw[: _HEAD.size]):
+def _parsed(raw: memoryview, nonce: bytes) -> _RecordHeader | None:
+    """Returns a record header; None if the bytes are not a header of this file."""
+    if len(raw) < _HEADER_BYTES or _CHECKSUM.unpack_from(raw, _HEADER.size)[0] != crc32c(raw[: _HEADER.size]):
         return None
-    head = _Head(*_HEAD.unpack_from(raw))
-    return head if head.nonce == nonce else None
+    header = _RecordHeader(*_HEADER.unpack_from(raw))
+    return header if header.nonce == nonce else None
 
 
-def _torn(data: memoryview, start: int, *, anywhere: bool) -> bool:
-    """Whether a part of a record is zeros: its tail; or any, as a disk writes them, where they came out of order.
+def _is_torn(data: memoryview, start: int, *, anywhere: bool) -> bool:
+    """Returns whether a part of a record is still zeros, as the file was before the record was written.
+
+    A process that dies leaves a prefix of the record, so the trailer is zeros. A disk writes sectors in any order, so
+    after a power failure any sector may be.
 
     Args:
         data: The record.
-        start: Where it begins in the file.
-        anywhere: Whether it may be any part.
+        start: Offset of the record in the file.
+        anywhere: Whether any sector may be missing.
     """
-    if not any(data[-_TAIL.size :]):
+    if not any(data[-_TRAILER.size :]):
         return True
     edges = [0, *range(-start % _SECTOR, len(data), _SECTOR), len(data)]
     return anywhere and any(low < high and not any(data[low:high]) for low, high in pairwise(edges))
 
 
-def _pieces(header: Header, vector: memoryview, where: str) -> list[Piece]:
-    """Cuts a record's vector into its pieces."""
+def _pieces(body: RecordBody, vector: memoryview, where: str) -> list[Piece]:
+    """Splits a record's vector into its pieces."""
     pieces: list[Piece] = []
     at = 0
-    for offset, size, name in header.pieces:
+    for offset, size, name in body.pieces:
         dtype = DTYPES.get(name)
         if dtype is None or size < 0 or at + size * dtype.itemsize > len(vector):
-            raise CorruptError(where, "its vector is not what its header says")
+            raise CorruptError(where, "its vector does not match its header")
         pieces.append((offset, np.frombuffer(vector, dtype, size, at)))
         at += size * dtype.itemsize
     return pieces
 
 
 def _mapped(path: Path, size: int) -> mmap | bytes:
-    """Returns a file's bytes, as they lie in the system's memory.
+    """Maps a file into memory, after reading it once.
 
-    They are read here: where the disk fails, this says so. Through the mapping that would be a signal that ends the
-    process.
+    A failing disk raises OSError from read(). Through the mapping it would be SIGBUS, which ends the process.
     """
     if not size:
         return b""
-    part = bytearray(_PART)
-    with readable(str(path)), path.open("rb", buffering=0) as file:
-        while file.readinto(part):
+    buffer = bytearray(_READ_BYTES)
+    with unreadable_is_corrupt(str(path)), path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
             pass
         return mmap(file.fileno(), size, access=ACCESS_READ)
 
 
-def _up(size: int) -> int:
-    """Returns the next multiple of a line's length."""
-    return -(-size // _LINE) * _LINE
+def _aligned(size: int) -> int:
+    """Rounds up to the next multiple of the alignment."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

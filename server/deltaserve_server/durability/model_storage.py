@@ -1,4 +1,4 @@
-"""Keeps one model safe: when a snapshot is due, how it is taken, what the journal is."""
+"""Keeps one model durable: decides when a snapshot is due, takes it, and starts a new journal with it."""
 
 import errno
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
 
@@ -21,21 +22,29 @@ from deltaserve_server.model.state import MachineState
 
 _log = logging.getLogger(__name__)
 
-_JOURNAL_STATES = 4.0
-"""A journal is cut by a snapshot when it is so many times as long as one."""
-
-_JOURNAL_BYTES = 64 << 20
-"""But not before it has so many bytes."""
-
-_JOURNAL_RECORDS = 4_000
-"""Or so many records: they take time when a server comes back."""
+_JOURNAL_STATES_MAX = 4.0
+_JOURNAL_BYTES_MIN = 64 << 20
+_JOURNAL_RECORDS_MAX = 4_000
+"""A snapshot is due when the journal is longer than that many snapshots, but at least this many bytes; or has that many
+records, because replaying small records takes time rather than space."""
 
 _RETRY_SECONDS = 5.0
 _REPAIR_SECONDS = 0.5
+"""Shorter than the retry: while the journal is broken, pushes are refused until a snapshot succeeds."""
+
+
+class Clock(Protocol):
+    """The time; the module `time` is one."""
+
+    def monotonic(self) -> float:
+        """Returns seconds that only grow."""
+
+    def time(self) -> float:
+        """Returns seconds since 1970, UTC."""
 
 
 class Durability(StrEnum):
-    """What survives the death of the server: nothing, the last snapshot, what a journal holds, also without power."""
+    """What survives: nothing; the last snapshot; everything, unless the machine fails; everything."""
 
     NONE = "none"
     SNAPSHOT = "snapshot"
@@ -53,9 +62,9 @@ class Schedule:
     """When snapshots are taken.
 
     Attributes:
-        durability: What is to survive.
-        updates: After so many updates; None means not for that reason.
-        seconds: After so many seconds in which something happened; None likewise.
+        durability: What must survive.
+        updates: Number of updates between snapshots; None for no such limit.
+        seconds: Seconds between snapshots, if the model changes; None for no such limit.
     """
 
     durability: Durability
@@ -65,12 +74,12 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model at one moment.
+    """A consistent view of a model at one moment.
 
     Attributes:
-        model: All but its vectors.
-        frozen: Its vectors.
-        index: Of its last record.
+        model: The state without its vectors.
+        frozen: The vectors; later updates do not change them.
+        index: Index of the last record that the view includes.
     """
 
     model: MachineState
@@ -78,17 +87,21 @@ class Checkpoint:
     index: int
 
 
+TakeCheckpoint = Callable[[Callable[[], None]], Checkpoint]
+"""Takes a checkpoint under the model's lock, and calls its argument under the same lock: it rotates the journal."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredModel:
-    """What a model's folder has of it.
+    """What the folder of a model contains.
 
     Attributes:
-        head: What is known of it apart from its state.
-        last: Its newest good snapshot.
-        saved_index: Of the last record that is part of that.
-        index: Of its last record.
-        journal_bytes: Length of the records in between.
-        hurry: Whether a newer snapshot is wanted at once.
+        head: The head, of the lineage that is about to begin.
+        last: The newest good snapshot.
+        saved_index: Index of the last record in that snapshot.
+        index: Index of the last record.
+        journal_bytes: Bytes of the records in between.
+        snapshot_wanted: Whether a new snapshot is due at once.
     """
 
     head: Head
@@ -96,166 +109,178 @@ class StoredModel:
     saved_index: int = 0
     index: int = 0
     journal_bytes: int = 0
-    hurry: bool = False
+    snapshot_wanted: bool = False
 
 
 class ModelStorage:
-    """Keeps a model safe.
+    """Keeps a model durable.
+
+    The constructor starts the first journal and then writes the head. The new lineage is therefore on the disk before
+    anybody hears of it.
 
     Args:
-        folder: Where.
-        schedule: How, and when.
-        kept: What is there.
+        folder: The model's folder.
+        schedule: What must survive, and when to take snapshots.
+        stored: What the folder contains.
+        clock: The time.
 
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: The folder cannot be written.
 
     Attributes:
-        folder: As above.
-        commits: What is to be told when it is safe.
-        head: As above, with how it is served.
+        folder: The model's folder.
+        commits: The queue of records and callbacks.
+        head: The head as written.
         last: The newest snapshot.
     """
 
-    def __init__(self, folder: Folder, schedule: Schedule, kept: StoredModel) -> None:
-        self.last = kept.last
+    def __init__(self, folder: Folder, schedule: Schedule, stored: StoredModel, clock: Clock = time) -> None:
+        self.last = stored.last
         self.folder = folder
         self._schedule = schedule
+        self._clock = clock
         self._number = folder.next_number() - 1
         self._saving = threading.Lock()
-        self._begun = self._finished = 0
-        self._saved_index = kept.saved_index
-        self._saved_at = time.monotonic()
+        self._started = self._finished = 0  # snapshots
+        self._saved_index = stored.saved_index
+        self._saved_at = clock.monotonic()
         self._retry_at = 0.0
-        self._gone = False
+        self._closed = False
         journal = self._new_journal()
-        self._soon = kept.hurry or (journal is None and kept.index != kept.saved_index)
-        self.commits = _commits(journal, kept, sync=schedule.durability is Durability.FSYNC)
+        # Without a journal nothing but a snapshot keeps what an earlier server had journaled.
+        self._snapshot_wanted = stored.snapshot_wanted or (journal is None and stored.index != stored.saved_index)
+        self.commits = _commits(journal, stored, sync=schedule.durability is Durability.FSYNC)
         served = Served(schedule.durability.value, boot(), journal.number if journal else None)
-        self.head = msgspec.structs.replace(kept.head, served=served)
+        self.head = msgspec.structs.replace(stored.head, served=served, inode=folder.inode)
         try:
             folder.write_head(self.head)
         except BaseException:
             if journal:
-                journal.close()  # and not removed: the head may be there, and speaks of it
+                journal.close()  # not removed: the head may be on the disk, and it names this journal
             raise
 
     @property
     def entries(self) -> list[Entry]:
-        """The snapshots that are kept, oldest first."""
+        """The snapshots, oldest first."""
         return self.folder.entries()
 
-    def durable_version(self, told: int) -> int:
-        """Returns the newest version that would survive; `told` is the newest that anybody was told of."""
-        return told if self.commits.journals else self.last.version
+    def durable_version(self, notified: int) -> int:
+        """Returns the newest version that would survive a crash.
 
-    def hurry(self) -> None:
-        """Has a snapshot be due at once: something has changed that does not come again by itself."""
-        self._soon = True
+        Args:
+            notified: The newest version that anybody was notified of.
+        """
+        return notified if self.commits.journals else self.last.version
+
+    def request_snapshot(self) -> None:
+        """Makes a snapshot due at once: the model has changed in a way that its workers would not repeat."""
+        self._snapshot_wanted = True
 
     def due(self, version: int) -> bool:
-        """Returns whether it is time for a snapshot of a model that is at `version`."""
-        now, commits, schedule = time.monotonic(), self.commits, self._schedule
+        """Returns whether a snapshot is due for a model at `version`."""
+        now, commits, schedule = self._clock.monotonic(), self.commits, self._schedule
         if now < self._retry_at:
             return False
-        if isinstance(commits, Journaled) and commits.error:
+        if self._is_broken():
             return True
         if commits.index == self._saved_index:
             return False
         return (
-            self._soon
+            self._snapshot_wanted
             or (schedule.updates is not None and version - self.last.version >= schedule.updates)
             or (schedule.seconds is not None and now - self._saved_at >= schedule.seconds)
             or (isinstance(commits, Journaled) and self._is_long(commits))
         )
 
-    def save(self, cut: Callable[[Callable[[], None]], Checkpoint]) -> Entry:
-        """Takes a snapshot; it is safe when this returns, as all is that had happened before the call.
+    def save(self, take_checkpoint: TakeCheckpoint) -> Entry:
+        """Takes a snapshot; when this returns, everything that had happened before the call is durable.
 
-        Many calls at a time are answered with few snapshots: one that was begun after a call serves it.
-
-        Args:
-            cut: Takes the model's image; calls what it is given at that moment, under the model's lock.
+        Concurrent calls share snapshots: a call returns the result of one that started after it.
 
         Raises:
-            OSError: It could not be written; there are those that were there before.
-            Exception: Whatever `cut` raises.
+            OSError: The snapshot was not written. Earlier snapshots are unchanged.
+            Exception: Whatever `take_checkpoint` raises.
         """
-        asked = self._begun
+        started_before = self._started
         with self._saving:
-            if self._gone:
+            if self._closed:
                 raise FileNotFoundError(errno.ENOENT, "the model has ended")
-            if self._finished > asked:  # while this call waited
+            if self._finished > started_before:  # another call's snapshot started after this call
                 return self.last
-            return self._save(cut)
+            return self._save(take_checkpoint)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Waits for a snapshot that is being taken; if nothing is raised within, none is taken any more."""
+        """Waits for a snapshot that is being taken, and closes the storage when the block ends without an error."""
         with self._saving:
             yield
-            self._gone = True
+            self._closed = True
             self.commits.close()
 
-    def close(self, cut: Callable[[Callable[[], None]], Checkpoint]) -> None:
-        """Ends in good order: takes a last snapshot, and says that nothing comes after it.
+    def close(self, take_checkpoint: TakeCheckpoint) -> None:
+        """Shuts down in order: takes a last snapshot and writes to the head that nothing follows it.
 
         Raises:
-            OSError: It could not be written. What was told of is safe as before.
+            OSError: That was not written. What was durable before is still durable.
         """
         with self._saving:
             if self.commits.index != self._saved_index or self._is_broken():
-                self._save(cut)
-            self._gone = True
+                self._save(take_checkpoint)
+            self._closed = True
             self.commits.close()
             self.folder.write_head(msgspec.structs.replace(self.head, served=None))
 
-    def _save(self, cut: Callable[[Callable[[], None]], Checkpoint]) -> Entry:
-        began, soon, commits = time.monotonic(), self._soon, self.commits
-        self._soon, journal = False, None
-        self._begun += 1
+    def _save(self, take_checkpoint: TakeCheckpoint) -> Entry:
+        began, wanted, commits = self._clock.monotonic(), self._snapshot_wanted, self.commits
+        self._snapshot_wanted, journal = False, None
+        self._started += 1
         try:
             journal = self._new_journal()
-            taken = cut(lambda: commits.rotate(journal) if journal else None)
-            entry = self._written(taken, journal)
+            checkpoint = take_checkpoint(lambda: commits.rotate(journal) if journal else None)
+            entry = self._write(checkpoint, journal)
         except BaseException:
-            self._soon = self._soon or soon
-            self._retry_at = time.monotonic() + (_REPAIR_SECONDS if self._is_broken() else _RETRY_SECONDS)
+            self._snapshot_wanted = self._snapshot_wanted or wanted
+            self._retry_at = self._clock.monotonic() + (_REPAIR_SECONDS if self._is_broken() else _RETRY_SECONDS)
             self._take_back(journal)
             raise
         if journal:
             commits.adopt(journal)
-        self.last, self._saved_index, self._saved_at, self._finished = entry, taken.index, began, self._begun
-        seconds = time.monotonic() - began
-        _log.info("%s: snapshot %d of version %d, %.1f s", self._where, entry.number, entry.version, seconds)
+        self.last, self._saved_index, self._saved_at, self._finished = entry, checkpoint.index, began, self._started
+        seconds = self._clock.monotonic() - began
+        _log.info("%s: wrote snapshot %d of version %d in %.1f s", self._where, entry.number, entry.version, seconds)
         try:
             self.folder.tidy()
         except OSError as error:
             _log.warning("%s: old snapshots were not removed: %s", self._where, error)
         return entry
 
-    def _written(self, taken: Checkpoint, journal: Journal | None) -> Entry:
+    def _write(self, checkpoint: Checkpoint, journal: Journal | None) -> Entry:
         self._number += 1
         try:
-            number, state = self._number, taken.frozen.state()
-            follows = journal.number if journal else None
-            return snapshot.write(self.folder.files, number, time.time(), taken.index, follows, taken.model, state)
+            return snapshot.write(
+                self.folder.files,
+                self._number,
+                self._clock.time(),
+                checkpoint.index,
+                journal.number if journal else None,
+                checkpoint.model,
+                checkpoint.frozen.state(),
+            )
         finally:
-            taken.frozen.release()
+            checkpoint.frozen.release()
 
     def _take_back(self, journal: Journal | None) -> None:
-        """Removes the journal that was to follow a snapshot which failed: tried often, they would fill the disk."""
-        # A manifest that has its name may be found after a crash: then it is this journal that must be written to.
-        if journal and not self._may_be_found() and self.commits.take_back(journal):
-            self._discard(journal)
+        """Removes the journal that was to continue a failed snapshot: repeated attempts would fill the disk.
 
-    def _discard(self, journal: Journal | None) -> None:
-        if journal:
+        A manifest that has its name may be found after a crash, although its last sync failed. It names the new
+        journal as the one that continues it, so later records must go there.
+        """
+        if journal and not self._manifest_exists() and self.commits.take_back(journal):
             journal.close()
             with suppress(OSError):
                 self.folder.files.remove(journal_name(journal.number))
 
-    def _may_be_found(self) -> bool:
+    def _manifest_exists(self) -> bool:
         try:
             return snapshot.manifest_name(self._number) in self.folder.files.names()
         except OSError:
@@ -266,12 +291,12 @@ class ModelStorage:
         return f"model {self.folder.files.folder.name}"
 
     def _is_broken(self) -> bool:
+        """Returns whether the journal failed: only a snapshot can then make anything durable."""
         return isinstance(self.commits, Journaled) and self.commits.error is not None
 
     def _is_long(self, commits: Journaled) -> bool:
-        """Whether the journal takes so much space, or its records so much time, that a snapshot is to cut it."""
-        return commits.records >= _JOURNAL_RECORDS or commits.bytes >= max(
-            _JOURNAL_STATES * self.last.bytes, _JOURNAL_BYTES
+        return commits.records >= _JOURNAL_RECORDS_MAX or commits.bytes >= max(
+            _JOURNAL_STATES_MAX * self.last.bytes, _JOURNAL_BYTES_MIN
         )
 
     def _new_journal(self) -> Journal | None:
@@ -281,8 +306,8 @@ class ModelStorage:
         return Journal(self.folder.files, self._number)
 
 
-def _commits(journal: Journal | None, kept: StoredModel, *, sync: bool) -> Commits:
+def _commits(journal: Journal | None, stored: StoredModel, *, sync: bool) -> Commits:
     if journal is None:
-        return Commits(kept.index)
-    before = kept.index - kept.saved_index, kept.journal_bytes
-    return Journaled(journal, kept.index, sync=sync, before=before)
+        return Commits(stored.index)
+    before = stored.index - stored.saved_index, stored.journal_bytes
+    return Journaled(journal, stored.index, sync=sync, before=before)

@@ -1,8 +1,9 @@
-"""What a journal's records say."""
+"""The records of a journal: one for each change of a model."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -13,23 +14,23 @@ from deltaserve_server.model import Tensor, UpdateSummary
 from deltaserve_server.model.state import SessionState, Settings
 
 Piece = tuple[int, Values]
-"""Elements from an offset on."""
+"""A slice of the flat vector: the offset of its first element, and its values."""
 
 
 class Updated(msgspec.Struct, tag="update", frozen=True, kw_only=True):
-    """An update. Its vector is the gradient, in pieces.
+    """An update was applied. The record's vector is the summed gradient.
 
     Attributes:
-        summary: What was made.
-        absent: Tensors that it left as they were.
+        summary: What the update did.
+        absent: Indices of the tensors that it left unchanged.
         sources: Session id and fingerprint of each push, in the order of `summary.contributions`.
-        divisor: What the gradient is divided by.
+        divisor: Number that the summed gradient is divided by.
     """
 
     summary: UpdateSummary
     absent: frozenset[int]
     sources: tuple[tuple[bytes, int | None], ...]
-    divisor: float
+    divisor: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Opened(msgspec.Struct, tag="session", frozen=True):
@@ -39,32 +40,37 @@ class Opened(msgspec.Struct, tag="session", frozen=True):
 
 
 class Ended(msgspec.Struct, tag="sessions ended", frozen=True):
-    """Sessions were closed, or their leases ran out."""
+    """Sessions were closed, or their leases expired."""
 
     ids: tuple[bytes, ...]
 
 
 class Changed(msgspec.Struct, tag="settings", frozen=True):
-    """Hyperparameters and policy were changed, or are to be when the open round closes."""
+    """Hyperparameters and policy were changed.
+
+    Attributes:
+        settings: The new settings.
+        waits: Whether they take effect when the open round closes; otherwise at once.
+    """
 
     settings: Settings
     waits: bool
 
 
 class VersionBumped(msgspec.Struct, tag="version", frozen=True):
-    """The weights as they are were given a new version."""
+    """The version was incremented without a change of the weights."""
 
     version: int
 
 
 class StatePut(msgspec.Struct, tag="state", frozen=True):
-    """The whole state was replaced. Its vector is weights, square_avg and acc_delta, one after the other."""
+    """The whole state was replaced. The record's vector is weights, square_avg and acc_delta, one after the other."""
 
     update_counts: tuple[int, ...]
 
 
 class Extended(msgspec.Struct, tag="extension", frozen=True):
-    """Tensors and groups were added. Its vector is the new weights."""
+    """Tensors and groups were appended. The record's vector is the weights of the new tensors."""
 
     tensors: tuple[Tensor, ...]
     groups: tuple[Hyperparameters, ...]
@@ -75,11 +81,11 @@ Event = Updated | Opened | Ended | Changed | VersionBumped | StatePut | Extended
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What happened, and the vector that belongs to it.
+    """A change of a model, with the vector that belongs to it.
 
     Attributes:
-        index: Counts a model's records, from 1.
-        event: What happened.
+        index: Number of the record; a model's records count from 1.
+        event: The change.
         pieces: The vector, in ascending order of offsets.
     """
 
@@ -88,12 +94,12 @@ class Record:
     pieces: Sequence[Piece] = ()
 
 
-class Header(msgspec.Struct, frozen=True):
-    """The part of a record that is JSON.
+class RecordBody(msgspec.Struct, frozen=True):
+    """The JSON part of a record.
 
     Attributes:
-        event: What happened.
-        pieces: Of its vector: offset, number of elements and numpy's name of the type.
+        event: The change.
+        pieces: Offset, number of elements and numpy type string of each piece of the vector.
     """
 
     event: Event
@@ -101,7 +107,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def finite(event: Event) -> Event:
-    """Returns an event that JSON can say: what is infinite is as large as a number can be, which rounds to the same."""
+    """Returns the event with infinite numbers replaced by the largest double, since JSON has no infinity."""
     if not isinstance(event, Updated):
         return event
     summary = replace(event.summary, norm=min(event.summary.norm, sys.float_info.max))
@@ -109,4 +115,4 @@ def finite(event: Event) -> Event:
 
 
 DTYPES = {name: np.dtype(name) for name in ("<f4", "<f2", "<u2")}
-"""The types that a piece may have."""
+"""Element types that a piece may have."""

@@ -1,10 +1,17 @@
-"""How a model comes back: its newest good snapshot, and then its journals, record by record."""
+"""Brings a model back after a start of the server: from its newest good snapshot and the journals that continue it.
+
+    read the head -> read the newest good snapshot -> replay the journals -> decide what is lost -> repair the files
+    -> begin a new lineage
+
+Nothing in the folder changes before the decision. A crash during recovery therefore leaves either the same folder or
+one whose head says that versions may be lost.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +19,10 @@ import numpy as np
 from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
+from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder, Head, Served
-from deltaserve_server.durability.journal import END, Reading, journal_name
-from deltaserve_server.durability.model_storage import StoredModel
+from deltaserve_server.durability.journal import END, JournalReader, journal_name
+from deltaserve_server.durability.model_storage import Clock, Durability, StoredModel
 from deltaserve_server.durability.records import (
     Changed,
     Ended,
@@ -38,42 +46,26 @@ MakeStore = Callable[[Vector], Store]
 
 @dataclass(kw_only=True)
 class Recovered:
-    """A model that came back.
+    """A model that was recovered.
 
     Attributes:
         machine: Its state machine, resumed.
         store: Its vectors.
-        kept: What its folder has of it; under another lineage than before where something was lost, or may have been.
-        waited: Whether the last thing that happened is a version for those who wait for one.
+        stored: What its folder contains, with the head of the new lineage, which is not written yet.
+        version_bumped: Whether resuming incremented the version, for workers that wait for it. The caller must journal
+            that.
     """
 
     machine: Machine
     store: Store
-    kept: StoredModel
-    waited: bool
-
-
-@dataclass
-class _Found:
-    """What is found while a model is read.
-
-    Attributes:
-        head: What its folder says.
-        lost: Whether acknowledged updates may be missing.
-        saved: Index of the last record that is part of any snapshot, be it a bad one.
-        bad: By number: what is wrong with a snapshot.
-    """
-
-    head: Head
-    lost: bool = False
-    saved: int = 0
-    bad: dict[int, CorruptError] = field(default_factory=dict)
+    stored: StoredModel
+    version_bumped: bool
 
 
 class Expected(NamedTuple):
-    """How much `recover` is going to read, about, and elements of the model that it is going to bring back, at least.
+    """An estimate, before recovery: bytes that it will read, and elements that the model will have.
 
-    The newest snapshot says so, and the journals that follow it; nothing does where that is bad.
+    Both are 0 if the newest snapshot is corrupt.
     """
 
     bytes: int = 0
@@ -81,226 +73,240 @@ class Expected(NamedTuple):
 
     @classmethod
     def of(cls, folder: Folder) -> "Expected":
-        """Returns what a folder lets expect."""
+        """Returns the estimate for a folder."""
         files = folder.files
         for number in folder.snapshots()[-1:]:
             with suppress(CorruptError, OSError):
                 manifest = snapshot.read_manifest(files, number)
-                journals = (number for number in folder.journals() if number >= manifest.follows)
+                journals = (number for number in folder.journals() if number >= manifest.first_journal)
                 size = manifest.bytes + sum(files.size(journal_name(number)) for number in journals)
                 return cls(size, Layout(manifest.model.tensors).size)
         return cls()
 
 
 def recover(
-    folder: Folder, make_store: MakeStore, progress: Progress, *, accept_data_loss: bool, sync: bool
+    folder: Folder,
+    make_store: MakeStore,
+    progress: Progress,
+    *,
+    accept_data_loss: bool,
+    sync: bool,
+    clock: Clock = time,
 ) -> Recovered:
-    """Brings a model back.
+    """Recovers a model.
 
     Args:
-        folder: Where it is.
-        make_store: Makes the place for its vectors, of the weights.
-        progress: Is told how many further bytes were read.
-        accept_data_loss: Whether to go on where a file is corrupt, with what comes before.
-        sync: Whether what comes back is to be on the disk, since others are told that it is.
+        folder: The model's folder.
+        make_store: Creates the model's store from its weights.
+        progress: Receives the number of bytes read since its last call.
+        accept_data_loss: Whether to continue with what is good if a file is corrupt.
+        sync: Whether everything recovered must be on the disk when this returns.
+        clock: The time.
 
     Raises:
-        CorruptError: A file is, and that is not accepted; or no snapshot is good.
-        OSError: A file cannot be read.
+        CorruptError: A file is corrupt and data loss is not accepted, or no snapshot is good.
+        OSError: A file cannot be read or written.
     """
     folder.clear()
-    found = _Found(_head(folder, accept_data_loss))
-    manifest, state = _newest(folder, found, progress)
+    head = _read_head(folder, accept_data_loss)
+    found = _read_newest_snapshot(folder, progress)
+    manifest = found.manifest
     failpoint("recovery.tensors")
-    now = time.monotonic()
-    machine = manifest.model.machine(now)
-    # A vector of its own: the first one of a store is used again when another takes its place.
-    store = make_store(zeros_like(state.weights))
-    store.put(state, machine.version)
-    replay = _Replay(machine, store, manifest.index, found.head.lost_at, now)
-    _replay(folder, manifest, replay, found, progress, accept_data_loss=accept_data_loss, sync=sync)
-    replay.end_sessions()
-    if found.bad and manifest.journal is not None and replay.index < found.saved:
-        # What could not be written to a journal was safe in the snapshot that is bad, and there alone.
-        if not accept_data_loss:
-            raise max(found.bad.items())[1]
-        found.lost = True
-    if _may_lack(found, manifest):
-        found.lost = True
-    head = found.head
-    if found.lost:
-        _log.warning(
-            "model %s: goes on from version %d; what came after, if anything, is lost", machine.name, machine.version
-        )
-        folder.write_head(head.mark_uncertain())
-        head = head.forked(machine.version, replay.index)
-        machine.lose_sessions()
-    for number in found.bad:  # it is none, neither for the next who comes back nor where two are to stay
-        folder.files.rename(snapshot.manifest_name(number), f"{snapshot.manifest_name(number)}.corrupt")
-    waited = machine.resume(time.monotonic())
-    store.current.number = machine.version
-    entry = Entry(manifest.number, manifest.model.version, manifest.bytes, manifest.taken_at)
-    failpoint("recovery.done")
-    return Recovered(
-        machine=machine,
-        store=store,
-        kept=StoredModel(
-            head=head,
-            last=entry,
-            saved_index=manifest.index,
-            index=replay.index,
-            journal_bytes=replay.bytes,
-            hurry=bool(found.bad),
-        ),
-        waited=waited,
+
+    machine = manifest.model.machine(clock.monotonic())
+    # The store gets its own vector: it reuses its first one when it puts another in its place.
+    store = make_store(zeros_like(found.state.weights))
+    store.put(found.state, machine.version)
+    replayer = JournalReplayer(folder.files, machine, store, manifest.index, head, clock.monotonic())
+    present = {number for number in folder.journals() if number >= manifest.first_journal}
+    must_exist = _must_exist(manifest, head.served)
+    replayer.replay(sorted(present | must_exist), must_exist, progress)
+
+    loss = assess_loss(
+        head.served,
+        lost_power=replayer.lost_power,
+        journal_error=replayer.error,
+        snapshot_error=found.corrupt[max(found.corrupt)] if found.corrupt else None,
+        has_journal=manifest.journal is not None,
+        is_complete=replayer.index >= found.last_index,
     )
+    if loss.refusal and not accept_data_loss:
+        raise loss.refusal
+    if loss.possible:
+        _log.warning(
+            "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end",
+            machine.name,
+            machine.version,
+        )
+        # Before any repair: a start that finds the repaired files after a crash must know of the loss as well.
+        folder.write_head(head.mark_uncertain())
+        machine.lose_sessions()
+    elif head.inode not in (None, folder.inode):
+        _log.warning(
+            "model %s: %s is a copy, perhaps restored from a backup; the model continues from version %d, and workers "
+            "that have later versions of the original get RolledBackError",
+            machine.name,
+            folder.files.folder,
+            machine.version,
+        )
+    _repair(folder, replayer, found.corrupt, sync=sync)
+    stored = StoredModel(
+        head=head.next_lineage(machine.version, lost_at=replayer.index if loss.possible else None),
+        last=Entry(manifest.number, manifest.model.version, manifest.bytes, manifest.taken_at),
+        saved_index=manifest.index,
+        index=replayer.index,
+        journal_bytes=replayer.bytes,
+        snapshot_wanted=bool(found.corrupt),
+    )
+    version_bumped = machine.resume(clock.monotonic())
+    store.current.number = machine.version
+    failpoint("recovery.done")
+    return Recovered(machine=machine, store=store, stored=stored, version_bumped=version_bumped)
 
 
-def _head(folder: Folder, accept_data_loss: bool) -> Head:
+# --- reading
+
+
+class _Snapshot(NamedTuple):
+    """The newest good snapshot of a folder.
+
+    Attributes:
+        manifest: Its manifest.
+        state: Its vectors.
+        corrupt: Newer snapshots that are corrupt, by number, with what is wrong.
+        last_index: Index of the last record that any snapshot includes, corrupt ones among them.
+    """
+
+    manifest: Manifest
+    state: State
+    corrupt: Mapping[int, CorruptError]
+    last_index: int
+
+
+def _read_head(folder: Folder, accept_data_loss: bool) -> Head:
     try:
         return folder.read_head()
     except CorruptError as error:
         if not accept_data_loss:
             raise
-        _log.error("%s; workers take the model for another one", error)
-        return Head.new().mark_uncertain()  # how it was served is not known: sessions must not go on
+        _log.error("%s; the model gets a new lineage that no worker knows", error)
+        return Head.new().mark_uncertain()  # how the model was served is unknown: its sessions must end
 
 
-def _newest(folder: Folder, found: _Found, progress: Progress) -> tuple[Manifest, State]:
-    """Returns the newest snapshot that is good."""
+def _read_newest_snapshot(folder: Folder, progress: Progress) -> _Snapshot:
+    corrupt: dict[int, CorruptError] = {}
+    last_index = 0
     for number in reversed(folder.snapshots()):
         try:
             manifest = snapshot.read_manifest(folder.files, number)
             failpoint("recovery.manifest")
             if manifest.model.name != folder.files.folder.name:
                 where = str(folder.files.folder / snapshot.manifest_name(number))
-                raise CorruptError(where, f"it is of model {manifest.model.name}")
+                raise CorruptError(where, f"it belongs to model {manifest.model.name}")
             state = snapshot.read_state(folder.files, manifest, progress)
-            found.saved = max(found.saved, manifest.index)
-            return manifest, state
+            return _Snapshot(manifest, state, corrupt, max(last_index, manifest.index))
         except CorruptError as error:
-            found.saved = max(found.saved, snapshot.recorded_index(folder.files, number))
-            _log.error("corrupt snapshot, an older one is tried: %s", error)
-            found.bad[number] = error
-    if found.bad:
-        raise max(found.bad.items())[1]
-    raise CorruptError(str(folder.files.folder), "there is no snapshot in it")
+            _log.error("corrupt snapshot, trying the one before: %s", error)
+            last_index = max(last_index, snapshot.last_index_of_corrupt(folder.files, number))
+            corrupt[number] = error
+    if corrupt:
+        raise corrupt[max(corrupt)]
+    raise CorruptError(str(folder.files.folder), "it contains no snapshot")
 
 
-def _may_lack(found: _Found, manifest: Manifest) -> bool:
-    """Whether updates that somebody was told of may be missing, though all files that are there are good."""
-    served = found.head.served
-    if found.bad and manifest.journal is None:
-        return True  # an older snapshot, and no journal that leads on from it
-    if served is None or served.durability == "fsync":
-        return False
-    return served.durability != "journal" or served.lost_power
-
-
-def _replay(
-    folder: Folder,
-    manifest: Manifest,
-    replay: "_Replay",
-    found: _Found,
-    progress: Progress,
-    *,
-    accept_data_loss: bool,
-    sync: bool,
-) -> None:
-    """Makes everything happen again that the journals hold; ends each where it was torn."""
-    served = found.head.served
-    lost_power = served is not None and served.lost_power
-    begun = _begun(manifest, served)
-    numbers = sorted({number for number in folder.journals() if number >= manifest.follows} | begun)
-    # What nobody has synced is gone in any order when the power goes: no more was promised.
-    may_end = accept_data_loss or (lost_power and served is not None and served.durability != "fsync")
-    for place, number in enumerate(numbers):
-        reading = Reading(folder.files, number, replay.index, lost_power=lost_power, begun=number in begun)
-        before = 0
-        try:
-            for record in reading.records():
-                try:
-                    check_record(record, replay.machine)
-                except InvalidRecord as error:
-                    raise CorruptError(reading.where, f"record {record.index}: {error}") from None
-                replay.redo(record)
-                failpoint("recovery.replay")
-                progress(reading.size - before)
-                replay.bytes += reading.size - before
-                before = reading.size
-        except CorruptError as error:
-            if not may_end:
-                raise
-            _log.error("%s; it ends at version %d", error, replay.machine.version)
-            found.lost = True
-            # Before anything is set aside: who comes back after a crash here must know of the loss too.
-            found.head = found.head.mark_uncertain()
-            folder.write_head(found.head)
-            for bad in numbers[place:]:
-                folder.set_aside(journal_name(bad), keep=reading.size if bad == number else 0)
-            if sync and reading.size:
-                folder.files.rewrite(journal_name(number), *reading.tail)
-            return
-        if reading.total != reading.size + len(END):
-            # If that is lost, the next who comes back finds the same tear.
-            folder.files.shorten(journal_name(number), reading.size, END, sync=False)
-        if sync:
-            folder.files.rewrite(journal_name(number), *reading.tail)
-        progress(reading.total - before)
-
-
-def _begun(manifest: Manifest, served: Served | None) -> set[int]:
-    """Returns the numbers of journals that must be there after a snapshot, though its server has died."""
-    if served is None or served.journal is None:  # it kept none, or ended in good order
+def _must_exist(manifest: Manifest, served: Served | None) -> set[int]:
+    """Returns the numbers of journals that exist if the last server crashed: manifest and head name them."""
+    if served is None or served.journal is None:
         return set()
-    known = manifest.journal, served.journal
-    return {number for number in known if number is not None and number >= manifest.follows}
+    named = manifest.journal, served.journal
+    return {number for number in named if number is not None and number >= manifest.first_journal}
 
 
-class _Replay:
-    """Makes a model's records happen again.
+# --- replay
+
+
+class JournalReplayer:
+    """Replays journals: applies their records to a machine and its store, through the same kernel as at first.
 
     Args:
-        machine: The model as its snapshot has it.
-        store: Its vectors, likewise.
-        index: Of the last record that is part of the snapshot.
-        lost_at: See `Head`.
-        now: The time.
+        files: The model's folder.
+        machine: The state machine as the snapshot has it.
+        store: The vectors as the snapshot has them.
+        index: Index of the last record in the snapshot.
+        head: The model's head.
+        now: The time, for leases.
 
     Attributes:
-        machine: As above.
-        index: Of the last record that happened again.
-        bytes: How many the records have that did.
+        machine: The state machine.
+        index: Index of the last record replayed.
+        bytes: Length of the records replayed.
+        journals: The readers of the journals read so far, by number, in order. Each stays open: repairs need its bytes.
+        error: Why the last of these journals ends early; None if it is good.
+        lost_power: Whether the machine may have restarted since the journals were written.
+        unread: Numbers of the journals after it.
     """
 
-    def __init__(self, machine: Machine, store: Store, index: int, lost_at: int | None, now: float) -> None:
+    def __init__(self, files: Files, machine: Machine, store: Store, index: int, head: Head, now: float) -> None:
         self.machine = machine
         self.index = index
         self.bytes = 0
+        self.journals: dict[int, JournalReader] = {}
+        self.error: CorruptError | None = None
+        self.unread: Sequence[int] = ()
+        self.lost_power = head.served is not None and head.served.lost_power
+        self._files = files
         self._store = store
-        self._lost_at = lost_at
+        self._lost_at = head.lost_at
         self._now = now
 
-    def end_sessions(self) -> None:
-        """Ends all sessions where an earlier recovery has done so."""
+    def replay(self, numbers: Sequence[int], must_exist: set[int], progress: Progress) -> None:
+        """Replays journals, up to the first error."""
+        for place, number in enumerate(numbers):
+            journal = JournalReader(
+                self._files, number, self.index, lost_power=self.lost_power, must_exist=number in must_exist
+            )
+            self.journals[number] = journal
+            try:
+                self._replay_journal(journal, progress)
+            except CorruptError as error:
+                self.error, self.unread = error, numbers[place + 1 :]
+                break
+        self._end_lost_sessions()
+
+    def _replay_journal(self, journal: JournalReader, progress: Progress) -> None:
+        before = 0
+        for record in journal.records():
+            try:
+                check_record(record, self.machine)
+            except InvalidRecord as error:
+                raise CorruptError(journal.where, f"record {record.index}: {error}") from None
+            self._end_lost_sessions()
+            self._apply(record)
+            self.index = record.index
+            failpoint("recovery.replay")
+            self.bytes += journal.size - before
+            progress(journal.size - before)
+            before = journal.size
+        progress(journal.file_bytes - before)
+
+    def _end_lost_sessions(self) -> None:
+        """Ends all sessions at the record at which an earlier recovery ended them."""
         if self.index == self._lost_at:
             self.machine.lose_sessions()
 
-    def redo(self, record: Record) -> None:
-        """Makes a record happen again."""
+    def _apply(self, record: Record) -> None:
         machine, event = self.machine, record.event
-        self.end_sessions()
         match event:
             case Updated():
                 self._update(event, record)
-            case Opened(image):
-                machine.sessions.restore(image.session({}, self._now))
+            case Opened(session):
+                machine.sessions.restore(session.session({}, self._now))
             case Ended(ids):
                 machine.sessions.end(ids)
             case Changed(settings, waits):
-                machine.redo_change(settings.groups, settings.policy, waits)
+                machine.replay_change(settings.groups, settings.policy, waits)
             case VersionBumped(version):
-                machine.redo_version(version)
+                machine.replay_version_bump(version)
                 self._store.current.number = version
             case StatePut(counts):
                 weights, square_avg, acc_delta = (values.astype(np.float32) for _, values in record.pieces)
@@ -309,18 +315,81 @@ class _Replay:
             case Extended(tensors, groups):
                 self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
                 machine.extend(tensors, groups)
-        self.index = record.index
 
     def _update(self, event: Updated, record: Record) -> None:
         staging = self._store.stage()
         for offset, values in record.pieces:
             staging.add(offset, values)
         self._store.fold(staging, 1.0)
-        ranges = list(_ranges(self.machine, event))
+        groups = self.machine.layout.groups(event.absent)
+        ranges = [Range(start, stop, event.summary.hyperparameters[group]) for start, stop, group in groups]
         self._store.update(ranges, event.divisor, event.summary.version)
-        self.machine.redo(event.summary, event.absent, event.sources, self._now)
+        self.machine.replay_update(event.summary, event.absent, event.sources, self._now)
 
 
-def _ranges(machine: Machine, event: Updated) -> Iterator[Range]:
-    for start, stop, group in machine.layout.groups(event.absent):
-        yield Range(start, stop, event.summary.hyperparameters[group])
+# --- the decision
+
+
+class Loss(NamedTuple):
+    """Whether versions are lost that somebody may have seen.
+
+    Attributes:
+        possible: Whether versions are lost, or may be.
+        refusal: The damage that lost acknowledged versions, which the operator must accept; None if there is none.
+    """
+
+    possible: bool
+    refusal: CorruptError | None = None
+
+
+def assess_loss(
+    served: Served | None,
+    *,
+    lost_power: bool,
+    journal_error: CorruptError | None,
+    snapshot_error: CorruptError | None,
+    has_journal: bool,
+    is_complete: bool,
+) -> Loss:
+    """Decides whether versions are lost.
+
+    Args:
+        served: How the model was served; None after an orderly shutdown.
+        lost_power: Whether the machine may have restarted since.
+        journal_error: Why the journals end early; None if they are good.
+        snapshot_error: What is wrong with the newest snapshot; None if it is good.
+        has_journal: Whether a journal continues the snapshot used.
+        is_complete: Whether recovery reached every record that any snapshot includes, corrupt ones among them.
+    """
+    durability = served.durability if served else Durability.FSYNC
+    if journal_error and not (lost_power and durability != Durability.FSYNC):
+        return Loss(True, journal_error)
+    if snapshot_error and has_journal and not is_complete:
+        # The snapshot repaired a broken journal: it alone has the records that the journal lacks.
+        return Loss(True, snapshot_error)
+    # Without fsync, a power failure leaves any part of the last records: an early end is a loss, and no damage.
+    survives = durability == Durability.FSYNC or (durability == Durability.JOURNAL and not lost_power)
+    return Loss(not survives or (snapshot_error is not None and not has_journal))
+
+
+# --- after the decision
+
+
+def _repair(folder: Folder, replayer: JournalReplayer, corrupt: Mapping[int, CorruptError], *, sync: bool) -> None:
+    """Makes the files agree with what was recovered, so that the next start finds the same."""
+    files, journals = folder.files, list(replayer.journals.items())
+    if replayer.error:
+        number, journal = journals[-1]
+        folder.set_aside(journal_name(number), keep_bytes=journal.size)
+        for unread in replayer.unread:
+            folder.set_aside(journal_name(unread), keep_bytes=0)
+    for number, journal in journals:
+        is_corrupt = replayer.error is not None and number == journals[-1][0]
+        if not is_corrupt and journal.file_bytes != journal.size + len(END):
+            # Removes a torn record. Not synced: if this is lost, the next start finds the same torn record.
+            files.shorten(journal_name(number), journal.size, END, sync=False)
+        if sync and (journal.size or not is_corrupt):
+            # The last batch may be in the page cache alone: its server died before its fsync, or the fsync failed.
+            files.rewrite(journal_name(number), *journal.last_batch)
+    for number in corrupt:  # no longer counts as one of the two snapshots that are kept
+        files.rename(snapshot.manifest_name(number), f"{snapshot.manifest_name(number)}.corrupt")

@@ -1,8 +1,8 @@
-"""A snapshot: a model's whole state at one moment, as two files.
+"""A snapshot: the whole state of a model at one moment, in two files.
 
-`snapshot-N.safetensors` holds weights, square_avg and acc_delta, tensor by tensor, as anything that knows safetensors
-can read them. `snapshot-N.json`, the manifest, is written when that is safe: it holds everything else, and the
-checksum of the first. A snapshot without a manifest is none.
+`snapshot-N.safetensors` contains weights, square_avg and acc_delta, tensor by tensor; any safetensors reader can read
+it. `snapshot-N.json`, the manifest, contains everything else and the checksum of the first file. The server writes the
+manifest when the first file is on the disk, so a snapshot exists exactly if its manifest does.
 """
 
 import json
@@ -16,7 +16,7 @@ from crc32c import crc32c
 
 from deltaserve._common.failpoints import failpoint
 from deltaserve_server.durability.checked import packed, unpacked
-from deltaserve_server.durability.errors import CorruptError, readable
+from deltaserve_server.durability.errors import CorruptError, unreadable_is_corrupt
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.validation import InvalidRecord, check_model
 from deltaserve_server.memory import State
@@ -25,30 +25,30 @@ from deltaserve_server.model import Layout
 from deltaserve_server.model.state import MachineState
 
 _FORMAT = "deltaserve snapshot 1"
-_PART = 4 << 20
-"""Bytes that are read, or written, at a time."""
+_PART_BYTES = 4 << 20
+"""Bytes per read or write call: the checksum of a part is computed while the part is in the processor's cache."""
 
-_HEAD_BYTES = 100 << 20
-"""What a reader of safetensors takes for the JSON at most."""
+_HEADER_BYTES_MAX = 100 << 20
+"""Limit of the safetensors library for the JSON header."""
 
 VECTORS = ("weights", "square_avg", "acc_delta")
 
 Progress = Callable[[int], None]
-"""Is told how many further bytes were read."""
+"""Receives the number of bytes read since the last call."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot holds beside its tensors.
+    """The part of a snapshot that is not tensors.
 
     Attributes:
-        format: The kind and version of this file.
-        number: The snapshot's.
-        taken_at: In seconds since 1970, UTC.
-        index: Of the last of the model's records that is part of it.
-        journal: Number of the first journal whose records come after it; None where there is none.
-        bytes: Length of the file of tensors.
-        check: Its CRC-32C.
-        model: The model without its vectors.
+        format: Kind and version of this file.
+        number: Number of the snapshot.
+        taken_at: When it was taken, in seconds since 1970, UTC.
+        index: Index of the last record that the snapshot includes.
+        journal: Number of the journal that continues it; None if the server kept none.
+        bytes: Length of the tensor file.
+        checksum: CRC-32C of the tensor file.
+        model: The model's state, without its vectors.
     """
 
     format: str
@@ -57,17 +57,28 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     journal: int | None
     bytes: int
-    check: int
+    checksum: int
     model: MachineState
 
     @property
-    def follows(self) -> int:
-        """Number from which on journals come after it: numbers only grow, also where it was taken without a journal."""
+    def first_journal(self) -> int:
+        """Number of the first journal that may continue the snapshot.
+
+        A snapshot taken without a journal may be followed by one of a later start: its number is higher, since
+        snapshots and journals count together.
+        """
         return self.number + 1 if self.journal is None else self.journal
 
 
 class Entry(NamedTuple):
-    """A snapshot in a line."""
+    """A snapshot in a list of snapshots.
+
+    Attributes:
+        number: Number of the snapshot.
+        version: Version of the model.
+        bytes: Length of its files.
+        taken_at: When it was taken, in seconds since 1970, UTC.
+    """
 
     number: int
     version: int
@@ -76,30 +87,30 @@ class Entry(NamedTuple):
 
 
 def tensors_name(number: int) -> str:
-    """Returns the name of a snapshot's file of tensors."""
+    """Returns the name of a snapshot's tensor file."""
     return f"snapshot-{number:08}.safetensors"
 
 
 def manifest_name(number: int) -> str:
-    """Returns the name of its manifest."""
+    """Returns the name of a snapshot's manifest."""
     return f"snapshot-{number:08}.json"
 
 
 def write(
     files: Files, number: int, taken_at: float, index: int, journal: int | None, model: MachineState, state: State
 ) -> Entry:
-    """Writes a snapshot; it is safe when this returns.
+    """Writes a snapshot. It is on the disk when this returns.
 
     Raises:
-        OSError: It could not be written; what there was before is as it was.
+        OSError: It was not written. Earlier snapshots are unchanged.
     """
-    parts: list[bytes | memoryview] = [_head(model, index)]
+    parts: list[bytes | memoryview] = [_tensors_header(model, index)]
     for name in VECTORS:
         raw = getattr(state, name).data.cast("B")
-        parts += [raw[at : at + _PART] for at in range(0, len(raw), _PART)]
-    check = 0
+        parts += [raw[at : at + _PART_BYTES] for at in range(0, len(raw), _PART_BYTES)]
+    checksum = 0
     for part in parts:
-        check = crc32c(part, check)
+        checksum = crc32c(part, checksum)
     failpoint("snapshot.cut")
     manifest = Manifest(
         format=_FORMAT,
@@ -108,11 +119,11 @@ def write(
         index=index,
         journal=journal,
         bytes=sum(map(len, parts)),
-        check=check,
+        checksum=checksum,
         model=model,
     )
     content = packed(manifest)
-    with _whole(files, number):
+    with _removed_on_error(files, number):
         files.put(tensors_name(number), parts)
         failpoint("snapshot.tensors")
         files.put(manifest_name(number), [content])
@@ -121,26 +132,27 @@ def write(
 
 
 @contextmanager
-def _whole(files: Files, number: int) -> Iterator[None]:
-    """Removes tensors that have no manifest where the disk refuses: tried often, they would fill it."""
+def _removed_on_error(files: Files, number: int) -> Iterator[None]:
+    """Removes the tensor file if the manifest cannot be written: repeated attempts would fill the disk."""
     try:
         yield
     except OSError:
         with suppress(OSError):
+            # A manifest whose name is there may have reached the disk, whatever its last sync said.
             if manifest_name(number) not in files.names():
                 files.remove(tensors_name(number))
         raise
 
 
 def read_manifest(files: Files, number: int) -> Manifest:
-    """Returns a snapshot's manifest.
+    """Returns the manifest of a snapshot.
 
     Raises:
         CorruptError: It is not what was written.
     """
     name = manifest_name(number)
     where = str(files.folder / name)
-    with readable(where):
+    with unreadable_is_corrupt(where):
         content = files.read(name)
     manifest = unpacked(content, Manifest, where)
     if manifest.format != _FORMAT or manifest.number != number:
@@ -153,50 +165,52 @@ def read_manifest(files: Files, number: int) -> Manifest:
 
 
 def read_state(files: Files, manifest: Manifest, progress: Progress) -> State:
-    """Returns a snapshot's vectors.
+    """Returns the vectors of a snapshot.
 
     Raises:
-        CorruptError: They are not what was written.
+        CorruptError: The tensor file is not what was written.
     """
     name = tensors_name(manifest.number)
     where = str(files.folder / name)
-    size, head = Layout(manifest.model.tensors).size, _head(manifest.model, manifest.index)
-    if manifest.bytes != len(head) + len(VECTORS) * size * ELEMENT_BYTES:
+    size, header = Layout(manifest.model.tensors).size, _tensors_header(manifest.model, manifest.index)
+    # Compared before anything is allocated: a forged manifest must not make the server reserve memory.
+    if manifest.bytes != len(header) + len(VECTORS) * size * ELEMENT_BYTES:
         raise CorruptError(where, "its length in the manifest is not that of the model")
     try:
         if files.size(name) != manifest.bytes:
             raise CorruptError(where, f"it has {files.size(name)} bytes, not {manifest.bytes}")
-        with readable(where), (files.folder / name).open("rb", buffering=0) as file:
-            found = file.read(len(head))
-            check, vectors = crc32c(found), []
+        with unreadable_is_corrupt(where), (files.folder / name).open("rb", buffering=0) as file:
+            found = file.read(len(header))
+            checksum, vectors = crc32c(found), []
             for _ in VECTORS:
                 vector = allocate_host(size)
-                check = _read(file, vector, check, progress)
+                checksum = _read(file, vector, checksum, progress)
                 vectors.append(vector)
     except FileNotFoundError:
         raise CorruptError(where, "it is missing") from None
-    if check != manifest.check or found != head:
+    if checksum != manifest.checksum or found != header:
         raise CorruptError(where, "its checksum is wrong")
     return State(*vectors)
 
 
-def _read(file: Any, vector: Vector, check: int, progress: Progress) -> int:
-    """Fills a vector from a file; returns the checksum that goes on from `check`."""
+def _read(file: Any, vector: Vector, checksum: int, progress: Progress) -> int:
+    """Fills a vector from a file; returns the checksum continued over its bytes."""
     raw = vector.data.cast("B")
-    for at in range(0, len(raw), _PART):
-        part = raw[at : at + _PART]
+    for at in range(0, len(raw), _PART_BYTES):
+        part = raw[at : at + _PART_BYTES]
         got = 0
         while got < len(part) and (count := file.readinto(part[got:])):
             got += count
-        check = crc32c(part[:got], check)
+        checksum = crc32c(part[:got], checksum)
         progress(got)
-    return check
+    return checksum
 
 
-def recorded_index(files: Files, number: int) -> int:
-    """Returns the index of the last record that is part of a snapshot, as far as files tell that may be bad.
+def last_index_of_corrupt(files: Files, number: int) -> int:
+    """Returns the index of the last record that a corrupt snapshot includes, as far as its files still tell.
 
-    Where there are no tensors, there was no snapshot: 0. Where they do not tell, the highest number.
+    Returns 0 if the tensor file is missing, because then the snapshot was never finished; and the highest number if
+    neither file tells.
     """
     try:
         return read_manifest(files, number).index
@@ -204,25 +218,25 @@ def recorded_index(files: Files, number: int) -> int:
         try:
             with (files.folder / tensors_name(number)).open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                return int(json.loads(file.read(min(size, _HEAD_BYTES)))["__metadata__"]["index"])
+                return int(json.loads(file.read(min(size, _HEADER_BYTES_MAX)))["__metadata__"]["index"])
         except FileNotFoundError:
             return 0
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return sys.maxsize
 
 
-def _head(model: MachineState, index: int) -> bytes:
-    """Returns what a safetensors file begins with: the length of its JSON, and that, padded with spaces.
+def _tensors_header(model: MachineState, index: int) -> bytes:
+    """Returns the start of a safetensors file: the length of its JSON header, and the header padded with spaces.
 
-    Written here, not by the library: that takes all tensors as copies, in memory, at once.
+    The safetensors library is not used to write: it copies all tensors into one buffer first.
     """
     entries = {"__metadata__": {"model": model.name, "version": str(model.version), "index": str(index)}}
-    body = json.dumps(entries | dict(_entries(model)), separators=(",", ":")).encode()
+    body = json.dumps(entries | dict(_tensor_entries(model)), separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(8, "little") + body
 
 
-def _entries(model: MachineState) -> Iterator[tuple[str, Any]]:
+def _tensor_entries(model: MachineState) -> Iterator[tuple[str, Any]]:
     layout = Layout(model.tensors)
     for place, vector in enumerate(VECTORS):
         for index, tensor in enumerate(layout.tensors):

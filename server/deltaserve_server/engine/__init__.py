@@ -1,1 +1,1 @@
-"""What runs models: the lock, the state machine, the vectors, and who is told of what. No gRPC, no protobuf."""
+"""Runs models: sessions, pushes, versions, quotas. Knows neither gRPC nor protobuf."""

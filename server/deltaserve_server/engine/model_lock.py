@@ -1,8 +1,7 @@
-"""Who owns a model: one event at a time, and what was seen there is safe before anybody is told of it."""
+"""The lock of a model. A thread that leaves it makes durable what happened under it, before anybody is told."""
 
 import threading
 from types import TracebackType
-from typing import Self
 
 from deltaserve_server.durability.commits import Commits, StorageError
 from deltaserve_server.model import Refused
@@ -11,59 +10,69 @@ _STORAGE_RETRY_SECONDS = 0.5
 
 
 class ModelLock:
-    """What one thread at a time owns, for as long as it has not ended.
+    """Lets one thread at a time use a model, for one event, until the model ends.
+
+    `with lock:` may be nested. Leaving the outermost block writes the journal and tells those who wait.
 
     Args:
-        commits: What is to be told when it is safe.
+        commits: The model's journal, and the callbacks that wait for it.
 
     Attributes:
-        lock: Held while it is owned; `event` also tells whether it has ended.
+        mutex: The plain lock, for what must also work on a model that has ended.
+        read_lock: The same lock for a block that changes nothing: leaving it does not write the journal.
+        ended: Why the model has ended; None while it is served.
     """
 
     def __init__(self, commits: Commits) -> None:
-        self.lock = threading.RLock()
+        self.mutex = threading.RLock()  # reentrant: a servicer makes several calls one event
+        self.read_lock = ReadLock(self)
+        self.ended: Refused | None = None
         self._commits = commits
         self._depth = 0
-        self._ended: Refused | None = None
-
-    def event(self) -> Self:
-        """Owns it for one event, or for a look at it: to be entered, which may happen again meanwhile.
-
-        When it is left, everything that was to be seen there is as safe as it is to be.
-
-        Raises:
-            Refused: From entering: the model has ended. From leaving: STORAGE_UNAVAILABLE.
-        """
-        return self
 
     def __enter__(self) -> None:
-        self.lock.acquire()
-        if self._ended:
-            self.lock.release()
-            raise self._ended.with_traceback(None)  # else every raise would add to the one before
+        """Takes the lock.
+
+        Raises:
+            Refused: The model has ended.
+        """
+        self.mutex.acquire()
+        if self.ended:
+            self.mutex.release()
+            raise self.ended.with_traceback(None)  # one exception is raised many times: its traceback would grow
         self._depth += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.leave():
-            self._flush()
+        """Releases the lock.
 
-    def leave(self) -> bool:
-        """Ends what `event` began, unsettled; returns whether nobody owns the model any more."""
+        Raises:
+            Refused: STORAGE_UNAVAILABLE: the journal cannot be written.
+        """
+        if self.release():
+            self.flush()
+
+    def release(self) -> bool:
+        """Releases the lock without writing the journal; returns whether this was the outermost block."""
         self._depth -= 1
-        outermost = not self._depth
-        self.lock.release()
+        outermost = not self._depth  # read under the lock; another thread changes it at once
+        self.mutex.release()
         return outermost
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes the journal and tells those who wait; must be called without the lock.
+
+        Raises:
+            Refused: STORAGE_UNAVAILABLE: the journal cannot be written.
+        """
         try:
             self._commits.flush()
         except StorageError as error:
             raise storage_refused(error) from None
 
-    def _check_room(self, records: int, elements: int, entries: int) -> None:
-        """Raises Refused STORAGE_UNAVAILABLE where so many records could not be written down; see `record_bytes`."""
+    def check_room(self, records: int, elements: int, entries: int) -> None:
+        """Raises Refused STORAGE_UNAVAILABLE if the journal has no room for these records; see `record_bytes`."""
         try:
             self._commits.ready(records, elements, entries)
         except StorageError as error:
@@ -71,19 +80,19 @@ class ModelLock:
 
 
 class ReadLock:
-    """Owns something for a look of which nobody is told."""
+    """A model's lock for a block that changes nothing."""
 
-    def __init__(self, owned: ModelLock) -> None:
-        self._owned = owned
+    def __init__(self, lock: ModelLock) -> None:
+        self._lock = lock
 
     def __enter__(self) -> None:
-        self._owned.__enter__()
+        self._lock.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self._owned.leave()
+        self._lock.release()
 
 
 def storage_refused(error: StorageError | OSError) -> Refused:
-    """Returns what whoever asks for something is told where the disk does not do its part."""
+    """Returns the refusal of a request for which the disk did not do its part."""
     why = (error.strerror or "the disk") if isinstance(error, OSError) else error
     return Refused("STORAGE_UNAVAILABLE", _STORAGE_RETRY_SECONDS, why=why)

@@ -1,56 +1,60 @@
-"""Models that are read from the data directory while the server already answers: how far that is."""
+"""How far the recovery of the data directory is, for clients that ask for a model too early."""
 
 import threading
 from collections.abc import Mapping
-from time import monotonic
 
+from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
 from deltaserve_server.model import Refused
 
 _RETRY_SECONDS = 0.25
+_SHORTEST_SECONDS = 0.1
 
 
 class RecoveryProgress:
-    """Which models are still to come, and when.
+    """The models that are not recovered yet, and how long that may take.
 
     Args:
-        sizes: Bytes that are read, by model.
+        sizes: Bytes to read, by model.
+        clock: Tells the time.
     """
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self._left = dict(sizes)
+    def __init__(self, sizes: Mapping[str, int], clock: Clock = SYSTEM_CLOCK) -> None:
+        self._pending = dict(sizes)
         self._total = max(sum(sizes.values()), 1)
         self._read = 0
-        self._began = monotonic()
+        self._clock = clock
+        self._began = clock.monotonic()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._left)
+        return len(self._pending)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._left
+        return name in self._pending
 
     @property
-    def coming(self) -> str | None:
-        """The model that is to come next; None where all are here."""
-        return next(iter(list(self._left)), None)  # which copies in one step: others come meanwhile
+    def next(self) -> str | None:
+        """The model that is recovered next; None once all are."""
+        return next(iter(list(self._pending)), None)  # list() copies in one step: the recovering thread changes it
 
-    def progress(self, count: int) -> None:
-        """Takes note of so many further bytes."""
+    def add(self, count: int) -> None:
+        """Counts bytes that were read."""
         with self._lock:
             self._read += count
 
-    def came(self, name: str) -> None:
-        """Takes note of a model that is here."""
-        del self._left[name]
+    def done(self, name: str) -> None:
+        """Removes a model that is recovered, or set aside."""
+        del self._pending[name]
 
     def refusal(self, name: str) -> Refused:
-        """Returns what whoever asks for a model is told meanwhile."""
+        """Returns the refusal of a request for a model that is not recovered yet."""
         read = max(min(self._read, self._total), 1)
-        seconds = (monotonic() - self._began) * (self._total - read) / read
+        seconds = (self._clock.monotonic() - self._began) * (self._total - read) / read
         return Refused(
             "RECOVERING",
             _RETRY_SECONDS,
             model=name,
             percent=100 * read // self._total,
-            seconds=f"{max(seconds, 0.1):.1f}" if read > 1 else "?",
+            # From the bytes so far; after the first byte that would be a guess.
+            seconds=f"{max(seconds, _SHORTEST_SECONDS):.1f}" if read > 1 else "?",
         )

@@ -1,4 +1,4 @@
-"""Where gradients lie that sessions push through shared memory."""
+"""The shared memory through which local workers push their gradients."""
 
 from collections.abc import Collection
 
@@ -9,49 +9,54 @@ from deltaserve_server.model import Refused
 
 
 class SharedGradients:
-    """The shared memory of a model's sessions."""
+    """One vector in shared memory for each session of a model that asked for one."""
 
     def __init__(self) -> None:
         self._vectors: dict[bytes, Vector] = {}
 
     def get(self, session_id: bytes) -> Vector | None:
-        """Returns where a session's gradients lie; None if it shares no memory."""
+        """Returns a session's vector; None if it has none."""
         return self._vectors.get(session_id)
 
-    def share(self, session_id: bytes, size: int, budget: Budget) -> Handle:
-        """Gives a session memory for its gradients, of so many elements; the same again if it has some.
+    def open(self, session_id: bytes, size: int, budget: Budget) -> Handle:
+        """Returns what a worker needs to map its session's vector, which the first call allocates.
+
+        Args:
+            session_id: The session.
+            size: Number of elements.
+            budget: Pays for the memory.
 
         Raises:
-            Refused: SHARED_MEMORY_UNAVAILABLE where the system has none, MEMORY_BUDGET where there is none for it.
+            Refused: SHARED_MEMORY_UNAVAILABLE: the system has none. MEMORY_BUDGET: the budget has none left.
         """
         vector = self._vectors.get(session_id)
         if vector is None:
-            vector = self._vectors[session_id] = _allocated(size, budget)
+            vector = self._vectors[session_id] = _allocate(size, budget)
         handle = shared_memory.handle(vector)
         assert handle is not None
         return handle
 
-    def keep(self, session_ids: Collection[bytes]) -> None:
-        """Lets go of the memory of all other sessions."""
+    def retain(self, session_ids: Collection[bytes]) -> None:
+        """Drops the vectors of all sessions but these."""
         self._vectors = {
             session_id: vector for session_id, vector in self._vectors.items() if session_id in session_ids
         }
 
     def clear(self) -> None:
-        """Lets go of all of it."""
+        """Drops every vector."""
         self._vectors.clear()
 
 
-def _allocated(size: int, budget: Budget) -> Vector:
-    """Returns memory that counts as held for as long as anything refers to it, be it a push that waits."""
+def _allocate(size: int, budget: Budget) -> Vector:
     try:
         reservation = budget.reserve(size * ELEMENT_BYTES)
-    except BudgetExceeded as error:  # not to be tried again: it is held for as long as sessions live
+    except BudgetExceeded as error:  # without a retry hint: sessions hold their memory for as long as they live
         raise Refused("MEMORY_BUDGET", needed=error.needed, available=max(error.available, 0)) from None
     try:
         vector = shared_memory.allocate(size, others_write=True)
     except OSError as error:
         reservation.release()
         raise Refused("SHARED_MEMORY_UNAVAILABLE", why=error.strerror or str(error)) from None
+    # The memory counts as used for as long as anything refers to it: a push may outlive its session.
     shared_memory.when_gone(vector, reservation.release)
     return vector

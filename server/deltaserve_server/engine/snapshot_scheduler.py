@@ -1,4 +1,4 @@
-"""Takes snapshots when they are due, in a thread of its own that gives way to the others."""
+"""Takes snapshots when they are due, in a thread of low priority."""
 
 import logging
 import os
@@ -6,55 +6,67 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from deltaserve_server.engine.clock import Clock
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import BudgetExceeded
 from deltaserve_server.model import Refused
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.1
+_INTERVAL_SECONDS = 0.1
 _NICE = 10
 
 
 class SnapshotScheduler:
-    """Looks at all models again and again.
+    """Checks every model ten times a second and takes a snapshot if one is due.
 
     Args:
-        models: Returns them.
-        saved: Is told of each model that a snapshot was taken of.
+        models: Returns the models.
+        save: Takes a snapshot of a model.
+        clock: Tells the time.
     """
 
-    def __init__(self, models: Callable[[], Iterable[ModelEngine]], saved: Callable[[ModelEngine], None]) -> None:
+    def __init__(
+        self, models: Callable[[], Iterable[ModelEngine]], save: Callable[[ModelEngine], object], clock: Clock
+    ) -> None:
         self._models = models
-        self._saved = saved
-        self._stopped = threading.Event()
+        self._save = save
+        self._clock = clock
+        self._stopped = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends; a snapshot that is being taken is finished."""
-        self._stopped.set()
+        """Ends, after the snapshot that is being taken."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
         with suppress(AttributeError, OSError):  # on Linux a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        while not self._stopped.wait(_LOOK_SECONDS):
+        while True:
+            until = self._clock.monotonic() + _INTERVAL_SECONDS
+            with self._changed:
+                while not self._stopped and self._clock.monotonic() < until:
+                    self._clock.wait(self._changed, until)
+                if self._stopped:
+                    return
             self._save_all()
 
-    def _save_all(self) -> None:  # a method, so that afterwards nothing here refers to a model that is deleted
+    def _save_all(self) -> None:  # a function of its own: a local variable of _run would keep a deleted model alive
         for engine in self._models():
-            if engine.is_due() and not self._stopped.is_set():
-                self._save(engine)
+            if engine.is_due() and not self._stopped:
+                self._try_to_save(engine)
 
-    def _save(self, engine: ModelEngine) -> None:
+    def _try_to_save(self, engine: ModelEngine) -> None:
         try:
-            engine.save()
+            self._save(engine)
         except (OSError, BudgetExceeded) as error:
-            _log.warning("model %s: no snapshot was taken, the next try follows: %s", engine.machine.name, error)
+            _log.warning("model %s: taking a snapshot failed, the server tries again: %s", engine.machine.name, error)
         except Refused:
-            pass  # it has ended
+            pass  # the model has ended
         except Exception:
-            _log.exception("model %s: no snapshot was taken", engine.machine.name)
-        else:
-            self._saved(engine)
+            _log.exception("model %s: taking a snapshot failed", engine.machine.name)

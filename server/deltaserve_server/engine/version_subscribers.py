@@ -1,74 +1,123 @@
-"""Who is told of a model's versions: those who watch, and those who wait for one."""
+"""Those who want to know of a model's versions: watchers get every event, waiters one version."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
-from functools import partial
+from threading import Condition, Lock
 
-from deltaserve.v1 import model_service_pb2 as rpc
-from deltaserve_server.engine.watch import Watcher
+from deltaserve_server.engine.events import Observer, Updated
 from deltaserve_server.model import Refused
 
 _RETRY_SECONDS = 0.05
 
+_QUEUE_LENGTH = 256
+"""How many events wait for one watcher. A slow watcher must not fill the memory."""
 
-class VersionSubscribers:
-    """A model's audience; the model's owner alone calls it."""
+
+class Watcher:
+    """A queue of events for one caller. Iteration yields each event with the number of events missed before it.
+
+    Args:
+        first: The event that the queue begins with: where the model stands. Later events are of newer versions.
+    """
+
+    def __init__(self, first: Updated) -> None:
+        self.since = first.position.version
+        self._events = deque([first])
+        self._missed = 0
+        self._closed = False
+        self._refusal: Refused | None = None
+        self._changed = Condition()
+
+    def put(self, event: Updated) -> None:
+        """Adds an event; a full queue loses its oldest."""
+        with self._changed:
+            if len(self._events) == _QUEUE_LENGTH:
+                self._events.popleft()
+                self._missed += 1
+            self._events.append(event)
+            self._changed.notify()
+
+    def close(self, refusal: Refused | None = None) -> None:
+        """Ends the iteration once the queue is empty; a `refusal` is then raised."""
+        with self._changed:
+            self._closed = True  # what is queued is still delivered
+            self._refusal = self._refusal or refusal
+            self._changed.notify()
+
+    def __iter__(self) -> Iterator[tuple[Updated, int]]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._events or self._closed)
+                if not self._events:
+                    break
+                event, missed, self._missed = self._events.popleft(), self._missed, 0
+            yield event, missed  # outside the lock, for sending may block
+        if self._refusal:
+            raise self._refusal
+
+
+class VersionSubscribers(Observer):
+    """The watchers and waiters of one model; thread-safe."""
 
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
         self._awaited: list[tuple[int, Future[None]]] = []
+        self._lock = Lock()  # of its own: versions are told by the thread that writes the journal
 
-    @property
-    def watches(self) -> bool:
-        """Whether somebody watches."""
-        return bool(self._watchers)
+    def __bool__(self) -> bool:
+        """Whether there is anybody to tell."""
+        return bool(self._watchers or self._awaited)
 
-    def watch(self, first: rpc.WatchModelResponse) -> Watcher:
-        """Adds somebody who watches from the message `first` on."""
+    def watch(self, first: Updated) -> Watcher:
+        """Adds a watcher whose queue begins with `first`."""
         watcher = Watcher(first)
-        self._watchers.add(watcher)
+        with self._lock:
+            self._watchers.add(watcher)
         return watcher
 
-    def leave(self, watcher: Watcher) -> None:
-        """Ends what `watch` began."""
-        self._watchers.discard(watcher)
+    def unwatch(self, watcher: Watcher) -> None:
+        """Removes a watcher."""
+        with self._lock:
+            self._watchers.discard(watcher)
 
-    def wait(self, version: int, limit: int) -> "Future[None]":
-        """Returns a future that is done when a version is told of that has not come yet.
+    def wait(self, future: "Future[None]", version: int, limit: int) -> None:
+        """Adds a waiter: `future` is done when the model has reached a version, which is newer than the present one.
 
         Raises:
-            Refused: SESSION_LIMIT where `limit` of them wait already.
+            Refused: SESSION_LIMIT: `limit` callers wait already.
         """
-        if len(self._awaited) >= limit:
-            raise Refused("SESSION_LIMIT", _RETRY_SECONDS, limit=limit)
-        future: Future[None] = Future()
-        self._awaited.append((version, future))
-        return future
+        with self._lock:
+            if len(self._awaited) >= limit:
+                raise Refused("SESSION_LIMIT", _RETRY_SECONDS, limit=limit)
+            self._awaited.append((version, future))
 
     def forget(self, future: "Future[None]") -> None:
-        """Ends what `wait` began, for a caller who waits no longer."""
-        self._awaited = [(version, held) for version, held in self._awaited if held is not future]
+        """Removes a waiter, if it still waits."""
+        with self._lock:
+            self._awaited = [waiter for waiter in self._awaited if waiter[1] is not future]
 
-    def told(self, version: int, message: rpc.WatchModelResponse | None) -> Callable[[], None] | None:
-        """Returns what tells those who are here now of a version; None where nobody is to be told."""
-        reached = [future for awaited, future in self._awaited if awaited <= version]
-        if reached:
-            self._awaited = [(awaited, future) for awaited, future in self._awaited if awaited > version]
-        return partial(_tell, tuple(self._watchers), message, reached) if message or reached else None
+    def updated(self, event: Updated) -> None:
+        """Tells the watchers of a new version, and wakes those who wait for it."""
+        version = event.position.version
+        with self._lock:
+            # A watcher that came after this version was made, and before it was durable, began with it.
+            watchers = [watcher for watcher in self._watchers if watcher.since < version]
+            reached = [future for awaited, future in self._awaited if awaited <= version]
+            if reached:
+                self._awaited = [waiter for waiter in self._awaited if waiter[0] > version]
+        # Outside the lock: what waits for a future may run in this thread.
+        for watcher in watchers:
+            watcher.put(event)
+        for future in reached:
+            future.set_result(None)
 
     def end(self, refusal: Refused) -> None:
-        """Tells everybody that nothing more comes."""
-        for _, future in self._awaited:
+        """Ends every watch and every wait with `refusal`."""
+        with self._lock:
+            awaited, self._awaited = self._awaited, []
+            watchers = list(self._watchers)
+        for _, future in awaited:
             future.set_exception(refusal)
-        for watcher in self._watchers:
-            watcher.close(refusal)
-
-
-def _tell(
-    watchers: Collection[Watcher], message: rpc.WatchModelResponse | None, reached: Sequence["Future[None]"]
-) -> None:
-    if message:
         for watcher in watchers:
-            watcher.put(message)
-    for future in reached:
-        future.set_result(None)
+            watcher.close(refusal)

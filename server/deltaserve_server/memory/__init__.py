@@ -1,10 +1,9 @@
-"""Where vectors live: the memory budget, weight versions, optimizer state, staging; on the host or on a device."""
+"""Memory: the budget of bytes, and the stores of weights, optimizer state and staged gradients, on host or GPU."""
 
-from deltaserve_server.memory.budget import Allowance, Budget, BudgetExceeded, Reservation
+from deltaserve_server.memory.budget import Budget, BudgetExceeded, Reservation
 from deltaserve_server.memory.store import Frozen, Gradient, Range, Staging, State, Store, Version
 
 __all__ = [
-    "Allowance",
     "Budget",
     "BudgetExceeded",
     "Frozen",

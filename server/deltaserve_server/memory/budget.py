@@ -1,4 +1,4 @@
-"""How many bytes the server may hold, and who holds them."""
+"""Budgets of bytes: what the server may hold at a time, and the reservations taken from it."""
 
 import threading
 from collections import deque
@@ -7,7 +7,13 @@ from typing import Self
 
 
 class BudgetExceeded(Exception):
-    """More bytes were asked for than are left."""
+    """A reservation asked for more bytes than are left.
+
+    Attributes:
+        needed: Number of bytes asked for.
+        available: Number of bytes left at that moment.
+        total: Number of bytes in the whole budget.
+    """
 
     def __init__(self, needed: int, available: int, total: int) -> None:
         super().__init__(needed, available, total)
@@ -16,86 +22,87 @@ class BudgetExceeded(Exception):
         self.total = total
 
     @property
-    def passing(self) -> bool:
-        """Whether it may fit once others have given back what they hold."""
+    def is_temporary(self) -> bool:
+        """Whether the reservation can succeed once others end."""
         return self.needed <= self.total
 
 
 class Budget:
-    """Counts bytes; thread-safe.
+    """A number of bytes that reservations share; thread-safe.
 
     Args:
-        total: Bytes that may be held at a time.
-        parent: A larger budget that this one is part of.
+        total: Number of bytes that may be reserved at a time.
+        parent: A larger budget that each reservation also counts against.
     """
 
     def __init__(self, total: int, parent: "Budget | None" = None) -> None:
         self.total = total
         self._parent = parent
-        self._held = 0
-        self._given_back: deque[int] = deque()
+        self._reserved = 0
+        self._released: deque[int] = deque()
         self._lock = threading.Lock()
 
     @property
     def available(self) -> int:
-        """Bytes that are left."""
+        """Number of bytes that are left."""
         with self._lock:
             return self._left()
 
     def reserve(self, size: int) -> "Reservation":
-        """Takes `size` bytes until the reservation is released.
+        """Reserves `size` bytes until the reservation is released.
 
         Raises:
-            BudgetExceeded: They are not there; nothing was taken.
+            BudgetExceeded: Fewer bytes are left. Nothing is reserved.
         """
+        # Outside the lock, because the parent has its own; a refusal below returns these bytes.
         upper = self._parent.reserve(size) if self._parent else None
         with self._lock:
             available = self._left()
             if size <= available:
-                self._held += size
+                self._reserved += size
                 return Reservation(self, size, upper)
         if upper:
             upper.release()
         raise BudgetExceeded(size, available, self.total)
 
     def give_back(self, size: int) -> None:
-        """Ends a reservation; called by it alone."""
-        # Without the lock: garbage may be collected in the thread that has it, and a reservation end with that.
-        self._given_back.append(size)
+        """Returns the bytes of a reservation; only `Reservation.release` calls this."""
+        # Without the lock: the garbage collector may release a reservation in the thread that holds the lock.
+        self._released.append(size)
 
     def _left(self) -> int:
-        """Returns `available`; to be called under the lock."""
-        while self._given_back:
-            self._held -= self._given_back.popleft()
-        return self.total - self._held
+        """Returns `available`. The caller holds the lock."""
+        while self._released:
+            self._reserved -= self._released.popleft()
+        return self.total - self._reserved
 
 
-class Allowance:
-    """Bytes that are always there, and beyond them those of a budget.
+class ReaderBudget:
+    """The budget for versions that readers keep: bytes that are reserved already, then those of a shared budget.
 
     Args:
-        own: Bytes that somebody has reserved for this already.
-        beyond: Where more comes from.
+        reserved: Number of bytes that the model's own reservation includes for this.
+        shared: The budget for all further bytes.
     """
 
-    def __init__(self, own: int, beyond: Budget) -> None:
-        self._own = Budget(own)
-        self._beyond = beyond
+    def __init__(self, reserved: int, shared: Budget) -> None:
+        self._own = Budget(reserved)
+        self._shared = shared
 
     def reserve(self, size: int) -> "Reservation":
-        """Takes `size` bytes until the reservation is released.
+        """Reserves `size` bytes until the reservation is released.
 
         Raises:
-            BudgetExceeded: They are not there; nothing was taken.
+            BudgetExceeded: Fewer bytes are left. Nothing is reserved.
         """
         try:
             return self._own.reserve(size)
         except BudgetExceeded:
-            return self._beyond.reserve(size)
+            return self._shared.reserve(size)
 
 
 class Reservation:
-    """Bytes taken from a budget; a context manager that gives them back."""
+    """Bytes taken from a budget; a context manager that returns them."""
 
     def __init__(self, budget: Budget, size: int, upper: "Reservation | None") -> None:
         self.size = size
@@ -103,7 +110,8 @@ class Reservation:
         self._upper = upper
 
     def release(self) -> None:
-        """Gives the bytes back; once."""
+        """Returns the bytes to the budget. Further calls do nothing."""
+        # Cleared first, so that a second call returns nothing twice.
         budget, self._budget = self._budget, None
         if budget:
             budget.give_back(self.size)

@@ -1,7 +1,7 @@
-"""Vectors on a GPU: weights and optimizer state live there, what travels lies in pinned host memory.
+"""Vectors on a GPU: weights and optimizer state are in its memory, gradients and versions in pinned host memory.
 
-Three streams: gradients go up while they are received, the kernel runs on one part of the vector while the new weights
-of the part before come down.
+Three CUDA streams overlap the work: one copies gradients up while they arrive, one runs the kernel part by part, and
+one copies the new weights of each finished part down.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,92 +13,93 @@ import torch
 
 from deltaserve_server.adadelta import Hyperparameters, cuda
 from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.memory.budget import Allowance, Budget
+from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,
     Frozen,
     Gradient,
-    Pool,
     Range,
     Staging,
     State,
     Store,
     Vector,
+    VectorPool,
     Version,
     check_combine,
     root_of_sum,
 )
 
-_PIECE = 1 << 22
-"""Elements that are updated, and then copied down, at a time: 16 MiB, long enough to keep either side busy."""
+_PART = 1 << 22
+"""Elements that are updated, and then copied down, at a time: 16 MiB, enough to keep both streams busy."""
 
 _SCRATCH = 1 << 22
-"""Elements of all pushes together that are combined at a time: 16 MiB, and some five times that to sort them."""
+"""Elements of all pushes together that are combined at a time: 16 MiB, and about five times that for sorting."""
 
 _TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16, np.dtype(np.uint16): torch.bfloat16}
-"""What the formats of values are to torch."""
+"""torch's types for the element types of values."""
 
 
 class DeviceStaging(Staging):
-    """A push's values on their way up: through pinned memory, without waiting for the copy, and as they came.
+    """A push's values in their own element type, copied to the GPU through pinned memory while they arrive.
 
     Args:
-        size: Elements of the flat vector.
+        size: Number of elements of the flat vector.
         upload: The stream that copies.
     """
 
     def __init__(self, size: int, upload: torch.cuda.Stream) -> None:
         self._upload = upload
-        self._place(size, np.dtype(np.float32))
+        self._allocate(size, np.dtype(np.float32))
         self.covered: list[tuple[int, int]] = []
 
     def add(self, offset: int, values: Values) -> None:
-        """Copies the piece and sends it up.
+        """Copies the piece to pinned memory and queues its copy to the GPU.
 
         Raises:
-            TypeError: It is not of the format of those before.
+            TypeError: Its element type differs from that of the pieces before.
         """
         stop = offset + values.size
         if values.dtype != self._host.dtype:
             if self.covered:
-                raise TypeError(f"expected {self._host.dtype} as before, got {values.dtype}")
-            self._place(self._host.size, values.dtype)
+                raise TypeError(f"expected {self._host.dtype} as in the pieces before, got {values.dtype}")
+            self._allocate(self._host.size, values.dtype)
         self._host[offset:stop] = values
         with torch.cuda.stream(self._upload):
             self.values[offset:stop].copy_(self._pinned[offset:stop], non_blocking=True)
         self.covered.append((offset, stop))
 
-    def _place(self, size: int, dtype: "np.dtype[Any]") -> None:
+    def _allocate(self, size: int, dtype: "np.dtype[Any]") -> None:
         kind = _TYPES[dtype]
         self._pinned = torch.empty(size, dtype=kind, pin_memory=True)
+        # numpy has no bfloat16, so it sees the bits.
         self._host: Values = (self._pinned.view(torch.uint16) if kind is torch.bfloat16 else self._pinned).numpy()
         with torch.cuda.stream(self._upload):
             self.values = torch.empty(size, dtype=kind, device="cuda")
 
     def pieces(self) -> list[tuple[int, Values]]:
-        """Returns the values as they came, in host memory."""
+        """Returns the received values, in host memory."""
         return [(start, self._host[start:stop]) for start, stop in self.covered]
 
     def used_by(self, stream: torch.cuda.Stream) -> None:
-        """Lets `stream` read the values: it waits for the copy, and the memory is not used again before it is done."""
+        """Lets `stream` read the values: it waits for the copy, and torch reuses their memory only after its work."""
         stream.wait_stream(self._upload)
         self.values.record_stream(stream)
 
     def read(self, size: int, stream: torch.cuda.Stream) -> None:
-        """Makes the values a vector of `size` elements, 0 where none came, that `stream`, the current one, may read."""
+        """Prepares the values as a whole vector for `stream`, the current one: `size` elements, missing ones 0."""
         self.used_by(stream)
         self.lengthen(size)
         self.zero_gaps()
 
     def lengthen(self, size: int) -> None:
-        """Adds zeros up to `size` elements, where the layout was extended since the push came."""
+        """Appends zeros up to `size` elements, if the layout was extended after the push arrived."""
         missing = size - self.values.numel()
         if missing:
             zeros = torch.zeros(missing, dtype=self.values.dtype, device="cuda")
             self.values = torch.cat([self.values, zeros])
 
     def zero_gaps(self) -> None:
-        """Writes zeros where no value came."""
+        """Writes zeros for the elements without a value."""
         edges = [0, *(edge for part in self.covered for edge in part), self.values.numel()]
         for start, stop in list(pairwise(edges))[::2]:
             self.values[start:stop].zero_()
@@ -110,58 +111,58 @@ class DeviceStore(Store):
     Args:
         weights: The initial weights.
         number: Their version.
-        budget: Where readers of older versions take their memory from.
+        budget: Pays for older versions that readers keep.
     """
 
     def __init__(self, weights: Vector, number: int, budget: Budget) -> None:
         self._budget = budget
         self._upload, self._compute, self._download = (torch.cuda.Stream() for _ in range(3))
-        self._staged: tuple[DeviceStaging, float] | None = None
+        self._single: tuple[DeviceStaging, float] | None = None
         self._sum: torch.Tensor | None = None
-        self._combined = False
+        self._is_mean = False
         self._weights: torch.Tensor
         self._next: torch.Tensor
-        self._pool: Pool
-        self._readers: Allowance
+        self._pool: VectorPool
+        self._readers: ReaderBudget
         self._load(State(weights, np.zeros_like(weights), np.zeros_like(weights)))
         self.current = Version(number, self._pinned_copy(), self._readers, self._pool)
 
     def stage(self) -> DeviceStaging:
-        """Returns a place for a push's values."""
+        """Returns an empty staging for a push."""
         return DeviceStaging(self._weights.numel(), self._upload)
 
     def staging_bytes(self, received_bytes: int) -> int:
-        """Returns the size of the whole vector, pinned and on the device, however little of it comes."""
+        """Returns the size of a whole vector twice, pinned and on the GPU, for a push of any size."""
         return 2 * self._weights.numel() * ELEMENT_BYTES
 
     def fold(self, staging: Staging, factor: float) -> None:
-        """Adds a push to the sum, which the first one's own memory becomes."""
+        """Adds a push to the sum. A single push stays in its staging."""
         assert isinstance(staging, DeviceStaging)
-        assert not self._combined
+        assert not self._is_mean
         size = self._weights.numel()
         with torch.cuda.stream(self._compute):
-            if self._staged is None and self._sum is None:
+            if self._single is None and self._sum is None:
                 staging.used_by(self._compute)
                 staging.lengthen(size)
-                self._staged = staging, factor
+                self._single = staging, factor
                 return
-            if self._staged is not None:
-                first, first_factor = self._staged
+            if self._single is not None:
+                first, first_factor = self._single
                 first.read(size, self._compute)
-                # Added to 0, as on the host: -0 becomes +0.
+                # Adding 0 turns -0 into +0, as on the host, whose sum starts at 0.
                 self._sum = first.values.float().mul_(first_factor).add_(0.0)
-                self._staged = None
+                self._single = None
             assert self._sum is not None
             staging.used_by(self._compute)
             for start, stop in staging.covered:
-                # Not add_ with alpha, which rounds once.
+                # add_ with alpha would round the product and the sum once together; the host rounds each.
                 self._sum[start:stop].add_(staging.values[start:stop].float().mul_(factor))
         self._compute.synchronize()
 
     def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
-        """Makes the gradient of the next update a trimmed mean, block by block."""
+        """Sets the gradient to the trimmed mean of pushes, block by block."""
         count, size = len(stagings), self._weights.numel()
-        check_combine(count, trim, self._staged is not None or self._sum is not None)
+        check_combine(count, trim, self._single is not None or self._sum is not None)
         block = max(1, _SCRATCH // count)
         with torch.cuda.stream(self._compute):
             vectors = []
@@ -176,11 +177,11 @@ class DeviceStore(Store):
                 for row, (values, factor) in zip(rows, vectors, strict=True):
                     row.copy_(values[part]).mul_(factor)
                 mean[part] = _trimmed_mean(rows, trim)
-            self._sum, self._combined = mean, True
+            self._sum, self._is_mean = mean, True
         self._compute.synchronize()
 
     def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
-        """Applies the gradient part by part, each followed by its copy to the host, and publishes the version."""
+        """Applies the gradient part by part, copies each part to the host, and publishes the new version."""
         gradient, divisor = self._gradient(weight)
         host = self._pool.take()
         squares = []
@@ -190,36 +191,40 @@ class DeviceStore(Store):
                     self._next[start:stop].copy_(self._weights[start:stop])
                 else:
                     squares.append(self._update(start, stop, hyperparameters, gradient, divisor))
+            # This part goes down while the kernel runs on the next one.
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
                 torch.from_numpy(host[start:stop]).copy_(self._next[start:stop], non_blocking=True)
         with torch.cuda.stream(self._compute):
             change = torch.stack(squares).tolist() if squares else []
+        # Only complete weights may be published.
         self._download.synchronize()
+        # Readers use the copy in host memory, so the old weights on the GPU are free for the next update.
         self._weights, self._next = self._next, self._weights
-        self._staged, self._sum, self._combined = None, None, False
+        self._single, self._sum, self._is_mean = None, None, False
         self._publish(host, number)
         return root_of_sum(change)
 
     def gradient(self, weight: float) -> Gradient:
-        """Returns what came, from pinned memory, or the sum, brought down."""
+        """Returns the received values in pinned memory, or a copy of the sum."""
         values, divisor = self._gradient(weight)
-        if self._staged is not None:
-            return Gradient(self._staged[0].pieces(), divisor, lambda: None)
+        if self._single is not None:
+            return Gradient(self._single[0].pieces(), divisor, lambda: None)
         with torch.cuda.stream(self._compute):
             total: Vector = values.cpu().numpy()
         return Gradient([(0, total)], divisor, lambda: None)
 
     def freeze(self) -> Frozen:
-        """Returns the version's own weights, and copies of the averages on the device."""
+        """Returns the version's own weights, and copies of the averages on the GPU."""
+        # Copies, because updates change the averages in place.
         with torch.cuda.stream(self._compute):
             averages = self._square_avg.clone(), self._acc_delta.clone()
         self._compute.synchronize()
         self.current.acquire()
         return _DeviceFrozen(self.current, *averages)
 
-    def share(self) -> None:
-        """Nothing: versions lie in pinned memory, which other processes cannot map."""
+    def use_shared_memory(self) -> None:
+        """Does nothing: other processes cannot map pinned memory."""
 
     def state(self) -> State:
         """Returns a copy of the three vectors."""
@@ -232,36 +237,36 @@ class DeviceStore(Store):
         self._publish(self._pinned_copy(), number)
 
     def extend(self, weights: Vector) -> None:
-        """Adds elements with zero state at the end."""
-        held = self.state()
+        """Appends elements with zero state."""
+        state = self.state()
         zeros = np.zeros_like(weights)
         self._load(
             State(
-                np.concatenate([held.weights, weights]),
-                np.concatenate([held.square_avg, zeros]),
-                np.concatenate([held.acc_delta, zeros]),
+                np.concatenate([state.weights, weights]),
+                np.concatenate([state.square_avg, zeros]),
+                np.concatenate([state.acc_delta, zeros]),
             )
         )
         with torch.cuda.stream(self._compute):
-            if self._staged is not None:
-                self._staged[0].lengthen(self._weights.numel())
+            if self._single is not None:
+                self._single[0].lengthen(self._weights.numel())
             if self._sum is not None:
                 self._sum = torch.cat([self._sum, torch.zeros(weights.size, device="cuda")])
         self._compute.synchronize()
         self._publish(self._pinned_copy(), self.current.number)
 
     def _gradient(self, weight: float) -> tuple[torch.Tensor, float]:
-        """Returns the next update's gradient and what it is to be divided by."""
-        if self._staged is not None:
-            staging, factor = self._staged
+        """Returns the next update's gradient, and its divisor."""
+        if self._single is not None:
+            staging, factor = self._single
             return staging.values, weight / factor
         assert self._sum is not None
-        return self._sum, 1.0 if self._combined else weight
+        return self._sum, 1.0 if self._is_mean else weight
 
     def _update(
         self, start: int, stop: int, hyperparameters: Hyperparameters, gradient: torch.Tensor, divisor: float
     ) -> torch.Tensor:
-        """Queues one part's update; returns the sum of the squares of its change, float64."""
+        """Queues the update of one part; returns the sum of the squares of its change, float64."""
         squares = torch.empty(cuda.blocks(stop - start), dtype=torch.float64, device="cuda")
         cuda.update(
             gradient[start:stop],
@@ -280,8 +285,8 @@ class DeviceStore(Store):
             torch.from_numpy(vector).to("cuda") for vector in (state.weights, state.square_avg, state.acc_delta)
         )
         self._next = torch.empty_like(self._weights)
-        self._pool = Pool(state.weights.size, _pinned)
-        self._readers = Allowance(state.weights.nbytes, self._budget)
+        self._pool = VectorPool(state.weights.size, _pinned)
+        self._readers = ReaderBudget(state.weights.nbytes, self._budget)
         torch.cuda.synchronize()
 
     def _pinned_copy(self) -> Vector:
@@ -295,12 +300,12 @@ class DeviceStore(Store):
 
 
 class _DeviceFrozen(Frozen):
-    """Weights on the host, and averages on the device that nobody writes to.
+    """A view of a version's weights on the host and of copies of the averages on the GPU.
 
     Args:
-        version: Has the weights, acquired.
-        square_avg: As in `State`, on the device.
-        acc_delta: Likewise.
+        version: The version with the weights, acquired.
+        square_avg: As in `State`, on the GPU.
+        acc_delta: As in `State`, on the GPU.
     """
 
     def __init__(self, version: Version, square_avg: torch.Tensor, acc_delta: torch.Tensor) -> None:
@@ -308,12 +313,12 @@ class _DeviceFrozen(Frozen):
         self._averages = square_avg, acc_delta
 
     def state(self) -> State:
-        """Brings the averages down."""
+        """Copies the averages to the host."""
         square_avg, acc_delta = (average.cpu().numpy() for average in self._averages)
         return State(self._version.weights, square_avg, acc_delta)
 
     def release(self) -> None:
-        """Lets go of them."""
+        """Ends the view."""
         self._version.release()
 
 
@@ -321,10 +326,10 @@ def device_name() -> str:
     """Returns the current GPU's name.
 
     Raises:
-        RuntimeError: torch sees none.
+        RuntimeError: torch finds no GPU.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
+        raise RuntimeError("device cuda: torch finds no GPU; use --device cpu, or install a CUDA build of torch")
     return torch.cuda.get_device_name()
 
 
@@ -339,26 +344,28 @@ def _pinned(size: int) -> Vector:
 
 
 def _trimmed_mean(rows: torch.Tensor, trim: int) -> torch.Tensor:
-    """Computes what `robust.trimmed_mean` does, operation for operation, of float32 [n, m], into float64 [m]."""
+    """Computes `robust.trimmed_mean` operation for operation, from float32 [n, m] to float64 [m]."""
     kept = torch.sort(rows, dim=0).values[trim : len(rows) - trim]
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for row in kept:
         total += row
-    # By a tensor on the device: a plain number's reciprocal would be multiplied by, which rounds twice.
+    # The divisor is a tensor because torch multiplies by the reciprocal of a plain number, which rounds twice.
     return total / torch.full((), len(kept), dtype=torch.float64, device=rows.device)
 
 
 def _parts(ranges: Sequence[Range], size: int) -> Iterator[tuple[int, int, Hyperparameters | None]]:
-    """Cuts the whole vector into parts of one kind: to be updated, or (None) to be kept."""
+    """Splits the whole vector into parts with one set of hyperparameters, or None where nothing is updated."""
     at = 0
     for part in (*ranges, None):
         start = size if part is None else part.start
-        yield from _cut(at, start, None)
+        yield from _split(at, start, None)
         if part is not None:
-            yield from _cut(part.start, part.stop, part.hyperparameters)
+            yield from _split(part.start, part.stop, part.hyperparameters)
             at = part.stop
 
 
-def _cut(start: int, stop: int, kind: Hyperparameters | None) -> Iterator[tuple[int, int, Hyperparameters | None]]:
-    for first in range(start, stop, _PIECE):
-        yield first, min(first + _PIECE, stop), kind
+def _split(
+    start: int, stop: int, hyperparameters: Hyperparameters | None
+) -> Iterator[tuple[int, int, Hyperparameters | None]]:
+    for first in range(start, stop, _PART):
+        yield first, min(first + _PART, stop), hyperparameters

@@ -1,13 +1,13 @@
-"""Vectors in host memory, updated by the CPU kernel on as many threads as it gains from."""
+"""Vectors in host memory, updated by the CPU kernel on several threads."""
 
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import TypeVar
 
 import numpy as np
 
@@ -16,17 +16,17 @@ from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.adadelta.robust import trimmed_mean
 from deltaserve_server.memory import shared_memory
-from deltaserve_server.memory.budget import Allowance, Budget
+from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import (
     Frozen,
     Gradient,
-    Pool,
     Range,
     Staging,
     State,
     Store,
     Vector,
+    VectorPool,
     Version,
     allocate_host,
     check_combine,
@@ -36,30 +36,31 @@ from deltaserve_server.memory.store import (
 _log = logging.getLogger(__name__)
 
 _SMALL = 1 << 12
-"""A received piece of fewer elements is joined with its neighbours."""
+"""A received piece with fewer elements is joined with its neighbour."""
 
-_PIECE = 1 << 18
-"""Elements that a thread updates in one call: so many take longer than it takes to wake another thread, and few enough
-to share the work evenly. Calls end at multiples of it, so that the kernel can write what it makes around the caches."""
+_PORTION = 1 << 18
+"""Elements that a thread updates in one call: enough to outweigh waking a thread, and few enough to share the work
+evenly. Calls end at multiples of it, so that the kernel's streaming stores stay aligned."""
 
 _STREAMED = 1 << 20
-"""From so many elements on, new weights go around the caches: they are gone from there before somebody reads them."""
+"""Smallest vector whose new weights go around the caches: a larger one would evict itself before anybody reads it."""
 
 _BLOCK = 1 << 15
-"""Elements of every push that a thread combines at a time: large enough for numpy's calls to be cheap."""
+"""Elements of every push that a thread combines at a time: large enough to make numpy's call overhead small."""
 
 _SCRATCH = 1 << 21
 """Elements of all pushes together that a thread combines at a time: 8 MiB."""
 
 
 class HostStaging(Staging):
-    """A push's values: the received messages themselves, in order of their offsets."""
+    """A push's values: views into the received messages, in order of their offsets."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, Values]] = []
 
     def add(self, offset: int, values: Values) -> None:
-        """Keeps the piece; joins small ones, each of which would take more memory for itself than for its values."""
+        """Appends the piece without a copy, or joins it with the one before if both are small."""
+        # A piece costs some 100 bytes beside its values: many small ones would exceed what the budget counts.
         if self.pieces and values.size < _SMALL:
             start, last = self.pieces[-1]
             if last.size < _SMALL and start + last.size == offset and last.dtype == values.dtype:
@@ -68,8 +69,8 @@ class HostStaging(Staging):
         self.pieces.append((offset, values))
 
     def scaled(self, start: int, factor: float, out: Vector) -> None:
-        """Writes `factor` times the elements from `start` on to `out`, float32 rounded once; 0 where there are none."""
-        from deltaserve_server.adadelta import cpu  # numba: not before the first update
+        """Writes `factor` times the elements from `start` on to `out`, rounded to float32, and 0 for missing ones."""
+        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
 
         stop = start + out.size
         out.fill(0)
@@ -77,11 +78,31 @@ class HostStaging(Staging):
         for offset, values in self.pieces[first : bisect_left(self.pieces, stop, key=itemgetter(0))]:
             low, high = max(offset, start), min(offset + values.size, stop)
             if low < high:
-                held = values[low - offset : high - offset]
-                cpu.add(out[low - start : high - start], held, factor)
+                cpu.add(out[low - start : high - start], values[low - offset : high - offset], factor)
 
 
-_Item = TypeVar("_Item")
+@dataclass(slots=True)
+class _Single:
+    """The gradient of an update with one push, which stays in the received messages."""
+
+    staging: HostStaging
+    factor: float
+
+
+@dataclass(slots=True)
+class _Total:
+    """A gradient computed from several pushes.
+
+    Attributes:
+        vector: Its values, from the store's pool.
+        is_mean: Whether it is a mean from `combine`, which the update does not divide any more.
+        is_lent: Whether a caller of `gradient` has the vector and returns it to the pool.
+    """
+
+    vector: Vector
+    is_mean: bool = False
+    is_lent: bool = False
+
 
 _Work = tuple[int, int, Values, Hyperparameters]
 """Elements `[start, stop)`, their gradient, and their hyperparameters."""
@@ -93,9 +114,9 @@ class HostStore(Store):
     Args:
         weights: The initial weights; kept, not copied.
         number: Their version.
-        budget: Where readers of older versions take their memory from.
+        budget: Pays for older versions that readers keep.
         executor: Runs the kernel beside the calling thread.
-        threads: How many threads an update runs on at most, the calling one among them.
+        threads: Maximum number of threads of an update, including the calling one.
     """
 
     def __init__(
@@ -105,111 +126,119 @@ class HostStore(Store):
         self._executor = executor
         self._threads = threads
         self._allocate: Callable[[int], Vector] = allocate_host
-        self._pool, self._readers = Pool(weights.size, self._allocate), Allowance(weights.nbytes, budget)
+        self._pool, self._readers = VectorPool(weights.size, self._allocate), ReaderBudget(weights.nbytes, budget)
         self._square_avg = np.zeros(weights.size, np.float32)
         self._acc_delta = np.zeros(weights.size, np.float32)
-        self._first: tuple[HostStaging, float] | None = None
-        self._sum: Vector | None = None
-        self._combined = False
-        self._kept = False
-        self._averages = Pool(weights.size)
+        self._pending: _Single | _Total | None = None
+        self._averages_pool = VectorPool(weights.size)
         self._frozen: _HostFrozen | None = None
         self.current = Version(number, weights, self._readers, self._pool)
 
     def stage(self) -> HostStaging:
-        """Returns a place for a push's values."""
+        """Returns an empty staging for a push."""
         return HostStaging()
 
     def staging_bytes(self, received_bytes: int) -> int:
-        """Returns the size of the messages: they are kept as they are."""
+        """Returns the size of the messages, which stay where they are."""
         return received_bytes
 
     def fold(self, staging: Staging, factor: float) -> None:
         """Adds a push to the sum."""
         assert isinstance(staging, HostStaging)
-        assert not self._combined
         failpoint("push.reduce")
-        if self._first is None and self._sum is None:
-            self._first = staging, factor
+        first = self._pending
+        if first is None:
+            # Most updates have one push. It stays in its messages, which saves the sum and a pass over memory.
+            self._pending = _Single(staging, factor)
             return
-        if self._first is not None:
-            self._sum = self._pool.take()
-            self._sum.fill(0)
-            self._add(*self._first)
-            self._first = None
-        self._add(staging, factor)
+        if isinstance(first, _Single):
+            self._pending = _Total(self._pool.take())
+            self._pending.vector.fill(0)
+            self._add(self._pending.vector, first.staging, first.factor)
+        assert isinstance(self._pending, _Total)
+        assert not self._pending.is_mean
+        self._add(self._pending.vector, staging, factor)
 
     def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
-        """Makes the gradient of the next update a trimmed mean, block by block."""
-        check_combine(len(stagings), trim, self._first is not None or self._sum is not None)
+        """Sets the gradient to the trimmed mean of pushes, block by block."""
+        check_combine(len(stagings), trim, self._pending is not None)
         failpoint("push.reduce")
         target = self._pool.take()
         block = max(1, min(_BLOCK, _SCRATCH // len(stagings)))
-
         shape = len(stagings), min(block, target.size)
-        # As many as threads: each takes one for as long as it works on a block.
-        scratch = deque([np.empty(shape, np.float32) for _ in range(self._threads)])
+        # One buffer for each thread, which takes it while it works on a block.
+        buffers = deque([np.empty(shape, np.float32) for _ in range(self._threads)])
 
-        def combine(start: int) -> None:
-            rows = scratch.pop()
+        def combine_block(start: int) -> None:
+            rows = buffers.pop()
             part = target[start : start + block]
             for row, (staging, factor) in zip(rows, stagings, strict=True):
                 assert isinstance(staging, HostStaging)
                 staging.scaled(start, factor, row[: part.size])
             trimmed_mean(rows[:, : part.size], trim, part)
-            scratch.append(rows)
+            buffers.append(rows)
 
-        self._share(combine, range(0, target.size, block))
-        self._sum, self._combined = target, True
+        run_parallel(combine_block, range(0, target.size, block), self._executor, self._threads)
+        self._pending = _Total(target, is_mean=True)
 
     def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
         """Applies the gradient in one pass and publishes the new version."""
         pieces, divisor = self._gradient(weight)
+        # Another vector than the current version's, which readers may hold.
         weights = self._pool.take()
         _copy_outside(ranges, self.current.weights, weights)
         averages = self._averages_to_write(ranges)
-        work = list(_work(pieces, ranges))
+        work = list(_split(pieces, ranges))
         squares = [0.0] * len(work)
 
-        def update(index: int) -> None:
+        def update_portion(index: int) -> None:
             squares[index] = self._update(work[index], divisor, weights, averages)
 
-        self._share(update, range(len(work)))
+        run_parallel(update_portion, range(len(work)), self._executor, self._threads)
         (self._square_avg, self._acc_delta), self._frozen = averages, None
-        if self._sum is not None and not self._kept:
-            self._pool.give(self._sum)
-        self._first, self._sum, self._combined, self._kept = None, None, False, False
+        if isinstance(self._pending, _Total) and not self._pending.is_lent:
+            self._pool.give(self._pending.vector)
+        self._pending = None
         failpoint("push.updated")
         self._publish(weights, number)
+        # In the order of the portions, not of the threads, so that the norm has the same bits each time.
         return root_of_sum(squares)
 
     def gradient(self, weight: float) -> Gradient:
-        """Returns the messages themselves, or the sum, which is not used again before it is given back."""
+        """Returns the received messages themselves, or the sum, which goes back to the pool with `done`."""
         pieces, divisor = self._gradient(weight)
-        total, pool, self._kept = self._sum, self._pool, True  # another pool may be in its place by then
-        return Gradient(pieces, divisor, lambda: None if total is None else pool.give(total))
+        total, pool = self._pending, self._pool  # `extend` may replace the pool before `done`
+        if not isinstance(total, _Total):
+            return Gradient(pieces, divisor, lambda: None)
+        total.is_lent = True
+        return Gradient(pieces, divisor, lambda: pool.give(total.vector))
 
     def freeze(self) -> Frozen:
-        """Returns the vectors themselves: the next update writes elsewhere, if they are still needed then."""
+        """Returns the vectors themselves. An update before `release` writes the averages elsewhere."""
         self.current.acquire()
         self._frozen = _HostFrozen(self, self.current, self._square_avg, self._acc_delta)
         return self._frozen
 
     def thaw(self, frozen: "_HostFrozen") -> None:
-        """Takes back what `freeze` gave: its averages may be written to, or are used again if others are in place."""
-        if self._frozen is frozen:  # an update that runs meanwhile has found others already, and takes them
+        """Ends a view of the averages: updates may write to them again, or their vectors return to the pool.
+
+        Called from any thread, also during an update.
+        """
+        if self._frozen is frozen:  # a running update has allocated other averages already, and switches to them
             self._frozen = None
         elif frozen.square_avg is not self._square_avg:
-            self._averages.give(frozen.square_avg)
-            self._averages.give(frozen.acc_delta)
+            self._averages_pool.give(frozen.square_avg)
+            self._averages_pool.give(frozen.acc_delta)
 
-    def share(self) -> None:
-        """Has versions lie in shared memory, the current one too."""
+    def use_shared_memory(self) -> None:
+        """Moves the current version to shared memory and allocates all later ones there."""
         if self._allocate is allocate_host:
             self._allocate = _allocate_shared
-            self._pool = Pool(self.current.weights.size, self._allocate)
-            # The pool takes the sum when it is used, and would give it for a version's weights.
-            self._sum = None if self._sum is None else self._placed(self._sum)
+            # A new pool, because the free vectors of the old one lie in private memory.
+            self._pool = VectorPool(self.current.weights.size, self._allocate)
+            # After the update the sum's vector goes to the pool, which then gives it out for weights: move it too.
+            if isinstance(self._pending, _Total):
+                self._pending.vector = self._placed(self._pending.vector)
             self._publish(self._placed(self.current.weights), self.current.number)
 
     def state(self) -> State:
@@ -218,75 +247,77 @@ class HostStore(Store):
 
     def put(self, state: State, number: int) -> None:
         """Replaces the three vectors."""
+        # Nobody has frozen the new averages; a view of the old ones keeps its vectors.
         self._square_avg, self._acc_delta, self._frozen = state.square_avg, state.acc_delta, None
         self._publish(self._placed(state.weights), number)
 
     def extend(self, weights: Vector) -> None:
-        """Adds elements with zero state at the end."""
+        """Appends elements with zero state."""
         zeros = np.zeros(weights.size, np.float32)
-        # All of them before any is kept: memory may run out.
+        # All four are allocated before the store changes: memory may run out at any of them.
         extended = np.concatenate([self.current.weights, weights])
         square_avg = np.concatenate([self._square_avg, zeros])
         acc_delta = np.concatenate([self._acc_delta, zeros])
-        self._sum = None if self._sum is None else np.concatenate([self._sum, zeros])
+        if isinstance(self._pending, _Total):
+            self._pending.vector = np.concatenate([self._pending.vector, zeros])
         self._square_avg, self._acc_delta, self._frozen = square_avg, acc_delta, None
-        self._pool, self._averages = Pool(extended.size, self._allocate), Pool(extended.size)
-        self._readers = Allowance(extended.nbytes, self._budget)
+        # Vectors of the old size are of no use any more: versions that readers hold return to the old pool.
+        self._pool, self._averages_pool = VectorPool(extended.size, self._allocate), VectorPool(extended.size)
+        self._readers = ReaderBudget(extended.nbytes, self._budget)
         self._publish(self._placed(extended), self.current.number)
 
-    def _placed(self, weights: Vector) -> Vector:
-        """Returns the vector, or where versions are shared, one that others can map in its place."""
+    def _placed(self, vector: Vector) -> Vector:
+        """Returns the vector, or a copy in shared memory if versions lie there."""
         if self._allocate is allocate_host:
-            return weights
+            return vector
         placed = self._pool.take()
-        placed[:] = weights
+        placed[:] = vector
         return placed
 
     def _publish(self, weights: Vector, number: int) -> None:
+        # Retired last, so that no reader finds a retired version as the current one.
         before, self.current = self.current, Version(number, weights, self._readers, self._pool)
         before.retire()
 
-    def _add(self, staging: HostStaging, factor: float) -> None:
-        from deltaserve_server.adadelta import cpu  # numba: not before the first update
+    def _add(self, total: Vector, staging: HostStaging, factor: float) -> None:
+        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
 
-        total = self._sum
-        assert total is not None
-
-        def add(piece: tuple[int, Values]) -> None:
+        def add_piece(piece: tuple[int, Values]) -> None:
             offset, values = piece
             cpu.add(total[offset : offset + values.size], values, factor)
 
-        self._share(add, staging.pieces)
+        run_parallel(add_piece, staging.pieces, self._executor, self._threads)
 
     def _gradient(self, weight: float) -> tuple[Sequence[tuple[int, Values]], float]:
-        """Returns the pieces of the next update's gradient and what it is to be divided by."""
-        if self._first is not None:
-            staging, factor = self._first
-            return staging.pieces, weight / factor
-        return [] if self._sum is None else [(0, self._sum)], 1.0 if self._combined else weight
+        """Returns the pieces of the next update's gradient, and their divisor."""
+        match self._pending:
+            case None:
+                return [], weight
+            case _Single(staging, factor):
+                # One rounding of the quotient instead of one for each product.
+                return staging.pieces, weight / factor
+            case _Total(vector, is_mean):
+                return [(0, vector)], 1.0 if is_mean else weight
 
     def _averages_to_write(self, ranges: Sequence[Range]) -> tuple[Vector, Vector]:
-        """Returns where an update writes square_avg and acc_delta: others than those that are to stay as they are."""
-        held = self._square_avg, self._acc_delta
+        """Returns the vectors for the new square_avg and acc_delta: the current ones, or others if they are frozen."""
+        current = self._square_avg, self._acc_delta
         if self._frozen is None:
-            return held
-        others = self._averages.take(), self._averages.take()
-        for vector, other in zip(held, others, strict=True):
+            return current
+        others = self._averages_pool.take(), self._averages_pool.take()
+        for vector, other in zip(current, others, strict=True):
             _copy_outside(ranges, vector, other)
         return others
 
-    def _share(self, run: Callable[[_Item], None], items: Sequence[_Item]) -> None:
-        """Does all items, on several threads where there are several."""
-        run_parallel(run, items, self._executor, self._threads)
-
     def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
-        """Updates one range on the calling thread; returns the sum of the squares of its change."""
-        from deltaserve_server.adadelta import cpu  # numba: not before the first update
+        """Updates one portion on the calling thread; returns the sum of the squares of its change."""
+        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
 
         start, stop, gradient, hyperparameters = work
-        for vector, held in zip(averages, (self._square_avg, self._acc_delta), strict=True):
-            if vector is not held:
-                vector[start:stop] = held[start:stop]  # here, where the kernel finds it in the cache
+        for target, current in zip(averages, (self._square_avg, self._acc_delta), strict=True):
+            if target is not current:
+                # Copied portion by portion, so that the kernel finds the values in the cache.
+                target[start:stop] = current[start:stop]
         squares = cpu.update(
             gradient,
             divisor,
@@ -302,13 +333,13 @@ class HostStore(Store):
 
 
 class _HostFrozen(Frozen):
-    """Vectors that their store does not write to.
+    """A view of vectors that their store does not write to until `release`.
 
     Args:
-        store: Theirs.
-        version: Has the weights, acquired.
+        store: The store that froze them.
+        version: The version with the weights, acquired.
         square_avg: As in `State`.
-        acc_delta: Likewise.
+        acc_delta: As in `State`.
     """
 
     def __init__(self, store: HostStore, version: Version, square_avg: Vector, acc_delta: Vector) -> None:
@@ -318,41 +349,42 @@ class _HostFrozen(Frozen):
         self.acc_delta = acc_delta
 
     def state(self) -> State:
-        """Returns the vectors."""
+        """Returns the vectors themselves."""
         return State(self._version.weights, self.square_avg, self.acc_delta)
 
     def release(self) -> None:
-        """Lets go of them."""
+        """Ends the view."""
         self._version.release()
         self._store.thaw(self)
 
 
 def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:
     """Copies the elements that no range covers."""
+    # Pairs of edges alternate between gaps and ranges, and the first pair is a gap.
     edges = [0, *(edge for part in ranges for edge in (part.start, part.stop)), out.size]
     for start, stop in list(pairwise(edges))[::2]:
         out[start:stop] = vector[start:stop]
 
 
 def _allocate_shared(size: int) -> Vector:
-    """Returns a vector that others can only read; one of ordinary memory where the system has none, or no more."""
+    """Returns a vector that others can read, or one in private memory where the system cannot share any."""
     try:
         return shared_memory.allocate(size, others_write=False)
     except OSError as error:
-        _log.warning("weights are not shared: %s", error)
+        _log.warning("cannot put weights into shared memory, workers get them over the connection: %s", error)
         return allocate_host(size)
 
 
-def _work(pieces: Sequence[tuple[int, Values]], ranges: Sequence[Range]) -> Iterator[_Work]:
-    """Cuts the gradient where a piece, a range or a thread's portion ends. Pieces and ranges are in ascending order."""
-    left = iter(pieces)
+def _split(pieces: Sequence[tuple[int, Values]], ranges: Sequence[Range]) -> Iterator[_Work]:
+    """Splits the gradient where a piece, a range or a thread's portion ends. Pieces and ranges are ascending."""
+    remaining = iter(pieces)
     offset = 0
     values: Values = np.empty(0, np.float32)
     for part in ranges:
         start = part.start
         while start < part.stop:
             while start >= offset + values.size:
-                offset, values = next(left)
-            stop = min(part.stop, offset + values.size, (start // _PIECE + 1) * _PIECE)
+                offset, values = next(remaining)
+            stop = min(part.stop, offset + values.size, (start // _PORTION + 1) * _PORTION)
             yield start, stop, values[start - offset : stop - offset], part.hyperparameters
             start = stop

@@ -1,4 +1,4 @@
-"""What every place for a model's vectors offers; `host` and `device` are the two there are."""
+"""The interface of a model's vector store, which `host` and `device` implement."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.memory.budget import Allowance, Reservation
+from deltaserve_server.memory.budget import ReaderBudget, Reservation
 
 Vector = NDArray[np.float32]
 """A flat vector in host memory: float32, one dimension, contiguous."""
@@ -19,15 +19,15 @@ Vector = NDArray[np.float32]
 ELEMENT_BYTES = 4
 
 _LINE_BYTES = 64
-"""What the kernel needs to write around the caches: the longest vectors and the lines of caches have so many bytes."""
+"""Alignment that the kernel's streaming stores need: the size of a cache line and of the longest vectors."""
 
-_KEPT = 2
-"""Free vectors that a pool keeps: one for the next version, one for the next sum."""
+_FREE_MAX = 2
+"""Largest number of free vectors in a pool: one for the next version, one for the next sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Elements `[start, stop)` of the flat vector, updated with one set of hyperparameters."""
+    """Elements `[start, stop)` of the flat vector that are updated with one set of hyperparameters."""
 
     start: int
     stop: int
@@ -36,29 +36,29 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A model's three vectors in host memory, each of the layout's size."""
+    """A model's three vectors in host memory, each of the layout's size: the weights and the Adadelta state."""
 
     weights: Vector
     square_avg: Vector
     acc_delta: Vector
 
     def copy(self) -> "State":
-        """Returns a copy."""
+        """Returns a copy of all three vectors."""
         return State(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy())
 
     def pieces(self) -> list[tuple[int, Values]]:
-        """Returns the vectors, each as one that begins at 0."""
+        """Returns each whole vector as a piece at offset 0."""
         return [(0, self.weights), (0, self.square_avg), (0, self.acc_delta)]
 
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """What an update takes, in host memory.
+    """The gradient of the next update, in host memory.
 
     Attributes:
-        pieces: Values from an offset on, in ascending order.
-        divisor: What they are divided by.
-        done: To be called when they are not needed any more; until then they stay as they are.
+        pieces: Offsets and the values from there on, in ascending order.
+        divisor: The update divides the values by this.
+        done: The caller calls this when it no longer needs the values; until then they do not change.
     """
 
     pieces: Sequence[tuple[int, Values]]
@@ -67,19 +67,22 @@ class Gradient:
 
 
 class Frozen(ABC):
-    """A model's vectors as they were at one moment, however it goes on."""
+    """A consistent view of a model's vectors at one moment, which later updates do not change."""
 
     @abstractmethod
     def state(self) -> State:
-        """Returns them, in host memory; they stay as they are until `release`."""
+        """Returns the vectors in host memory. They do not change until `release`."""
 
     @abstractmethod
     def release(self) -> None:
-        """Lets go of them; to be called once."""
+        """Ends the view. The caller calls this once."""
 
 
 def root_of_sum(squares: Iterable[float]) -> float:
-    """Returns the root of a sum, in float64 and in this order, which Python's own `sum` does not promise."""
+    """Returns the root of a sum, added in float64 and in order.
+
+    Python's `sum` compensates rounding errors since 3.12, so its bits would depend on Python's version.
+    """
     total = 0.0
     for square in squares:
         total += square
@@ -87,33 +90,35 @@ def root_of_sum(squares: Iterable[float]) -> float:
 
 
 def check_combine(count: int, trim: int, pending: bool) -> None:
-    """Raises ValueError where so many pushes cannot be combined now; see `Store.combine`."""
+    """Raises ValueError if `Store.combine` cannot combine `count` pushes now."""
     if not 0 <= 2 * trim < count:
-        raise ValueError(f"expected more than twice {trim} pushes, got {count}")
+        raise ValueError(f"expected more than {2 * trim} pushes to trim {trim} at either end, got {count}")
     if pending:
         raise ValueError("the next update has a gradient already")
 
 
 class Staging(ABC):
-    """One push's values on their way into an update."""
+    """The values of one push before they enter an update."""
 
     @abstractmethod
     def add(self, offset: int, values: Values) -> None:
-        """Takes the next piece: `values` are elements `[offset, offset + len(values))` and stay valid.
+        """Appends a piece: `values` are elements `[offset, offset + len(values))`, and stay valid and unchanged.
 
-        All pieces of a push are of one format; each of them counts as what it is as float32.
+        All pieces of a push have one element type.
         """
 
 
 def allocate_host(size: int) -> Vector:
-    """Returns a vector in ordinary memory, at a multiple of 64 bytes, whose values are undefined."""
+    """Returns an uninitialized vector in private memory that starts at a multiple of 64 bytes."""
+    # numpy aligns to 16 bytes only, so allocate one cache line more and start inside it.
     vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
     first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
     return vector[first : first + size]
 
 
 def zeros_like(vector: Vector) -> Vector:
-    """Returns a vector of zeros, of the same size."""
+    """Returns a vector of zeros of the same size."""
+    # np.zeros gets zeroed pages from the system when they are first used; np.zeros_like would write them all now.
     return np.zeros(vector.size, np.float32)
 
 
@@ -122,8 +127,13 @@ def _address(vector: Vector) -> int:
     return address
 
 
-class Pool:
-    """Vectors of one size to be used again: fresh pages cost more than the update itself."""
+class VectorPool:
+    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself.
+
+    Args:
+        size: Number of elements of each vector.
+        allocate: Allocates a vector where the pool is empty.
+    """
 
     def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host) -> None:
         self.size = size
@@ -131,35 +141,36 @@ class Pool:
         self._free: list[Vector] = []
 
     def take(self) -> Vector:
-        """Returns a vector whose values are undefined."""
+        """Returns a vector with undefined values."""
         try:
             return self._free.pop()
         except IndexError:
             return self._allocate(self.size)
 
     def give(self, vector: Vector) -> None:
-        """Takes a vector back; keeps none that came from elsewhere and begins where `allocate_host` has none begin."""
-        if len(self._free) < _KEPT and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
+        """Puts a vector into the pool, unless the pool is full or the vector has another size or alignment."""
+        # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
+        if len(self._free) < _FREE_MAX and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
             self._free.append(vector)
 
 
 class Version:
-    """The weights of one version, in host memory; they never change while somebody reads them.
+    """The weights of one version, in host memory. They do not change while they are acquired.
 
-    The current version, one to write the next into and one that is read are part of the model's own reservation. A
-    further version that is read at the same time is paid for by the first of its readers.
+    The model's own reservation covers the current version, the one being written and one that readers keep. The first
+    reader of any further version reserves its bytes.
 
     Args:
-        number: The version.
-        weights: Its vector.
-        readers: Where that comes from.
-        pool: Where the vector goes when nobody needs it any more.
+        number: The version's number.
+        weights: The version's weights.
+        readers: The budget that the first reader reserves from.
+        pool: Receives the vector when the version is retired and has no readers.
     """
 
-    def __init__(self, number: int, weights: Vector, readers: Allowance, pool: Pool) -> None:
+    def __init__(self, number: int, weights: Vector, readers: ReaderBudget, pool: VectorPool) -> None:
         self.number = number
         self.weights = weights
-        self._allowance = readers
+        self._budget = readers
         self._pool = pool
         self._readers = 0
         self._reservation: Reservation | None = None
@@ -167,19 +178,20 @@ class Version:
         self._lock = Lock()
 
     def acquire(self) -> Vector:
-        """Gives the vector to read and keeps it as it is until `release`.
+        """Returns the weights, which do not change until the matching `release`.
 
         Raises:
-            BudgetExceeded: There is no memory to keep it.
+            BudgetExceeded: The budget has no bytes left for a further version.
         """
         with self._lock:
+            # All readers share the vector, so only the first one reserves its bytes.
             if not self._readers:
-                self._reservation = self._allowance.reserve(self.weights.nbytes)
+                self._reservation = self._budget.reserve(self.weights.nbytes)
             self._readers += 1
         return self.weights
 
     def release(self) -> None:
-        """Ends one reading."""
+        """Ends one `acquire`."""
         with self._lock:
             self._readers -= 1
             if not self._readers and self._reservation:
@@ -187,18 +199,21 @@ class Version:
             self._recycle()
 
     def retire(self) -> None:
-        """Says that a newer version is current."""
+        """Marks the version as no longer current."""
         with self._lock:
             self._retired = True
             self._recycle()
 
     def _recycle(self) -> None:
+        # The next update writes into a pooled vector, so no reader may have it any more.
         if self._retired and not self._readers:
             self._pool.give(self.weights)
 
 
 class Store(ABC):
-    """One model's vectors. Everything but `current` and `stage` is for the engine alone.
+    """One model's vectors: weights, optimizer state, and the gradient of the next update.
+
+    `current` and `stage` may be used by any thread; the caller serializes all other calls.
 
     Attributes:
         current: The newest version.
@@ -208,49 +223,50 @@ class Store(ABC):
 
     @abstractmethod
     def stage(self) -> Staging:
-        """Returns a place for a push's values."""
+        """Returns an empty staging for a push."""
 
     @abstractmethod
     def staging_bytes(self, received_bytes: int) -> int:
-        """Returns how many bytes a place for a push takes whose values come in so many bytes."""
+        """Returns the memory that the staging of a push needs, in bytes, from the size of its values on the wire."""
 
     @abstractmethod
     def fold(self, staging: Staging, factor: float) -> None:
-        """Adds `factor` times a push to the sum that the next update takes.
+        """Adds `factor` times a push to the gradient of the next update.
 
-        In float32: the factor is rounded, then the product, then the sum. A push that remains alone is kept as it is,
-        without a copy, and its factor goes into the divisor.
+        The factor, the product and the sum are each rounded to float32. A single push is not copied: its factor goes
+        into the divisor.
 
         Args:
-            staging: The whole push; kept, or not needed any more afterwards.
+            staging: The whole push. The store may keep it until the update.
             factor: Its weight in the sum, in (0, 1e9].
         """
 
     @abstractmethod
     def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
-        """Makes the gradient of the next update a trimmed mean, coordinate by coordinate (`adadelta.robust`).
+        """Sets the gradient of the next update to the trimmed mean of pushes (`adadelta.robust`).
 
-        Where a push has no value, it counts as 0. The same pushes give the same bits in any order and on any device.
+        A missing value of a push counts as 0. The same pushes give the same bits in any order and on any device.
 
         Args:
-            stagings: Whole pushes and their factors, in (0, 1e9], by each of which a push is first multiplied, in
-                float32; not needed any more afterwards.
-            trim: How many values go at either end; the median is (len(stagings) - 1) // 2.
+            stagings: The whole pushes and their factors, in (0, 1e9]. Each push is first multiplied by its factor, in
+                float32. The store does not keep them.
+            trim: Number of values to drop at either end; (len(stagings) - 1) // 2 gives the median.
 
         Raises:
-            ValueError: There are not more than 2 * trim pushes, or the next update has a gradient already.
+            ValueError: There are no more than 2 * trim pushes, or the next update has a gradient already.
         """
 
     @abstractmethod
     def update(self, ranges: Sequence[Range], weight: float, number: int) -> float:
-        """Applies what was folded, divided by `weight`, or what was combined, and makes version `number` current.
+        """Applies the gradient and makes version `number` current.
 
-        Elements outside `ranges` keep their weights and state. Each range lies within what some push holds.
+        The gradient is the sum from `fold`, divided by `weight`, or the mean from `combine`. Elements outside `ranges`
+        keep their weights and state.
 
         Args:
-            ranges: What is updated, in ascending order.
-            weight: The sum of the contributors' weights, in [1e-9, 65536e9]; after `combine` of no meaning.
-            number: The new version.
+            ranges: The elements to update, in ascending order. Some push has values for each of them.
+            weight: The sum of the contributors' weights, in [1e-9, 65536e9]; ignored after `combine`.
+            number: The number of the new version.
 
         Returns:
             The L2 norm of the change of all weights, float64.
@@ -258,23 +274,23 @@ class Store(ABC):
 
     @abstractmethod
     def gradient(self, weight: float) -> Gradient:
-        """Returns what the next `update` of this `weight` is going to take.
+        """Returns the gradient that the next `update` with this `weight` applies.
 
-        A store that is in the same state makes the same update, bit for bit, of a push that holds the pieces, folded
-        with a factor of 1, when the divisor is its weight.
+        In a store with the same state, folding the pieces as one push with a factor of 1 and updating with the divisor
+        as weight gives the same update, bit for bit.
         """
 
     @abstractmethod
     def freeze(self) -> Frozen:
-        """Returns the three vectors as they now are, at no cost until they are looked at, or changed.
+        """Returns a view of the three vectors at this moment. It costs no copy until an update changes them.
 
         Raises:
-            BudgetExceeded: There is no memory to keep them.
+            BudgetExceeded: The budget has no bytes left for a further version.
         """
 
     @abstractmethod
-    def share(self) -> None:
-        """Has versions lie where processes on this host can map them (`memory.shared`), if they can: from now on."""
+    def use_shared_memory(self) -> None:
+        """Puts the current version and all later ones into shared memory, if the store and the system support it."""
 
     @abstractmethod
     def state(self) -> State:
@@ -282,8 +298,8 @@ class Store(ABC):
 
     @abstractmethod
     def put(self, state: State, number: int) -> None:
-        """Replaces the three vectors, which it may keep, and makes version `number` current."""
+        """Replaces the three vectors and makes version `number` current. The store may keep the given vectors."""
 
     @abstractmethod
     def extend(self, weights: Vector) -> None:
-        """Adds elements with zero state at the end; the current version keeps its number."""
+        """Appends elements with zero state. The current version keeps its number."""

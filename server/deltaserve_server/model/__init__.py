@@ -1,6 +1,7 @@
-"""The state machine of a model: layout, sessions, policies, rounds. Pure: no I/O, no threads, no clock.
+"""The state machine of a model: layout, sessions, policies, rounds.
 
-Events go in as method calls that carry the time, decisions come out as values; the engine carries them out.
+This room is pure: no I/O, no threads, no clock, no gRPC. Events go in as method calls that carry the time. Decisions
+come out as values, and the engine carries them out. Start with `Machine`.
 """
 
 from deltaserve_server.adadelta import Hyperparameters
@@ -8,7 +9,7 @@ from deltaserve_server.model.decision import Answer, BumpVersion, Combine, Decis
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
-from deltaserve_server.model.policy import Async, Bounded, Policy, Reduction, Sync
+from deltaserve_server.model.policies import Async, Bounded, Policy, Reduction, Sync
 from deltaserve_server.model.push import Contribution, Key, Push, PushResult, PushStatus, UpdateSummary
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session

@@ -1,4 +1,4 @@
-"""What the state machine decides, for the engine to carry out in the order given."""
+"""What the state machine decides. The engine carries decisions out in the order given."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from deltaserve_server.model.refused import Refused
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Add `factor` times this push's gradient to the sum that the next update takes."""
+    """Add `factor` times the push's gradient to the sum that the next update takes."""
 
     key: Key
     factor: float
@@ -16,11 +16,11 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """Make the next update's gradient of these pushes, each times its factor.
+    """Make the next update's gradient from several pushes at once, element by element.
 
     Attributes:
-        pushes: With their factors.
-        trim: Of the values of each element, so many are left out at either end; the mean of the others is taken.
+        pushes: The pushes, each with the factor that its values are multiplied by.
+        trim: How many of an element's values are dropped at either end; the gradient is the mean of the rest.
     """
 
     pushes: tuple[tuple[Key, float], ...]
@@ -29,11 +29,11 @@ class Combine:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Apply the gradient and publish the version.
+    """Apply the reduced gradient and publish the version.
 
     Attributes:
-        summary: The update; its norm is to be entered.
-        weight: What a sum is divided by: the weights of its pushes together.
+        summary: Describes the update. The engine fills in its norm.
+        weight: What the sum of the folded pushes is divided by: the sum of their weights.
         absent: Tensors that keep their weights and optimizer state.
         sources: Session id and fingerprint of each push, in the order of `summary.contributions`.
     """
@@ -46,14 +46,14 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class BumpVersion:
-    """Give the weights as they are a new version, for those who wait for it."""
+    """Publish the same weights under the next version, for the workers that wait for it."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Tell whoever waits for this push what became of it."""
+    """Answer the call that waits for this push."""
 
     key: Key
     result: PushResult
@@ -61,7 +61,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell whoever waits for this push that it was given up, and forget its values."""
+    """Refuse a push that was accepted and waited, and drop its values."""
 
     key: Key
     refusal: Refused

@@ -1,4 +1,4 @@
-"""In what two values of one kind differ."""
+"""Where two values of a dataclass differ."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def first_difference(ours: "DataclassInstance", theirs: "DataclassInstance") -> tuple[str, Any, Any] | None:
-    """Returns the first field in which two values of a dataclass differ, with both; None where they are equal."""
+    """Returns the first field in which two values differ, with both values; None if they are equal."""
     for field in fields(ours):
         left, right = getattr(ours, field.name), getattr(theirs, field.name)
         if left != right:

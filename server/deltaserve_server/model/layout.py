@@ -10,7 +10,13 @@ from math import prod
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor: its name, its shape, and the parameter group whose hyperparameters it uses."""
+    """One tensor.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        group: Index of the parameter group whose hyperparameters it uses.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -24,13 +30,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's tensors in their order; tensor k is `[offsets[k], offsets[k + 1])` of the flat vector."""
+    """A model's tensors in order. Tensor k is elements `[offsets[k], offsets[k + 1])` of the flat vector."""
 
     tensors: tuple[Tensor, ...]
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Start of every tensor in elements, and the end of the last."""
+        """Start of every tensor, in elements, and the end of the last one."""
         return tuple(accumulate((tensor.size for tensor in self.tensors), initial=0))
 
     @property
@@ -39,17 +45,17 @@ class Layout:
         return self.offsets[-1]
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Returns the name of the tensor that holds element `index`, and the element's index in it."""
+        """Returns the name of the tensor that holds element `index` of the vector, and the index in that tensor."""
         position = bisect_right(self.offsets, index) - 1
         return self.tensors[position].name, index - self.offsets[position]
 
     def runs(self, count: int, absent: Collection[int]) -> Iterator[tuple[int, int]]:
-        """Yields the longest ranges `[start, stop)` of the first `count` tensors that none of `absent` interrupts."""
+        """Yields the ranges `[start, stop)` that the first `count` tensors cover without those in `absent`."""
         ranges = ((self.offsets[k], self.offsets[k + 1], 0) for k in range(count) if k not in absent)
         yield from ((start, stop) for start, stop, _ in _merged(ranges))
 
     def groups(self, absent: Collection[int]) -> Iterator[tuple[int, int, int]]:
-        """Yields the longest ranges `(start, stop, group)` of one group outside the tensors in `absent`."""
+        """Yields the ranges `(start, stop, group)` that all tensors cover without those in `absent`."""
         yield from _merged(
             (self.offsets[k], self.offsets[k + 1], tensor.group)
             for k, tensor in enumerate(self.tensors)
@@ -62,16 +68,16 @@ class Layout:
 
 
 def _merged(ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Joins ranges that touch and have the same group; leaves out empty ones."""
-    held: tuple[int, int, int] | None = None
+    """Joins adjacent ranges of the same group, so that kernels get few long ranges. Drops empty ones."""
+    open_range: tuple[int, int, int] | None = None
     for start, stop, group in ranges:
         if start == stop:
             continue
-        if held and held[1] == start and held[2] == group:
-            held = (held[0], stop, group)
+        if open_range and open_range[1] == start and open_range[2] == group:
+            open_range = (open_range[0], stop, group)
             continue
-        if held:
-            yield held
-        held = (start, stop, group)
-    if held:
-        yield held
+        if open_range:
+            yield open_range
+        open_range = (start, stop, group)
+    if open_range:
+        yield open_range

@@ -1,4 +1,4 @@
-"""A push as the state machine sees it: who, which, on what; never its values."""
+"""A push as the state machine sees it: everything but its values."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,13 +16,13 @@ class Push:
     Attributes:
         session_id: 16 bytes.
         epoch: The session's epoch as the worker knows it.
-        sequence: 1 for the session's first push.
+        sequence: Its number in the session, from 1.
         base_version: Version of the weights that the gradient was computed on; None means the current one.
         hyperparameters: By group, for the update that this push becomes part of; None means the model's own.
         absent: Indices of tensors without a gradient.
-        weight: How much it counts in a weighted mean.
-        fingerprint: Of the values; None before they have come.
-        norm: L2 norm of the values; 0 before they have come.
+        weight: Its weight in a weighted mean.
+        fingerprint: Fingerprint of its values; None before they have arrived.
+        norm: L2 norm of its values; 0 before they have arrived.
     """
 
     session_id: bytes
@@ -43,15 +43,15 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contribution:
-    """What one push was in an update.
+    """What one push contributed to an update.
 
     Attributes:
         worker: The worker's name.
-        epoch: Of the session that it came from.
-        sequence: Its number there.
-        staleness: Versions between its base and the update.
+        epoch: The epoch of its session.
+        sequence: Its number in the session.
+        staleness: Number of versions between its base and the weights that the update changed.
         weight: Its weight in the mean.
-        norm: L2 norm of its values.
+        norm: L2 norm of its values, before clipping.
     """
 
     worker: str
@@ -64,13 +64,13 @@ class Contribution:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class UpdateSummary:
-    """An update that was made.
+    """Describes an update.
 
     Attributes:
         version: The version that it made.
-        contributions: Its pushes, by worker name.
+        contributions: What its pushes contributed, in the order of worker names.
         hyperparameters: What it used, by group.
-        norm: L2 norm of the change of the weights; who carries the update out enters it.
+        norm: L2 norm of the change of the weights. The engine fills it in once the update is computed.
     """
 
     version: int
@@ -81,13 +81,13 @@ class UpdateSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushResult:
-    """What became of a push.
+    """The result of a push that is part of an update.
 
     Attributes:
-        version: The version that its update made; the current one where that is no longer known.
-        duplicate: The push had been applied before; this is its first result.
-        contribution: What it was in the update; None when that is no longer known.
-        summary: The update; None likewise.
+        version: The version that the update made; the current one where the update is no longer known.
+        duplicate: Whether the push arrived again; the rest is its first result.
+        contribution: What it contributed; None where that is no longer known.
+        summary: The update; None where that is no longer known.
     """
 
     version: int
@@ -95,19 +95,19 @@ class PushResult:
     contribution: Contribution | None = None
     summary: UpdateSummary | None = None
 
-    def again(self) -> "PushResult":
-        """Returns the result as a duplicate push gets it."""
+    def as_duplicate(self) -> "PushResult":
+        """Returns the answer to a push that arrives again."""
         return replace(self, duplicate=True)
 
 
 @dataclass(frozen=True, slots=True)
 class PushStatus:
-    """Where a push stands.
+    """What became of a push.
 
     Attributes:
-        state: "waiting" is for its round; "not accepted" also before it has come.
-        final: Whether that will not change any more.
-        result: Of a push that was applied.
+        state: "waiting" for its round; "not accepted" also if it never arrived.
+        final: Whether the state cannot change any more.
+        result: The result of a push that was applied.
     """
 
     state: Literal["not accepted", "waiting", "applied"]

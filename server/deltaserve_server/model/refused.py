@@ -1,26 +1,25 @@
-"""How the rooms of the server say no."""
+"""The exception with which every room of the server refuses a request."""
 
-_LENGTH = 256
-"""Characters of a metadata value."""
+_MAX_CHARACTERS = 256
 
 
 class Refused(Exception):
-    """A request that is refused; it has changed nothing.
+    """A request that is refused. It has changed nothing.
 
     Attributes:
-        reason: A name of `deltaserve.v1.ErrorReason` without its prefix; the error table has code and text for it.
-        metadata: The table's keys for this reason.
-        retry_seconds: When the same request may succeed, or None where a retry does not help.
+        reason: A name of `deltaserve.v1.ErrorReason` without its prefix; the error table has its code and text.
+        metadata: Values for the keys that the table lists for this reason.
+        retry_seconds: When to send the same request again; None means that a retry does not help.
     """
 
     def __init__(self, reason: str, retry_seconds: float | None = None, /, **metadata: object) -> None:
         super().__init__(reason, metadata)
         self.reason = reason
-        self.metadata = {key: _line(str(value)) for key, value in metadata.items()}
+        self.metadata = {key: _printable(str(value)) for key, value in metadata.items()}
         self.retry_seconds = retry_seconds
 
 
-def _line(text: str) -> str:
-    """Returns one short line: names come from clients, and clients take headers of a few KiB only."""
+def _printable(text: str) -> str:
+    """Returns one short line. Names come from clients, and gRPC limits headers to a few KiB."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
-    return shown if len(shown) <= _LENGTH else f"{shown[:_LENGTH]}..."
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}..."

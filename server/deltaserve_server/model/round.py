@@ -1,12 +1,10 @@
-"""One round of a synchronous policy: the pushes that together make one update."""
+"""A round: the pushes that wait to become one update together."""
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.difference import first_difference
-from deltaserve_server.model.policy import Sync
 from deltaserve_server.model.push import Contribution, Push
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
@@ -14,18 +12,24 @@ from deltaserve_server.model.sessions import Session
 
 @dataclass(frozen=True, slots=True)
 class PendingPush:
-    """A push, the session it came from, and the version it was computed on."""
+    """An accepted push that is not part of an update yet.
+
+    Attributes:
+        session: The session that sent it.
+        push: The push.
+        base_version: Version of the weights that its gradient was computed on.
+    """
 
     session: Session
     push: Push
     base_version: int
 
     def absent(self, tensor_count: int) -> frozenset[int]:
-        """Returns the tensors without a gradient: those left out, and those that the session does not know."""
+        """Returns the tensors that it has no gradient for: left out by the worker, or unknown to its session."""
         return self.push.absent.union(range(self.session.tensor_count, tensor_count))
 
     def contribution(self, version: int) -> Contribution:
-        """Returns what the push is in an update of `version`."""
+        """Returns what the push contributes to an update of the weights of `version`."""
         return Contribution(
             worker=self.session.worker,
             epoch=self.session.epoch,
@@ -38,83 +42,63 @@ class PendingPush:
 
 @dataclass(slots=True)
 class Round:
-    """Pushes by worker name, folded in the order of names.
+    """The open round of the synchronous policy. Under the other policies it stays empty.
 
     Attributes:
-        opened: Version at which the round began; no older base is taken.
-        contributions: Accepted pushes by worker name.
-        hyperparameters: Those that the round's pushes carry; None while none does.
-        folded: How many contributions, in order of names, are already reduced.
+        opened: Version at which it began; a push with an older base is refused.
+        pushes: Its pushes by worker name. A name has at most one, whatever sessions it had.
+        hyperparameters: By group, as its pushes carry them; None while no push carries any.
+        folded: How many pushes, in the order of worker names, are part of the sum already.
+        arrivals: When each push came, in seconds, in the order of arrival.
     """
 
     opened: int
-    contributions: dict[str, PendingPush] = field(default_factory=dict)
+    pushes: dict[str, PendingPush] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameters, ...] | None = None
     folded: int = 0
-    _arrivals: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
 
     def check(self, push: Push, base_version: int) -> None:
-        """Raises Refused where the push does not fit into this round."""
+        """Checks that a push fits into this round.
+
+        Raises:
+            Refused: ROUND_CLOSED for a base before the round; HYPERPARAMETER_CONFLICT for hyperparameters other than
+                those of its pushes.
+        """
         if base_version < self.opened:
             raise Refused("ROUND_CLOSED", base=base_version, current=self.opened)
-        difference = _difference(self.hyperparameters or (), push.hyperparameters or ())
-        if difference:
-            raise Refused("HYPERPARAMETER_CONFLICT", None, **difference)
+        conflict = _conflict(self.hyperparameters or (), push.hyperparameters or ())
+        if conflict:
+            raise Refused("HYPERPARAMETER_CONFLICT", None, **conflict)
 
-    def add(self, contribution: PendingPush, now: float) -> None:
-        """Takes a push in."""
-        self.contributions[contribution.session.worker] = contribution
-        self._arrivals.append(now)
-        carried = contribution.push.hyperparameters
+    def add(self, pending: PendingPush, now: float) -> None:
+        """Adds a push."""
+        self.pushes[pending.session.worker] = pending
+        self.arrivals.append(now)
+        carried = pending.push.hyperparameters
+        # The groups that two pushes share agree; the worker that knows more groups has the last word on the others.
         if carried and len(carried) > len(self.hyperparameters or ()):
             self.hyperparameters = carried
 
-    def enough(self, policy: Sync) -> bool:
-        """Whether the round has the pushes without which it does not close."""
-        return len(self.contributions) >= policy.min_workers
-
-    def due(self, policy: Sync) -> float | None:
-        """Returns the time from which on nobody is awaited; None while there is none."""
-        times = []
-        if policy.quorum is not None and len(self._arrivals) >= policy.quorum:
-            times.append(self._arrivals[policy.quorum - 1] + policy.grace_seconds)
-        if policy.round_timeout_seconds is not None and self._arrivals:
-            times.append(self._arrivals[0] + policy.round_timeout_seconds)
-        return min(times, default=None)
-
     def foldable(self, awaited: Collection[str]) -> list[PendingPush]:
-        """Returns what can be reduced now, in order: the contributions whose names come before every awaited one."""
+        """Returns, in the order of worker names, the pushes that can join the sum now.
+
+        These are the pushes whose names come before every awaited name and that are not in the sum yet.
+        """
         first_awaited = min(awaited, default=None)
-        ready = sorted(name for name in self.contributions if first_awaited is None or name < first_awaited)
-        return [self.contributions[name] for name in ready[self.folded :]]
+        ready = sorted(name for name in self.pushes if first_awaited is None or name < first_awaited)
+        return [self.pushes[name] for name in ready[self.folded :]]
 
     def in_order(self) -> list[PendingPush]:
-        """Returns the contributions by worker name."""
-        return [self.contributions[name] for name in sorted(self.contributions)]
-
-    def absent(self, tensor_count: int) -> frozenset[int]:
-        """Returns the tensors that no contribution has a gradient for."""
-        return frozenset.intersection(*(held.absent(tensor_count) for held in self.contributions.values()))
+        """Returns the pushes in the order of worker names."""
+        return [self.pushes[name] for name in sorted(self.pushes)]
 
 
-def factor(push: Push, policy: Sync) -> float:
-    """Returns what a push's values are multiplied with before they are reduced: its weight, after clipping."""
-    clips = policy.clip_norm is not None and push.norm > policy.clip_norm
-    scale = policy.clip_norm / push.norm if clips and policy.clip_norm else 1.0
-    made = scale * push.weight if policy.reduction == "mean" else scale
-    return max(made, sys.float_info.min)  # a tiny clip_norm leaves nothing of a push, but a factor is more than 0
-
-
-def trim(policy: Sync, count: int) -> int:
-    """Returns how many of `count` values are left out at either end: for the median, all but one or two."""
-    return (count - 1) // 2 if policy.reduction == "median" else policy.trim
-
-
-def _difference(held: tuple[Hyperparameters, ...], got: tuple[Hyperparameters, ...]) -> dict[str, object]:
-    """Names the first hyperparameter in which two pushes differ, in the groups that both know; empty if none does."""
-    for group, (ours, theirs) in enumerate(zip(held, got, strict=False)):
-        difference = first_difference(ours, theirs)
+def _conflict(ours: tuple[Hyperparameters, ...], theirs: tuple[Hyperparameters, ...]) -> dict[str, object]:
+    """Returns the first hyperparameter in which two pushes differ, among the groups that both know."""
+    for group, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        difference = first_difference(left, right)
         if difference:
-            name, left, right = difference
-            return {"field": f"groups[{group}].{name}", "round": left, "got": right}
+            name, in_round, got = difference
+            return {"field": f"groups[{group}].{name}", "round": in_round, "got": got}
     return {}

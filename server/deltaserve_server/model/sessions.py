@@ -1,4 +1,4 @@
-"""Workers' standing with one model: ids, epochs, ranks, leases, sequence windows."""
+"""Sessions of workers: ids, epochs, ranks, leases, and the sequence numbers that make a push count exactly once."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -13,18 +13,23 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 WINDOW = 8
-"""How many results of a session are kept for duplicates."""
+"""How many results a session keeps for duplicates."""
 
-_REMEMBERED = 65_536
-"""How many names' epochs, and how many fenced sessions, are remembered at most."""
+_MAX_NAMES = 65_536
+"""How many worker names' epochs, and how many fenced sessions, a model keeps."""
 
-_ENDED = 1024
-"""How many sessions that have ended are kept, for those who ask what became of a push."""
+_MAX_ENDED = 1024
+"""How many ended sessions a model keeps, for workers that ask what became of a push."""
 
 
 @dataclass(slots=True)
 class Record:
-    """A push of the window: what it contained, and its result once its update is made."""
+    """An accepted push in the window of its session.
+
+    Attributes:
+        fingerprint: Fingerprint of its values.
+        result: Its result; None while it waits for its update, or where the result is no longer known.
+    """
 
     fingerprint: int | None
     result: PushResult | None = None
@@ -32,23 +37,25 @@ class Record:
 
 @dataclass(slots=True)
 class Session:
-    """One worker's standing.
+    """One worker's session with one model.
+
+    Its pushes are numbered 1, 2, 3, ... At most one of them is accepted and not applied yet.
 
     Attributes:
         worker: The worker's name.
-        id: 16 bytes, made by the server.
-        epoch: How many sessions of this name there have been.
-        rank: The lowest number that no other live session had when it came.
-        tensor_count: How many tensors the layout had when it came.
-        group_count: How many parameter groups the model had when it came.
+        id: 16 bytes, chosen by the server.
+        epoch: How many sessions of this name the model has had. A higher epoch fences a lower one.
+        rank: The lowest number that no other live session had when this one opened.
+        tensor_count: How many tensors the layout had when it opened.
+        group_count: How many parameter groups the model had when it opened.
         lease_seconds: How long it outlives its last call.
-        expires: Time at which its lease runs out.
-        first_version: Version on whose weights its first push is to be computed.
-        member: Whether the open round waits for it.
+        expires: When its lease runs out.
+        first_version: Version of the weights to compute its first push on.
+        member: Whether it belongs to the open round.
         last_accepted: Sequence number of its last accepted push.
         last_applied: Sequence number of its last push that is part of an update.
-        clock: How many steps it has made, counted from where the slowest stood when it came; of use to `Bounded` alone.
-        window: By sequence number: the pushes that are remembered.
+        clock: How many steps it has made, counted from the slowest session when it opened. Only `Bounded` counts.
+        window: Its last accepted pushes by sequence number.
     """
 
     worker: str
@@ -68,22 +75,24 @@ class Session:
 
     @property
     def waiting(self) -> bool:
-        """Whether a push of this session waits for its round."""
+        """Whether one of its pushes waits for a round to close."""
         return self.last_applied < self.last_accepted
 
     def renew(self, now: float) -> None:
-        """Starts the lease anew."""
+        """Restarts the lease. It never becomes shorter: calls may arrive out of order."""
         self.expires = max(self.expires, now + self.lease_seconds)
 
     def expired(self, now: float) -> bool:
-        """Whether the lease has run out."""
+        """Returns whether the lease has run out."""
         return now >= self.expires
 
     def known(self, push: Push) -> bool:
-        """Whether the push was accepted before, by its sequence number and, once they are here, its values.
+        """Returns whether the push was accepted before.
+
+        Its sequence number decides. Within the window, its values must also be those of the first time.
 
         Raises:
-            Refused: SEQUENCE_GAP, or SEQUENCE_REUSED for other content.
+            Refused: SEQUENCE_GAP; SEQUENCE_REUSED for other values; PUSH_INVALID for a number below 1.
         """
         if push.sequence < 1:
             raise Refused("PUSH_INVALID", field="sequence", allowed=">= 1")
@@ -91,31 +100,38 @@ class Session:
             raise Refused("SEQUENCE_GAP", expected=self.last_accepted + 1, got=push.sequence)
         if push.sequence == self.last_accepted + 1:
             return False
-        record = self._recent(push.sequence)
+        record = self._in_window(push.sequence)
         if record and push.fingerprint is not None and push.fingerprint != record.fingerprint:
             raise Refused("SEQUENCE_REUSED", sequence=push.sequence)
         return True
 
     def accept(self, sequence: int, fingerprint: int | None) -> None:
-        """Takes note of a push that is to become part of an update."""
+        """Records that a push will become part of an update."""
         self.last_accepted = sequence
         self.window[sequence] = Record(fingerprint)
 
     def apply(self, sequence: int, result: PushResult, now: float) -> None:
-        """Takes note of an update that a push became part of."""
+        """Records that an accepted push became part of an update."""
         self.last_applied = sequence
         self.window[sequence].result = result
-        self.window.pop(sequence - WINDOW, None)  # not before: the push might have been given up
+        # `accept` must not drop it: `give_up` moves the window back by one.
+        self.window.pop(sequence - WINDOW, None)
         self.renew(now)
 
     def give_up(self, sequence: int, now: float) -> None:
-        """Takes back that the last push was accepted: it will not become part of an update, and its number is free."""
+        """Takes back that the last push was accepted. Its sequence number is free again."""
         self.last_accepted = sequence - 1
         del self.window[sequence]
         self.renew(now)
 
     def status(self, sequence: int, version: int, live: bool) -> PushStatus:
-        """Returns where a push stands; `version` is the model's, `live` whether the session has not ended."""
+        """Returns what became of a push.
+
+        Args:
+            sequence: Its number, from 1.
+            version: The model's version.
+            live: Whether the session has not ended.
+        """
         if sequence > self.last_accepted:
             return PushStatus("not accepted", final=not live)
         if sequence > self.last_applied:
@@ -123,26 +139,25 @@ class Session:
         return PushStatus("applied", final=True, result=self._first_result(sequence, version))
 
     def result(self, sequence: int, version: int) -> PushResult | None:
-        """Returns what a known push gets as a duplicate, or None while it waits for its round."""
-        return None if sequence > self.last_applied else self._first_result(sequence, version).again()
+        """Returns the answer to a duplicate of an accepted push; None while that push waits for its round."""
+        return None if sequence > self.last_applied else self._first_result(sequence, version).as_duplicate()
 
     def _first_result(self, sequence: int, version: int) -> PushResult:
-        record = self._recent(sequence)
+        record = self._in_window(sequence)
         return record.result if record and record.result else PushResult(version=version)
 
-    def _recent(self, sequence: int) -> Record | None:
-        """Returns the record of a push that is among the last accepted."""
+    def _in_window(self, sequence: int) -> Record | None:
         return self.window.get(sequence) if sequence > self.last_accepted - WINDOW else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Remembered:
-    """What a model remembers of sessions that live no longer.
+class SessionHistory:
+    """What a model keeps of sessions that are not live any more.
 
     Attributes:
         epochs: By worker name: the last epoch.
-        fenced: By session id: the worker whose newer session has fenced it.
-        ended: Sessions that have ended, the newest last.
+        fenced: By session id: the worker whose newer session fenced it.
+        ended: Ended sessions, the newest last.
     """
 
     epochs: tuple[tuple[str, int], ...]
@@ -151,7 +166,11 @@ class Remembered:
 
 
 class Sessions:
-    """The live sessions of one model, at most one a worker name."""
+    """The live sessions of one model, at most one for a worker name, and a bounded history of the ended ones.
+
+    Ended sessions are kept because a worker may come back after its lease with a push whose answer it never got: the
+    history still knows whether that push counted.
+    """
 
     def __init__(self) -> None:
         self._by_id: dict[bytes, Session] = {}
@@ -163,65 +182,30 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def image(self) -> "Remembered":
-        """Returns what is to be written down beside the live sessions."""
-        return Remembered(
-            epochs=tuple(self._epochs.items()), fenced=tuple(self._fenced.items()), ended=tuple(self._ended.values())
-        )
-
-    def remember(self, remembered: "Remembered") -> None:
-        """Takes over what was written down, before any session is added."""
-        self._epochs = OrderedDict(remembered.epochs)
-        self._fenced = OrderedDict(remembered.fenced)
-        self._ended = OrderedDict((session.id, session) for session in remembered.ended)
+    # --- live sessions
 
     def live(self) -> list[Session]:
-        """Returns the live sessions in order of worker names."""
+        """Returns the live sessions in the order of worker names."""
         return [self._by_name[name] for name in sorted(self._by_name)]
+
+    def late(self) -> list[Session]:
+        """Returns the live sessions that opened too late for the open round."""
+        return [session for session in self.live() if not session.member]
+
+    def slowest_clock(self) -> int:
+        """Returns the clock of the live session that has made the fewest steps; 0 without sessions."""
+        return min((session.clock for session in self._by_id.values()), default=0)
 
     def named(self, worker: str) -> Session | None:
         """Returns the live session of a worker name."""
         return self._by_name.get(worker)
 
-    def new_epoch(self, worker: str) -> int:
-        """Returns an epoch one higher than the name's last."""
-        epoch = self._epochs.pop(worker, 0) + 1
-        _remember(self._epochs, worker, epoch)
-        return epoch
-
-    def free_rank(self) -> int:
-        """Returns the lowest rank that no live session has."""
-        taken = {session.rank for session in self._by_id.values()}
-        return next(rank for rank in count() if rank not in taken)
-
-    def add(self, session: Session) -> None:
-        """Adds a session; an older one of the same name is fenced."""
-        older = self._by_name.get(session.worker)
-        if older:
-            self.remove(older)
-            _remember(self._fenced, older.id, older.worker)
-        self._by_id[session.id] = self._by_name[session.worker] = session
-
-    def restore(self, session: Session) -> None:
-        """Adds a session that was opened before a restart."""
-        self.add(session)
-        _remember(self._epochs, session.worker, session.epoch)
-        self._epochs.move_to_end(session.worker)
-
-    def end(self, ids: Iterable[bytes]) -> None:
-        """Ends sessions, those of them that live."""
-        for session_id in ids:
-            session = self._by_id.get(session_id)
-            if session:
-                self.remove(session)
-
-    def remove(self, session: Session) -> None:
-        """Ends a session."""
-        del self._by_id[session.id], self._by_name[session.worker]
-        _remember(self._ended, session.id, session, _ENDED)
+    def find(self, session_id: bytes) -> Session | None:
+        """Returns a live session."""
+        return self._by_id.get(session_id)
 
     def get(self, session_id: bytes, epoch: int) -> Session:
-        """Returns a live session.
+        """Returns a live session, for a call that must have one.
 
         Raises:
             Refused: SESSION_FENCED, SESSION_UNKNOWN, or PUSH_INVALID for an epoch that is not the session's.
@@ -231,35 +215,59 @@ class Sessions:
             if session.epoch != epoch:
                 raise Refused("PUSH_INVALID", field="epoch", allowed=f"{session.epoch}, as OpenSession answered")
             return session
-        worker = self._replaced(session_id)
+        worker = self._fenced_worker(session_id)
         if worker is None:
             raise Refused("SESSION_UNKNOWN")
         raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self._epochs.get(worker, 0))
 
-    def _replaced(self, session_id: bytes) -> str | None:
-        """Returns the worker of a session that a newer one of its name has fenced, while it lived or after it ended."""
-        ended = self._ended.get(session_id)
-        if ended and self._epochs.get(ended.worker, 0) > ended.epoch:
-            return ended.worker
-        return self._fenced.get(session_id)
+    # --- opening and ending
 
-    def find(self, session_id: bytes) -> Session | None:
-        """Returns a live session, whatever its epoch."""
-        return self._by_id.get(session_id)
+    def new_epoch(self, worker: str) -> int:
+        """Returns an epoch for a new session: one more than the name's last."""
+        epoch = self._epochs.pop(worker, 0) + 1
+        _keep(self._epochs, worker, epoch, _MAX_NAMES)
+        return epoch
+
+    def free_rank(self) -> int:
+        """Returns the lowest rank that no live session has."""
+        taken = {session.rank for session in self._by_id.values()}
+        return next(rank for rank in count() if rank not in taken)
+
+    def add(self, session: Session) -> None:
+        """Adds a session and fences an older one of the same name."""
+        older = self._by_name.get(session.worker)
+        if older:
+            self.remove(older)
+            _keep(self._fenced, older.id, older.worker, _MAX_NAMES)
+        self._by_id[session.id] = self._by_name[session.worker] = session
+
+    def remove(self, session: Session) -> None:
+        """Ends a live session."""
+        del self._by_id[session.id], self._by_name[session.worker]
+        _keep(self._ended, session.id, session, _MAX_ENDED)
+
+    def end(self, ids: Iterable[bytes]) -> None:
+        """Ends the sessions that are live among these."""
+        for session_id in ids:
+            session = self._by_id.get(session_id)
+            if session:
+                self.remove(session)
+
+    # --- ended sessions
 
     def find_any(self, session_id: bytes) -> Session | None:
-        """Returns a session that lives, or ended not too long ago."""
+        """Returns a session that is live, or that the history still has."""
         return self._by_id.get(session_id) or self._ended.get(session_id)
 
     def ended_with(self, push: Push) -> Session | None:
-        """Returns the session that had accepted a push before it ended, unless it was fenced; None without one."""
+        """Returns the ended session that had accepted a push; None if there is none, or if it was fenced."""
         session = self._ended.get(push.session_id)
-        if session is None or session.epoch != push.epoch or self._replaced(session.id):
+        if session is None or session.epoch != push.epoch or self._fenced_worker(session.id):
             return None
         return session if 1 <= push.sequence <= session.last_accepted else None
 
     def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
-        """Returns where a push stands, also one of a session that ended not too long ago.
+        """Returns what became of a push of a session that is live, or that the history still has.
 
         Raises:
             Refused: SESSION_UNKNOWN.
@@ -269,8 +277,36 @@ class Sessions:
             raise Refused("SESSION_UNKNOWN")
         return session.status(sequence, version, live=session_id in self._by_id)
 
+    def _fenced_worker(self, session_id: bytes) -> str | None:
+        """Returns the worker of a session that a newer one of the same name fenced, before or after it ended."""
+        ended = self._ended.get(session_id)
+        if ended and self._epochs.get(ended.worker, 0) > ended.epoch:
+            return ended.worker
+        return self._fenced.get(session_id)
 
-def _remember(table: OrderedDict[_K, _V], key: _K, value: _V, most: int = _REMEMBERED) -> None:
+    # --- snapshots and recovery
+
+    def history(self) -> SessionHistory:
+        """Returns what a snapshot holds beside the live sessions."""
+        return SessionHistory(
+            epochs=tuple(self._epochs.items()), fenced=tuple(self._fenced.items()), ended=tuple(self._ended.values())
+        )
+
+    def restore_history(self, history: SessionHistory) -> None:
+        """Restores the history of a snapshot. Comes before the first `restore`."""
+        self._epochs = OrderedDict(history.epochs)
+        self._fenced = OrderedDict(history.fenced)
+        self._ended = OrderedDict((session.id, session) for session in history.ended)
+
+    def restore(self, session: Session) -> None:
+        """Adds a session that opened before a restart, and its epoch."""
+        self.add(session)
+        _keep(self._epochs, session.worker, session.epoch, _MAX_NAMES)
+        self._epochs.move_to_end(session.worker)
+
+
+def _keep(table: OrderedDict[_K, _V], key: _K, value: _V, limit: int) -> None:
+    """Adds an entry, and drops the oldest ones over the limit."""
     table[key] = value
-    while len(table) > most:
+    while len(table) > limit:
         table.popitem(last=False)

@@ -1,6 +1,6 @@
-"""A model's state but its vectors as a value that can be written down; and the machine that goes on from one.
+"""A machine's state as plain values, which snapshots and journals write, and back.
 
-What waits for a round is no part of it: nobody was told that it counts, so its worker sends it again.
+Pushes that wait for a round are left out: nobody was told that they count, so their workers send them again.
 """
 
 import sys
@@ -11,15 +11,14 @@ from typing import Self
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
-from deltaserve_server.model.policy import Async, Bounded, Policy, Sync
+from deltaserve_server.model.policies import Async, Bounded, Policy, Sync
 from deltaserve_server.model.push import PushResult, UpdateSummary
-from deltaserve_server.model.round import Round
-from deltaserve_server.model.sessions import Record, Remembered, Session
+from deltaserve_server.model.sessions import Record, Session, SessionHistory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Hyperparameters by group, and a policy, one of the three."""
+    """Hyperparameters by group, and exactly one policy."""
 
     groups: tuple[Hyperparameters, ...]
     sync: Sync | None = None
@@ -28,7 +27,7 @@ class Settings:
 
     @classmethod
     def of(cls, groups: tuple[Hyperparameters, ...], policy: Policy) -> Self:
-        """Returns the settings that have this policy."""
+        """Returns the settings for a policy."""
         match policy:
             case Sync():
                 return cls(groups=groups, sync=policy)
@@ -39,22 +38,22 @@ class Settings:
 
     @property
     def policy(self) -> Policy:
-        """The policy; raises ValueError where there is none."""
+        """The policy. Raises ValueError if there is none."""
         policy = self.sync or self.asynchronous or self.bounded
         if policy is None:
-            raise ValueError("settings without a policy")
+            raise ValueError("the settings have no policy")
         return policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppliedPush:
-    """A push of a session's window.
+    """A push in the window of a session.
 
     Attributes:
-        sequence: Its number.
-        fingerprint: Of its values.
-        version: Of the update that it is part of; None where that is no longer known.
-        place: Its place among the pushes of that update.
+        sequence: Its number in the session.
+        fingerprint: Fingerprint of its values.
+        version: Version that its update made; None where that is no longer known.
+        place: Its index among the contributions to that update.
     """
 
     sequence: int
@@ -62,10 +61,27 @@ class AppliedPush:
     version: int | None = None
     place: int = 0
 
+    @classmethod
+    def of(cls, sequence: int, record: Record) -> Self:
+        """Returns the state of a record."""
+        result = record.result
+        if result is None or result.contribution is None or result.summary is None:
+            return cls(sequence=sequence, fingerprint=record.fingerprint)
+        place = result.summary.contributions.index(result.contribution)
+        return cls(sequence=sequence, fingerprint=record.fingerprint, version=result.summary.version, place=place)
+
+    def record(self, updates: Mapping[int, UpdateSummary]) -> Record:
+        """Returns the record; `updates` are by version."""
+        update = updates.get(self.version) if self.version is not None else None
+        if update is None:
+            return Record(self.fingerprint)
+        contribution = update.contributions[self.place]
+        return Record(self.fingerprint, PushResult(version=update.version, contribution=contribution, summary=update))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionState:
-    """A session: see `Session`. No push of it waits."""
+    """The state of a session without pushes that wait; see `Session` for the fields."""
 
     worker: str
     id: bytes
@@ -82,101 +98,85 @@ class SessionState:
 
     @classmethod
     def of(cls, session: Session) -> Self:
-        """Returns a session's image."""
-        given = {name: getattr(session, name) for name in cls.__slots__ if name != "window"}
-        applied = (n for n in sorted(session.window) if n <= session.last_applied)
-        return cls(**given, window=tuple(_applied(n, session.window[n]) for n in applied))
+        """Returns the state of a session."""
+        fields = {name: getattr(session, name) for name in cls.__slots__ if name != "window"}
+        applied = (number for number in sorted(session.window) if number <= session.last_applied)
+        return cls(**fields, window=tuple(AppliedPush.of(number, session.window[number]) for number in applied))
 
-    def session(self, summary: Mapping[int, UpdateSummary], now: float) -> Session:
-        """Returns the session, its lease begun anew."""
-        given = {name: getattr(self, name) for name in self.__slots__ if name != "window"}
-        session = Session(**given, last_accepted=self.last_applied, expires=now + self.lease_seconds)
-        session.window = {image.sequence: _record(image, summary) for image in self.window}
+    def session(self, updates: Mapping[int, UpdateSummary], now: float) -> Session:
+        """Returns the session. Its lease begins at `now`; `updates` are those of its window, by version."""
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "window"}
+        session = Session(**fields, last_accepted=self.last_applied, expires=now + self.lease_seconds)
+        session.window = {push.sequence: push.record(updates) for push in self.window}
         return session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineState:
-    """A machine without what waits; see `Machine` and `Sessions`.
+    """The state of a machine without pushes that wait; see `Machine` and `Sessions` for the fields.
 
     Attributes:
-        next: Settings that take effect when the open round closes.
         opened: Version at which the open round began.
-        summary: The updates that windows refer to.
+        updates: The updates that windows refer to. One update is shared by the windows of all its workers.
     """
 
     name: str
     tensors: tuple[Tensor, ...]
     settings: Settings
-    created_as: Settings
-    next: Settings | None
+    initial_settings: Settings
+    next_settings: Settings | None
     version: int
     update_counts: tuple[int, ...]
-    shorter: tuple[tuple[int, int], ...]
+    earlier_sizes: tuple[tuple[int, int], ...]
     opened: int
     sessions: tuple[SessionState, ...]
     ended: tuple[SessionState, ...]
     epochs: tuple[tuple[str, int], ...]
     fenced: tuple[tuple[bytes, str], ...]
-    summary: tuple[UpdateSummary, ...]
+    updates: tuple[UpdateSummary, ...]
 
     @classmethod
     def of(cls, machine: Machine) -> Self:
-        """Returns a machine's image."""
-        live, remembered = machine.sessions.live(), machine.sessions.image()
+        """Returns the state of a machine."""
+        live, history = machine.sessions.live(), machine.sessions.history()
         return cls(
             name=machine.name,
             tensors=machine.layout.tensors,
             settings=Settings.of(machine.groups, machine.policy),
-            created_as=Settings.of(*machine.created_as),
-            next=Settings.of(*machine.next) if machine.next else None,
+            initial_settings=Settings.of(*machine.initial_settings),
+            next_settings=Settings.of(*machine.next_settings) if machine.next_settings else None,
             version=machine.version,
             update_counts=tuple(machine.update_counts),
-            shorter=tuple(sorted(machine.shorter)),
+            earlier_sizes=tuple(sorted(machine.earlier_sizes)),
             opened=machine.round.opened,
             sessions=tuple(map(SessionState.of, live)),
-            ended=tuple(map(SessionState.of, remembered.ended)),
-            epochs=remembered.epochs,
-            fenced=remembered.fenced,
-            summary=_made_of([*live, *remembered.ended]),
+            ended=tuple(map(SessionState.of, history.ended)),
+            epochs=history.epochs,
+            fenced=history.fenced,
+            updates=_updates_of([*live, *history.ended]),
         )
 
     def machine(self, now: float) -> Machine:
-        """Returns a machine in this state; leases begin at `now`. Call `Machine.resume` before the first event."""
+        """Returns a machine in this state. Leases begin at `now`. Call `Machine.resume` before the first event."""
         machine = Machine(self.name, Layout(self.tensors), self.settings.groups, self.settings.policy)
-        machine.created_as = self.created_as.groups, self.created_as.policy
-        machine.next = (self.next.groups, self.next.policy) if self.next else None
+        machine.initial_settings = self.initial_settings.groups, self.initial_settings.policy
+        if self.next_settings:
+            machine.next_settings = self.next_settings.groups, self.next_settings.policy
         machine.version = self.version
         machine.update_counts = list(self.update_counts)
-        machine.shorter = set(self.shorter)
-        machine.round = Round(opened=self.opened)
-        summary = {update.version: update for update in self.summary}
-        ended = tuple(image.session(summary, now) for image in self.ended)
-        machine.sessions.remember(Remembered(epochs=self.epochs, fenced=self.fenced, ended=ended))
-        for image in self.sessions:
-            machine.sessions.add(image.session(summary, now))
+        machine.earlier_sizes = set(self.earlier_sizes)
+        machine.round.opened = self.opened
+        updates = {update.version: update for update in self.updates}
+        ended = tuple(session.session(updates, now) for session in self.ended)
+        machine.sessions.restore_history(SessionHistory(epochs=self.epochs, fenced=self.fenced, ended=ended))
+        for session in self.sessions:
+            machine.sessions.add(session.session(updates, now))
         return machine
 
 
-def _applied(sequence: int, record: Record) -> AppliedPush:
-    result = record.result
-    if result is None or result.contribution is None or result.summary is None:
-        return AppliedPush(sequence=sequence, fingerprint=record.fingerprint)
-    place = result.summary.contributions.index(result.contribution)
-    return AppliedPush(sequence=sequence, fingerprint=record.fingerprint, version=result.summary.version, place=place)
-
-
-def _record(image: AppliedPush, summary: Mapping[int, UpdateSummary]) -> Record:
-    update = summary.get(image.version) if image.version is not None else None
-    if update is None:
-        return Record(image.fingerprint)
-    contribution = update.contributions[image.place]
-    return Record(image.fingerprint, PushResult(version=update.version, contribution=contribution, summary=update))
-
-
-def _made_of(sessions: Iterable[Session]) -> tuple[UpdateSummary, ...]:
-    """Returns the updates in the windows of sessions, once each."""
+def _updates_of(sessions: Iterable[Session]) -> tuple[UpdateSummary, ...]:
+    """Returns the updates in the windows of sessions, each once."""
     results = [record.result for session in sessions for record in session.window.values()]
-    summary = {result.summary.version: result.summary for result in results if result and result.summary}
-    # A norm may be infinite, which JSON cannot say: see `adadelta.cpu.update`.
-    return tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in summary.values())
+    updates = {result.summary.version: result.summary for result in results if result and result.summary}
+    # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
+    return tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values())

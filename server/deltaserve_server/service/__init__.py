@@ -1,1 +1,1 @@
-"""gRPC: what comes in is checked before anything changes; servicers decode, call and encode."""
+"""gRPC: servicers decode a request, call the engine and encode the answer. Input is checked before anything changes."""

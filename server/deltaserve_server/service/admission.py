@@ -1,4 +1,4 @@
-"""The gate for vectors: their chunks' order, their size and their values, all looked at before anything changes."""
+"""Checks vectors that arrive: the order and size of their chunks, and their values, before anything changes."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
@@ -17,22 +17,23 @@ from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
 
 _BLOCKS = 4
-"""Blocks that have sums of squares of their own, of all that a thread inspects in one call."""
+"""How many of the kernel's blocks a thread checks in one call. Each block has its own sum of squares."""
 
 STATE_VECTORS = ("weights", "square_avg", "acc_delta")
+"""The vectors of a model's state, in the order in which they travel."""
 
 
 class ChunkValidator:
-    """Lets the chunks of one vector pass in their order.
+    """Checks the order and the sizes of one vector's chunks.
 
     Args:
-        runs: Ranges of elements that are to come, ascending; no chunk reaches across two.
-        wire: The type of the elements that come.
+        runs: The ranges of elements that are expected, ascending. No chunk reaches across two of them.
+        wire: The element type on the wire.
 
     Attributes:
-        runs: As above.
-        size: How many elements that are.
-        size_bytes: What they come in.
+        runs: The ranges of elements that are expected.
+        size: Number of elements in all ranges.
+        size_bytes: Their size on the wire.
     """
 
     def __init__(self, runs: Iterable[tuple[int, int]], wire: ElementType = FLOAT32) -> None:
@@ -40,71 +41,73 @@ class ChunkValidator:
         self._dtype = wire.dtype
         self.size = sum(stop - start for start, stop in self.runs)
         self.size_bytes = self.size * wire.dtype.itemsize
-        self._passed = 0
-        self._left = iter(self.runs)
-        self._next, self._stop = next(self._left, (0, 0))
+        self._received = 0
+        self._following = iter(self.runs)
+        self._next, self._stop = next(self._following, (0, 0))
 
     def take(self, offset: int, data: memoryview) -> Values:
-        """Returns the chunk's values.
+        """Returns the values of the next chunk, which begins with element `offset`.
 
         Raises:
             Refused: CHUNK_SEQUENCE.
         """
         count, rest = divmod(len(data), self._dtype.itemsize)
-        if rest or not count:
+        if rest or not count:  # an empty chunk would let a stream go on forever
             raise Refused("CHUNK_SEQUENCE", expected="one or more whole elements", got=f"{len(data)} bytes")
-        if self._passed == self.size:
+        if self._received == self.size:
             raise Refused("CHUNK_SEQUENCE", expected="no further element", got=f"offset {offset}")
         if offset != self._next:
             raise Refused("CHUNK_SEQUENCE", expected=f"offset {self._next}", got=f"offset {offset}")
         if offset + count > self._stop:
             expected = f"at most {self._stop - offset} elements from offset {offset}"
             raise Refused("CHUNK_SEQUENCE", expected=expected, got=f"{count} elements")
-        self._passed += count
+        self._received += count
         self._next += count
         if self._next == self._stop:
-            self._next, self._stop = next(self._left, (self._next, self._stop))
+            self._next, self._stop = next(self._following, (self._next, self._stop))
         return np.frombuffer(data, self._dtype)
 
-    def cut(self, data: bytes) -> Iterator[tuple[int, Values]]:
-        """Yields the runs' parts of a vector that came in one piece.
+    def split(self, data: bytes) -> Iterator[tuple[int, Values]]:
+        """Yields offset and values of each range from a vector that arrived in one message.
 
         Raises:
-            Refused: PUSH_INCOMPLETE or CHUNK_SEQUENCE where its length is another.
+            Refused: PUSH_INCOMPLETE or CHUNK_SEQUENCE: the vector is too short or too long.
         """
         got, rest = divmod(len(data), self._dtype.itemsize)
         if got < self.size and not rest:
             raise Refused("PUSH_INCOMPLETE", expected=self.size, got=got)
         if rest or got > self.size:
             raise Refused("CHUNK_SEQUENCE", expected=f"{self.size} elements", got=f"{len(data)} bytes")
-        values, at = np.frombuffer(data, self._dtype), 0
+        values, at = np.frombuffer(data, self._dtype), 0  # without a copy
         for start, stop in self.runs:
             yield start, values[at : at + stop - start]
             at += stop - start
-        self._passed = self.size
+        self._received = self.size
 
     def close(self) -> None:
-        """Raises Refused PUSH_INCOMPLETE where something is missing."""
-        if self._passed != self.size:
-            raise Refused("PUSH_INCOMPLETE", expected=self.size, got=self._passed)
+        """Raises Refused PUSH_INCOMPLETE if elements are missing at the end."""
+        if self._received != self.size:
+            raise Refused("PUSH_INCOMPLETE", expected=self.size, got=self._received)
 
 
 class ValueChecker:
-    """Looks at values that are to be finite when squared, and takes their fingerprint.
+    """Checks that the square of every value is finite, and computes the values' fingerprint and norm.
 
     Args:
-        layout: Names the tensor of a bad value.
+        layout: The model's layout, which names the tensor of a bad value.
 
     Attributes:
-        fingerprint: Of all values so far.
+        fingerprint: Hash of all values so far; it does not depend on how they are split into chunks.
     """
 
     def __init__(self, layout: Layout) -> None:
-        from deltaserve_server.adadelta import values as kernel  # numba: not before the first push
+        from deltaserve_server.adadelta import (
+            values as kernel,
+        )  # imports numba, which a server without pushes does without
 
         self._kernel = kernel
         self._layout = layout
-        self._squares = kernel.lanes(layout.size)
+        self._squares = kernel.lanes(layout.size)  # separate sums, so that the norm does not depend on threads
         self.fingerprint = 0
 
     @property
@@ -119,31 +122,32 @@ class ValueChecker:
             self._refuse(offset + bad, values[bad : bad + 1])
 
     def check_whole(self, values: Values, runs: Iterable[tuple[int, int]], executor: Executor, threads: int) -> None:
-        """Looks at the runs of a vector that lies in one piece, on several threads; the same comes out as of `check`.
+        """Checks ranges of one vector on several threads; the result is that of `check`.
 
         Args:
-            values: The flat vector; only its runs are looked at.
+            values: The flat vector. Elements outside the ranges are not checked.
             runs: Ranges of elements, ascending.
-            executor: Has threads beside the calling one.
-            threads: How many work at most, the calling one among them.
+            executor: Runs the other threads.
+            threads: How many threads work at most, the calling one included.
 
         Raises:
-            Refused: VALUE_NOT_FINITE or VALUE_TOO_LARGE for the first such value.
+            Refused: VALUE_NOT_FINITE or VALUE_TOO_LARGE for the first bad value.
         """
-        seen: list[tuple[int, int | None]] = []
+        results: list[tuple[int, int | None]] = []
 
         def inspect(parts: list[tuple[int, int]]) -> None:
             fingerprint = 0
             for start, stop in parts:
                 bad, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
                 if bad >= 0:
-                    seen.append((fingerprint, start + bad))
+                    results.append((fingerprint, start + bad))
                     return
-            seen.append((fingerprint, None))
+            results.append((fingerprint, None))
 
         run_parallel(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
-        self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in seen)) % (1 << 64)
-        bad = min((position for _, position in seen if position is not None), default=None)
+        self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in results)) % (1 << 64)
+        # The first, whichever thread found it: the same push always gets the same error.
+        bad = min((position for _, position in results if position is not None), default=None)
         if bad is not None:
             self._refuse(bad, values[bad : bad + 1])
 
@@ -154,7 +158,7 @@ class ValueChecker:
 
 
 def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    """Cuts ranges where they cross a multiple of `size`; returns those of each block together."""
+    """Splits ranges at multiples of `size`; returns a list of parts for each block of that size."""
     blocks: dict[int, list[tuple[int, int]]] = {}
     for first, stop in runs:
         start = first
@@ -167,121 +171,124 @@ def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[in
 
 
 def admit_push(
-    pieces: Iterable[tuple[int, Values]], gate: ChunkValidator, layout: Layout, staging: Staging
+    chunks: Iterable[tuple[int, Values]], validator: ChunkValidator, layout: Layout, staging: Staging
 ) -> ValueChecker:
-    """Takes a push's values, which have passed the gate, into staging; returns what has looked at them.
+    """Checks a push's values and stages them; returns the checker, which has their fingerprint and norm.
+
+    Args:
+        chunks: Offset and values of each chunk, as `validator` has let them pass.
+        validator: Knows which elements are expected.
+        layout: The model's layout.
+        staging: Takes the values.
 
     Raises:
-        Refused: For the first thing that is wrong with them.
+        Refused: For the first fault of the values.
     """
-    inspector = ValueChecker(layout)
-    for offset, values in pieces:
+    checker = ValueChecker(layout)
+    for offset, values in chunks:
         failpoint("push.chunk")
-        inspector.check(offset, values)
+        checker.check(offset, values)  # first: a bad value must not reach the store
         staging.add(offset, values)
-    gate.close()
+    validator.close()
     failpoint("push.admitted")
-    return inspector
+    return checker
 
 
 def admit_shared(
-    vector: Vector,
-    gate: ChunkValidator,
-    layout: Layout,
-    staging: Staging,
-    executor: Executor,
-    threads: int,
-    *,
-    in_place: bool,
+    vector: Vector, validator: ChunkValidator, layout: Layout, staging: Staging, executor: Executor, threads: int
 ) -> ValueChecker:
-    """Takes a push that lies in memory which somebody else can write to; otherwise as `admit_push`.
+    """Checks and stages a push whose values lie in one vector; see `admit_push`.
 
     Args:
-        vector: The flat vector; what lies outside the gate's runs is not looked at.
-        gate: Says what belongs to the push.
-        layout: The model's.
-        staging: Where it goes.
-        executor: Has threads beside the calling one.
-        threads: How many work at most.
-        in_place: It is used where it is; otherwise it is copied first.
+        vector: The flat vector; see `copy_shared` for one that a worker can still write to.
+        validator: Knows which elements belong to the push.
+        layout: The model's layout.
+        staging: Takes the values, without a copy.
+        executor: Runs the other threads.
+        threads: How many threads work at most, the calling one included.
 
     Raises:
-        Refused: For the first value that is wrong.
+        Refused: For the first bad value.
     """
-    failpoint("push.chunk")
-    if not in_place:
-        mine = np.empty_like(vector)
-
-        def copy(start: int) -> None:
-            mine[start : start + CHUNK_ELEMENTS] = vector[start : start + CHUNK_ELEMENTS]
-
-        run_parallel(copy, range(0, vector.size, CHUNK_ELEMENTS), executor, threads)
-        vector = mine
-    inspector = ValueChecker(layout)
-    inspector.check_whole(vector, gate.runs, executor, threads)
-    for start, stop in gate.runs:
+    checker = ValueChecker(layout)
+    checker.check_whole(vector, validator.runs, executor, threads)
+    for start, stop in validator.runs:
         staging.add(start, vector[start:stop])
     failpoint("push.admitted")
-    return inspector
+    return checker
+
+
+def copy_shared(vector: Vector, executor: Executor, threads: int) -> Vector:
+    """Returns a copy of a vector that another process can write to, made on several threads."""
+    own = np.empty_like(vector)  # checking in place would not do: the worker could change a value afterwards
+
+    def copy(start: int) -> None:
+        own[start : start + CHUNK_ELEMENTS] = vector[start : start + CHUNK_ELEMENTS]
+
+    run_parallel(copy, range(0, vector.size, CHUNK_ELEMENTS), executor, threads)
+    return own
 
 
 def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> Vector:
     """Returns the weights of a new model, or of its extension from element `start` on.
 
     Raises:
-        Refused: For the first thing that is wrong with them.
+        Refused: For the first fault of the stream, which ends with the weights.
     """
-    return _vector(messages, "weights", layout, start)
+    weights = _vector(messages, "weights", layout, start)
+    if next(messages, None) is not None:
+        raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
+    return weights
 
 
 def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
-    """Returns a whole state: three vectors one after the other.
+    """Returns weights and optimizer state, which arrive as three vectors one after the other.
 
     Raises:
-        Refused: For the first thing that is wrong with it.
+        Refused: For the first fault of the stream.
     """
     vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
-    extra = _chunk(messages)
+    extra = _next_chunk(messages)  # a fourth vector says that the client means another state
     if extra is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got=f"a chunk of {extra.vector}")
     return State(*vectors)
 
 
 def _vector(messages: Iterator[Chunk], name: str, layout: Layout, start: int = 0) -> Vector:
-    """Reads one vector up to its last element, and no message beyond."""
-    gate = ChunkValidator([(start, layout.size)] if start < layout.size else [])
-    inspector = ValueChecker(layout)
-    vector = allocate_host(gate.size)  # a model may keep it
-    got = 0
-    while got < gate.size:
-        piece = _chunk(messages)
-        if piece is None:
+    """Reads one vector, and no message beyond its last element."""
+    validator = ChunkValidator([(start, layout.size)] if start < layout.size else [])
+    checker = ValueChecker(layout)
+    vector = allocate_host(validator.size)  # aligned: the model may keep it
+    received = 0
+    while received < validator.size:
+        chunk = _next_chunk(messages)
+        if chunk is None:
             break
-        if piece.vector != name:
-            raise Refused(
-                "CHUNK_SEQUENCE", expected=f"{name} from offset {start + got}", got=f"a chunk of {piece.vector}"
-            )
-        values = gate.take(piece.offset, piece.data)
-        vector[got : got + values.size] = values
-        _check_state(inspector, name, piece.offset, vector[got : got + values.size], layout)
-        got += values.size
-    gate.close()
+        if chunk.vector != name:
+            expected = f"{name} from offset {start + received}"
+            raise Refused("CHUNK_SEQUENCE", expected=expected, got=f"a chunk of {chunk.vector}")
+        values = validator.take(chunk.offset, chunk.data)
+        part = vector[received : received + values.size]
+        part[:] = values
+        if name == "weights":
+            checker.check(chunk.offset, part)
+        else:
+            _check_averages(name, chunk.offset, part, layout)
+        received += values.size
+    validator.close()
     return vector
 
 
-def _chunk(messages: Iterator[Any]) -> Chunk | None:
-    """Returns the next chunk, or None at the end; raises Refused MESSAGE_INVALID for a second header."""
+def _next_chunk(messages: Iterator[Any]) -> Chunk | None:
+    """Returns the next chunk, None at the end; raises Refused MESSAGE_INVALID for a second header."""
     message = next(messages, None)
     if message is not None and not isinstance(message, Chunk):
         raise Refused("MESSAGE_INVALID", message="stream: chunks follow its first message")
     return message
 
 
-def _check_state(inspector: ValueChecker, name: str, offset: int, values: Vector, layout: Layout) -> None:
-    """Weights obey the rule for gradients; the averages of squares are finite and not negative."""
-    if name == "weights":
-        inspector.check(offset, values)
-        return
+def _check_averages(name: str, offset: int, values: Vector, layout: Layout) -> None:
+    """Raises Refused unless every value is finite and not negative, as averages of squares are."""
     bad = np.flatnonzero(~((values >= 0) & np.isfinite(values)))
     if bad.size:
         tensor, index = layout.locate(offset + int(bad[0]))
@@ -290,14 +297,8 @@ def _check_state(inspector: ValueChecker, name: str, offset: int, values: Vector
         raise Refused("VALUE_NOT_FINITE", tensor=tensor, index=index)
 
 
-def require_end(messages: Iterator[Chunk]) -> None:
-    """Raises Refused CHUNK_SEQUENCE where the stream goes on after its last chunk."""
-    if next(messages, None) is not None:
-        raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
-
-
 def chunks(vector: Vector, count: int, wire: ElementType = FLOAT32) -> Iterator[tuple[int, list[memoryview]]]:
-    """Yields the first `count` elements of a vector in chunks, as offset and what travels."""
+    """Yields the first `count` elements of a vector as chunks to send: their offset and their bytes on the wire."""
     raw, size = vector.data.cast("B"), chunk_elements(wire)
     for start in range(0, count, size):
         stop = min(start + size, count)

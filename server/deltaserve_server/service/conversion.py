@@ -1,11 +1,16 @@
-"""Between the messages of the proto and the values of the model room; everything from the wire is checked here."""
+"""Converts between protobuf messages and the values of model and engine. Checks whatever comes from the wire."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from math import isfinite, prod
 
 from deltaserve.v1 import common_pb2 as pb
+from deltaserve.v1 import model_service_pb2, worker_service_pb2
+from deltaserve_server.durability.folder import Head
+from deltaserve_server.engine.events import Position, Updated
+from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.model import (
     Async,
     Bounded,
@@ -13,18 +18,23 @@ from deltaserve_server.model import (
     Layout,
     Machine,
     Policy,
+    PushResult,
     Reduction,
     Refused,
     Sync,
     Tensor,
+    UpdateSummary,
     first_difference,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"
 _TENSOR_NAME_LENGTH = 256
-_SHOWN = 40
-"""Characters of a name in a text that tells of two."""
+_SHOWN_LENGTH = 40
+"""How many characters of a tensor's name a text shows."""
+
+_ENCODED_EVENTS = 64
+"""How many encoded events are kept for the other watchers of their model."""
 
 _DIMENSIONS = 8
 _ELEMENTS = 1 << 48
@@ -57,10 +67,10 @@ def to_tensors(
     """Returns the tensors of a layout, or of its extension.
 
     Args:
-        specs: What came.
-        group_count: How many parameter groups there are.
-        names: Tensor names that are taken.
-        size: Elements before the first of these tensors.
+        specs: The tensors' messages.
+        group_count: Number of parameter groups.
+        names: Names of the tensors that precede these.
+        size: Number of elements that precede these.
 
     Raises:
         Refused: NAME_INVALID, SHAPE_INVALID, DTYPE_UNSUPPORTED or HYPERPARAMETER_INVALID.
@@ -70,9 +80,9 @@ def to_tensors(
     for spec in specs:
         tensors.append(_tensor(spec, group_count))
         size += tensors[-1].size
-        if spec.name in taken:
+        if spec.name in taken:  # clients address tensors by name
             raise Refused("NAME_INVALID", field="tensors.name", allowed="no name twice")
-        if size > _ELEMENTS:
+        if size > _ELEMENTS:  # in the loop, before a further tensor is looked at
             raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
         taken.add(spec.name)
     if not size:
@@ -86,9 +96,10 @@ def _tensor(spec: pb.TensorSpec, group_count: int) -> Tensor:
         raise Refused("NAME_INVALID", field="tensors.name", allowed=allowed)
     if len(spec.shape) > _DIMENSIONS:
         raise _shape_refused(spec, f"at most {_DIMENSIONS} dimensions")
+    # Before the product, whose sign two negative lengths would hide.
     if any(length < 0 for length in spec.shape):
         raise _shape_refused(spec, "no negative dimension")
-    # Without its zeros: clients cannot make an empty array either whose other dimensions are beyond all bounds.
+    # A zero among the dimensions must not hide that the others are beyond what a client can allocate.
     if prod(filter(None, spec.shape)) > _ELEMENTS:
         raise _shape_refused(spec, f"at most {_ELEMENTS} elements in all")
     if spec.data_type not in (pb.DATA_TYPE_UNSPECIFIED, pb.DATA_TYPE_FLOAT32):
@@ -104,12 +115,12 @@ def _shape_refused(spec: pb.TensorSpec, allowed: str) -> Refused:
 
 
 def to_hyperparameters(message: pb.Hyperparameters, unset: Hyperparameters) -> Hyperparameters:
-    """Returns the message's hyperparameters, with those of `unset` where it has none.
+    """Returns a message's hyperparameters; those that it leaves unset are those of `unset`.
 
     Raises:
         Refused: HYPERPARAMETER_INVALID.
     """
-    given = {field.name: value for field, value in message.ListFields()}
+    given = {field.name: value for field, value in message.ListFields()}  # those that are set
     hyperparameters = replace(unset, **given)
     problem = hyperparameters.problem()
     if problem:
@@ -123,9 +134,9 @@ def to_groups(
     """Returns hyperparameters by group.
 
     Args:
-        messages: What came.
-        unset: By group, what stands where a message has nothing.
-        count: Groups before the first of these.
+        messages: One message for each group.
+        unset: By group, the hyperparameters that a message may leave unset; defaults for further groups.
+        count: Number of groups that precede these.
 
     Raises:
         Refused: HYPERPARAMETER_INVALID.
@@ -146,7 +157,9 @@ def to_policy(message: pb.Policy) -> Policy:
         case "sync":
             return _to_sync(message.sync)
         case "async":
-            given = {field.name: value for field, value in getattr(message, "async").ListFields()}  # Python's keyword
+            given = {
+                field.name: value for field, value in getattr(message, "async").ListFields()
+            }  # `async` is a keyword of Python
             return Async(**given)
         case "bounded":
             return Bounded(slack=message.bounded.slack)
@@ -157,7 +170,9 @@ def to_policy(message: pb.Policy) -> Policy:
 def _to_sync(message: pb.SyncPolicy) -> Sync:
     given = {field.name: value for field, value in message.ListFields()}
     reduction = _REDUCTIONS.get(message.reduction)
+    # An unknown reduction is reported below, by its own row.
     policy = Sync(**(given | {"reduction": reduction or "mean"}))
+    # One table, in the order in which errors are reported.
     trimmed = policy.reduction == "trimmed_mean"
     for field, fits, allowed in (
         ("min_workers", 1 <= policy.min_workers <= _WORKERS, f"1 to {_WORKERS}"),
@@ -185,10 +200,10 @@ def _positive(value: float | None, most: float = float("inf")) -> bool:
 
 
 def to_machine(config: pb.ModelConfig) -> Machine:
-    """Returns the new model that a config describes.
+    """Returns the state machine of a new model.
 
     Raises:
-        Refused: For the first thing that is wrong with it.
+        Refused: For the first fault of the config.
     """
     name = checked_name("name", config.name)
     groups = to_groups(config.groups) or (Hyperparameters(),)
@@ -197,9 +212,9 @@ def to_machine(config: pb.ModelConfig) -> Machine:
     return Machine(name, layout, groups, policy)
 
 
-def from_machine(machine: Machine, coming: bool = False) -> pb.ModelConfig:
-    """Returns a model's config with every default filled in; as it will be, where a change of it is `coming`."""
-    groups, policy = machine.configuration() if coming else (machine.groups, machine.policy)
+def from_machine(machine: Machine, pending: bool = False) -> pb.ModelConfig:
+    """Returns a model's config with all defaults filled in; `pending` means after the change that waits for a round."""
+    groups, policy = machine.configuration() if pending else (machine.groups, machine.policy)
     return pb.ModelConfig(
         name=machine.name,
         tensors=[
@@ -223,6 +238,7 @@ def from_policy(policy: Policy) -> pb.Policy:
     """Returns the message for a policy."""
     match policy:
         case Sync():
+            # Without 0, which is UNSPECIFIED and reads as the mean too.
             numbers = {value: key for key, value in _REDUCTIONS.items() if key}
             given = {field.name: getattr(policy, field.name) for field in fields(policy)}
             return pb.Policy(sync=pb.SyncPolicy(**(given | {"reduction": numbers[policy.reduction]})))
@@ -232,33 +248,107 @@ def from_policy(policy: Policy) -> pb.Policy:
             message, asynchronous = pb.Policy(), pb.AsyncPolicy(damping=policy.damping)
             if policy.max_staleness is not None:
                 asynchronous.max_staleness = policy.max_staleness
-            getattr(message, "async").CopyFrom(asynchronous)  # a keyword of Python
+            getattr(message, "async").CopyFrom(asynchronous)
             return message
 
 
-def difference(held: Machine, asked: Machine) -> str | None:
-    """Says how a model that is asked for differs from the one that is there; None where it does not.
+def from_position(position: Position) -> pb.ModelPosition:
+    """Returns the message for a model's position."""
+    incarnation, version, durable_version = position
+    return pb.ModelPosition(incarnation=incarnation, version=version, durable_version=durable_version)
 
-    It may be asked for as it was created: another may have changed hyperparameters or policy since.
+
+def from_ancestors(head: Head) -> list[worker_service_pb2.Ancestor]:
+    """Returns the messages for the lineages before a model's present one."""
+    return [
+        worker_service_pb2.Ancestor(lineage=ancestor.lineage, version=ancestor.version) for ancestor in head.ancestors
+    ]
+
+
+def from_result(result: PushResult) -> worker_service_pb2.PushResult:
+    """Returns the message for a push's result."""
+    contribution, summary = result.contribution, result.summary
+    if contribution is None or summary is None:  # a duplicate from beyond the window
+        return worker_service_pb2.PushResult(version=result.version, duplicate=result.duplicate)
+    return worker_service_pb2.PushResult(
+        version=result.version,
+        duplicate=result.duplicate,
+        staleness=contribution.staleness,
+        contributors=len(summary.contributions),
+        hyperparameters=from_groups(summary.hyperparameters),
+        gradient_norm=contribution.norm,
+        update_norm=summary.norm,
+    )
+
+
+def from_handle(handle: Handle) -> worker_service_pb2.SharedMemory:
+    """Returns the message that tells a worker how to map shared memory."""
+    return worker_service_pb2.SharedMemory(
+        process_id=handle.process_id, file_descriptor=handle.descriptor, name=handle.name, bytes=handle.size_bytes
+    )
+
+
+def encode_event(event: Updated, missed: int) -> bytes:
+    """Returns an encoded WatchModelResponse.
+
+    Args:
+        event: The new version.
+        missed: How many events the watcher has missed before this one.
     """
-    ours, theirs, count = held.layout.tensors, asked.layout.tensors, len(held.groups)
-    if (len(theirs), len(asked.groups)) in held.shorter:  # the worker will extend it as others have done
-        ours, count = ours[: len(theirs)], len(asked.groups)
-    created_groups, created_policy = held.created_as[0][:count], held.created_as[1]
-    groups = asked.groups if asked.groups == created_groups else held.groups[:count]
-    policy = asked.policy if asked.policy == created_policy else held.policy
+    encoded = _encode_event(event)
+    # Encoded messages that follow one another are one message with the fields of both.
+    return model_service_pb2.WatchModelResponse(missed=missed).SerializeToString() + encoded if missed else encoded
+
+
+@lru_cache(_ENCODED_EVENTS)
+def _encode_event(event: Updated) -> bytes:
+    """Encodes an event once for all watchers of its model."""
+    response = model_service_pb2.WatchModelResponse(position=from_position(event.position))
+    if event.summary:
+        response.update.CopyFrom(_from_summary(event.summary))
+    return response.SerializeToString()
+
+
+def _from_summary(summary: UpdateSummary) -> model_service_pb2.UpdateEvent:
+    contributions = [
+        model_service_pb2.Contribution(
+            worker=contribution.worker,
+            epoch=contribution.epoch,
+            sequence=contribution.sequence,
+            staleness=contribution.staleness,
+            weight=contribution.weight,
+            gradient_norm=contribution.norm,
+        )
+        for contribution in summary.contributions
+    ]
+    groups = from_groups(summary.hyperparameters)
+    return model_service_pb2.UpdateEvent(contributions=contributions, hyperparameters=groups, update_norm=summary.norm)
+
+
+def difference(existing: Machine, wanted: Machine) -> str | None:
+    """Returns how a model differs from the one that CreateModel asks for; None if it does not.
+
+    Hyperparameters and policy may be those of now, or those that the model was created with: another client may have
+    changed them since.
+    """
+    ours, theirs, count = existing.layout.tensors, wanted.layout.tensors, len(existing.groups)
+    if (len(theirs), len(wanted.groups)) in existing.earlier_sizes:  # the model before an extension, which may follow
+        ours, count = ours[: len(theirs)], len(wanted.groups)
+    created_groups, created_policy = existing.initial_settings[0][:count], existing.initial_settings[1]
+    groups = wanted.groups if wanted.groups == created_groups else existing.groups[:count]
+    policy = wanted.policy if wanted.policy == created_policy else existing.policy
     for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
         if left != right:
             return f"tensor {index} is {_describe(left)}, not {_describe(right)}"
     if len(ours) != len(theirs):
         return f"it has {len(ours)} tensors, not {len(theirs)}"
-    if len(groups) != len(asked.groups):
-        return f"it has {len(groups)} parameter groups, not {len(asked.groups)}"
-    for index, (mine, yours) in enumerate(zip(groups, asked.groups, strict=True)):
-        found = first_difference(mine, yours)
+    if len(groups) != len(wanted.groups):
+        return f"it has {len(groups)} parameter groups, not {len(wanted.groups)}"
+    for index, (left_group, right_group) in enumerate(zip(groups, wanted.groups, strict=True)):
+        found = first_difference(left_group, right_group)
         if found:
             return f"{found[0]} of group {index} is {found[1]}, not {found[2]}"
-    return _policy_difference(policy, asked.policy)
+    return _policy_difference(policy, wanted.policy)
 
 
 def _policy_difference(ours: Policy, theirs: Policy) -> str | None:
@@ -269,5 +359,5 @@ def _policy_difference(ours: Policy, theirs: Policy) -> str | None:
 
 
 def _describe(tensor: Tensor) -> str:
-    name = tensor.name if len(tensor.name) <= _SHOWN else f"{tensor.name[:_SHOWN]}..."
+    name = tensor.name if len(tensor.name) <= _SHOWN_LENGTH else f"{tensor.name[:_SHOWN_LENGTH]}..."
     return f"{name} {list(tensor.shape)} in group {tensor.group}"

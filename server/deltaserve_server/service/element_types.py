@@ -1,4 +1,4 @@
-"""Element types on the wire, as the server converts them."""
+"""The element types that the wire may carry, with the server's own kernel for 16-bit types."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from deltaserve_server.model import Refused
 
 
 def _narrow(values: NDArray[np.float32], out: NDArray[Any]) -> None:
-    from deltaserve_server.adadelta.float16 import narrow  # numba: not before it is asked for
+    from deltaserve_server.adadelta.float16 import narrow  # imports numba, which float32 does without
 
     narrow(values, out)
 
@@ -26,12 +26,12 @@ _ALLOWED = " or ".join(pb.DataType.Name(number) for number in _BY_NUMBER if numb
 
 
 def element_type_of(data_type: "pb.DataType.ValueType") -> ElementType:
-    """Returns the type of elements that a message names.
+    """Returns the element type that a message names.
 
     Raises:
         Refused: DTYPE_UNSUPPORTED.
     """
-    wire = _BY_NUMBER.get(data_type)
-    if wire is None:
+    element_type = _BY_NUMBER.get(data_type)
+    if element_type is None:
         raise Refused("DTYPE_UNSUPPORTED", tensor="(all)", got=data_type, allowed=_ALLOWED)
-    return wire
+    return element_type

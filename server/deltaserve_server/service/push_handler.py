@@ -1,11 +1,11 @@
-"""A push on its way in, by any door: its header, its values, and the wait for its update."""
+"""One push, from its header to its result."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from time import monotonic
+from time import sleep
 from typing import Any
 
 import grpc
@@ -15,13 +15,14 @@ from deltaserve._common.failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
 from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.engine.catalog import ModelCatalog
-from deltaserve_server.memory import Staging
-from deltaserve_server.memory.store import ELEMENT_BYTES
+from deltaserve_server.engine.events import Position
+from deltaserve_server.memory import BudgetExceeded, Reservation, Staging
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused, Sync
 from deltaserve_server.service import admission, conversion
 from deltaserve_server.service.admission import ChunkValidator, ValueChecker
 from deltaserve_server.service.element_types import element_type_of
-from deltaserve_server.service.rpc import wait
+from deltaserve_server.service.method_handlers import wait
 
 _WEIGHTS = 1e-9, 1e9
 
@@ -29,100 +30,143 @@ _RETRY_SECONDS = 0.05
 
 
 class PushHandler:
-    """One push on its way in, for both doors: looked at by its header, then by its values, then taken.
+    """Checks one push by its header, then takes its values, hands it to the engine and waits for its result.
+
+    Args:
+        catalog: The server's models.
+        header: The push's header.
 
     Raises:
-        Refused: The header alone is enough to refuse it.
+        Refused: The header alone is reason enough.
 
     Attributes:
-        engine: Owns the model.
-        gate: Lets its chunks pass.
-        weights_size: Number of elements that the session knows.
-        wire: The type of elements in the answer.
+        engine: The model's engine.
+        validator: Checks the push's chunks.
+        weights_size: Number of elements that the session knows; the answer has as many.
+        weights_type: Element type of the answer.
     """
 
     def __init__(self, catalog: ModelCatalog, header: rpc.PushHeader) -> None:
-        self._catalog = catalog
-        self.engine = catalog.get(header.model)
-        if not self.engine.waiting:  # while draining, a round that is under way is still finished
-            catalog.check_open()
-        with self.engine.event():
-            machine = self.engine.machine
+        self._quotas = catalog.quotas
+        self._now = catalog.clock.monotonic
+        self.engine = engine = catalog.get(header.model)
+        if header.HasField("lineage") and header.lineage != engine.head.lineage:
+            # First of all: what else the worker knows of the model may be of versions that are lost.
+            raise Refused("LINEAGE_CHANGED", model=header.model)
+        if not engine.waiting:  # a draining server still completes the rounds that are under way
+            catalog.quotas.check_open()
+        with engine.lock:
+            machine = engine.machine
             self._push = _push(header, machine.groups, len(machine.layout.tensors))
-            self._session = self.engine.check(self._push)
+            self._session = engine.check(self._push)
             self._layout = machine.layout
-            # Where it is to wait for its round, or to be written down, a shared push is copied. Otherwise it is used
-            # where it is: should the worker alter it meanwhile, contrary to the protocol, its own gradient is another.
-            waits = isinstance(machine.policy, Sync) or self.engine.journals
+            # A shared push that waits for its round, or for the journal, is copied. Any other is used where it is: a
+            # worker that changes it early, against the protocol, only changes its own gradient.
+            waits = isinstance(machine.policy, Sync) or engine.journals
             self._in_place = header.shared_memory and not waits
         _check_absent(header.absent_tensors, self._session.tensor_count)
         runs = self._layout.runs(self._session.tensor_count, self._push.absent)
-        self.gate = ChunkValidator(runs, element_type_of(header.gradient_type))
-        self.wire = element_type_of(header.weights_type)
+        self.validator = ChunkValidator(runs, element_type_of(header.gradient_type))
+        self.weights_type = element_type_of(header.weights_type)
         self.weights_size = self._layout.offsets[self._session.tensor_count]
         failpoint("push.headers")
 
-    def pieces(self, messages: Iterator[Any]) -> Iterator[tuple[int, Values]]:
-        """Yields the values of a stream's chunks; each renews the lease, for a slow worker is not a dead one."""
+    def chunks(self, messages: Iterator[Any]) -> Iterator[tuple[int, Values]]:
+        """Yields offset and values of a stream's chunks. Each chunk renews the lease: a slow worker is alive."""
         for message in messages:
             if not isinstance(message, Chunk):
                 raise Refused("MESSAGE_INVALID", message="StreamStepRequest: chunks follow the PushHeader")
-            self._session.renew(monotonic())
-            yield message.offset, self.gate.take(message.offset, message.data)
+            self._session.renew(self._now())
+            yield message.offset, self.validator.take(message.offset, message.data)
 
-    def push(self, pieces: Iterable[tuple[int, Values]], context: grpc.ServicerContext) -> PushResult:
-        """Takes the values in, hands the push over, and waits for its update; meanwhile the session stays alive."""
+    def push(self, chunks: Iterable[tuple[int, Values]], context: grpc.ServicerContext) -> PushResult:
+        """Takes the values that `chunks` yields; returns the push's result once its update is made."""
+        with ExitStack() as undo:
+            staging, reservation = self._stage(self.validator.size_bytes, undo)
+            checker = admission.admit_push(chunks, self.validator, self._layout, staging)
+            future = self._hand_over(checker, staging, reservation, undo)
+        return self._wait(future, context)
 
-        def admit(staging: Staging) -> ValueChecker:
-            return admission.admit_push(pieces, self.gate, self._layout, staging)
+    def push_shared(self, context: grpc.ServicerContext, executor: Executor, threads: int) -> PushResult:
+        """Takes the values that lie in the session's shared memory; see `push`.
 
-        return self._wait(self._take(self.gate.size_bytes, admit), context)
-
-    def push_shared(self, context: grpc.ServicerContext) -> PushResult:
-        """The same for values that lie in the session's shared memory."""
-        memory = self.engine.shared_memory(self._session.id)
-        if self.gate.size_bytes != self.gate.size * ELEMENT_BYTES:
+        Args:
+            context: The call's context.
+            executor: Runs other threads that check the values.
+            threads: How many threads work at most, the calling one included.
+        """
+        shared = self.engine.shared_gradient(self._session.id)
+        # The memory is sized for float32, and the kernels read it as such.
+        if self.validator.size_bytes != self.validator.size * ELEMENT_BYTES:
             raise Refused("PUSH_INVALID", field="gradient_type", allowed="DATA_TYPE_FLOAT32 in shared memory")
-        if memory is None:
+        if shared is None:
             raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the session has none: call OpenSharedMemory first")
-        vector, crew = memory[: self.weights_size], (self._catalog.executor, self._catalog.threads)
+        vector = shared[: self.weights_size]
+        with ExitStack() as undo:
+            staging, reservation = self._stage(0 if self._in_place else self.validator.size_bytes, undo)
+            failpoint("push.chunk")
+            if not self._in_place:
+                vector = admission.copy_shared(vector, executor, threads)
+            checker = admission.admit_shared(vector, self.validator, self._layout, staging, executor, threads)
+            future = self._hand_over(checker, staging, reservation, undo)
+        return self._wait(future, context)
 
-        def admit(staging: Staging) -> ValueChecker:
-            return admission.admit_shared(vector, self.gate, self._layout, staging, *crew, in_place=self._in_place)
+    @contextmanager
+    def reading(self, context: grpc.ServicerContext) -> Iterator[tuple[Position, Vector]]:
+        """Gives the weights for the answer. If there is no memory for them, the caller waits until there is.
 
-        return self._wait(self._take(0 if self._in_place else self.gate.size_bytes, admit), context)
+        The push is applied: an error would tell the worker nothing that it could act on.
+        """
+        while True:
+            try:
+                position, version = self.engine.acquire_version(applied=True)
+                break
+            except BudgetExceeded:
+                if not context.is_active():
+                    raise
+            sleep(_RETRY_SECONDS)
+        try:
+            yield position, version.weights
+        finally:
+            version.release()
 
-    def _wait(self, accepted: "Future[PushResult]", context: grpc.ServicerContext) -> PushResult:
+    def _stage(self, received_bytes: int, undo: ExitStack) -> tuple[Staging, Reservation]:
+        """Reserves memory for a push's values and returns their place; `received_bytes` are kept as they arrive."""
+        reservation = self._quotas.staged.reserve(self.engine.staging_bytes(received_bytes))
+        return self.engine.stage(), undo.enter_context(reservation)
+
+    def _hand_over(
+        self, checker: ValueChecker, staging: Staging, reservation: Reservation, undo: ExitStack
+    ) -> "Future[PushResult]":
+        push = replace(self._push, fingerprint=checker.fingerprint, norm=checker.norm)
+        with self.engine.lock:
+            # The policy may have changed since the header: a push that waits must not lie in the worker's memory.
+            if self._in_place and isinstance(self.engine.machine.policy, Sync):
+                raise Refused("SHARED_MEMORY_UNAVAILABLE", _RETRY_SECONDS, why="the policy has just changed")
+            future = self.engine.push(push, staging, reservation)
+            undo.pop_all()  # under the lock: the engine owns the memory even if leaving the lock fails on the journal
+        return future
+
+    def _wait(self, future: "Future[PushResult]", context: grpc.ServicerContext) -> PushResult:
         failpoint("push.waiting")
-        if accepted.done():
-            result = accepted.result()
+        if future.done():
+            result = future.result()
         else:
-            with self.engine.present(self._session):
-                result = wait(context, accepted)
+            with self.engine.kept_alive(self._session):
+                result = wait(context, future)
         failpoint("push.acknowledged")
         return result
 
-    def _take(self, kept_bytes: int, admit: Callable[[Staging], ValueChecker]) -> "Future[PushResult]":
-        """Admits a push of which so many bytes are kept as they came, and hands it over."""
-        with ExitStack() as undo:
-            reservation = undo.enter_context(self._catalog.staged.reserve(self.engine.staging_bytes(kept_bytes)))
-            staging = self.engine.stage()
-            seen = admit(staging)
-            push = replace(self._push, fingerprint=seen.fingerprint, norm=seen.norm)
-            with self.engine.event():
-                if self._in_place and isinstance(self.engine.machine.policy, Sync):
-                    raise Refused("SHARED_MEMORY_UNAVAILABLE", _RETRY_SECONDS, why="the policy has just changed")
-                accepted = self.engine.push(push, staging, reservation)
-                undo.pop_all()  # it is the engine's, also if what has happened cannot be written down
-        return accepted
-
 
 def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_count: int) -> Push:
-    """Returns the push that a header announces; `groups` has what its hyperparameters leave unset."""
+    """Returns the push that a header announces; hyperparameters that it leaves unset are those of `groups`."""
     if len(header.hyperparameters) > len(groups):
         raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{len(groups)} groups")
-    if len(header.absent_tensors) > tensor_count:
+    if len(header.absent_tensors) > tensor_count:  # before a set is built of what may be millions
         raise _absent_refused(tensor_count)
+    weight = header.weight if header.HasField("weight") else 1.0
+    if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        raise Refused("PUSH_INVALID", field="weight", allowed=f"{_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}")
     return Push(
         session_id=header.session_id,
         epoch=header.epoch,
@@ -130,19 +174,12 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
         base_version=header.base_version if header.HasField("base_version") else None,
         hyperparameters=conversion.to_groups(header.hyperparameters, groups) or None,
         absent=frozenset(header.absent_tensors),
-        weight=_weight(header),
+        weight=weight,
     )
 
 
-def _weight(header: rpc.PushHeader) -> float:
-    weight = header.weight if header.HasField("weight") else 1.0
-    if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-        raise Refused("PUSH_INVALID", field="weight", allowed=f"{_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}")
-    return weight
-
-
 def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
-    """Raises Refused PUSH_INVALID for absent tensors that are not ascending indices of the session's tensors."""
+    """Raises Refused PUSH_INVALID unless absent tensors are ascending indices of the session's tensors."""
     ascending = all(left < right for left, right in pairwise(indices))
     if not ascending or (indices and indices[-1] >= tensor_count):
         raise _absent_refused(tensor_count)

@@ -1,11 +1,11 @@
-"""Random calls to one model, as the RPCs make them: workers that come, push, repeat themselves, and go."""
+"""Random calls to one model: workers join, push, repeat pushes and leave."""
 
 import random
 from collections.abc import Callable
 
 import numpy as np
 from histories import ASYNC, BOUNDED, CARRIED, GROUPS, SYNC
-from house import MEMORY, Clock
+from model_host import MEMORY, Clock
 
 from deltaserve_server.adadelta.formats import Values
 from deltaserve_server.engine.model_engine import ModelEngine
@@ -18,16 +18,16 @@ LEASE = 100.0
 
 
 class Crowd:
-    """Workers that call a model at random.
+    """Workers that make random calls to a model.
 
     Args:
         engine: The model.
-        seed: Chooses what happens.
-        clock: Its time.
+        seed: Seed of the calls.
+        clock: The model's time.
 
     Attributes:
-        engine: As above; another one where the model has come back.
-        done: How often what was done, and not refused.
+        engine: The model; tests replace it after a recovery.
+        done: Number of calls by name and outcome.
     """
 
     def __init__(self, engine: ModelEngine, seed: int, clock: Clock) -> None:
@@ -51,7 +51,7 @@ class Crowd:
         }
 
     def act(self) -> str:
-        """Makes one call; returns which."""
+        """Makes one call and returns its name."""
         name = self.chance.choices(list(self._calls), [often for often, _ in self._calls.values()])[0]
         try:
             self._calls[name][1]()
@@ -63,7 +63,7 @@ class Crowd:
         return name
 
     def push(self, sequence: int = 0) -> None:
-        """A worker's next push, or one that it has made before: `sequence` is added to the next number."""
+        """Sends a worker's next push, or an earlier one: `sequence` is added to the next number."""
         session = self._live()
         layout = self.engine.machine.layout
         count = session.tensor_count
@@ -140,7 +140,7 @@ class Crowd:
         self.engine.save()
 
     def _live(self) -> Session:
-        """Returns a session, mostly one that lives; opens one where there is none."""
+        """Returns a session, usually a live one; opens one if there is none."""
         if not self.sessions:
             self.open()
         return self.chance.choice(list(self.sessions.values()))

@@ -1,4 +1,4 @@
-"""A small data directory that a real server has left behind, and trials of what a damaged copy of it gives."""
+"""The data directory of a killed server, and trials of damaged copies."""
 
 import shutil
 from collections import Counter
@@ -9,7 +9,7 @@ from time import sleep
 from typing import NamedTuple
 
 import numpy as np
-from house import Seen, awaited, read
+from model_host import Seen, awaited, read
 
 import deltaserve
 from deltaserve_server import LocalServer, ServerConfig
@@ -17,18 +17,18 @@ from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
 from deltaserve_server.durability.folder import Folder
-from deltaserve_server.durability.journal import Reading
+from deltaserve_server.durability.journal import JournalReader
 
 KINDS = {"tensors": ".safetensors", "manifest": ".json", "head": "head.json", "journal": "journal-"}
 
 
 class Left(NamedTuple):
-    """What a server has left behind.
+    """The data directory of a killed server.
 
     Attributes:
         path: The data directory.
-        files: What is in the model's folder.
-        history: What the model was after each call, the newest last.
+        files: Content of the model's folder.
+        history: State of the model after each call, newest last.
         ends: Where each record of the newest journal ends.
     """
 
@@ -39,7 +39,7 @@ class Left(NamedTuple):
 
     @property
     def used(self) -> int:
-        """Bytes of the newest journal that hold records."""
+        """Bytes of the newest journal that contain records."""
         return self.ends[-1]
 
     @property
@@ -47,14 +47,14 @@ class Left(NamedTuple):
         return self.path / "models" / "m"
 
     def names(self, kind: str) -> list[str]:
-        """The files of a kind, oldest first."""
+        """Returns the files of a kind, oldest first."""
         mark = KINDS[kind]
         found = [n for n in sorted(self.files) if (n.endswith(mark) if kind != "journal" else n.startswith(mark))]
         return [name for name in found if kind == "head" or name != "head.json"]
 
     @contextmanager
     def damaged(self, name: str, content: bytes | None) -> Iterator[None]:
-        """Has other bytes in a file meanwhile, or none; afterwards all is as it was."""
+        """Replaces or removes a file for the block."""
         target, there = self.folder / name, {path.name for path in self.folder.iterdir()}
         if content is None:
             target.unlink()
@@ -73,11 +73,10 @@ class Left(NamedTuple):
 
 
 class Verdicts:
-    """What has come of trials, by kind of file.
+    """Judges recoveries from damaged copies and counts the outcomes.
 
     Args:
         left: The data directory.
-        full: What an undamaged copy gives.
     """
 
     def __init__(self, left: Left) -> None:
@@ -88,13 +87,13 @@ class Verdicts:
     def judge(
         self, name: str, content: bytes | None, allowed: Callable[[Seen], bool] | None = None, also: str = ""
     ) -> None:
-        """Brings a damaged copy back.
+        """Recovers from a damaged copy.
 
         Args:
-            name: The file that is damaged.
-            content: What is in it; None: it is missing.
-            allowed: Says of a shorter history whether it is one that may come back.
-            also: Another file, which an error may name: where the first one ends too early, this one does not follow.
+            name: The damaged file.
+            content: Its content; None if it is missing.
+            allowed: Returns whether a shorter history is acceptable.
+            also: Another file that an error may name, because it does not continue a damaged one.
         """
         with self.left.damaged(name, content):
             try:
@@ -107,13 +106,13 @@ class Verdicts:
         if got == self.full:
             self.counts["all there"] += 1
             return
-        assert allowed, f"{name}: version {got.version} came back without a word"
+        assert allowed, f"{name}: version {got.version} came back silently"
         assert allowed(got), f"{name}: version {got.version} never was, or is not one that may come back"
         self.counts["shorter"] += 1
 
 
 def leave(path: Path, durability: str = "journal") -> Left:
-    """Has a real server make a data directory, and copies it while that server lives."""
+    """Runs a server and copies its data directory while it runs, which equals a kill."""
     config = ServerConfig(device="cpu", data_dir=path / "live", durability=durability, snapshot_seconds=None)  # type: ignore[arg-type]
     history: list[Seen] = []
     chance = np.random.default_rng(5)
@@ -160,20 +159,20 @@ def leave(path: Path, durability: str = "journal") -> Left:
 
 
 def _settled(server: LocalServer) -> None:
-    """Waits for the snapshot that a change asks for: which files there are is then always the same."""
+    """Waits for the snapshot that a change requests, so that the files are always the same."""
     storage = server._catalog.get("m").storage
     assert storage
     while storage._saved_index != storage.commits.index:
         sleep(0.01)
     with storage._saving:
-        pass  # what is not needed any more is removed
+        pass  # old files are removed by now
 
 
 def left(path: Path, history: list[Seen]) -> Left:
-    """Looks at what was left."""
+    """Reads a data directory."""
     files = {found.name: found.read_bytes() for found in sorted((path / "models" / "m").iterdir())}
     held = Files(path / "models" / "m")
     manifest = snapshot.read_manifest(held, Folder(held).snapshots()[-1])
     assert manifest.journal
-    reading = Reading(held, manifest.journal, manifest.index, lost_power=False)
+    reading = JournalReader(held, manifest.journal, manifest.index, lost_power=False)
     return Left(path, files, history, [reading.size for _ in reading.records()])

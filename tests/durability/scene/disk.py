@@ -1,8 +1,8 @@
-"""A disk that remembers what was asked of it, and says what a crash may leave behind.
+"""A simulated disk: it records operations and produces states that a crash may leave.
 
-What was written and not synced may be lost, or be there sector by sector; a file's length may be the old or the new
-one; names that were made, changed or removed and not synced may be lost, the later ones only or any. After an fsync
-that failed nobody knows what became of what was written before it, for good.
+Unsynced data may be lost sector by sector, and a file may have its old or new length. Unsynced changes of names may be
+lost, the later ones or any. After a failed fsync, what was written before it stays unknown for good (Rebello et al.,
+ATC'20).
 """
 
 import copy
@@ -20,7 +20,7 @@ SECTOR = 512
 
 
 class Op(NamedTuple):
-    """One thing that was asked of the disk."""
+    """An operation."""
 
     kind: str
     place: str = ""
@@ -32,7 +32,7 @@ class Op(NamedTuple):
 
 @dataclass
 class Inode:
-    """A file: what is on the disk for good, and what the system has."""
+    """A file: its durable content, and its content in the page cache."""
 
     durable: bytearray = field(default_factory=bytearray)
     now: bytearray = field(default_factory=bytearray)
@@ -51,7 +51,7 @@ class Inode:
         del self.now[stop:]
 
     def sync(self) -> None:
-        """What is in limbo is not written again: the system takes those pages for clean."""
+        """Pages of a failed fsync are not written again: the kernel has marked them clean."""
         kept = {at: bytes(self.durable[at * SECTOR : (at + 1) * SECTOR]) for at in self.limbo - self.touched}
         self.durable = bytearray(self.now)
         for at, old in kept.items():
@@ -63,7 +63,7 @@ class Inode:
         self.touched = set()
 
     def crash(self, chance: random.Random, share: float) -> bytes:
-        """What a crash leaves: of what was not synced, about a `share`."""
+        """Returns the content after a crash that keeps about a `share` of the unsynced data."""
         long = chance.random() < max(share, 0.5 * (0 < share < 1))
         left = bytearray(self.durable)
         if long:
@@ -83,7 +83,7 @@ class Inode:
 
 @dataclass
 class Directory:
-    """Names: those on the disk for good, and what was done to them since."""
+    """A folder: its durable names, and the changes since."""
 
     durable: dict[str, Any] = field(default_factory=dict)
     done: list[tuple[str, Any]] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Directory:
         return self._after(self.done)
 
     def set(self, *changes: tuple[str, Any]) -> None:
-        """Gives names to files, or takes them away: None; all at once."""
+        """Sets names, or removes those that are None, in one step."""
         self.done.append(("", changes))
 
     def sync(self) -> None:
@@ -120,11 +120,11 @@ class Directory:
 
 
 class Disk:
-    """Does what is in a log, and makes what a crash may leave.
+    """Applies recorded operations and produces states that a crash may leave.
 
     Args:
-        root: The folder above all that the log is of; what is there when this is made is there for good.
-        empty: Whether it counts as empty.
+        root: Folder above all recorded ones; its present content is durable.
+        empty: Whether to start with an empty folder instead.
     """
 
     def __init__(self, root: Path, *, empty: bool = False) -> None:
@@ -133,7 +133,7 @@ class Disk:
         self.files: dict[int, Inode] = {}
 
     def moved(self, root: Path) -> "Disk":
-        """Returns this disk as it now is, with what is not synced, for a log of another folder."""
+        """Returns a copy of this disk, with its unsynced data, for operations in another folder."""
         other = copy.deepcopy(self)
         other.root = str(root)
         return other
@@ -194,7 +194,7 @@ class Disk:
                 inode.fail()
 
     def leave(self, target: Path, chance: random.Random, share: float) -> Path:
-        """Makes what a crash may leave; a `share` of 1 is what the system has: the process died alone."""
+        """Writes a state that a crash may leave; a `share` of 1 is the page cache, as if only the process died."""
         self._leave(self.top, target, chance, share)
         return target
 
@@ -214,11 +214,11 @@ class Disk:
 
 
 class Recorder:
-    """Writes down whatever is asked of a data directory.
+    """Records the operations on a data directory.
 
     Attributes:
-        log: All that was asked, with the notes between.
-        fails: Says of an operation that it fails: with an errno, or None.
+        log: The operations, with notes between them.
+        fails: Returns the errno with which an operation fails, or None.
     """
 
     current: "ClassVar[Recorder | None]" = None
@@ -232,7 +232,7 @@ class Recorder:
         self.log.append(op)
 
     def may(self, op: Op) -> None:
-        """Raises OSError where an operation is to fail."""
+        """Raises OSError if the operation must fail."""
         number = self.fails(op)
         if number:
             if op.kind == "sync":
@@ -245,7 +245,7 @@ class Recorder:
 
 
 class RecordedFile(File):
-    """A file that is written to for real, and written down."""
+    """A real file whose operations are recorded."""
 
     def __init__(self, path: Path, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -281,7 +281,7 @@ class RecordedFile(File):
 
 
 class RecordedFiles(Files):
-    """A folder that is changed for real, and written down."""
+    """A real folder whose operations are recorded."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -323,7 +323,7 @@ class RecordedFiles(Files):
 
 
 class RecordedPath(PosixPath):
-    """A path whose folders are made and renamed for real, and written down."""
+    """A path whose mkdir and rename are recorded."""
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         there = self.exists()

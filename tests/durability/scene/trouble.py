@@ -1,23 +1,27 @@
-"""A disk that gives trouble: files that refuse what a test says, and a small file system that can be full."""
+"""Faulty disks: files that fail on demand, a small file system to fill, and crashes at an operation."""
 
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from deltaserve_server.durability.files import File, Files
 
 
 class Trouble:
-    """What a disk refuses at present.
+    """The operations that a disk refuses.
 
     Attributes:
-        errors: By what is asked for, as "write" or "sync", the errno that it gets.
-        only: A part of the names of the files that this is about.
-        gate: Whoever writes waits for it.
-        waiting: Is set when somebody does.
+        errors: The errno by operation, such as "write" or "sync".
+        only: Part of the names of the files concerned.
+        gate: Writes wait until it is set.
+        waiting: Set when a write waits.
     """
 
     def __init__(self) -> None:
@@ -28,7 +32,7 @@ class Trouble:
         self.waiting = threading.Event()
 
     def may(self, what: str, name: str) -> None:
-        """Raises OSError where that is refused."""
+        """Raises OSError if the operation is refused."""
         if what == "write" and self.only in name and not self.gate.is_set():
             self.waiting.set()
             self.gate.wait(20)
@@ -37,12 +41,12 @@ class Trouble:
             raise OSError(number, os.strerror(number), name)
 
     def lift(self) -> None:
-        """Refuses nothing any more."""
+        """Ends all refusals."""
         self.errors.clear()
         self.gate.set()
 
     def files(self, folder: Path) -> Files:
-        """Returns a folder on this disk; copies of a data directory are on a good one."""
+        """Returns a folder on this disk; folders called "copy" are on a good one."""
         return Files(folder) if "copy" in folder.parts else _Files(folder, self)
 
 
@@ -84,7 +88,7 @@ class _File(File):
 
 @contextmanager
 def small_file_system(place: Path, size: str = "6m") -> Iterator[Path | None]:
-    """Mounts a small file system; gives None where that is not allowed."""
+    """Mounts a small file system; yields None if that is not permitted."""
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     try:
@@ -99,7 +103,7 @@ def small_file_system(place: Path, size: str = "6m") -> Iterator[Path | None]:
 
 
 def fill(place: Path) -> Path:
-    """Leaves no room at all; returns the file that takes it."""
+    """Fills a file system; returns the file that takes the space."""
     ballast = place / "ballast"
     with ballast.open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12):
@@ -109,3 +113,26 @@ def fill(place: Path) -> Path:
             except OSError:
                 continue
     return ballast
+
+
+class Crash(BaseException):
+    """The process is killed."""
+
+
+@contextmanager
+def crashing(at: int) -> Iterator[None]:
+    """Kills the process before its operation number `at` on a folder."""
+    numbers = count()
+
+    def dying(really: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if next(numbers) == at:
+                raise Crash
+            return really(*given, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create", "shorten", "rename", "remove", "sync"):
+            patch.setattr(Files, name, dying(getattr(Files, name)))
+        yield

@@ -1,1 +1,1 @@
-"""One servicer for each gRPC service."""
+"""One servicer for each gRPC service: decode, call, encode."""

@@ -1,8 +1,7 @@
-"""ModelService: models made, looked at, read whole, put back, deleted."""
+"""ModelService: creates, shows, changes, watches and deletes models, and moves their whole state."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from time import monotonic
 from typing import Any
 
 import grpc
@@ -16,9 +15,10 @@ from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Machine, Policy, Refused, Session, Sync
 from deltaserve_server.service import admission, conversion
+from deltaserve_server.service.conversion import from_position
 
 _UPDATES = (1 << 63) - 1
-"""Updates that a state may come with; those that follow must fit into the field too."""
+"""The largest update count of a state that is put: the updates that follow must fit into the field too."""
 
 _PULL_STATE = StreamCodec(rpc.PullStateResponse)
 
@@ -27,27 +27,26 @@ class ModelServicer:
     """Serves ModelService.
 
     Args:
-        registry: The server's models.
+        catalog: The server's models.
     """
 
     def __init__(self, catalog: ModelCatalog) -> None:
         self._catalog = catalog
 
     def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
-        """Creates a model, or answers that it is there."""
         machine = conversion.to_machine(_header(messages, pb.ModelConfig))
-        self._check_fits(machine)
+        self._check_fits(machine)  # also if the model exists: the answer to the same request must not depend on that
         engine, created = self._catalog.find(machine.name), False
         if engine is None:
-            engine, created = self._catalog.add(machine, lambda: _weights(messages, machine))
-        with engine.event():
+            engine, created = self._catalog.add(machine, lambda: admission.admit_weights(messages, machine.layout))
+        with engine.lock:
             difference = None if created else conversion.difference(engine.machine, machine)
             if difference:
                 raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
-            return rpc.CreateModelResponse(created=created, position=engine.position)
+            return rpc.CreateModelResponse(created=created, position=from_position(engine.position))
 
     def _check_fits(self, machine: Machine) -> None:
-        """Raises Refused for a model that no answer could describe, or a round that no number of workers closes."""
+        """Raises Refused if the config fits into no answer, or if its rounds need more workers than there can be."""
         config = self._catalog.config
         if conversion.from_machine(machine).ByteSize() > config.message_bytes // 2:
             allowed = f"a layout of at most {config.message_bytes // 2} bytes in a message"
@@ -61,48 +60,44 @@ class ModelServicer:
             raise Refused("POLICY_INVALID", field="policy.sync.min_workers", allowed=allowed)
 
     def ExtendModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.ExtendModelResponse:
-        """Adds tensors and groups at the end of a model's layout."""
         header = _header(messages, rpc.ExtendModelHeader)
         engine = self._catalog.get(header.model)
         extension = _Extension(engine, header)
-        if extension.present():
-            with engine.event():
-                return rpc.ExtendModelResponse(extended=False, position=engine.position)
+        if extension.present():  # the usual case: every worker of a model extends it, and the first one wins
+            with engine.lock:
+                return rpc.ExtendModelResponse(extended=False, position=from_position(engine.position))
         layout = extension.machine.layout.extended(extension.tensors)
         start = extension.machine.layout.size
         with ExitStack() as undo:
-            reservation = undo.enter_context(self._catalog.reserve_model(layout.size - start))
+            reservation = undo.enter_context(self._catalog.quotas.reserve_model(layout.size - start))
             weights = admission.admit_weights(messages, layout, start)
-            admission.require_end(messages)
-            with engine.event():
-                extended = not extension.present()  # or else another caller was quicker
+            with engine.lock:
+                extended = not extension.present()  # another caller may have been quicker
                 if extended:
                     engine.extend(extension.tensors, extension.groups, weights, reservation)
-                    undo.pop_all()  # it has it, whatever becomes of its journal
-                return rpc.ExtendModelResponse(extended=extended, position=engine.position)
+                    undo.pop_all()  # the engine owns it even if leaving the lock fails on the journal
+                return rpc.ExtendModelResponse(extended=extended, position=from_position(engine.position))
 
     def GetModel(self, request: rpc.GetModelRequest, _: grpc.ServicerContext) -> rpc.GetModelResponse:
-        """A model without its numbers."""
         engine = self._catalog.get(request.model)
-        now = monotonic()
-        with engine.event():
+        now = self._catalog.clock.monotonic()
+        with engine.lock:
             sessions = sorted(engine.machine.sessions.live(), key=lambda session: session.rank)
             return rpc.GetModelResponse(
                 config=conversion.from_machine(engine.machine),
-                position=engine.position,
+                position=from_position(engine.position),
                 sessions=[_session(session, now) for session in sessions],
             )
 
     def ListModels(self, _request: rpc.ListModelsRequest, _: grpc.ServicerContext) -> rpc.ListModelsResponse:
-        """Every model in a line."""
-        return rpc.ListModelsResponse(models=map(_summary, self._catalog.whole()))
+        return rpc.ListModelsResponse(models=map(_summary, self._catalog.complete()))
 
     def UpdateModel(self, request: rpc.UpdateModelRequest, _: grpc.ServicerContext) -> rpc.UpdateModelResponse:
-        """Changes hyperparameters and policy."""
         engine = self._catalog.get(request.model)
-        with engine.event():
+        with engine.lock:
+            # On top of a change that still waits for its round, so that two clients' changes add up.
             groups, policy = engine.machine.configuration()
-            if request.groups:
+            if request.groups:  # none means that they stay
                 if len(request.groups) != len(groups):
                     raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"{len(groups)} groups")
                 groups = conversion.to_groups(request.groups, groups)
@@ -110,105 +105,106 @@ class ModelServicer:
                 policy = conversion.to_policy(request.policy)
                 self._check_workers(policy)
             first_version = engine.change(groups, policy)
-            config = conversion.from_machine(engine.machine, coming=True)
-            return rpc.UpdateModelResponse(first_version=first_version, config=config, position=engine.position)
+            config = conversion.from_machine(engine.machine, pending=True)
+            return rpc.UpdateModelResponse(
+                first_version=first_version, config=config, position=from_position(engine.position)
+            )
 
     def DeleteModel(self, request: rpc.DeleteModelRequest, _: grpc.ServicerContext) -> rpc.DeleteModelResponse:
-        """Forgets a model."""
-        return rpc.DeleteModelResponse(position=self._catalog.delete(request.model).position)
+        return rpc.DeleteModelResponse(position=from_position(self._catalog.delete(request.model).position))
 
     def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
-        """A model's vectors, all of one version."""
         engine = self._catalog.get(request.model)
-        with ExitStack() as held:
-            with engine.event():
+        with ExitStack() as resources:
+            with engine.lock:
                 header = rpc.PullStateHeader(
                     config=conversion.from_machine(engine.machine),
-                    position=engine.position,
+                    position=from_position(engine.position),
                     update_counts=engine.machine.update_counts,
                 )
-                vectors = self._state(engine, held, request.optimizer_state)
+                vectors = self._state(engine, resources, request.optimizer_state)
             yield _PULL_STATE.header(header)
             for name, vector in vectors.items():
                 for offset, data in admission.chunks(vector, vector.size):
                     yield _PULL_STATE.chunk(name, offset, data)
 
     def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
-        """Replaces weights and optimizer state."""
         header = _header(messages, rpc.PutStateHeader)
         engine = self._catalog.get(header.model)
-        layout = engine.machine.layout
+        layout = engine.machine.layout  # immutable; compared again below, after the vectors have arrived
         counts = list(header.update_counts) or [0] * len(layout.tensors)
-        with self._catalog.staged.reserve(layout.size * ELEMENT_BYTES * (6 if engine.journals else 3)):
+        with self._catalog.quotas.staged.reserve(layout.size * ELEMENT_BYTES * (6 if engine.journals else 3)):
             if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
                 allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
                 raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
             state = admission.admit_state(messages, layout)
-            with engine.event():
+            with engine.lock:
                 if engine.machine.layout is not layout:
                     raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
                 engine.put_state(state, counts)
-                return rpc.PutStateResponse(position=engine.position)
+                return rpc.PutStateResponse(position=from_position(engine.position))
 
     def WatchModel(self, request: rpc.WatchModelRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """What happens to a model, as it happens."""
         with self._catalog.watched(request.model) as watcher:
-            if context.add_callback(watcher.close):
-                yield from watcher
+            if context.add_callback(watcher.close):  # else the thread would wait for a caller who has gone
+                for event, missed in watcher:
+                    yield conversion.encode_event(event, missed)
 
     def SaveSnapshot(self, request: rpc.SaveSnapshotRequest, _: grpc.ServicerContext) -> rpc.SaveSnapshotResponse:
-        """A snapshot of the model as it is now."""
         engine = self._catalog.get(request.model)
         entry = self._catalog.save(engine)
-        with engine.event():
-            return rpc.SaveSnapshotResponse(snapshot=_snapshot(entry), position=engine.position)
+        with engine.lock:
+            return rpc.SaveSnapshotResponse(snapshot=_snapshot(entry), position=from_position(engine.position))
 
     def ListSnapshots(self, request: rpc.ListSnapshotsRequest, _: grpc.ServicerContext) -> rpc.ListSnapshotsResponse:
-        """The snapshots that are kept."""
         engine = self._catalog.get(request.model)
         snapshots = map(_snapshot, self._catalog.entries(engine))
-        with engine.event():
-            return rpc.ListSnapshotsResponse(snapshots=snapshots, position=engine.position)
+        with engine.lock:
+            return rpc.ListSnapshotsResponse(snapshots=snapshots, position=from_position(engine.position))
 
-    def _state(self, engine: ModelEngine, held: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
-        """Returns vectors that stay as they are until `held` is closed: the version's own, or copies."""
+    def _state(self, engine: ModelEngine, resources: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
+        """Returns vectors that do not change until `resources` is closed: those of the version, or copies."""
         if not optimizer_state:
-            return {"weights": held.enter_context(engine.reading())[1]}
-        held.enter_context(self._catalog.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
+            return {"weights": resources.enter_context(engine.reading())[1]}
+        resources.enter_context(self._catalog.quotas.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
         state = engine.state()
         return {name: getattr(state, name) for name in admission.STATE_VECTORS}
 
 
 class _Extension:
-    """What an ExtendModel asks for, checked against the model as it stood.
+    """The tensors and groups that ExtendModel adds.
+
+    Args:
+        engine: The model.
+        header: The stream's header.
 
     Raises:
-        Refused: It does not fit the model.
+        Refused: They do not fit the model.
     """
 
     def __init__(self, engine: ModelEngine, header: rpc.ExtendModelHeader) -> None:
         self.machine = engine.machine
-        self._event = engine.event
+        self._lock = engine.lock
         self._tensor_count, self._group_count = header.tensor_count, header.group_count
-        with self._event():
-            held = self.machine.layout
-            if self._tensor_count > len(held.tensors) or self._group_count > len(self.machine.groups):
+        with self._lock:
+            layout = self.machine.layout
+            if self._tensor_count > len(layout.tensors) or self._group_count > len(self.machine.groups):
                 raise self._mismatch()
-            base = held.tensors[: self._tensor_count]
+            base = layout.tensors[: self._tensor_count]
             self.groups = conversion.to_groups(header.groups, count=self._group_count)
             self.tensors = conversion.to_tensors(
                 header.tensors,
                 self._group_count + len(self.groups),
                 [tensor.name for tensor in base],
-                held.offsets[self._tensor_count],
+                layout.offsets[self._tensor_count],
             )
 
     def present(self) -> bool:
-        """Whether the model already has these tensors and groups; raises Refused where it has others."""
-        with self._event():
+        """Returns whether the model has these tensors and groups already; raises Refused if it has others."""
+        with self._lock:
             tensors = self.machine.layout.tensors[self._tensor_count :]
             groups = self.machine.groups[self._group_count :]
-        # Others may have added more since: an answer that was lost is still to be had.
+        # The model may have more: the answer was lost, and others have extended it further since.
         if tensors[: len(self.tensors)] == self.tensors and groups[: len(self.groups)] == self.groups:
             return True
         if tensors or groups:
@@ -221,18 +217,8 @@ class _Extension:
         return Refused("MODEL_MISMATCH", model=self.machine.name, difference=difference)
 
 
-def _weights(messages: Iterator[Any], machine: Machine) -> Any:
-    weights = admission.admit_weights(messages, machine.layout)
-    admission.require_end(messages)
-    return weights
-
-
 def _header(messages: Iterator[Any], kind: type[Any]) -> Any:
-    """Returns a stream's first message.
-
-    Raises:
-        Refused: MESSAGE_INVALID where there is none, or another.
-    """
+    """Returns a stream's first message; raises Refused MESSAGE_INVALID unless it is of this kind."""
     first = next(messages, None)
     if not isinstance(first, kind) or isinstance(first, Chunk):
         raise Refused("MESSAGE_INVALID", message=f"stream: it begins with {kind.DESCRIPTOR.name}")
@@ -255,7 +241,7 @@ def _snapshot(entry: Entry) -> rpc.Snapshot:
 
 
 def _summary(engine: ModelEngine) -> rpc.ModelSummary:
-    with engine.standing() as position:
+    with engine.inspected() as position:
         machine = engine.machine
         return rpc.ModelSummary(
             name=machine.name,
@@ -263,5 +249,5 @@ def _summary(engine: ModelEngine) -> rpc.ModelSummary:
             tensor_count=len(machine.layout.tensors),
             session_count=len(machine.sessions),
             policy=conversion.from_policy(machine.policy),
-            position=position,
+            position=from_position(position),
         )

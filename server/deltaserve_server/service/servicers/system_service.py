@@ -1,7 +1,5 @@
 """SystemService: the server itself."""
 
-from time import monotonic
-
 import grpc
 
 import deltaserve
@@ -15,18 +13,17 @@ class SystemServicer:
     """Serves SystemService.
 
     Args:
-        registry: The server's models and limits.
-        device: What holds the vectors.
+        catalog: The server's models.
+        device: The device that holds their vectors.
     """
 
     def __init__(self, catalog: ModelCatalog, device: Device) -> None:
         self._catalog = catalog
         self._device = device
-        self._started = monotonic()
+        self._started = catalog.clock.monotonic()
 
     def GetServerInfo(self, _request: rpc.GetServerInfoRequest, _: grpc.ServicerContext) -> rpc.GetServerInfoResponse:
-        """The server's version, limits and device."""
-        config = self._catalog.config
+        config, quotas = self._catalog.config, self._catalog.quotas
         return rpc.GetServerInfoResponse(
             version=deltaserve.__version__,
             incarnation=self._catalog.incarnation,
@@ -36,13 +33,13 @@ class SystemServicer:
                 models=config.models,
                 sessions=config.sessions,
                 watchers=config.watchers,
-                memory_bytes=self._catalog.memory.total,
-                memory_available_bytes=self._catalog.memory.available,
-                staged_bytes=self._catalog.staged.total,
+                memory_bytes=quotas.memory.total,
+                memory_available_bytes=quotas.memory.available,
+                staged_bytes=quotas.staged.total,
                 lease_seconds_min=config.lease_seconds_min,
                 lease_seconds_max=config.lease_seconds_max,
                 lease_seconds_default=config.lease_seconds,
             ),
-            durability=pb.Durability.Value(f"DURABILITY_{config.keeps.upper()}"),
-            uptime_seconds=monotonic() - self._started,
+            durability=pb.Durability.Value(f"DURABILITY_{config.effective_durability.upper()}"),
+            uptime_seconds=self._catalog.clock.monotonic() - self._started,
         )

@@ -1,0 +1,96 @@
+"""A model's state but its vectors, and the ways in which a version comes about."""
+
+from collections.abc import Sequence
+
+from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.model.decision import Answer, BumpVersion, Refuse, Update
+from deltaserve_server.model.layout import Layout
+from deltaserve_server.model.push import Key, PushResult, UpdateSummary
+from deltaserve_server.model.refused import Refused
+from deltaserve_server.model.round import PendingPush, Round
+from deltaserve_server.model.sessions import Sessions
+
+
+class VersionedModel:
+    """The state that all policies share, and the steps that they make with it.
+
+    A version numbers the weights that workers see. It rises with every update, with every replacement of the whole
+    state, and with a version bump: the same weights under the next number.
+
+    Attributes:
+        name: The model's name.
+        layout: Its tensors.
+        groups: Its hyperparameters by parameter group.
+        version: The version of its weights; 0 for those that it was created with.
+        update_counts: By tensor: how many updates its optimizer state has had.
+        sessions: Its workers.
+        round: The open round of the synchronous policy.
+        withheld: Answers that the bounded policy keeps back from workers that are too far ahead.
+    """
+
+    def __init__(self, name: str, layout: Layout, groups: Sequence[Hyperparameters]) -> None:
+        self.name = name
+        self.layout = layout
+        self.groups = tuple(groups)
+        self.version = 0
+        self.update_counts = [0] * len(layout.tensors)
+        self.sessions = Sessions()
+        self.round = Round(opened=0)
+        self.withheld: dict[Key, Answer] = {}
+
+    def hyperparameters(self, carried: tuple[Hyperparameters, ...] | None) -> tuple[Hyperparameters, ...]:
+        """Returns what an update uses, by group: what its pushes carry, and the model's own for the other groups."""
+        carried = carried or ()
+        return (*carried, *self.groups[len(carried) :])
+
+    def update(
+        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Hyperparameters, ...], now: float
+    ) -> tuple[Update, list[Answer]]:
+        """Makes the next version of pushes whose reduction is decided.
+
+        Args:
+            pushes: In the order of worker names.
+            hyperparameters: What the update uses, by group.
+            now: The time.
+
+        Returns:
+            The update, and the answers of its pushes in their order.
+        """
+        # A tensor without any gradient is left alone: a gradient of zeros would let its optimizer state decay.
+        absent = frozenset.intersection(*(pending.absent(len(self.layout.tensors)) for pending in pushes))
+        contributions = tuple(pending.contribution(self.version) for pending in pushes)
+        self.count_update(self.version + 1, absent)
+        summary = UpdateSummary(version=self.version, contributions=contributions, hyperparameters=hyperparameters)
+        weight = sum(contribution.weight for contribution in contributions)
+        sources = tuple((pending.session.id, pending.push.fingerprint) for pending in pushes)
+        answers = []
+        for pending, contribution in zip(pushes, contributions, strict=True):
+            result = PushResult(version=self.version, contribution=contribution, summary=summary)
+            pending.session.apply(pending.push.sequence, result, now)
+            answers.append(Answer(pending.push.key, result))
+        return Update(summary, weight, absent, sources), answers
+
+    def count_update(self, version: int, absent: frozenset[int]) -> None:
+        """Advances the version and the counts of the tensors that an update changes."""
+        self.version = version
+        self.update_counts = [count + (index not in absent) for index, count in enumerate(self.update_counts)]
+
+    def bump_version(self) -> BumpVersion:
+        """Gives the weights the next version, unchanged, because sessions were told to compute on it."""
+        self.version += 1
+        return BumpVersion(self.version)
+
+    def give_up(self, pending: PendingPush, refusal: Refused, now: float) -> Refuse:
+        """Takes back that a push was accepted; its sequence number is free again."""
+        pending.session.give_up(pending.push.sequence, now)
+        return Refuse(pending.push.key, refusal)
+
+    def open_round(self, opened: int) -> None:
+        """Opens an empty round, of which every live session is a member.
+
+        Args:
+            opened: The oldest base version that it takes.
+        """
+        self.round = Round(opened=opened)
+        for session in self.sessions.live():
+            session.member = True
