@@ -1,6 +1,6 @@
 """Runs the benchmarks: `python -m benchmarks --help`."""
 
-if __name__ == "__main__":  # processes that are started import this module too, and are not to import torch with it
+if __name__ == "__main__":  # child processes import this module too, and should not import torch
     from benchmarks.run import main
 
     main()

@@ -1,4 +1,4 @@
-"""What deltaserve is measured beside: the bytes alone, gRPC alone, memory alone."""
+"""Baselines: raw TCP, plain gRPC, copies in memory."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 120.0
 
 @contextmanager
 def raw_tcp(size: int) -> Iterator[tuple[Run, Run]]:
-    """Gives two exchanges of `size` bytes with another process: there and then back, and both ways at once."""
+    """Yields two exchanges of `size` bytes with another process: one way after the other, and both ways at once."""
     with ExitStack() as stack:
         connection, _ = stack.enter_context(process(_tcp_peer, size))
         first, second = (stack.enter_context(socket.create_connection(connection.recv())) for _ in range(2))
@@ -58,7 +58,7 @@ def _tcp_peer(connection: Connection, size: int) -> None:
 def _serve_tcp(listener: socket.socket, exchange: Callable[[socket.socket], None]) -> None:
     peer, _ = listener.accept()
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    while peer.recv(1, socket.MSG_PEEK):  # the other end begins; it closes where it is done
+    while peer.recv(1, socket.MSG_PEEK):  # the other end starts each exchange, and closes the connection after the last
         exchange(peer)
 
 
@@ -74,25 +74,25 @@ def _receive(peer: socket.socket, buffer: bytearray) -> None:
     while view:
         count = peer.recv_into(view)
         if not count:
-            raise ConnectionError("the other end is gone")
+            raise ConnectionError("the other end closed the connection")
         view = view[count:]
 
 
 @contextmanager
 def grpc_server() -> Iterator[grpc.Channel]:
-    """Gives a channel to a plain server in another process: as gRPC for Python is without any option."""
+    """Yields a channel to a plain gRPC server in another process; neither has any option set."""
     with process(_grpc_peer) as (connection, _), grpc.insecure_channel(connection.recv()) as channel:
         yield channel
 
 
 def empty_call(channel: grpc.Channel) -> Run:
-    """Returns a unary call that carries nothing."""
+    """Returns a unary call with empty messages."""
     call = channel.unary_unary("/bench/empty", bytes, bytes)
     return lambda: call(b"", timeout=_PATIENCE_SECONDS)
 
 
 def echo(channel: grpc.Channel, size: int) -> Run:
-    """Returns a stream of `size` bytes in messages of 1 MiB, each of which is sent back as it comes."""
+    """Returns a stream of `size` bytes in messages of 1 MiB, which the server echoes one by one."""
     call = channel.stream_stream("/bench/echo", bytes, bytes)
     message = bytes(MIB)
     messages = [message] * (size // MIB)
@@ -120,7 +120,7 @@ def _grpc_peer(connection: Connection) -> None:
 
 
 def copy(size: int, executor: ThreadPoolExecutor, threads: int) -> Run:
-    """Returns a copy of `size` bytes from memory to memory, shared among threads."""
+    """Returns a copy of `size` bytes in memory, divided among threads."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     pieces = [slice(size * part // threads, size * (part + 1) // threads) for part in range(threads)]
 

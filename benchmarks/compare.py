@@ -42,6 +42,8 @@ class Rounds:
         workers_seconds: The length of one of these runs.
         starts: Starts of a server.
         imports: Imports of the client.
+        large_model: The model in place of workload A's: a workload or a number of parameters.
+        workers_model: The model in place of workload C's.
     """
 
     large: int = 31
@@ -50,6 +52,8 @@ class Rounds:
     workers_seconds: float = 4.0
     starts: int = 11
     imports: int = 31
+    large_model: str = "a"
+    workers_model: str = "c"
 
 
 QUICK = Rounds(large=7, small=9, workers=2, workers_seconds=1.5, starts=3, imports=7)
@@ -135,10 +139,18 @@ class Contender:
 def compare(checkouts: Mapping[str, Checkout], rounds: Rounds) -> Iterator[tuple[str, tuple[float | None, ...]]]:
     """Yields the rows of the table: their names and their figures, times in milliseconds."""
     for row, count, make in (
-        ("A: 25 M parameters over TCP, ms", rounds.large, partial(_alone, "a", "tcp", 1)),
-        ("A: 25 M parameters through shared memory, ms", rounds.large, partial(_alone, "a", "shared memory", 1)),
+        ("A: 25 M parameters over TCP, ms", rounds.large, partial(_alone, rounds.large_model, "tcp", 1)),
+        (
+            "A: 25 M parameters through shared memory, ms",
+            rounds.large,
+            partial(_alone, rounds.large_model, "shared memory", 1),
+        ),
         ("B: 6 parameters over TCP, p50, ms", rounds.small, partial(_alone, "b", "tcp", _B_STEPS)),
-        (f"C: {WORKLOAD_C} workers over TCP, ms a step", rounds.workers, partial(_together, rounds.workers_seconds)),
+        (
+            f"C: {WORKLOAD_C} workers over TCP, ms a step",
+            rounds.workers,
+            partial(_together, rounds.workers_model, rounds.workers_seconds),
+        ),
         ("start of a server until SERVING, ms", rounds.starts, _start),
         ("import deltaserve, ms", rounds.imports, _import),
     ):
@@ -170,10 +182,10 @@ def _alone(workload: str, transport: str, steps: int, stack: ExitStack, checkout
     return Contender(partial(alone.median_step, steps, REST_SECONDS), (pid, alone.pid))
 
 
-def _together(seconds: float, stack: ExitStack, checkout: Checkout) -> Contender:
+def _together(model: str, seconds: float, stack: ExitStack, checkout: Checkout) -> Contender:
     """Returns the workers of workload C; a round's time is that of a step, all workers counted."""
     target, _ = stack.enter_context(startup.server_process(checkout.environment))
-    workers = [stack.enter_context(worker(checkout, target, "c", "tcp")) for _ in range(WORKLOAD_C)]
+    workers = [stack.enter_context(worker(checkout, target, model, "tcp")) for _ in range(WORKLOAD_C)]
     for one in workers:
         one.median_step(2)  # all of them must have joined before the clock starts
 

@@ -1,4 +1,4 @@
-"""How policies, numbers of workers and local steps learn: loss against samples and against wall time."""
+"""A study of convergence: loss against samples and wall time, by policy, number of workers and local steps."""
 
 import json
 import multiprocessing
@@ -32,17 +32,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of `python -m benchmarks convergence`."""
     data = os.environ.get("DELTASERVE_DATA")
     parser.add_argument("--quick", action="store_true", help="one seed, an eighth of the samples, fewer workers")
-    parser.add_argument("--out", type=Path, default=Path("docs/convergence"), metavar="FOLDER", help="for the plots")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/convergence"), metavar="FOLDER", help="folder of the plots"
+    )
     parser.add_argument("--data", type=Path, default=data, metavar="FILE", help="the airfoil data, or its folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every curve to FILE")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="train nothing: take the curves of an earlier --json")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="draw the curves of an earlier --json instead of training"
+    )
 
 
 def main(arguments: Namespace) -> None:
-    """Trains, prints the tables, draws the plots."""
+    """Trains, prints the tables and draws the plots."""
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}\n", flush=True)
     if arguments.draw:
-        runs = [_run(one) for one in json.loads(arguments.draw.read_text())]
+        runs = [_run(fields) for fields in json.loads(arguments.draw.read_text())]
     else:
         runs = measure(QUICK if arguments.quick else Scale(), arguments.data)
     if arguments.json:
@@ -53,11 +57,11 @@ def main(arguments: Namespace) -> None:
 
 
 def measure(scale: Scale, data: Path | None) -> list[Run]:
-    """Trains every setting.
+    """Trains every setting and returns the runs.
 
     Args:
         scale: How large the study is.
-        data: The airfoil data; None means the cache, else a download.
+        data: The airfoil data; None means the cache or a download.
     """
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -80,7 +84,7 @@ def measure(scale: Scale, data: Path | None) -> list[Run]:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Gives the target of a server in a process of its own, so that it does not share an interpreter with workers."""
+    """Yields the address of a server in another process, which does not share an interpreter with the workers."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -1,4 +1,4 @@
-"""What is run: which policies, with how many workers, for how many samples."""
+"""The experiments: policies, numbers of workers and numbers of steps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ LOCAL_STEPS = (1, 4, 16, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A recipe's part in the study.
+    """A recipe in the study.
 
     Attributes:
-        name: The recipe's.
-        batch: Samples of a worker's step, as the recipe has it.
-        steps: Of all workers together, in the experiments that push every gradient.
-        local_lr: Of the local steps' SGD.
-        target: The loss that the tables give times to.
+        name: Name of the recipe.
+        batch: Samples of one worker in one step, as in the recipe.
+        steps: Steps of all workers together, in experiments without local steps.
+        local_lr: Learning rate of SGD in local steps.
+        target: The loss for which the tables give the time until it is reached.
     """
 
     name: str
@@ -42,26 +42,26 @@ TASKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the study is.
+    """The size of the study.
 
     Attributes:
         seeds: Runs of each setting.
-        workers: Numbers of workers; a quick study has fewer.
-        share: Of the steps.
-        step_seconds: Of a worker's simulated step, where wall time is of interest.
-        local_steps: Of all workers together, in the experiments with local steps.
-        slots: Workers at work at a time.
+        workers: Numbers of workers.
+        fraction: Fraction of the tasks' steps that is run.
+        step_seconds: Simulated duration of a worker's step, in experiments about wall time.
+        local_steps: Steps of all workers together, in experiments with local steps.
+        slots: Workers that run at the same time.
     """
 
     seeds: int = 5
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
-    share: float = 1.0
+    fraction: float = 1.0
     step_seconds: float = 0.02
     local_steps: int = 2048
     slots: int = 16
 
 
-QUICK = Scale(seeds=1, workers=(1, 4, 16), share=0.125, step_seconds=0.01, local_steps=256)
+QUICK = Scale(seeds=1, workers=(1, 4, 16), fraction=0.125, step_seconds=0.01, local_steps=256)
 
 
 def settings(scale: Scale) -> list[Setting]:
@@ -75,7 +75,7 @@ def settings(scale: Scale) -> list[Setting]:
 
 
 def sync(workers: int) -> Sync:
-    """Returns the policy under which all workers wait for each other."""
+    """Returns the policy that waits for all workers."""
     return Sync(min_workers=workers)
 
 
@@ -106,8 +106,8 @@ def _straggler(task: Task, scale: Scale) -> Iterator[Setting]:
 
 def _eps(task: Task, scale: Scale) -> Iterator[Setting]:
     for eps in EPS:
-        made = _setting("eps", task, scale, "sync", sync(16), 16)
-        yield replace(made, hyperparameters=(("eps", eps),), step_seconds=0.01)
+        setting = _setting("eps", task, scale, "sync", sync(16), 16)
+        yield replace(setting, hyperparameters=(("eps", eps),), step_seconds=0.01)
 
 
 def _local(task: Task, scale: Scale) -> Iterator[Setting]:
@@ -144,6 +144,6 @@ def _setting(experiment: str, task: Task, scale: Scale, label: str, policy: Poli
         policy=policy,
         workers=workers,
         batch=task.batch,
-        steps=int(task.steps * scale.share),
+        steps=int(task.steps * scale.fraction),
         step_seconds=scale.step_seconds,
     )

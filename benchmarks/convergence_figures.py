@@ -1,4 +1,4 @@
-"""The plots of docs/convergence.md: medians over the seeds, and bands or bars from the lowest to the highest run."""
+"""Draws the plots of docs/convergence.md: medians over the seeds, with the range as a band or error bars."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -16,7 +16,7 @@ from benchmarks.convergence_experiments import TASKS
 from benchmarks.convergence_runs import Run
 from benchmarks.convergence_tables import chosen, labels
 
-# Okabe and Ito's colours, which people who confuse red and green tell apart; every line has a dash or marker besides.
+# The colours of Okabe and Ito, which colour-blind people can distinguish; lines differ in dash or marker too.
 _STYLES: dict[str, tuple[str, str, str]] = {
     "sync": ("#0072B2", "-", "o"),
     "sync, quorum 3": ("#56B4E9", "--", "v"),
@@ -32,7 +32,7 @@ Value = Callable[[Run], Sequence[float]]
 
 
 def draw(runs: Sequence[Run], folder: Path) -> None:
-    """Writes every plot into a folder."""
+    """Writes all plots into a folder."""
     for name, make in (
         ("workers", _workers),
         ("curves", _curves),
@@ -44,7 +44,7 @@ def draw(runs: Sequence[Run], folder: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """Writes a figure with a palette, which makes the file a third as large."""
+    """Writes a figure with a colour palette, which reduces the file to a third."""
     drawn = BytesIO()
     figure.savefig(drawn)
     with Image.open(drawn) as image:
@@ -52,7 +52,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _curves(runs: Sequence[Run]) -> Figure:
-    """Loss against samples and against time, by policy and number of workers."""
+    """Plots loss against samples and against time, by policy and number of workers."""
     figure, grid = _figure(len(TASKS), 2)
     counts = sorted({run.workers for run in chosen(runs, "policies")} & {1, 4, 16})
     lines = [("sync", count) for count in counts] + [("async", count) for count in counts if count > 1]
@@ -75,7 +75,7 @@ def _curves(runs: Sequence[Run]) -> Figure:
 
 
 def _workers(runs: Sequence[Run]) -> Figure:
-    """Final loss against the number of workers."""
+    """Plots the final loss against the number of workers."""
     figure, grid = _figure(1, len(TASKS))
     mine = chosen(runs, "policies")
     for axes, task in zip(grid[0], TASKS, strict=True):
@@ -84,7 +84,7 @@ def _workers(runs: Sequence[Run]) -> Figure:
             group = chosen(mine, "policies", task=task.name, label=label)
             counts = sorted({run.workers for run in group})
             losses = [[run.end.loss for run in group if run.workers == count] for count in counts]
-            shift = 1.05 ** (place - len(drawn) / 2)  # so that bars do not hide each other
+            shift = 1.05 ** (place - len(drawn) / 2)  # keeps bars from hiding each other
             _bars(axes, [count * shift for count in counts], losses, label)
         _loss_axis(axes, task.name, "workers")
         axes.set_xscale("log", base=2)
@@ -95,7 +95,7 @@ def _workers(runs: Sequence[Run]) -> Figure:
 
 
 def _straggler(runs: Sequence[Run]) -> Figure:
-    """Loss against time with one slow worker of four."""
+    """Plots loss against time with one slow worker of four."""
     figure, grid = _figure(1, len(TASKS))
     for axes, task in zip(grid[0], TASKS, strict=True):
         mine = chosen(runs, "straggler", task=task.name)
@@ -108,7 +108,7 @@ def _straggler(runs: Sequence[Run]) -> Figure:
 
 
 def _local(runs: Sequence[Run]) -> Figure:
-    """Loss against samples and against bytes, by local steps."""
+    """Plots loss against samples and against pushes, by local steps."""
     figure, grid = _figure(len(TASKS), 2)
     for (row, task), (column, (label, value)) in product(
         enumerate(TASKS), enumerate(((_SAMPLES, _samples), (_PUSHES, _pushes)))
@@ -127,7 +127,7 @@ def _local(runs: Sequence[Run]) -> Figure:
 
 
 def _eps(runs: Sequence[Run]) -> Figure:
-    """Final loss against eps."""
+    """Plots the final loss against eps."""
     figure, grid = _figure(1, len(TASKS))
     for axes, task in zip(grid[0], TASKS, strict=True):
         for experiment, name, style in (
@@ -151,13 +151,13 @@ def _figure(rows: int, columns: int) -> tuple[Figure, Any]:
 
 
 def _legend(figure: Figure, grid: Any) -> None:
-    """Names the lines, which are those of every plot of the figure, above them."""
+    """Adds one legend above the plots, which all have the same lines."""
     lines, names = grid[0][0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 5), frameon=False, fontsize=9)
 
 
 def _curve(axes: Axes, group: Sequence[Run], value: Value, name: str, **style: Any) -> None:
-    """Draws the median of the runs' curves, and the band between the lowest and the highest."""
+    """Draws the median curve of the runs, and their range as a band."""
     if not group:
         return
     begin, end = max(value(run)[0] for run in group), min(value(run)[-1] for run in group)
@@ -168,7 +168,7 @@ def _curve(axes: Axes, group: Sequence[Run], value: Value, name: str, **style: A
 
 
 def _bars(axes: Axes, x: Sequence[float], losses: Sequence[Sequence[float]], name: str, style: str = "") -> None:
-    """Draws medians, and bars from the lowest to the highest."""
+    """Draws medians with the range as error bars."""
     colour, dash, marker = _STYLES[style or name]
     middle = np.median(losses, 1)
     ends = [middle - np.min(losses, 1), np.max(losses, 1) - middle]

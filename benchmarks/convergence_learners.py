@@ -1,4 +1,4 @@
-"""The two kinds of workers: one that pushes every gradient, and one that takes local steps of torch's SGD between."""
+"""The two kinds of workers: one pushes every gradient, the other one takes local steps of torch's SGD in between."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,9 +22,9 @@ class Learner(Protocol):
     """One worker and its copy of the weights.
 
     Attributes:
-        version: Of the model's weights that it had last.
-        result: What became of the last push; None where it was refused.
-        pushes: How many it has made.
+        version: Version of the latest weights from the server.
+        result: Result of the last push; None if the server refused it.
+        pushes: Number of pushes.
     """
 
     version: int
@@ -33,23 +33,23 @@ class Learner(Protocol):
 
     @property
     def weights(self) -> Weights:
-        """Its copy, which the next step writes over."""
+        """The worker's weights, which the next step overwrites."""
 
     def compute(self, rows: Rows) -> None:
         """Computes the gradient of a batch."""
 
     def step(self, weight: float) -> None:
-        """Pushes it and takes the new weights; or takes a local step."""
+        """Pushes the gradient and takes the new weights, or takes a local step."""
 
     def finish(self) -> None:
-        """Pushes what was not pushed yet."""
+        """Pushes local steps that are not pushed yet."""
 
     def close(self) -> None:
         """Ends the session."""
 
 
 class PlainLearner:
-    """Every gradient is a push."""
+    """Pushes every gradient."""
 
     def __init__(
         self, recipe: NumpyRecipe, target: str, model: str, worker: str, settings: Mapping[str, float]
@@ -66,7 +66,7 @@ class PlainLearner:
 
     @property
     def weights(self) -> Weights:
-        """Its copy."""
+        """The worker's weights."""
         return self._weights
 
     def compute(self, rows: Rows) -> None:
@@ -74,7 +74,7 @@ class PlainLearner:
         self._gradients = self._recipe.gradients(self._weights, rows)
 
     def step(self, weight: float) -> None:
-        """Pushes it; a refused one is gone."""
+        """Pushes the gradient, which is lost if the server refuses it."""
         self.pushes += 1
         try:
             self._weights = self._worker.step(self._gradients, hyperparameters=self._settings, weight=weight)
@@ -84,7 +84,7 @@ class PlainLearner:
         self.version = self._worker.version
 
     def finish(self) -> None:
-        """There is nothing left to push."""
+        """Does nothing: every gradient was pushed."""
 
     def close(self) -> None:
         """Ends the session."""
@@ -93,7 +93,7 @@ class PlainLearner:
 
 
 class LocalLearner:
-    """`local_steps` steps of SGD make a push, by `RemoteAdadelta`."""
+    """Pushes the result of every `local_steps` steps of SGD, with `RemoteAdadelta`."""
 
     def __init__(
         self,
@@ -129,30 +129,30 @@ class LocalLearner:
 
     @property
     def weights(self) -> Weights:
-        """The parameters; those of the model right after a push alone."""
+        """The parameters, which equal the model's weights only directly after a push."""
         return {name: param.detach().numpy() for name, param in self._params.items()}
 
     def compute(self, rows: Rows) -> None:
-        """Differentiates the mean loss of a batch."""
+        """Computes the gradient of the mean loss of a batch."""
         chosen = torch.from_numpy(rows)
         self._optimizer.zero_grad()
         self._loss(self._features[chosen], self._labels[chosen]).backward()
 
     def step(self, weight: float) -> None:
-        """Takes a local step, and pushes where it was the last of its number."""
+        """Takes a local step, and pushes if it completes a group of local steps."""
         self._optimizer.step(weight=weight)
-        self._note()
+        self._count()
 
     def finish(self) -> None:
-        """Pushes the last steps, where there are too few of them for a push."""
+        """Pushes the last local steps, an incomplete group."""
         self._optimizer.flush()
-        self._note()
+        self._count()
 
     def close(self) -> None:
         """Ends the session."""
         self._optimizer.close()
 
-    def _note(self) -> None:
+    def _count(self) -> None:
         latest = self._optimizer.last_result
         if latest is not None and latest is not self.result:
             self.pushes += 1
@@ -160,7 +160,7 @@ class LocalLearner:
             self.result = latest
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The recipes' losses, in torch."""
+        """Returns the loss of the recipe, computed in torch."""
         params = self._params
         if not self._classes:
             return ((x @ params["w"] + params["b"]).ravel() - y).square().mean() / 2

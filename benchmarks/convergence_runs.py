@@ -1,8 +1,8 @@
 """One training run: a model on a real server, worker threads, and its loss against samples and time.
 
-A worker's step takes a simulated time: it computes its gradient, sleeps for the rest of `step_seconds`, give or take
-20 %, and pushes. So workers wait for each other as on machines of their own, though they share two cores. They are
-threads: what they do beside sleeping is short, and the server has a process, and an interpreter, of its own.
+The duration of a step is simulated: a worker computes its gradient, sleeps for the rest of `step_seconds`, varied by
+20 %, and pushes. Workers therefore wait for each other as on separate machines, although they share two cores. They
+are threads, because they mostly sleep; the server has its own process.
 """
 
 import threading
@@ -27,22 +27,22 @@ JITTER = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is run.
+    """The settings of a run.
 
     Attributes:
-        experiment: Which table and plot it belongs to.
-        task: The recipe's name.
-        label: The policy's name in tables and plots.
-        policy: Of the model.
-        workers: How many.
-        batch: Samples of a worker's step.
-        steps: Of all workers together.
-        step_seconds: What a worker's step takes, without the push.
-        slow: The last worker's step takes so many times as long.
-        local_steps: Steps of SGD before a push; 0 means that every gradient is pushed as it is.
-        local_lr: Of SGD.
-        hyperparameters: Of Adadelta, where they are not the recipe's.
-        points: How often the loss is looked at, about.
+        experiment: The table and plot that the run belongs to.
+        task: Name of the recipe.
+        label: Name of the policy in tables and plots.
+        policy: Policy of the model.
+        workers: Number of workers.
+        batch: Samples of one worker in one step.
+        steps: Steps of all workers together.
+        step_seconds: Duration of a worker's step, without the push.
+        slow: Factor by which the last worker's steps are longer.
+        local_steps: Steps of SGD per push; 0 means that every gradient is pushed.
+        local_lr: Learning rate of SGD.
+        hyperparameters: Adadelta's hyperparameters that differ from the recipe's.
+        points: Approximate number of measurements of the loss.
     """
 
     experiment: str
@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The loss over all training examples, and what it had cost by then: samples of all workers, seconds, pushes."""
+    """The loss over all training examples after some samples of all workers, seconds and pushes."""
 
     samples: int
     seconds: float
@@ -72,15 +72,15 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What came of a setting with a seed; the fields but the last few are the setting's.
+    """The outcome of a setting with a seed. The first fields are those of the setting.
 
     Attributes:
-        pushes: How many were made, refused ones included.
-        refused: How many of them were too old.
-        staleness: The mean over the pushes that count.
-        megabytes: Of gradients, sent by all workers.
-        steps_by_worker: Its steps, by worker.
-        points: The curve; the last point is the end.
+        pushes: Number of pushes, refused ones included.
+        refused: Number of pushes that were refused as too stale.
+        staleness: Mean staleness of the applied pushes.
+        megabytes: Size of the gradients that all workers sent.
+        steps_by_worker: Number of steps of each worker.
+        points: The curve, to the end of the run.
     """
 
     experiment: str
@@ -103,7 +103,7 @@ class Run:
         return self.points[-1]
 
     def reached(self, loss: float, what: str) -> float | None:
-        """Returns the samples, seconds or pushes at which the curve first has a loss; None where it never has."""
+        """Returns the samples, seconds or pushes at which the curve first reaches a loss; None if it never does."""
         for before, after in pairwise(self.points):
             if after.loss <= loss:
                 part = (before.loss - loss) / (before.loss - after.loss)
@@ -121,7 +121,7 @@ class _Shot:
 
 @dataclass
 class _Log:
-    """What the workers of a run note down together."""
+    """The common record of the workers of a run."""
 
     stride: int
     started: float = 0.0
@@ -131,7 +131,7 @@ class _Log:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def push(self, learner: Learner, samples: int) -> None:
-        """Notes a push of so many samples, and keeps the weights where it is time to."""
+        """Records a push of some samples, and the weights if a measurement is due."""
         now = time.perf_counter() - self.started
         with self._lock:
             if learner.result is None:
@@ -147,13 +147,13 @@ class _Log:
 
 
 def train(setting: Setting, recipe: NumpyRecipe, target: str, seed: int) -> Callable[[], Run]:
-    """Trains; returns what then evaluates the losses, which is not to disturb the clock of other runs.
+    """Trains; returns a function that evaluates the losses, which must not disturb the timing of other runs.
 
     Args:
-        setting: What is run.
-        recipe: Of `setting.task`; its seed is replaced.
-        target: The server.
-        seed: For initial weights, order of examples, and the jitter of the steps.
+        setting: The settings of the run.
+        recipe: The recipe `setting.task`; its seed is replaced.
+        target: Address of the server.
+        seed: Decides initial weights, order of examples and jitter of the steps.
     """
     recipe = replace(recipe, seed=seed)
     with deltaserve.connect(target, timeout_seconds=TIMEOUT_SECONDS) as client:
@@ -178,7 +178,7 @@ def _updates(setting: Setting) -> int:
 def _train(
     setting: Setting, recipe: NumpyRecipe, target: str, model: str, seed: int, log: _Log
 ) -> tuple[tuple[int, ...], float]:
-    """Returns the steps of each worker, and the seconds until the last of them was done."""
+    """Returns the number of steps of each worker, and the seconds until the last one finished."""
     batches = _Batches(len(recipe.train), setting.batch, setting.steps, seed)
 
     def begin() -> None:
@@ -231,7 +231,7 @@ def _work(
 
 
 class _Batches:
-    """Hands out batches to whoever asks first: one epoch's order after the other, cut into batches of equal size."""
+    """Hands out batches of equal size to the workers, epoch after epoch."""
 
     def __init__(self, examples: int, size: int, count: int, seed: int) -> None:
         random = np.random.default_rng((seed, 0))
@@ -279,7 +279,7 @@ def _evaluated(
 
 
 def _cost(log: _Log, shot: _Shot) -> tuple[int, float, int]:
-    """Returns what the weights of a version had cost: the pushes in them, and those refused until then."""
+    """Returns samples, seconds and pushes of a version: the pushes that it contains, and those refused by then."""
     held = [samples for result, samples in log.applied if result.version <= shot.version]
     lost = [samples for seconds, samples in log.refused if seconds <= shot.seconds]
     return sum(held) + sum(lost), shot.seconds, len(held) + len(lost)
@@ -291,24 +291,24 @@ def train_all(
     target: str,
     seeds: Sequence[int],
     slots: int,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[Run]:
-    """Trains every setting with every seed, seed by seed, so that what else the machine does meets all settings.
+    """Trains every setting with every seed, seed by seed, so that other load on the machine affects all settings.
 
     Args:
-        settings: What is run.
-        recipes: By task.
-        target: The server.
-        seeds: Each setting is run once with each.
-        slots: How many workers may work at the same time, in all runs that go on.
-        tell: Is told what is done.
+        settings: The settings of the runs.
+        recipes: Recipes by task.
+        target: Address of the server.
+        seeds: Each setting runs once with each seed.
+        slots: Number of workers that run at the same time, in all runs together.
+        report: Called with a line of progress.
     """
     runs: list[Run] = []
     for workers in sorted({setting.workers for setting in settings}):
         chosen = [(setting, seed) for seed in seeds for setting in settings if setting.workers == workers]
         started = time.perf_counter()
         with ThreadPoolExecutor(max(slots // workers, 1)) as executor:
-            done = list(executor.map(lambda one: train(one[0], recipes[one[0].task], target, one[1]), chosen))
+            done = list(executor.map(lambda pair: train(pair[0], recipes[pair[0].task], target, pair[1]), chosen))
         runs += [evaluate() for evaluate in done]
-        tell(f"{len(chosen)} runs of {workers} workers: {time.perf_counter() - started:.0f} s")
+        report(f"{len(chosen)} runs of {workers} workers: {time.perf_counter() - started:.0f} s")
     return runs

@@ -1,4 +1,4 @@
-"""The tables of docs/convergence.md: medians over the seeds, and ranges."""
+"""Formats the tables of docs/convergence.md: medians over the seeds, and ranges."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from benchmarks.convergence_runs import Run
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """Returns every table, in Markdown."""
+    """Returns all tables as Markdown."""
     parts = []
     for task in TASKS:
         of_task = [run for run in runs if run.task == task.name]
@@ -17,7 +17,7 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def chosen(runs: Iterable[Run], experiment: str, **fields: object) -> list[Run]:
-    """Returns an experiment's runs whose fields have these values."""
+    """Returns the runs of an experiment whose fields have the given values."""
     return [
         run
         for run in runs
@@ -26,7 +26,7 @@ def chosen(runs: Iterable[Run], experiment: str, **fields: object) -> list[Run]:
 
 
 def labels(runs: Iterable[Run]) -> list[str]:
-    """Returns the policies' names in the order in which they were run."""
+    """Returns the names of the policies, in the order of the runs."""
     return list(dict.fromkeys(run.label for run in runs))
 
 
@@ -136,7 +136,7 @@ def _counts(values: Iterable[int]) -> str:
 
 
 def _reached(group: Sequence[Run], loss: float, what: str) -> str:
-    """Returns the median, runs that did not reach it being later than all others; "-" where that is most of them."""
+    """Formats the median; runs that never reach the loss count as the latest. "-" means that most never do."""
     reached = sorted(value for run in group if (value := run.reached(loss, what)) is not None)
     late = len(group) - len(reached)
     if len(reached) <= late:

@@ -1,4 +1,4 @@
-"""Fills docs/performance.md with what a run has found: the text between its marks is generated, the rest is not."""
+"""Writes the results of a run into docs/performance.md, between the marks in its text."""
 
 import re
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ def fill(file: Path, machine: Mapping[str, str], results: Results) -> None:
 
     Args:
         file: The document.
-        machine: What the run was made on.
-        results: Of the run.
+        machine: Description of the machine.
+        results: Results of the run.
 
     Raises:
         ValueError: A mark is missing.

@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost: a step under every durability, beside what the disk takes; and coming back."""
+"""The cost of durability: a step under every durability, beside raw writes to the disk; and recovery."""
 
 import os
 import random
@@ -29,23 +29,23 @@ FIRST_PUSH = "server process to the first accepted push"
 
 _EVERY = 50
 _BLOCK = 50
-"""Steps of a block with one snapshot, which is begun in its middle, so that it ends within the block."""
+"""Steps of a block. It contains one snapshot, which starts in the middle, so that it ends within the block."""
 
 _JOURNAL_BLOCK = 24
-"""Steps of a block: so many that snapshots which cut the journal are part of it as they are of training."""
+"""Steps of a block with a journal: enough to contain the snapshots that rotate the journal, as training does."""
 
 _PART = 1 << 20
-_DISK = "/var/tmp"  # noqa: S108  names of chance are made in it
-"""A disk, where /tmp may be memory."""
+_DISK = "/var/tmp"  # noqa: S108  the names in it are random
+"""A folder on a disk; /tmp may be in memory."""
 
 _PATIENCE_SECONDS = 120.0
 
 
 class _Program:
-    """`deltaserve serve` in a process of its own, on a data directory of its own."""
+    """A process of `deltaserve serve` with its own data directory."""
 
     def __init__(self, folder: str, durability: str, *options: str) -> None:
-        # Held until `close`, without listening: while no server is there, nobody else gets the port.
+        # Bound until `close` but not listening: nobody else gets the port while the server is down.
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind(("127.0.0.1", 0))
@@ -64,19 +64,19 @@ class _Program:
             raise
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal and waits for the end."""
+        """Sends a signal and waits until the process has ended."""
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
         self._process.wait()
 
     def close(self) -> None:
-        """Has it end in good order, and lets go of its port."""
+        """Stops the server and frees its port."""
         self.signal(signal.SIGTERM)
         self._port.close()
 
     @property
     def written_bytes(self) -> int:
-        """How many bytes the process has handed to files since it began."""
+        """Number of bytes that the process has written to files."""
         lines = Path(f"/proc/{self._process.pid}/io").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("write_bytes")))
 
@@ -93,7 +93,7 @@ def _training(durability: str, shapes: Sequence[Shape], *options: str) -> Iterat
 
 
 class _Training:
-    """A worker that pushes the same gradient again and again, over TCP."""
+    """A worker that pushes the same gradient in every step, over TCP."""
 
     def __init__(self, client: deltaserve.Client, shapes: Sequence[Shape]) -> None:
         self.model = client.create_model("bench", named(weights_of(shapes)))
@@ -104,7 +104,7 @@ class _Training:
         self._worker.step(self._gradients)
 
     def block(self, count: int) -> float:
-        """Returns the seconds of a step, the mean of so many."""
+        """Returns the mean duration of `count` steps, in seconds."""
         started = perf_counter()
         for _ in range(count):
             self.step()
@@ -112,7 +112,7 @@ class _Training:
 
 
 def snapshots(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
-    """Times steps with and without a snapshot every 50 updates, in blocks of 50 by turns."""
+    """Times steps with and without a snapshot every 50 updates, in alternating blocks of 50 steps."""
     with ExitStack() as stack:
         _, plain = stack.enter_context(_training(NONE, shapes))
         options = "--snapshot-updates", str(_EVERY), "--snapshot-seconds", "0"
@@ -125,7 +125,7 @@ def snapshots(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
 
 
 def journals(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
-    """Times steps with a journal, beside what writing the gradient takes, in blocks by turns."""
+    """Times steps with a journal, in blocks that alternate with raw writes of the gradient."""
     with ExitStack() as stack:
         trainings = {name: stack.enter_context(_training(name, shapes)) for name in (NONE, JOURNAL, FSYNC)}
         disk = stack.enter_context(_disk(elements(shapes) * 4))
@@ -175,7 +175,7 @@ def _disk(size: int) -> Iterator[Callable[[bool], float]]:
 
 
 def group_commit(rounds: int, seconds: float, counts: Sequence[int] = (1, 4, 16)) -> Figures:
-    """Counts the steps a second of several workers of a small model, asynchronous, under every durability."""
+    """Measures the steps per second of several asynchronous workers of a small model, under every durability."""
     columns = tuple(f"{count} worker{'s' * (count > 1)}" for count in counts)
     found: dict[str, list[list[float]]] = {name: [] for name in (NONE, JOURNAL, FSYNC)}
     with ExitStack() as stack:
@@ -191,7 +191,7 @@ def group_commit(rounds: int, seconds: float, counts: Sequence[int] = (1, 4, 16)
 
 
 def _rate(target: str, count: int, seconds: float) -> float:
-    """Returns how many steps a second so many workers make together, each a thread of this process."""
+    """Returns the steps per second of `count` workers together, which are threads of this process."""
     gradients = named(gradients_of(SHAPES_B))
     rates, all_there = [0.0] * count, Barrier(count, timeout=60)
 
@@ -224,11 +224,11 @@ def _syncs(seconds: float) -> float:
 
 
 def recovery(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
-    """Kills a server again and again while it trains; times from the start of the next to the first accepted push.
+    """Times a recovery, from the start of a server after SIGKILL to the first accepted push.
 
-    The worker goes on by itself. The journal has as many records as the time of each death leaves it.
+    The worker retries by itself. The length of the journal at each kill is random.
     """
-    chance = random.Random(1)  # noqa: S311  it says when, and nothing else
+    chance = random.Random(1)  # noqa: S311  decides times only
     with _training(JOURNAL, shapes) as (program, training):
 
         def run() -> float:

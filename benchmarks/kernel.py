@@ -1,4 +1,4 @@
-"""One update without a network: the store's kernel beside memory's speed and torch's own optimizer."""
+"""One update without a network: the kernel beside the speed of memory and torch's own optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
 
 LIMIT = "limit: the same 28 bytes a parameter"
-"""On the CPU read and written in place with next to no arithmetic; on a GPU copied."""
+"""The bytes of an update: on the CPU read and written in place with little arithmetic, on a GPU copied."""
 
 KERNEL = "deltaserve's update"
 GPU_SIZES = (25_000_000, 1_000_000_000)
@@ -44,7 +44,7 @@ def cpu(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
 
 
 def host_update(gradients: Sequence[Array], executor: ThreadPoolExecutor, threads: int) -> Run:
-    """Returns an update as the server makes it, of a gradient in one piece."""
+    """Returns an update as the server makes it, with the gradient as one chunk."""
     gradient = np.concatenate([array.ravel() for array in gradients])
     store = HostStore(np.zeros(gradient.size, np.float32), 0, Budget(1 << 40), executor, threads)
     ranges = [Range(0, gradient.size, Hyperparameters())]
@@ -59,7 +59,7 @@ def host_update(gradients: Sequence[Array], executor: ThreadPoolExecutor, thread
 
 
 def _same_bytes(size: int, executor: ThreadPoolExecutor, threads: int) -> Run:
-    """Returns a pass that reads four vectors and writes three, as an update must: what memory alone allows."""
+    """Returns a pass that reads four vectors and writes three, as every update must: the limit of memory."""
     vectors = [np.zeros(size, np.float32) for _ in range(4)]
     compiled: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(_read_four_write_three)
     edges = [size * part // threads for part in range(threads + 1)]
@@ -82,14 +82,14 @@ def _read_four_write_three(gradient: Array, square_avg: Array, acc_delta: Array,
 
 @contextmanager
 def kernel_alone(gradients: Sequence[Array]) -> Iterator[Run]:
-    """Gives an update on as many threads as there are cores."""
+    """Yields an update that uses all cores."""
     threads = usable_threads()
     with ThreadPoolExecutor(threads) as executor:
         yield host_update(gradients, executor, threads)
 
 
 def gpu(size: int, rounds: int) -> Timings:
-    """Times one update of `size` elements on the GPU, queue to completion."""
+    """Times one update of `size` elements on the GPU, from its launch to its completion."""
     from deltaserve_server.adadelta import cuda
 
     weights, new_weights, gradient = (torch.randn(size, device="cuda") for _ in range(3))
@@ -111,7 +111,7 @@ def gpu(size: int, rounds: int) -> Timings:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Moves 28 bytes an element, as an update does: 8 by each of three copies, 4 by half of one."""
+    """Moves 28 bytes per element, as an update does: 8 in each of three copies, 4 in half a copy."""
     for _ in range(3):
         target.copy_(source)
     half = source.numel() // 2

@@ -1,4 +1,4 @@
-"""torch's own optimizer, in the process that measures: what a step costs without a server."""
+"""torch's own optimizer in the measuring process: the cost of a step without a server."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ DEFAULT, FOREACH, COMPILED = (f"torch.optim.Adadelta, {kind}" for kind in ("defa
 
 
 def local_optimizers(weights: Sequence[Array], gradients: Sequence[Array]) -> dict[str, Run]:
-    """Returns a step of torch's own optimizer, by variant; a compiled one where there is a compiler."""
+    """Returns a step of torch's own optimizer by variant, the compiled one only if there is a compiler."""
     found: dict[str, Run] = {
         DEFAULT: local_optimizer(weights, gradients, None).step,
         FOREACH: local_optimizer(weights, gradients, True).step,
     }
     if shutil.which("g++"):
         found[COMPILED] = compiled = torch.compile(local_optimizer(weights, gradients, None).step)
-        for _ in range(3):  # it compiles anew once it has seen the state
+        for _ in range(3):  # it compiles again when the state exists
             compiled()
     return found
 
 
 def notes_on_local() -> tuple[str, ...]:
-    """Returns what is to be said where a variant was left out."""
-    return () if shutil.which("g++") else ("A compiled torch step is left out: torch.compile needs g++.",)
+    """Returns a note about the compiled variant if it is missing."""
+    return () if shutil.which("g++") else ("Compiled torch is not measured: torch.compile needs g++.",)
 
 
 def local_optimizer(weights: Sequence[Array], gradients: Sequence[Array], foreach: bool | None) -> torch.optim.Adadelta:

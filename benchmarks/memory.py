@@ -1,4 +1,4 @@
-"""What the server's process holds at most, beside what it needs to hold."""
+"""The peak memory of the server process, beside what it is allowed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from benchmarks.results import Figures
 from deltaserve.v1 import model_service_pb2
 
 BASE_BYTES = 120_000_000
-"""For the interpreter, its libraries and everything that does not grow with the model."""
+"""Allowance for the interpreter, its libraries and everything else that does not grow with the model."""
 
 RATIO = "of allowed"
 _READERS = 3
@@ -24,7 +24,7 @@ _WORKERS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Scenario:
-    """What happens to a server, the most versions read at a time, and the most pushes staged."""
+    """What clients do, and how many versions are read and pushes staged at the same time."""
 
     run: Callable[[str, Transport, Tensors, int], None]
     versions: int
@@ -32,7 +32,7 @@ class _Scenario:
 
 
 def memory(steps: int, shapes: Sequence[Shape] = SHAPES_A, transports: Sequence[Transport] = (TCP, SHARED)) -> Figures:
-    """Measures the peak of the server's resident memory, each time in a fresh server."""
+    """Measures the peak of the server's resident memory, with a new server for each scenario."""
     size, gradients = 4 * elements(shapes), named(gradients_of(shapes))
     rows: dict[str, tuple[float | None, ...]] = {}
     for transport in transports:
@@ -51,7 +51,7 @@ def memory(steps: int, shapes: Sequence[Shape] = SHAPES_A, transports: Sequence[
 
 
 def _idle(target: str, transport: Transport, gradients: Tensors, steps: int) -> None:
-    """Nothing."""
+    """Does nothing."""
 
 
 def _one(target: str, transport: Transport, gradients: Tensors, steps: int) -> None:
@@ -67,7 +67,7 @@ def _several(target: str, transport: Transport, gradients: Tensors, steps: int) 
 
 
 def _stopped_readers(target: str, transport: Transport, gradients: Tensors, steps: int) -> None:
-    """Readers who stop in the middle, each at a version of its own, while a worker goes on."""
+    """Several readers stop in the middle, each at another version, while a worker continues."""
     with ExitStack() as stack:
         for _ in range(_READERS):
             stack.enter_context(_stopped_reader(target))

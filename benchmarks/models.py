@@ -1,4 +1,4 @@
-"""The models that are measured, here and by the peers: numpy alone."""
+"""The models of the workloads, also for the peers. Uses numpy only."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 
 def _resnet50() -> list[Shape]:
-    """Returns ResNet-50's 53 convolutions, and a classifier and vectors that make it 25,000,000 in 60 tensors."""
+    """Returns the 53 convolutions of ResNet-50, padded to 25,000,000 parameters in 60 tensors."""
     shapes: list[Shape] = [(64, 3, 7, 7)]
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -30,14 +30,14 @@ SHAPES_A = tuple(_resnet50())
 """Workload A: 25,000,000 parameters, 100 MB."""
 
 SHAPES_B: tuple[Shape, ...] = ((1, 5), (1,))
-"""Workload B: the book's linear model."""
+"""Workload B: a linear model of 6 parameters."""
 
 SHAPES_C: tuple[Shape, ...] = ((512, 784), (512,), (512, 512), (512,), (655, 512), (64,))
 """Workload C: 1,000,000 parameters, 4 MB."""
 
 
 def elements(shapes: Sequence[Shape]) -> int:
-    """Returns how many parameters a model has."""
+    """Returns the number of parameters of a model."""
     return sum(map(math.prod, shapes))
 
 
@@ -45,27 +45,26 @@ SIZE_A = elements(SHAPES_A)
 
 
 def shapes_of(workload: str) -> tuple[Shape, ...]:
-    """Returns the shapes of workload a, b or c, or of one tensor of so many elements."""
+    """Returns the shapes of workload a, b or c, or of one tensor whose size is given."""
     known = {"a": SHAPES_A, "b": SHAPES_B, "c": SHAPES_C}
     return known[workload] if workload in known else ((int(workload),),)
 
 
 def weights_of(shapes: Sequence[Shape]) -> list[Array]:
-    """Returns initial weights, the same whenever they are asked for."""
+    """Returns the initial weights, always the same."""
     return _normal(shapes, 1, 0.05)
 
 
 def gradients_of(shapes: Sequence[Shape]) -> list[Array]:
     """Returns the gradient that every worker pushes in every step.
 
-    It is always the same one, so that the weights depend on nothing but the number of updates: a lost or a doubled one
-    shows.
+    With a constant gradient the weights depend only on the number of updates, which reveals lost and repeated ones.
     """
     return _normal(shapes, 2, 0.01)
 
 
 def named(arrays: Sequence[Array]) -> Tensors:
-    """Returns tensors by name, in their order."""
+    """Returns the arrays as tensors with generated names, in the same order."""
     return {f"t{index:02}": array for index, array in enumerate(arrays)}
 
 

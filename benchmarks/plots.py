@@ -1,4 +1,4 @@
-"""The plots of docs/performance.md, from the figures of a run."""
+"""Draws the plots of docs/performance.md from the results of a run."""
 
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from benchmarks.models import SHAPES_B, SIZE_A, elements
 from benchmarks.peers.suite import PEERS
 from benchmarks.results import Figures, Results, Timings, figures
 
-# Okabe and Ito's colours, which people who confuse red and green tell apart; lines differ in dash and marker too.
+# The colours of Okabe and Ito, which colour-blind people can distinguish; lines differ in dash and marker too.
 _BASELINES = {
     THERE_AND_BACK: {"color": "#000000", "linestyle": ":", "marker": ""},
     DEFAULT: {"color": "#000000", "linestyle": "--", "marker": ""},
@@ -30,19 +30,19 @@ _THEIRS = {
     "tensorflow_ps": ("#009E73", "P"),
     "grpc_naive": ("#999999", "X"),
 }
-"""By adapter; a variant that is not over TCP is dashed."""
+"""Colour and marker by adapter; variants that do not use TCP are dashed."""
 
 _MARKERS = "osD*"
 
 _LINE = 3
-"""From so many sizes on a system has a line; between two it would promise too much."""
+"""The least number of sizes for which points are joined by a line."""
 
 _Curves = dict[str, dict[int, tuple[float, float, float]]]
-"""By system, by parameters: median, fastest and slowest, in seconds."""
+"""Median, fastest and slowest step in seconds, by system and number of parameters."""
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Writes the plots into a folder, those whose figures were measured."""
+    """Writes the plots whose results are there into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     curves = _curves(results)
     if curves:
@@ -53,7 +53,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """Writes a figure with a palette, which makes the file a third as large."""
+    """Writes a figure with a colour palette, which reduces the file to a third."""
     drawn = BytesIO()
     figure.savefig(drawn)
     with Image.open(drawn) as image:
@@ -61,7 +61,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _curves(results: Results) -> _Curves:
-    """Gathers every system's steps, by number of parameters, smallest first."""
+    """Returns the step times of every system, sorted by number of parameters."""
     named = {"a": SIZE_A, "b": elements(SHAPES_B)}
     found: _Curves = {}
     for key, result in results.items():
@@ -79,7 +79,7 @@ _PEER_ROWS = tuple(system.row for system in PEERS)
 
 
 def _step(curves: _Curves) -> Figure:
-    """Step time against model size."""
+    """Plots step time against model size."""
     figure = Figure(figsize=(8.5, 6.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     for row, style in _styles(curves).items():
@@ -95,7 +95,7 @@ def _step(curves: _Curves) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("the model's size, float32: as much goes each way")
+    axes.set_xlabel("size of the model, float32; the same number of bytes travels each way")
     axes.set_ylabel("step, ms (median)")
     _plain(axes)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
@@ -103,7 +103,7 @@ def _step(curves: _Curves) -> Figure:
 
 
 def _styles(curves: _Curves) -> dict[str, dict[str, Any]]:
-    """Returns each system's line: ours solid and thick, peers thin, baselines black."""
+    """Returns the line style of each system: deltaserve solid and thick, peers thin, baselines black."""
     ours = [row for row in curves if row not in _BASELINES and row not in _PEER_ROWS and row.startswith("deltaserve,")]
     styles: dict[str, dict[str, Any]] = {}
     for place, row in enumerate(ours):
@@ -120,7 +120,7 @@ def _styles(curves: _Curves) -> dict[str, dict[str, Any]]:
 
 
 def _workers(many: Figures) -> Figure:
-    """Throughput and fairness against the number of workers."""
+    """Plots throughput and fairness against the number of workers."""
     figure = Figure(figsize=(8.5, 3.3), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     counts = [int(row.split()[0]) for row in many.rows]
@@ -130,7 +130,7 @@ def _workers(many: Figures) -> Figure:
         [high - rate for rate, high in zip(rates, highest, strict=True)],
     ]
     left.errorbar(counts, rates, spread, color=_OURS[0], marker="o", markersize=5, capsize=3, linewidth=2)
-    left.set_ylabel("steps a second, all workers together")
+    left.set_ylabel("steps per second, all workers together")
     right.plot(
         counts, list(many.column(workers.SHARE).values()), color="#0072B2", marker="s", markersize=5, linewidth=2
     )
@@ -153,7 +153,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _bytes(value: float) -> str:
-    """Returns a size as people write it: 400 MB."""
+    """Formats a size with a decimal unit: 400 MB."""
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:g} {unit}"

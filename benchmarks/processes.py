@@ -1,4 +1,4 @@
-"""Servers and peers in processes of their own, so that they share no interpreter with what is timed."""
+"""Runs servers and baselines in other processes, which do not share an interpreter with the measured code."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from deltaserve_server.config import DeviceKind
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """A way from worker to server.
+    """A transport between worker and server.
 
     Attributes:
-        name: As tables have it.
-        bind: Where the server listens; `{folder}` stands for an empty folder.
-        worker: What `Model.worker` is told.
+        name: Name in the tables.
+        bind: Address that the server binds; `{folder}` stands for an empty folder.
+        worker: Arguments of `Model.worker`.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Transport:
 
     @property
     def row(self) -> str:
-        """The row of tables."""
+        """Name of the row in the tables."""
         return f"deltaserve, {self.name}"
 
 
@@ -38,12 +38,12 @@ SHARED = Transport("shared memory", worker={"transport": "shared"})
 BFLOAT16 = Transport("TCP, bfloat16", worker={"transport": "stream", "wire": "bfloat16"})
 
 TRANSPORTS = (TCP, UNIX, SHARED)
-"""Every table of steps, workers and peers has a row for each."""
+"""The transports that the tables of steps, workers and peers compare."""
 
 
 @contextmanager
 def process(target: Callable[..., None], *arguments: object) -> Iterator[tuple[Connection, int]]:
-    """Runs `target` with a connection in a process of its own; gives the other end, and the process's id."""
+    """Runs `target` in another process with one end of a connection; yields the other end and the process id."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=target, args=(theirs, *arguments), daemon=True)
@@ -62,7 +62,7 @@ def process(target: Callable[..., None], *arguments: object) -> Iterator[tuple[C
 
 @contextmanager
 def server(transport: Transport = TCP, device: DeviceKind = "cpu") -> Iterator[tuple[str, int]]:
-    """Gives the target and the process id of a server."""
+    """Yields the address and the process id of a server."""
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="deltaserve-"))
         connection, pid = stack.enter_context(process(serve, transport.bind.format(folder=folder), device))
@@ -70,14 +70,14 @@ def server(transport: Transport = TCP, device: DeviceKind = "cpu") -> Iterator[t
 
 
 def serve(connection: Connection, bind: str, device: DeviceKind) -> None:
-    """Serves until the other end of the connection is closed."""
+    """Serves until the other end of the connection closes."""
     with Server(ServerConfig(bind=bind, device=device)) as serving:
         connection.send(serving.target)
         until_closed(connection)
 
 
 def until_closed(connection: Connection) -> None:
-    """Returns when the other end is gone."""
+    """Returns when the other end closes the connection."""
     try:
         connection.recv()
     except EOFError:

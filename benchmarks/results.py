@@ -1,4 +1,4 @@
-"""What a benchmark gives: timings by turns, or a table of other figures. To Markdown, and to JSON and back."""
+"""The results of benchmarks: timings or other figures, as Markdown, and as JSON and back."""
 
 import json
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from benchmarks.timing import Timing
 
 _FACTORS = {"ms": 1e3, "us": 1e6, "s": 1.0}
 _MANY = 100
-"""From so many rounds on a table shows the p99; the slowest of fewer says more."""
+"""The least number of rounds for which a table shows the p99 instead of the range."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Contenders timed by turns.
+    """Timings of several contenders.
 
     Attributes:
-        title: Of the table; begins with what `--only` looks for.
+        title: Title of the table.
         baseline: The row that ratios refer to.
-        rows: By contender.
-        unit: "s", "ms" or "us".
-        notes: What a reader must know, such as who was left out.
+        rows: Timings by contender.
+        unit: Unit of the table: "s", "ms" or "us".
+        notes: Lines below the table, such as what was not measured.
     """
 
     title: str
@@ -32,12 +32,12 @@ class Timings:
     notes: tuple[str, ...] = ()
 
     def ratio(self, row: str, other: str | None = None) -> float | None:
-        """Returns the median of a row over that of another, or of the baseline; None where either was not measured."""
+        """Returns the ratio of a row's median to another row's or the baseline's; None if either is missing."""
         above, below = self.rows.get(row), self.rows.get(other or self.baseline)
         return above.median / below.median if above and below else None
 
     def markdown(self) -> str:
-        """Returns the table."""
+        """Returns the table as Markdown."""
         factor = _FACTORS[self.unit]
         many = any(len(timing.seconds) >= _MANY for timing in self.rows.values())
         spread = "p99" if many else "fastest to slowest"
@@ -52,13 +52,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures that are no timings, or too many of them for one column.
+    """A table of figures.
 
     Attributes:
-        title: Of the table; begins with what `--only` looks for.
-        columns: Their names, with units.
-        rows: Each row's figures, in the order of the columns; None where there is none.
-        notes: What a reader must know.
+        title: Title of the table.
+        columns: Names of the columns, with units.
+        rows: Figures by row, in the order of the columns; None means no figure.
+        notes: Lines below the table.
     """
 
     title: str
@@ -67,13 +67,13 @@ class Figures:
     notes: tuple[str, ...] = ()
 
     def column(self, name: str) -> dict[str, float]:
-        """Returns a column's figures by row, those that are there."""
+        """Returns the figures of a column by row, without missing ones."""
         place = self.columns.index(name)
         found = {row: figures[place] for row, figures in self.rows.items()}
         return {row: value for row, value in found.items() if value is not None}
 
     def markdown(self) -> str:
-        """Returns the table."""
+        """Returns the table as Markdown."""
         lines = [f"| what | {' | '.join(self.columns)} |", f"| --- |{' ---: |' * len(self.columns)}"]
         for name, figures in self.rows.items():
             lines.append(f"| {name} | {' | '.join(map(_number, figures))} |")
@@ -83,29 +83,29 @@ class Figures:
 Result = Timings | Figures
 
 Results = Mapping[str, Result]
-"""By key, which is what targets, plots and the model of scaling look for."""
+"""Results by key, the name under which targets, plots and predictions find them."""
 
 
 def timings(results: Results, key: str) -> Timings | None:
-    """Returns the timings of this key, if they were measured."""
+    """Returns the timings with this key, or None."""
     found = results.get(key)
     return found if isinstance(found, Timings) else None
 
 
 def figures(results: Results, key: str) -> Figures | None:
-    """Returns the figures of this key, if they were measured."""
+    """Returns the figures with this key, or None."""
     found = results.get(key)
     return found if isinstance(found, Figures) else None
 
 
 def save(file: Path, machine: Mapping[str, str], results: Results) -> None:
-    """Writes every figure, timings in seconds."""
+    """Writes all results as JSON, timings in seconds."""
     kept = {key: {"kind": type(result).__name__, **asdict(result)} for key, result in results.items()}
     file.write_text(json.dumps({"machine": dict(machine), "results": kept}, indent=1) + "\n")
 
 
 def load(file: Path) -> tuple[dict[str, str], dict[str, Result]]:
-    """Reads what `save` wrote: the machine, and the results."""
+    """Reads a file of `save`: the description of the machine, and the results."""
     kept = json.loads(file.read_text())
     return kept["machine"], {key: _result(dict(result)) for key, result in kept["results"].items()}
 
@@ -121,7 +121,7 @@ def _result(kept: dict[str, Any]) -> Result:
 
 
 def _number(value: float | None) -> str:
-    """Returns three significant digits, and all of them before the point."""
+    """Formats a number with three significant digits, or with all digits before the decimal point."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:.3g}"

@@ -1,8 +1,8 @@
 """The command line of the benchmarks.
 
-`python -m benchmarks` measures and prints tables; with the FILE that `--json` wrote, `plot` draws figures, `scaling`
-predicts what more machines would do, and `document` does both for docs/performance.md. `convergence` is a study of its
-own.
+`python -m benchmarks` measures and prints tables. The other commands use the FILE that `--json` wrote: `plot` draws
+plots, `scaling` predicts several machines, and `document` updates docs/performance.md. `convergence` is a separate
+study. `python -m benchmarks.compare OTHER_CHECKOUT` compares two checkouts.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _PLOTS = Path("docs/performance")
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A table: its key, how many rounds it takes, and what measures it in so many."""
+    """A table: its key, the number of rounds, and the function that measures it in that many rounds."""
 
     key: str
     rounds: int
@@ -48,7 +48,7 @@ class Benchmark:
 
 
 def benchmarks(quick: bool, sizes: Sequence[int]) -> Iterator[Benchmark]:
-    """Yields what can be measured on this machine, but for the peers."""
+    """Yields the benchmarks that can run on this machine, except those of the peers."""
     seconds = 1.0 if quick else 10.0
     yield Benchmark("kernel-cpu", 21, kernel.cpu)
     yield Benchmark("step-a", 21, step.large)
@@ -73,7 +73,7 @@ def benchmarks(quick: bool, sizes: Sequence[int]) -> Iterator[Benchmark]:
 
 
 def measure(arguments: argparse.Namespace, described: Mapping[str, str]) -> Results:
-    """Measures what is asked for; prints and saves each table when it is done, so that a run may be cut short."""
+    """Runs the selected benchmarks; prints and saves each table when it is done, so that a run can be stopped."""
     results: dict[str, Result] = {}
 
     def done(key: str, result: Result) -> None:
@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace, described: Mapping[str, str]) -> Resu
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
+    """Runs the command line."""
     arguments = _parser().parse_args(command)
     arguments.act(arguments)
 
@@ -116,13 +116,13 @@ def _measure(arguments: argparse.Namespace) -> None:
     elif any(target.measure(results) is not None for target in targets.TARGETS):
         print(f"### targets\n\n{targets.table(results, whole=False)}")
     elif not results:
-        print(f"No table's key begins with {arguments.only!r}.")
+        print(f"no table has a key that starts with {arguments.only!r}")
 
 
 def _compile() -> None:
-    """Has the bytecode of our modules on disk, as pip leaves it.
+    """Writes the bytecode of deltaserve's modules, as pip does.
 
-    Where the environment keeps Python from writing it, processes that are timed would compile them at each start.
+    Otherwise every timed process would compile them if the environment keeps Python from writing bytecode.
     """
     for package in (deltaserve, deltaserve_server):
         compileall.compile_dir(package.__path__[0], quiet=1)
@@ -152,21 +152,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(act=_measure)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, timings in seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE, timings in seconds")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds, and fewer sizes")
     parser.add_argument(
-        "--only", default="", metavar="KEY", help="only tables whose key begins so: kernel, step-a, ..."
+        "--only", default="", metavar="KEY", help="only tables whose key starts with KEY: kernel, step-a, ..."
     )
-    parser.add_argument("--sizes", metavar="N,N", help="parameters of the models in the tables step-N")
-    parser.add_argument("--full", action="store_true", help="sizes up to 1 G parameters, where there is the memory")
+    parser.add_argument("--sizes", metavar="N,N", help="sizes of the models in the tables step-N")
+    parser.add_argument("--full", action="store_true", help="sizes up to 1 G parameters, if there is enough memory")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, act, text in (
         ("plot", _plot, f"draw the plots into {_PLOTS}"),
-        ("document", _document, f"draw the plots, and write tables, targets and predictions into {document.FILE}"),
+        ("document", _document, f"draw the plots, and write tables, targets and predictions to {document.FILE}"),
         ("scaling", _scaling, scaling.__doc__),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("file", type=Path, metavar="FILE", help="what --json wrote")
+        command.add_argument("file", type=Path, metavar="FILE", help="a file that --json wrote")
         command.set_defaults(act=act)
     study = commands.add_parser("convergence", help=convergence.__doc__)
     convergence.add_arguments(study)

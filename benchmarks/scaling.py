@@ -1,4 +1,4 @@
-"""Predicts, from one machine's figures, what limits steps over S shards and many workers on networks of any speed."""
+"""Predicts steps with several shards, workers and networks from the results of one machine, and what limits them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from benchmarks.results import Results, Timings, figures, timings
 from benchmarks.workers import STEPS, WORKLOAD_C
 
 CORES = 2
-"""Of the machine that was measured, and of each machine that is predicted."""
+"""Cores of the measured machine and of each predicted machine."""
 
 ROUND_TRIP_SECONDS = 100e-6
-"""Between two machines of a data centre; on loopback it is part of the measured call."""
+"""Round-trip time between two machines of a data centre; on loopback it is part of the measured call."""
 
 FAN_OUT_SECONDS = 50e-6
-"""What one more shard costs a worker in a step: a call begun and awaited. Assumed: there are no shards yet."""
+"""The cost of one more shard in a worker's step: a call that is started and awaited. An assumption so far."""
 
 ELEMENT_BYTES = 4
 
 NETWORKS = (1, 10, 25, 100)
-"""Gbit/s, full duplex, of every machine."""
+"""Network speeds in Gbit/s, full duplex."""
 
 SHARDS = (1, 4, 16, 64)
 MODELS = (SIZE_A, 1_000_000_000)
@@ -29,16 +29,16 @@ MODELS = (SIZE_A, 1_000_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What was measured on one machine, over loopback TCP.
+    """The costs measured on one machine, over loopback TCP.
 
     Attributes:
-        call: Seconds of a step of next to nothing.
-        loopback: Seconds a byte of a step whose two sides share the machine; each parameter has eight, four each way.
-        worker: Processor seconds a byte on the worker's side.
-        server: Processor seconds a byte on the server's side, the kernel not counted.
-        worker_call: Processor seconds a step on the worker's side, whatever its size.
-        server_call: The same on the server's side.
-        kernel: Seconds a parameter, on all cores.
+        call: Seconds of a step of a tiny model.
+        loopback: Seconds per byte of a step, worker and server on one machine; a parameter is four bytes each way.
+        worker: Processor seconds per byte in the worker.
+        server: Processor seconds per byte in the server, without the kernel.
+        worker_call: Processor seconds per step in the worker, for any size.
+        server_call: Processor seconds per step in the server, for any size.
+        kernel: Seconds of the kernel per parameter, on all cores.
     """
 
     call: float
@@ -51,7 +51,7 @@ class Costs:
 
 
 def costs(results: Results) -> Costs | None:
-    """Returns the costs, from workloads A and B alone; None where a table is missing."""
+    """Returns the costs, computed from workloads A and B; None if a table is missing."""
     large, small = timings(results, "step-a"), timings(results, "step-b")
     used = figures(results, "step-processor")
     if not (large and small and used):
@@ -74,12 +74,12 @@ def costs(results: Results) -> Costs | None:
 
 
 def one_machine(cost: Costs, parameters: int) -> float:
-    """Returns the seconds of a step where worker and server share a machine."""
+    """Returns the seconds of a step if worker and server share a machine."""
     return cost.call + 2 * ELEMENT_BYTES * parameters * cost.loopback + parameters * cost.kernel
 
 
 def together(cost: Costs, parameters: int) -> float:
-    """Returns the steps a second of workers enough to keep all cores of one machine busy."""
+    """Returns the steps per second of enough workers to keep all cores of one machine busy."""
     bytes_a_step = 2 * ELEMENT_BYTES * parameters
     sides = cost.worker_call + cost.server_call + bytes_a_step * (cost.worker + cost.server)
     return 1 / (sides / CORES + cost.kernel * parameters)
@@ -87,7 +87,7 @@ def together(cost: Costs, parameters: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A worker's step in seconds and its limit; the steps a second that the shards bear, and theirs."""
+    """The duration of a worker's step and its bottleneck, and the most steps per second of the shards and theirs."""
 
     seconds: float
     limit: str
@@ -96,21 +96,21 @@ class Prediction:
 
     @property
     def workers(self) -> float:
-        """How many workers, doing nothing but steps, it takes to keep the shards busy."""
+        """Number of workers, doing nothing but steps, that keep the shards busy."""
         return max(self.rate * self.seconds, 1.0)
 
 
 def predict(cost: Costs, parameters: int, shards: int, gigabits: float) -> Prediction:
-    """Predicts steps over several machines: a machine a shard, a machine a worker.
+    """Predicts steps on several machines, one for each shard and each worker.
 
-    A worker sends to all shards at once, then receives from all at once. Each way takes as long as the slowest of: its
-    own side, on one core; the network; a shard's side, on one core. Shards update while nothing is on the way.
+    A worker sends to all shards at once, then receives from all at once. Each direction is as slow as the slowest of
+    the worker on one core, the network, and a shard on one core. Shards update between the two directions.
 
     Args:
-        cost: As measured.
-        parameters: Of the model; every shard has its part of them.
-        shards: How many.
-        gigabits: Of the network, each way, in Gbit/s.
+        cost: The measured costs.
+        parameters: Number of parameters, divided evenly among the shards.
+        shards: Number of shards.
+        gigabits: Speed of the network in each direction, in Gbit/s.
     """
     bytes_a_second = gigabits * 1e9 / 8
     way = ELEMENT_BYTES * parameters
@@ -138,10 +138,10 @@ def predict(cost: Costs, parameters: int, shards: int, gigabits: float) -> Predi
 
 
 def report(results: Results) -> str:
-    """Returns the costs, how well they reproduce what was measured, and the predictions, as Markdown."""
+    """Returns costs, their check against measurements, and predictions, as Markdown."""
     cost = costs(results)
     if cost is None:
-        return "There is nothing to predict from: step-a, step-b and step-processor must have been measured."
+        return "There is nothing to predict from: measure step-a, step-b and step-processor first."
     text = (
         f"A step costs {cost.call * 1e6:,.0f} us, and per GB of parameters and gradients {cost.loopback * 1e9:.2f} s "
         f"on loopback; processor time per GB: worker {cost.worker * 1e9:.2f} s, server {cost.server * 1e9:.2f} s; "
@@ -162,7 +162,7 @@ def report(results: Results) -> str:
 
 
 def _checks(results: Results, cost: Costs) -> Iterator[tuple[str, str, float, float]]:
-    """Yields what was measured and what the model says: name, unit, measured, predicted."""
+    """Yields the checks: name, unit, measured and predicted value."""
     for key, result in results.items():
         size = key.removeprefix("step-")
         if size.isdecimal() and isinstance(result, Timings):
@@ -175,7 +175,7 @@ def _checks(results: Results, cost: Costs) -> Iterator[tuple[str, str, float, fl
 
 
 def _predictions(cost: Costs) -> Iterator[str]:
-    """Yields two tables: a worker's step, and what the shards bear, by model, network and number of shards."""
+    """Yields two tables by model, network and number of shards: a worker's step, and the steps of all workers."""
     heads = " | ".join(f"{count} shard{'s' if count > 1 else ''}" for count in SHARDS)
     for title, text in (("a worker's step", _own_step), ("all workers together", _all_steps)):
         yield f"| {title} | {heads} |\n| --- |{' --- |' * len(SHARDS)}"

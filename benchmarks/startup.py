@@ -1,4 +1,4 @@
-"""How long it takes until there is something to work with: a server that serves, a package that is imported."""
+"""The time until a server serves, and the time to import the client."""
 
 import socket
 import subprocess
@@ -24,7 +24,7 @@ _IMPORT = "from time import perf_counter as now; start = now(); import {}; print
 
 
 def startup(rounds: int) -> Timings:
-    """Times starts; what the files' pages cost a first time is not in it, the warm-ups have read them."""
+    """Times starts and imports; the warm-up rounds have read the files from the disk."""
     contenders: dict[str, Callable[[], float]] = {
         SERVING: start_seconds,
         STEPPED: partial(start_seconds, until=_stepped),
@@ -37,7 +37,7 @@ def startup(rounds: int) -> Timings:
 
 @contextmanager
 def server_process(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
-    """Gives the target and the id of a `deltaserve serve` process that has opened its port; it ends with the context.
+    """Yields the address and the process id of a `deltaserve serve` that listens; it ends with the context.
 
     Args:
         environment: The process's environment; None means this process's own.
@@ -68,17 +68,17 @@ def start_seconds(environment: Mapping[str, str] | None = None, until: Callable[
 
 
 def listening(target: str, child: "subprocess.Popen[bytes]") -> None:
-    """Returns when somebody listens; gRPC would wait a second between two tries.
+    """Returns when a server listens. gRPC itself would wait a second between two attempts.
 
     Raises:
-        RuntimeError: the process has ended instead.
+        RuntimeError: The process has ended instead.
     """
     host, _, port = target.rpartition(":")
     while child.poll() is None:
         try:
             with socket.create_connection((host, int(port))):
                 return
-        except ConnectionError:  # nobody listens yet; a listener that is only being set up may reset
+        except ConnectionError:  # not listening yet; a listener in the making may reset a connection
             sleep(0.001)
     raise RuntimeError(f"the server ended with status {child.returncode}")
 

@@ -1,4 +1,4 @@
-"""A worker's step, over every transport and for models of every size, beside what the bytes alone cost."""
+"""A worker's step over every transport and for models of every size, beside the cost of the bytes alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,14 +21,14 @@ FULL_SIZES = (*SIZES, 1_000_000_000)
 QUICK_SIZES = SIZES[:-1:2]
 
 _SERVER_VECTORS, _WORKER_VECTORS = 6, 2
-"""Vectors of the model's size: a server's weights twice, its state, a push and what gRPC holds; a worker's weights, and
-what gRPC holds of a push."""
+"""Vectors of the model's size. Server: two versions of the weights, two of state, a push, gRPC's buffers; worker:
+weights, gRPC's buffers."""
 
 _ONE_THREAD = 1 << 15
-"""Up to so many elements torch uses no threads of its own."""
+"""The largest number of elements for which torch uses one thread."""
 
 _BYTES_A_RUN = 2 << 30
-"""A size is measured as often as this many bytes of parameters allow, within reason."""
+"""Bytes of parameters per size, which determine the number of rounds, within limits."""
 
 
 def large(rounds: int, device: DeviceKind = "cpu", shapes: Sequence[Shape] = SHAPES_A) -> Timings:
@@ -65,17 +65,23 @@ def small(rounds: int) -> Timings:
         return Timings(title, EMPTY_CALL, by_turns(contenders, rounds, warmups=100), "us")
 
 
-def of_size(count: int, share: float = 1.0) -> Result:
-    """Times a step of a model of one tensor with `count` elements; `share` of the usual rounds.
+def of_size(count: int, fraction: float = 1.0) -> Result:
+    """Times a step of a model of one tensor with `count` elements.
 
-    A size for which there is not enough memory gives an empty table that says so.
+    Args:
+        count: Number of elements.
+        fraction: Fraction of the usual number of rounds.
+
+    Returns:
+        The timings, or an empty table with a note if there is not enough memory.
     """
     title = f"step: one tensor of {count:,} parameters"
     needed = 4 * count * (len(TRANSPORTS) * (_SERVER_VECTORS + _WORKER_VECTORS) + 4 + 5)
     if needed > machine.available_bytes():
-        note = f"Left out: {needed / 1e9:.0f} GB of memory are needed, {machine.available_bytes() / 1e9:.0f} are there."
+        available = machine.available_bytes()
+        note = f"Not measured: needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available."
         return Figures(title, (), notes=(note,))
-    rounds = max(round(min(_BYTES_A_RUN // (4 * count), 500) * share), 5)
+    rounds = max(round(min(_BYTES_A_RUN // (4 * count), 500) * fraction), 5)
     shapes = shapes_of(str(count))
     gradients = gradients_of(shapes)
     rest = REST_SECONDS if count > _ONE_THREAD else 0.0
@@ -90,7 +96,7 @@ def of_size(count: int, share: float = 1.0) -> Result:
 
 
 def processor_time(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Figures:
-    """Measures the processor time that a step takes in the worker's process and in the server's, over TCP."""
+    """Measures the processor time of a step in the worker and in the server, over TCP."""
     rows: dict[str, tuple[float | None, ...]] = {}
     for name, model in ((f"{elements(shapes) / 1e6:.3g} M parameters", shapes), ("6 parameters", SHAPES_B)):
         count = rounds if model is shapes else rounds * 200
@@ -107,7 +113,7 @@ def processor_time(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Figures:
 def _workers(
     stack: ExitStack, transports: Sequence[Transport], shapes: Sequence[Shape], gradients: Tensors, device: DeviceKind
 ) -> dict[str, Run]:
-    """Returns the step of a worker over each transport, each with a server of its own."""
+    """Returns a worker's step over each transport, each with its own server."""
     found = {}
     for transport in transports:
         target, _ = stack.enter_context(server(transport, device))
@@ -117,7 +123,7 @@ def _workers(
 
 @contextmanager
 def worker_step(target: str, transport: Transport, shapes: Sequence[Shape], gradients: Tensors) -> Iterator[Run]:
-    """Gives a step of a worker; the weights are in its own memory when it returns."""
+    """Yields a worker's step, which returns when the weights are in the worker's memory."""
     with ExitStack() as stack:
         client = stack.enter_context(deltaserve.connect(target))
         model = client.create_model("bench", named(weights_of(shapes)))
@@ -126,7 +132,7 @@ def worker_step(target: str, transport: Transport, shapes: Sequence[Shape], grad
 
 
 def _worker(model: deltaserve.Model, transport: Transport) -> deltaserve.Worker:
-    """Returns a worker; torch converts what is narrower on the wire, as it does for RemoteAdadelta."""
+    """Returns a worker that converts narrow element types with torch, as RemoteAdadelta does."""
     settings = dict(transport.worker)
     wire = TORCH_ELEMENT_TYPES[settings.pop("wire", "float32")]
     return model._worker(None, None, settings.pop("transport"), wire)

@@ -1,4 +1,4 @@
-"""The project's targets, each as a ratio of two figures of the same run."""
+"""The performance targets, most of them ratios of two figures of one run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Measure = Callable[[Results], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A target: what is measured, the most or the least that it may be, and how it is found among the results."""
+    """A target: its text, the function that finds its figure among the results, and its bound."""
 
     text: str
     measure: Measure
@@ -24,21 +24,21 @@ class Target:
     at_least: float | None = None
 
     def met(self, value: float) -> bool:
-        """Returns whether a figure meets it."""
+        """Returns whether a figure meets the bound."""
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
     @property
     def bound(self) -> str:
-        """The bound, as tables have it."""
+        """The bound as text."""
         return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
 
 
 def table(results: Results, whole: bool = True) -> str:
-    """Returns the closing table: every target, what was measured, and whether it is met.
+    """Returns the table of targets, measured figures and verdicts.
 
     Args:
-        results: Of one run.
-        whole: Also targets whose figures were not measured.
+        results: The results of a run.
+        whole: Include targets whose figures were not measured.
     """
     lines = ["| target | bound | measured | |", "| --- | ---: | ---: | --- |"]
     for target in TARGETS:
@@ -52,7 +52,7 @@ def table(results: Results, whole: bool = True) -> str:
 
 
 def _ratio(key: str, row: str, other: str, scale: float = 1.0) -> Measure:
-    """Returns what finds the ratio of two rows' medians in a table of timings."""
+    """Returns a function that finds the ratio of the medians of two rows."""
 
     def measure(results: Results) -> float | None:
         found = timings(results, key)
@@ -79,7 +79,7 @@ def _p99(key: str, row: str) -> Measure:
 
 
 def _worst(key: str, column: str, worst: Callable[[Sequence[float]], float]) -> Measure:
-    """Returns what finds the worst figure of a column."""
+    """Returns a function that finds the worst figure of a column."""
 
     def measure(results: Results) -> float | None:
         found = figures(results, key)
@@ -90,7 +90,7 @@ def _worst(key: str, column: str, worst: Callable[[Sequence[float]], float]) -> 
 
 
 def _best_peer(key: str, ours: str, among: Sequence[str] | None = None) -> Measure:
-    """Returns what finds our time over the best peer's; `among` limits the peers."""
+    """Returns a function that finds the ratio of our time to the best peer's; `among` limits the peers."""
 
     def measure(results: Results) -> float | None:
         found = timings(results, key)
@@ -103,7 +103,7 @@ def _best_peer(key: str, ours: str, among: Sequence[str] | None = None) -> Measu
 
 
 def _rate_beside_peers(ours: str, among: Sequence[str] | None = None) -> Measure:
-    """Returns what finds our steps a second in workload C over the best peer's."""
+    """Returns a function that finds the ratio of our steps per second in workload C to the best peer's."""
 
     def measure(results: Results) -> float | None:
         found = figures(results, "peers-c")

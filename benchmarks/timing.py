@@ -1,4 +1,4 @@
-"""Timing by turns: every contender once a round, so that what else the machine does meets all of them."""
+"""Times contenders in turns, once each per round, so that other load on the machine affects all of them alike."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from benchmarks.machine import percentile
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one contender over all rounds."""
+    """The seconds of one contender in all rounds."""
 
     seconds: tuple[float, ...]
 
@@ -27,24 +27,24 @@ class Timing:
 
     @property
     def p99(self) -> float:
-        """What 99 % of the rounds do not exceed, in seconds."""
+        """The 99th percentile, in seconds."""
         return percentile(list(self.seconds), 99)
 
 
 REST_SECONDS = 0.003
-"""After a contender with threads of its own, torch's for instance: they go on spinning for about a millisecond."""
+"""Pause before each contender. Threads of the one before, such as torch's, spin for about a millisecond more."""
 
 
 def by_turns(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2, rest_seconds: float = 0.0
 ) -> dict[str, Timing]:
-    """Runs every contender once a round and returns its timings.
+    """Runs every contender once per round and returns the timings.
 
     Args:
-        contenders: What to time, by name; each returns when its work is done.
-        rounds: How often.
-        warmups: Rounds before that are not counted.
-        rest_seconds: Before each contender.
+        contenders: Functions by name; each returns when its work is done.
+        rounds: Number of rounds.
+        warmups: Number of rounds before, which do not count.
+        rest_seconds: Pause before each contender.
     """
 
     def timed(run: Callable[[], object]) -> float:
@@ -57,7 +57,7 @@ def by_turns(
 
 
 def collect(contenders: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 2) -> dict[str, Timing]:
-    """Does the same with contenders that return the seconds that count."""
+    """Runs every contender once per round; the contenders return their times in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(warmups + rounds):
         for name, run in contenders.items():

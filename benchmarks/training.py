@@ -1,4 +1,4 @@
-"""An iteration of training in torch: forward, backward, and a step of the local optimizer or of the drop-in."""
+"""An iteration of training in torch: forward, backward, and a step of a local or a remote optimizer."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -17,7 +17,7 @@ LAYERS, WIDTH, BATCH = 8, 1024, 256
 
 
 def training(rounds: int, layers: int = LAYERS, width: int = WIDTH) -> Timings:
-    """Times an iteration of a network of linear layers in the worker's process; the server has one of its own."""
+    """Times an iteration of a network of linear layers; the server runs in another process."""
     optimizers: dict[str, tuple[Any, dict[str, Any]]] = {
         TCP.row: (TCP, {}),
         f"{TCP.row}, overlap": (TCP, {"overlap": True}),

@@ -1,4 +1,4 @@
-"""How many bytes go over the wire: counted by a TCP proxy between worker and server, gRPC's framing included."""
+"""The bytes on the wire, gRPC's framing included, counted by a TCP proxy between worker and server."""
 
 import socket
 from collections.abc import Iterator, Sequence
@@ -39,18 +39,18 @@ class _Proxy:
                 Thread(target=self.relay, args=(source, sink, way), daemon=True).start()
 
     def relay(self, source: socket.socket, sink: socket.socket, way: str) -> None:
-        """Passes on what comes from one side."""
+        """Forwards the bytes of one direction and counts them."""
         try:
             while data := source.recv(_READ_BYTES):
                 setattr(self, way, getattr(self, way) + len(data))
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
-        except OSError:  # the other side is gone
+        except OSError:  # the other side closed its connection
             return
 
 
 def wire(steps: int, shapes: Sequence[Shape] = SHAPES_A) -> Figures:
-    """Counts the bytes of steps over TCP."""
+    """Counts the bytes of a step over TCP."""
     tensors, gradients = named(weights_of(shapes)), named(gradients_of(shapes))
     size = 4 * elements(shapes)
     with ExitStack() as stack:
@@ -77,5 +77,5 @@ def _proxy(target: str) -> Iterator[tuple[_Proxy, str]]:
         Thread(target=proxy.accept, args=(listener,), daemon=True).start()
         yield proxy, f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-    for one in proxy.sockets:
-        one.close()
+    for connection in proxy.sockets:
+        connection.close()

@@ -1,4 +1,4 @@
-"""Many workers at one model, asynchronous: throughput, fairness, memory, and whether any push was lost."""
+"""Many asynchronous workers of one model: throughput, fairness, memory, lost pushes."""
 
 import os
 import statistics
@@ -28,14 +28,14 @@ STEPS, SHARE, LOST, WORKER_MB, SERVER_MB = (
 COLUMNS = (STEPS, "lowest", "highest", SHARE, LOST, WORKER_MB, SERVER_MB)
 
 _PROCESSES = 16
-"""More workers than this share processes, as threads: 64 interpreters would measure how long they take to start."""
+"""The largest number of worker processes; more workers are threads, because starting 64 interpreters is slow."""
 
 _WARMUPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What came of one time: each worker's steps, the seconds they took, lost pushes, peaks of memory in bytes."""
+    """The outcome of one round: steps of each worker, duration, lost pushes, peaks of memory."""
 
     steps: list[int]
     seconds: float
@@ -54,7 +54,7 @@ def by_transport(rounds: int, seconds: float) -> Figures:
 def by_count(
     rounds: int, seconds: float, counts: Sequence[int] = COUNTS, shapes: Sequence[Shape] = SHAPES_C
 ) -> Figures:
-    """Measures any number of workers, over TCP."""
+    """Measures several numbers of workers over TCP."""
     cases = {f"{count} worker{'s' if count > 1 else ''}": (TCP, count) for count in counts}
     title = f"workers: how many, 1 M parameters, {seconds:g} s, TCP"
     notes = (
@@ -66,25 +66,25 @@ def by_count(
 def _measure(
     cases: dict[str, tuple[Transport, int]], rounds: int, seconds: float, shapes: Sequence[Shape]
 ) -> dict[str, tuple[float | None, ...]]:
-    """Runs every case once a round, with a server of its own."""
+    """Runs every case once per round, each with a new server."""
     found: dict[str, list[_Round]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, (transport, count) in cases.items():
             found[name].append(_run(transport, count, seconds, shapes))
-    return {name: _figures(done) for name, done in found.items()}
+    return {name: _figures(measured) for name, measured in found.items()}
 
 
 def _figures(rounds: list[_Round]) -> tuple[float, ...]:
-    rates = [sum(one.steps) / one.seconds for one in rounds]
-    shares = [min(one.steps) * len(one.steps) / sum(one.steps) for one in rounds]
+    rates = [sum(measured.steps) / measured.seconds for measured in rounds]
+    fairness = [min(measured.steps) * len(measured.steps) / sum(measured.steps) for measured in rounds]
     return (
         statistics.median(rates),
         min(rates),
         max(rates),
-        statistics.median(shares),
-        float(sum(one.lost for one in rounds)),
-        max(one.worker_bytes for one in rounds) / 1e6,
-        max(one.server_bytes for one in rounds) / 1e6,
+        statistics.median(fairness),
+        float(sum(measured.lost for measured in rounds)),
+        max(measured.worker_bytes for measured in rounds) / 1e6,
+        max(measured.server_bytes for measured in rounds) / 1e6,
     )
 
 
@@ -94,9 +94,9 @@ def _run(transport: Transport, count: int, seconds: float, shapes: Sequence[Shap
         client = stack.enter_context(deltaserve.connect(target))
         model = client.create_model("bench", named(weights_of(shapes)))
         processes = min(count, _PROCESSES)
-        shares = [count // processes + (index < count % processes) for index in range(processes)]
+        counts = [count // processes + (index < count % processes) for index in range(processes)]
         connections = [
-            stack.enter_context(process(_work, target, transport, share, list(shapes)))[0] for share in shares
+            stack.enter_context(process(_work, target, transport, threads, list(shapes)))[0] for threads in counts
         ]
         for connection in connections:
             connection.recv()
@@ -112,7 +112,7 @@ def _run(transport: Transport, count: int, seconds: float, shapes: Sequence[Shap
 
 
 def _work(connection: Connection, target: str, transport: Transport, count: int, shapes: list[Shape]) -> None:
-    """Runs `count` workers until the time that comes over the connection; tells their steps, and when they ended."""
+    """Runs `count` workers until the time received over the connection; sends their steps and their end."""
     gradients = named(gradients_of(shapes))
     ready, go = Barrier(count + 1), Barrier(count + 1)
     steps, deadline, ended = [0] * count, 0.0, [0.0] * count

@@ -1,6 +1,6 @@
-"""Other ways to a parameter server, each in an environment of its own, by turns with deltaserve: `make bench-peers`.
+"""Other parameter servers, measured in turns with deltaserve, each in its own environment: `make bench-peers`.
 
-A module a peer, all with one command line: `python -m benchmarks.peers.NAME --workload a --variant V` prints a line of
-JSON. A step is the same for all: the whole gradient goes to the server, which makes one Adadelta update, and then the
-whole new weights are in the worker's memory.
+Each peer has a module with the same command line: `python -m benchmarks.peers.NAME --workload a --variant V` prints one
+line of JSON. A step is the same for all: the whole gradient goes to the server, which makes one Adadelta update, and
+the whole new weights arrive in the worker's memory.
 """

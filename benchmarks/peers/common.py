@@ -1,6 +1,6 @@
-"""What all adapters share: workloads, the clock, the check against float64, processes, the command line.
+"""What all adapters share: workloads, timing, the check against float64, processes, the command line.
 
-Standard library and numpy alone, since the peers' environments have little else in common.
+Uses the standard library and numpy only, because the environments of the peers have little else in common.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from benchmarks.models import Array, elements, gradients_of, shapes_of, weights_
 LR, RHO, EPS = 1.0, 0.9, 1e-6
 
 _TOLERANCE = 2e-3
-"""How far weights may be from float64's, as a share of the largest movement: what float32 and other formulas cost."""
+"""The largest allowed deviation from float64, relative to the largest change of a weight: float32 and variants of
+the formula need it."""
 
 _SAMPLES = 2000
 _PATIENCE_SECONDS = 120.0
@@ -36,7 +37,7 @@ Record = dict[str, Any]
 
 
 class Client(NamedTuple):
-    """A worker of a peer: one step, the weights that the last step brought, and what closes it."""
+    """A worker of a peer: functions that make a step, return the latest weights, and close it."""
 
     step: Callable[[], object]
     weights: Callable[[], Sequence[Any]]
@@ -44,10 +45,10 @@ class Client(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A module whose server and workers are processes that `run_processes` starts."""
+    """A module whose server and workers `run_processes` runs as processes."""
 
     def serve(self, connection: Connection, workload: str, variant: str, workers: int) -> None:
-        """Sends `("ready", address)`, answers "count" by `("count", updates made)`, returns at anything else."""
+        """Sends `("ready", address)`, answers "count" with `("count", updates)`, returns at any other message."""
 
     def connect(self, address: Any, workload: str, variant: str, rank: int, workers: int) -> Client:
         """Returns worker number `rank`."""
@@ -55,7 +56,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of a workload is run."""
+    """The length of a workload: workers, warm-up steps, timed steps or seconds."""
 
     workers: int
     warmups: int
@@ -74,10 +75,10 @@ def plan(workload: str, quick: bool) -> Plan:
 
 
 def check(workload: str, weights: Sequence[Any], updates: int) -> tuple[bool, float]:
-    """Compares weights with those of Adadelta in float64 after so many updates with the one gradient.
+    """Compares weights with those of Adadelta in float64 after `updates` updates with the constant gradient.
 
     Returns:
-        Whether they are equal but for rounding, and the largest difference, as a share of the largest movement.
+        Whether they are equal up to rounding, and the largest deviation relative to the largest change of a weight.
     """
     worst = 0.0
     shapes = shapes_of(workload)
@@ -101,7 +102,7 @@ def _adadelta(weights: Any, gradient: Any, updates: int) -> Any:
 
 
 class Meter:
-    """Counts what a tree of processes uses while something goes on, beginning now."""
+    """Measures what a tree of processes uses from now on."""
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -116,7 +117,7 @@ class Meter:
         )
 
     def per_step(self, steps: int) -> Record:
-        """Returns processor time and loopback traffic a step, and how busy others kept the machine."""
+        """Returns processor time and loopback traffic per step, and the load of other processes."""
         processor, sent, busy, wall = (now - then for now, then in zip(self._now(), self._before, strict=True))
         return {
             "cpu_seconds": processor / max(steps, 1),
@@ -126,13 +127,13 @@ class Meter:
 
 
 def timed(client: Client, workload: str, quick: bool, root: int) -> Record:
-    """Times the steps of one worker, and checks the weights that they end with.
+    """Times the steps of one worker, and checks the final weights.
 
     Args:
         client: The worker.
-        workload: Anything but c.
-        quick: Whether to do a tenth.
-        root: The process from which all others descend, for the meter.
+        workload: Any workload except c.
+        quick: Whether to make a tenth of the steps.
+        root: The ancestor of all processes, for the meter.
     """
     todo = plan(workload, quick)
     for _ in range(todo.warmups):
@@ -149,7 +150,7 @@ def timed(client: Client, workload: str, quick: bool, root: int) -> Record:
 
 
 def work(client: Client, deadline: float) -> tuple[int, float]:
-    """Steps until a time of the monotonic clock, at least once; returns how many steps, and when the last was done."""
+    """Steps until the monotonic clock shows `deadline`, at least once; returns the number of steps and the end."""
     count = 0
     while monotonic() < deadline or not count:
         client.step()
@@ -158,13 +159,13 @@ def work(client: Client, deadline: float) -> tuple[int, float]:
 
 
 def together(counts: Sequence[tuple[int, float]], started: float) -> Record:
-    """Returns what workers have done together, from what `work` returned to each."""
+    """Combines the results of `work` of all workers."""
     steps = [count for count, _ in counts]
     return {"steps_per_second": sum(steps) / (max(end for _, end in counts) - started), "steps_by_worker": steps}
 
 
 def judge(workload: str, weights: Sequence[Any], acknowledged: int, applied: int) -> Record:
-    """Returns whether all acknowledged pushes, and nothing else, are in the weights."""
+    """Returns whether the weights contain exactly the acknowledged pushes."""
     correct, error = check(workload, weights, acknowledged)
     return {"acknowledged": acknowledged, "lost": acknowledged - applied, "correct": correct, "error": error}
 
@@ -201,7 +202,7 @@ def _workload_c(server: Connection, process: BaseProcess, workers: Sequence[_Chi
     record = together([answer[:2] for answer in answers], started)
     steps = sum(record["steps_by_worker"])
     record |= meter.per_step(steps)
-    workers[0][0].send("step")  # the last one, while nobody else pushes: its weights tell of all
+    workers[0][0].send("step")  # the last step of all, so that its weights contain all pushes
     weights = _receive(*workers[0])
     server.send("count")
     record |= judge("c", weights, todo.workers * todo.warmups + steps + 1, _receive(server, process))
@@ -233,7 +234,7 @@ def _guarded(connection: Connection, target: Callable[..., None], *arguments: ob
 
 
 def _receive(connection: Connection, process: BaseProcess) -> Any:
-    """Returns the next answer's content; raises RuntimeError where there comes none, or an error."""
+    """Returns the content of the next answer; raises RuntimeError for an error or if no answer comes."""
     deadline = monotonic() + _PATIENCE_SECONDS
     while not connection.poll(0.2):
         if not process.is_alive() or monotonic() > deadline:
@@ -269,29 +270,29 @@ def _work(
 
 
 def copies(arrays: Sequence[Array]) -> list[Array]:
-    """Returns a worker's own memory for weights of these shapes."""
+    """Returns new arrays in the same shapes, for the weights of a worker."""
     return [np.zeros_like(array) for array in arrays]
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def main(variants: Sequence[str], run: Callable[[str, str, bool], Record]) -> None:
-    """Runs what the command line asks for and prints its record as one line of JSON."""
+    """Runs the workload of the command line and prints its record as one line of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", required=True, help="a, b, c, or a number of parameters")
     parser.add_argument("--variant", choices=variants, default=variants[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     arguments = parser.parse_args()
     answer = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the answer
     try:
         record = run(arguments.workload, arguments.variant, arguments.quick)
     except Exception:
         record = {"failed": traceback.format_exc()}
     os.write(answer, (json.dumps(record) + "\n").encode())
     sys.stderr.flush()
-    os._exit("failed" in record)  # without the libraries' own endings, some of which hang
+    os._exit("failed" in record)  # skips the shutdown of libraries, some of which hang

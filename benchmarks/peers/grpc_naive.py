@@ -1,4 +1,4 @@
-"""grpcio by hand: one unary call with the whole model in a message each way, torch's optimizer behind it."""
+"""The adapter of plain grpcio: a unary call with the whole model in one message each way, and torch's optimizer."""
 
 import importlib
 import threading
@@ -19,7 +19,7 @@ _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 
 
 def _stubs() -> tuple[Any, Any]:
-    """Compiles the .proto, which needs grpcio-tools."""
+    """Compiles the .proto file, with grpcio-tools."""
     return grpc.protos_and_services("benchmarks/peers/grpc_naive.proto")
 
 

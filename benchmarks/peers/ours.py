@@ -1,4 +1,4 @@
-"""deltaserve itself, over each of its transports, as one more adapter."""
+"""The adapter of deltaserve itself, one variant per transport."""
 
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,7 +24,7 @@ def serve(connection: Connection, workload: str, variant: str, workers: int) -> 
 
 
 def connect(address: str, workload: str, variant: str, rank: int, workers: int) -> Client:
-    """Opens a worker; the first creates the model."""
+    """Opens a worker; the first one creates the model."""
     client = deltaserve.connect(address)
     model = client.create_model("bench", named(weights_of(shapes_of(workload))), lr=LR, rho=RHO, eps=EPS)
     worker = model.worker(**_BY_NAME[variant].worker)

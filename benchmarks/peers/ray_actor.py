@@ -1,7 +1,7 @@
-"""Ray, after its documented parameter server: an actor takes a list of numpy arrays and returns one.
+"""The adapter of Ray, after its documented parameter server: an actor takes a list of arrays and returns one.
 
-Variant "local" is one node: arrays pass through shared memory. "two-nodes" has two of Ray's nodes on this host, between
-which they travel over loopback TCP, as between hosts.
+Variant "local" is one node, whose processes exchange arrays through shared memory. "two-nodes" is two nodes on this
+host, which exchange arrays over loopback TCP, as two hosts would.
 """
 
 import importlib
@@ -49,7 +49,7 @@ class _ParameterServer:
         return [param.detach().numpy() for param in self._params]
 
     def look(self) -> tuple[int, int]:
-        """Returns how many updates were made, and the peak of memory."""
+        """Returns the number of updates and the peak of memory."""
         return self._count, machine.peak_bytes(os.getpid())
 
 

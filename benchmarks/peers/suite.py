@@ -1,4 +1,4 @@
-"""Runs the peers that are installed and deltaserve by turns, each run in fresh processes, and makes tables of it."""
+"""Runs deltaserve and the installed peers in turns, each run in new processes, and makes tables."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from benchmarks.results import Figures, Result, Timings
 from benchmarks.timing import Timing
 
 OURS = "deltaserve"
-"""What our rows begin with."""
+"""The start of the names of our rows."""
 
 SIZES = ("1000", "100000", "10000000")
-"""Numbers of parameters, beside the workloads: for the plot, in one round."""
+"""More numbers of parameters for the plot, measured in one round."""
 
 _ROOT = Path(__file__).parents[2]
 _ENVIRONMENTS = _ROOT / ".venv-peers"
@@ -32,13 +32,13 @@ _QUIET_SHARE, _QUIET_SECONDS = 0.12, 30.0
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A peer with a variant.
+    """A variant of a peer.
 
     Attributes:
-        row: Its name in tables.
-        module: Its adapter, which has its environment's name too.
-        variant: What the adapter is told.
-        over_tcp: Whether tensors travel over TCP, as between hosts.
+        row: Name in the tables.
+        module: Module of the adapter, and name of its environment.
+        variant: The adapter's name of the variant.
+        over_tcp: Whether tensors travel over TCP, as between two hosts.
     """
 
     row: str
@@ -48,12 +48,12 @@ class System:
 
     @property
     def python(self) -> Path:
-        """The interpreter that has its packages."""
+        """The Python interpreter with the peer's packages."""
         return Path(sys.executable) if self.module == "ours" else _ENVIRONMENTS / self.module / "bin" / "python"
 
     @property
     def installed(self) -> bool:
-        """Whether its environment is complete."""
+        """Whether the environment of the peer is set up."""
         return self.module == "ours" or (_ENVIRONMENTS / self.module / ".setup").exists()
 
 
@@ -72,7 +72,7 @@ _Records = dict[System, list[Record]]
 
 
 def measure(quick: bool, only: str) -> Iterator[tuple[str, Result]]:
-    """Runs the workloads whose key begins with `only`, and yields their tables by key; none where no peer is there."""
+    """Runs the workloads whose key starts with `only` and yields their tables; none if no peer is installed."""
     missing = sorted({system.module for system in PEERS if not system.installed})
     systems = [system for system in _SYSTEMS if system.installed]
     rounds = 1 if quick else 3
@@ -81,7 +81,7 @@ def measure(quick: bool, only: str) -> Iterator[tuple[str, Result]]:
         if not key.startswith(only):
             continue
         if all(system.module == "ours" for system in systems):
-            print("peers: none is installed; `make bench-peers` sets them up", flush=True)
+            print("peers: none is installed; run `make bench-peers` to install them", flush=True)
             return
         records = _by_turns(systems, workload, 1 if workload in SIZES else rounds, quick)
         notes = (f"Not installed, left out: {', '.join(missing)}.",) if missing else ()
@@ -101,7 +101,7 @@ def _by_turns(systems: Sequence[System], workload: str, rounds: int, quick: bool
 
 
 def _wait_until_quiet() -> None:
-    """Returns when others leave the machine alone, or will not: what the run before left behind must end first."""
+    """Waits until the machine is quiet, with a limit: processes of the run before may still be ending."""
     for _ in range(round(_QUIET_SECONDS)):
         before = machine.busy_seconds()
         sleep(1)
@@ -135,7 +135,7 @@ def _run(system: System, workload: str, quick: bool) -> Record:
 
 
 def _end(session: int) -> None:
-    """Ends what a run has left behind in its session."""
+    """Kills the processes that a run left behind."""
     try:
         os.killpg(session, signal.SIGKILL)
     except ProcessLookupError:
@@ -161,7 +161,7 @@ def _table(workload: str, records: Mapping[System, Iterable[Record]], notes: tup
 
 
 def _cost(workload: str, records: Mapping[System, Iterable[Record]]) -> Figures:
-    """Returns what a step costs beside its time."""
+    """Returns the cost of a step besides its time."""
     columns = {
         "processor ms a step": ("cpu_seconds", 1e3),
         "loopback MB a step": ("loopback_bytes", 1e-6),

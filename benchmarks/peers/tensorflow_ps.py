@@ -1,8 +1,8 @@
-"""TensorFlow's ParameterServerStrategy over gRPC, with its three kinds of process: chief, parameter server, workers.
+"""The adapter of TensorFlow's ParameterServerStrategy over gRPC: chief, parameter server and workers.
 
-A step is a closure scheduled on a worker: the gradient, which lies there, is applied on the parameter server by the
-fused kernel of tf_keras' legacy Adadelta, and every variable is read back; one element of each goes on to the chief, so
-that no read is left out. It is timed at the chief.
+A step is a closure on a worker. The parameter server applies the worker's gradient with the fused kernel of tf_keras'
+legacy Adadelta, and the worker reads every variable back. One element of each goes to the chief, so that no read is
+optimized away. The chief measures the time.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from benchmarks.models import gradients_of, shapes_of, weights_of
 from benchmarks.peers.common import EPS, LR, RHO, Client, Meter, Record, free_port, judge, main, plan, timed
 
 _QUEUE = 80
-"""Steps that the chief schedules before it waits for them, in workload c."""
+"""Steps that the chief schedules before it waits, in workload c."""
 
 _SERVER = """
 import tensorflow as tf
@@ -30,7 +30,7 @@ tf.distribute.Server(found.cluster_spec(), job_name=found.task_type, task_index=
 
 
 def run(workload: str, variant: str, quick: bool) -> Record:
-    """Starts the servers and is the chief."""
+    """Starts the servers and acts as the chief."""
     os.environ |= {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     count = plan(workload, quick).workers
     with _servers(count) as (server, workers):
@@ -41,7 +41,7 @@ def run(workload: str, variant: str, quick: bool) -> Record:
 
 @contextmanager
 def _servers(workers: int) -> Iterator[tuple[int, list[int]]]:
-    """Gives the process ids of the parameter server and of the workers, and sets up this process as the chief."""
+    """Yields the process ids of parameter server and workers, and makes this process the chief."""
     cluster = {name: [f"127.0.0.1:{free_port()}"] for name in ("chief", "ps")}
     cluster["worker"] = [f"127.0.0.1:{free_port()}" for _ in range(workers)]
 

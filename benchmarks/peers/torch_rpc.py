@@ -1,6 +1,6 @@
-"""PyTorch RPC (TensorPipe), after its tutorial of a parameter server: a call takes gradients and returns parameters.
+"""The adapter of PyTorch RPC (TensorPipe), after its tutorial: a call takes gradients and returns parameters.
 
-Variant "default" is what one gets on one host: shared memory, no TCP for tensors. "tcp" is what two hosts would use.
+Variant "default" is PyTorch's choice on one host, shared memory for tensors. "tcp" is what two hosts would use.
 """
 
 import os
@@ -37,7 +37,7 @@ _servers: list[_ParameterServer] = []
 
 
 def update_and_fetch(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Runs in the server's process."""
+    """Applies gradients and returns the parameters, in the server process."""
     return _servers[0].step(gradients)
 
 

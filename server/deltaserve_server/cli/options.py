@@ -41,7 +41,7 @@ def parse_address(text: str) -> str:
     Raises:
         typer.BadParameter: The text is not an address.
     """
-    from deltaserve._connection import check_target
+    from deltaserve._common.address import check_target
 
     try:
         check_target(text)
