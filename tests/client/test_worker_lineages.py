@@ -78,6 +78,7 @@ def refusing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
 
     def arm(ancestors: dict[bytes, int], lineage: bytes, version: int, applied: int) -> list[rpc.PushHeader]:
         sent, step = list[rpc.PushHeader](), UnaryTransport.step
+        real = worker._session.opened.lineage
         kept = worker._session.keep()
         kept.lineage, kept.position.version, kept.last_applied_sequence = lineage, version, applied
         kept.ancestors.extend(rpc.Ancestor(lineage=name, version=left) for name, left in ancestors.items())
@@ -86,6 +87,7 @@ def refusing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
             sent.append(rpc.PushHeader.FromString(push.header.SerializeToString()))
             if len(sent) == 1:
                 raise ConflictError("the lineage changed", reason="LINEAGE_CHANGED")
+            push.header.lineage = real  # the server has not restarted
             return step(self, push, weights)
 
         monkeypatch.setattr(UnaryTransport, "step", refused_once)
