@@ -82,10 +82,8 @@ def test_a_second_signal_ends_it_at_once(process: Process) -> None:
     child = process(*SERVE, "--grace-seconds", "600")
     with deltaserve.connect(read_target(child), timeout_seconds=60.0) as client, ThreadPoolExecutor(1) as threads:
         model = client.create_model("m", ONE, policy=deltaserve.Sync(min_workers=2))
-        worker = model.worker("one")
-        worker.pull()
         with deltaserve.connect(client.target, timeout_seconds=0.1) as hasty:
-            threads.submit(hasty.model("m").worker("two").step, ONE)
+            threads.submit(hasty.model("m").worker("one").step, ONE)
             while not any(session.waiting for session in model.info().sessions):
                 sleep(0.01)
             child.send_signal(signal.SIGINT)
