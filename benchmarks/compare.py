@@ -1,6 +1,6 @@
 """Compares the speed of this checkout with that of another one: `python -m benchmarks.compare OTHER_CHECKOUT`.
 
-Both run in turns within one run, each in processes of its own, so that what else the machine does affects both alike.
+Both run in turns within one run, each in its own processes, so that what else the machine does affects both alike.
 A ratio below 1 means that this checkout is faster. Compare the ratios; the times of two runs do not compare. On a busy
 machine the ratio of the processor time, worker and server together, says more than that of the medians.
 """

@@ -151,9 +151,9 @@ def journals(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
 
 @contextmanager
 def _disk(size: int) -> Iterator[Callable[[bool], float]]:
-    """Gives what writes so many bytes to a file as often as a block has steps, and returns the seconds of one time.
+    """Yields a function that writes a block of gradients of `size` bytes to a file; it returns the seconds per write.
 
-    As often, because a disk that is written to for long is slower than the system's memory before it.
+    A block, because a disk that is written to for long is slower than the page cache in front of it.
     """
     data = memoryview(np.random.default_rng(0).bytes(size))
 

@@ -82,10 +82,8 @@ def test_a_second_signal_ends_it_at_once(process: Process) -> None:
     child = process(*SERVE, "--grace-seconds", "600")
     with deltaserve.connect(read_target(child), timeout_seconds=60.0) as client, ThreadPoolExecutor(1) as threads:
         model = client.create_model("m", ONE, policy=deltaserve.Sync(min_workers=2))
-        worker = model.worker("one")
-        worker.pull()
         with deltaserve.connect(client.target, timeout_seconds=0.1) as hasty:
-            threads.submit(hasty.model("m").worker("two").step, ONE)
+            threads.submit(hasty.model("m").worker("one").step, ONE)
             while not any(session.waiting for session in model.info().sessions):
                 sleep(0.01)
             child.send_signal(signal.SIGINT)
@@ -156,7 +154,7 @@ def test_a_stop_takes_last_snapshots(process: Process, tmp_path: Path) -> None:
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0
-    assert re.search(r"model m: snapshot \d+ of version 5", err)
+    assert re.search(r"model m: .*snapshot.* version 5", err)
     assert "SIGTERM: stopping; waits at most 5 s for open rounds, then takes last snapshots\n" in err
 
 
