@@ -40,8 +40,10 @@ class TorchLearner:
             client = opened.enter_context(deltaserve.connect(join.target, timeout_seconds=join.timeout_seconds))
             self.model = client.model(join.model)
             self.version = self._optimizer.version
+            logger = logging.getLogger("deltaserve")
+            logger.addFilter(_is_worth_a_line)
+            opened.callback(logger.removeFilter, _is_worth_a_line)  # the process may have other optimizers later
             self._close = opened.pop_all().close
-        logging.getLogger("deltaserve").addFilter(_is_worth_a_line)
 
     @property
     def rank(self) -> int:
