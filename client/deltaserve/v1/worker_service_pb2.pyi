@@ -160,7 +160,7 @@ class OpenSessionResponse(google.protobuf.message.Message):
 
     @property
     def ancestors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Ancestor]:
-        """The earlier lineages of this model, oldest first. At most 64; older ones are dropped."""
+        """The earlier lineages of this model, oldest first. At most 256; older ones are dropped."""
 
     def __init__(
         self,
@@ -849,6 +849,7 @@ class GetPushResponse(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     LAST_APPLIED_SEQUENCE_FIELD_NUMBER: builtins.int
     LINEAGE_FIELD_NUMBER: builtins.int
+    ANCESTORS_FIELD_NUMBER: builtins.int
     state: global___PushState.ValueType
     """The state of the push."""
     final: builtins.bool
@@ -867,6 +868,12 @@ class GetPushResponse(google.protobuf.message.Message):
     def position(self) -> deltaserve.v1.common_pb2.ModelPosition:
         """The model's position."""
 
+    @property
+    def ancestors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Ancestor]:
+        """The earlier lineages of this model, as in OpenSessionResponse. A push that counts does not show that the worker's
+        weights still exist: they may be newer than the push. Compare, as after KeepSession.
+        """
+
     def __init__(
         self,
         *,
@@ -876,8 +883,9 @@ class GetPushResponse(google.protobuf.message.Message):
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
         last_applied_sequence: builtins.int = ...,
         lineage: builtins.bytes = ...,
+        ancestors: collections.abc.Iterable[global___Ancestor] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["final", b"final", "last_applied_sequence", b"last_applied_sequence", "lineage", b"lineage", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ancestors", b"ancestors", "final", b"final", "last_applied_sequence", b"last_applied_sequence", "lineage", b"lineage", "position", b"position", "result", b"result", "state", b"state"]) -> None: ...
 
 global___GetPushResponse = GetPushResponse
