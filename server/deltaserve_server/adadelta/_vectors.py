@@ -35,12 +35,7 @@ _SUFFIXES = {_FLOATS: "v16f32", DOUBLES: "v16f64", _SHORTS: "v16i16"}
 
 
 class _Lanes:
-    """Sixteen values of one type, while code is generated.
-
-    Args:
-        builder: LLVM's builder, which appends the instructions.
-        value: LLVM's value of the whole vector.
-    """
+    """Sixteen values of one type, while code is generated: LLVM's value of the whole vector, and its builder."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
@@ -185,11 +180,7 @@ class Bits(_Lanes):
 
 
 class Accumulator:
-    """Lanes whose value carries over from one group of elements to the next.
-
-    Args:
-        initial: Their value before the first group.
-    """
+    """Lanes whose value carries over from one group of elements to the next, starting with `initial`."""
 
     def __init__(self, initial: Any) -> None:
         self._kind, self._builder = type(initial), initial.builder
@@ -268,8 +259,13 @@ class Memory:
         self._type = _FLOATS if kind.dtype == types.float32 else _SHORTS
 
     def load(self, at: Any, mask: Any) -> Floats:
-        """Loads 16 values from element `at` on as float32, and 0 for the lanes that a mask excludes."""
-        loaded = self._loaded(at, mask)
+        """Loads 16 values from element `at` on as float32, and 0 where the mask is false; None means no mask."""
+        place, align = self._place(at), ir.Constant(_I32, self._align)
+        if mask is None:
+            loaded = self._builder.load(place, align=self._align)
+        else:
+            function = self._masked("load", self._type, [place.type, _I32, mask.type, self._type])
+            loaded = self._builder.call(function, [place, align, mask, zeros(self._type)])
         return self._widen(Bits(self._builder, loaded)) if self._widen else Floats(self._builder, loaded)
 
     def store(self, at: Any, values: _Lanes, mask: Any) -> None:
@@ -298,12 +294,6 @@ class Memory:
         address = self._builder.ptrtoint(self._data, _I64)
         return self._builder.icmp_unsigned("==", self._builder.and_(address, ir.Constant(_I64, 63)), _long(0))
 
-    def _loaded(self, at: Any, mask: Any) -> Any:
-        if mask is None:
-            return self._builder.load(self._place(at), align=self._align)
-        function = self._masked("load", self._type, [self._place(at).type, _I32, mask.type, self._type])
-        return self._builder.call(function, [self._place(at), ir.Constant(_I32, self._align), mask, zeros(self._type)])
-
     def _place(self, at: Any) -> Any:
         return self._builder.bitcast(self._builder.gep(self._data, [at]), self._type.as_pointer())
 
@@ -328,7 +318,7 @@ def each_group(builder: Any, size: Any, body: Callable[[Any, Any], None], head: 
 
     def partial_group(at: Any) -> None:
         places = builder.add(splat(builder, at), lanes)
-        # The comparison is unsigned, so that a negative place, before the vector, counts as beyond its end.
+        # The comparison is unsigned, so a negative index counts as out of range.
         body(at, builder.icmp_unsigned("<", places, splat(builder, size)))
 
     first = _long(0)

@@ -128,12 +128,7 @@ def _address(vector: Vector) -> int:
 
 
 class VectorPool:
-    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself.
-
-    Args:
-        size: Number of elements of each vector.
-        allocate: Allocates a vector where the pool is empty.
-    """
+    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself."""
 
     def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host) -> None:
         self.size = size
@@ -148,7 +143,7 @@ class VectorPool:
             return self._allocate(self.size)
 
     def give(self, vector: Vector) -> None:
-        """Puts a vector into the pool, unless the pool is full or the vector has another size or alignment."""
+        """Returns a vector to the pool, unless the pool is full or the vector has another size or alignment."""
         # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
         if len(self._free) < _FREE_MAX and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
             self._free.append(vector)
@@ -161,8 +156,6 @@ class Version:
     reader of any further version reserves its bytes.
 
     Args:
-        number: The version's number.
-        weights: The version's weights.
         readers: The budget that the first reader reserves from.
         pool: Receives the vector when the version is retired and has no readers.
     """
