@@ -8,7 +8,7 @@ Each operator on `Floats` and `Bits` emits one instruction, rounded as IEEE 754 
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from llvmlite import ir
 
@@ -34,16 +34,15 @@ _SUFFIXES = {_FLOATS: "v16f32", DOUBLES: "v16f64", _SHORTS: "v16i16"}
 """Their names in those of LLVM's intrinsics."""
 
 
+_AnyLanes = TypeVar("_AnyLanes", bound="_Lanes")
+
+
 class _Lanes:
     """Sixteen values of one type, while code is generated: LLVM's value of the whole vector, and its builder."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
         self.value = value
-
-    def _emit(self, operation: str, *operands: Any) -> Self:
-        others = [self.splatted(operand).value for operand in operands]
-        return type(self)(self.builder, getattr(self.builder, operation)(self.value, *others))
 
     def splatted(self, operand: Any) -> Self:
         """Returns lanes that all hold a plain number; returns lanes unchanged."""
@@ -57,20 +56,23 @@ class _Lanes:
         return type(self)(self.builder, self.builder.select(condition, self.value, other))
 
 
+def _operator(instruction: str) -> Callable[[_AnyLanes, Any], _AnyLanes]:
+    """Returns a method for an operator, which emits one instruction of LLVM's builder."""
+
+    def emit(lanes: _AnyLanes, operand: Any) -> _AnyLanes:
+        others = lanes.splatted(operand)
+        return type(lanes)(lanes.builder, getattr(lanes.builder, instruction)(lanes.value, others.value))
+
+    return emit
+
+
 class Floats(_Lanes):
     """Sixteen float32 or float64. A comparison with NaN is false."""
 
-    def __add__(self, other: Any) -> Self:
-        return self._emit("fadd", other)
-
-    def __sub__(self, other: Any) -> Self:
-        return self._emit("fsub", other)
-
-    def __mul__(self, other: Any) -> Self:
-        return self._emit("fmul", other)
-
-    def __truediv__(self, other: Any) -> Self:
-        return self._emit("fdiv", other)
+    __add__ = _operator("fadd")
+    __sub__ = _operator("fsub")
+    __mul__ = _operator("fmul")
+    __truediv__ = _operator("fdiv")
 
     def compared(self, operator: str, other: Any) -> Any:
         """Returns the mask of the lanes for which the comparison holds; an operand of NaN makes it false."""
@@ -120,26 +122,13 @@ class Floats(_Lanes):
 class Bits(_Lanes):
     """Sixteen unsigned integers of one width; arithmetic wraps around."""
 
-    def __add__(self, other: Any) -> Self:
-        return self._emit("add", other)
-
-    def __mul__(self, other: Any) -> Self:
-        return self._emit("mul", other)
-
-    def __xor__(self, other: Any) -> Self:
-        return self._emit("xor", other)
-
-    def __and__(self, other: Any) -> Self:
-        return self._emit("and_", other)
-
-    def __or__(self, other: Any) -> Self:
-        return self._emit("or_", other)
-
-    def __lshift__(self, other: Any) -> Self:
-        return self._emit("shl", other)
-
-    def __rshift__(self, other: Any) -> Self:
-        return self._emit("lshr", other)
+    __add__ = _operator("add")
+    __mul__ = _operator("mul")
+    __xor__ = _operator("xor")
+    __and__ = _operator("and_")
+    __or__ = _operator("or_")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")
 
     def compared(self, operator: str, other: Any) -> Any:
         """Returns the mask of the lanes for which the comparison holds."""

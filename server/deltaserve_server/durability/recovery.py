@@ -286,8 +286,15 @@ class JournalReplayer:
     def _apply(self, record: Record) -> None:
         machine, event = self.machine, record.event
         match event:
-            case Updated():
-                self._update(event, record)
+            case Updated(summary=summary):
+                staging = self._store.stage()
+                for offset, values in record.pieces:
+                    staging.add(offset, values)
+                self._store.fold(staging, 1.0)
+                groups = machine.layout.groups(event.absent)
+                ranges = [Range(start, stop, summary.hyperparameters[group]) for start, stop, group in groups]
+                self._store.update(ranges, event.divisor, summary.version)
+                machine.replay_update(summary, event.absent, event.sources, self._now)
             case Opened(session):
                 machine.sessions.restore(session.session({}, self._now))
             case Ended(ids):
@@ -304,16 +311,6 @@ class JournalReplayer:
             case Extended(tensors, groups):
                 self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
                 machine.extend(tensors, groups)
-
-    def _update(self, event: Updated, record: Record) -> None:
-        staging = self._store.stage()
-        for offset, values in record.pieces:
-            staging.add(offset, values)
-        self._store.fold(staging, 1.0)
-        groups = self.machine.layout.groups(event.absent)
-        ranges = [Range(start, stop, event.summary.hyperparameters[group]) for start, stop, group in groups]
-        self._store.update(ranges, event.divisor, event.summary.version)
-        self.machine.replay_update(event.summary, event.absent, event.sources, self._now)
 
 
 # --- the decision

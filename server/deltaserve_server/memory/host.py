@@ -325,23 +325,23 @@ class HostStore(Store):
         return squares
 
 
+@dataclass(eq=False)
 class _HostFrozen(Frozen):
     """A view of an acquired version's weights and of averages, which their store does not write to until `release`."""
 
-    def __init__(self, store: HostStore, version: Version, square_avg: Vector, acc_delta: Vector) -> None:
-        self._store = store
-        self._version = version
-        self.square_avg = square_avg
-        self.acc_delta = acc_delta
+    store: HostStore
+    version: Version
+    square_avg: Vector
+    acc_delta: Vector
 
     def state(self) -> State:
         """Returns the vectors themselves."""
-        return State(self._version.weights, self.square_avg, self.acc_delta)
+        return State(self.version.weights, self.square_avg, self.acc_delta)
 
     def release(self) -> None:
         """Ends the view."""
-        self._version.release()
-        self._store.thaw(self)
+        self.version.release()
+        self.store.thaw(self)
 
 
 def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:

@@ -112,7 +112,7 @@ def allocate_host(size: int) -> Vector:
     """Returns an uninitialized vector in private memory that starts at a multiple of 64 bytes."""
     # numpy aligns to 16 bytes only, so allocate one cache line more and start inside it.
     vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
-    first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
+    first = -vector.ctypes.data % _LINE_BYTES // ELEMENT_BYTES
     return vector[first : first + size]
 
 
@@ -120,11 +120,6 @@ def zeros_like(vector: Vector) -> Vector:
     """Returns a vector of zeros of the same size."""
     # np.zeros gets zeroed pages from the system when they are first used; np.zeros_like would write them all now.
     return np.zeros(vector.size, np.float32)
-
-
-def _address(vector: Vector) -> int:
-    address: int = vector.__array_interface__["data"][0]
-    return address
 
 
 class VectorPool:
@@ -145,7 +140,7 @@ class VectorPool:
     def give(self, vector: Vector) -> None:
         """Returns a vector to the pool, unless the pool is full or the vector has another size or alignment."""
         # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
-        if len(self._free) < _FREE_MAX and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
+        if len(self._free) < _FREE_MAX and vector.size == self.size and vector.ctypes.data % _LINE_BYTES == 0:
             self._free.append(vector)
 
 
