@@ -9,7 +9,7 @@ _IMPORT_ATTEMPTS = 5
 
 
 def _import_numba() -> Any:
-    """Imports numba, again where another thread changes the environment meanwhile.
+    """Imports numba; retries if another thread changes the environment during the import.
 
     Numba copies the whole environment during its import and raises KeyError if a variable disappears under it, as
     pytest makes one do around each test.
@@ -49,7 +49,7 @@ def writable(dtype: Any) -> Any:
     return types.Array(dtype, 1, "C")
 
 
-def compiled(signatures: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(signatures: Any, function: Callable[..., Any]) -> Any:
     """Compiles a function for its signatures, or loads it from numba's cache on disk.
 
     Fast-math stays off: it would let the compiler fuse, reorder and flush as it likes, and differently in the vector
@@ -57,24 +57,16 @@ def compiled(signatures: Any, function: Callable[..., Any]) -> Callable[..., Any
     prevent vector code.
 
     Args:
-        signatures: Numba's signatures of the function, or a single one.
+        signatures: Numba's signatures of the function.
         function: Code that numba can compile without Python objects. It runs without the GIL.
-
-    Returns:
-        The compiled function.
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return _jit(signatures, function, cache=True, **options)
+        return _numba.njit(signatures, cache=True, **options)(function)
     except Exception as error:
         # A cache folder that is read-only, full or damaged raises exceptions of many types, and none of them is a
         # reason not to start. A fault of the function itself is raised again below.
         logger.warning(
             "numba cannot use its cache (%s): compiling the kernels takes a few seconds", type(error).__name__
         )
-        return _jit(signatures, function, cache=False, **options)
-
-
-def _jit(signatures: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    dispatcher: Callable[..., Any] = _numba.njit(signatures, **options)(function)
-    return dispatcher
+        return _numba.njit(signatures, **options)(function)

@@ -8,7 +8,7 @@ Each operator on `Floats` and `Bits` emits one instruction, rounded as IEEE 754 
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from llvmlite import ir
 
@@ -34,21 +34,15 @@ _SUFFIXES = {_FLOATS: "v16f32", DOUBLES: "v16f64", _SHORTS: "v16i16"}
 """Their names in those of LLVM's intrinsics."""
 
 
-class _Lanes:
-    """Sixteen values of one type, while code is generated.
+_AnyLanes = TypeVar("_AnyLanes", bound="_Lanes")
 
-    Args:
-        builder: LLVM's builder, which appends the instructions.
-        value: LLVM's value of the whole vector.
-    """
+
+class _Lanes:
+    """Sixteen values of one type, while code is generated: LLVM's value of the whole vector, and its builder."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
         self.value = value
-
-    def _emit(self, operation: str, *operands: Any) -> Self:
-        others = [self.splatted(operand).value for operand in operands]
-        return type(self)(self.builder, getattr(self.builder, operation)(self.value, *others))
 
     def splatted(self, operand: Any) -> Self:
         """Returns lanes that all hold a plain number; returns lanes unchanged."""
@@ -62,20 +56,23 @@ class _Lanes:
         return type(self)(self.builder, self.builder.select(condition, self.value, other))
 
 
+def _operator(instruction: str) -> Callable[[_AnyLanes, Any], _AnyLanes]:
+    """Returns a method for an operator, which emits one instruction of LLVM's builder."""
+
+    def emit(lanes: _AnyLanes, operand: Any) -> _AnyLanes:
+        others = lanes.splatted(operand)
+        return type(lanes)(lanes.builder, getattr(lanes.builder, instruction)(lanes.value, others.value))
+
+    return emit
+
+
 class Floats(_Lanes):
     """Sixteen float32 or float64. A comparison with NaN is false."""
 
-    def __add__(self, other: Any) -> Self:
-        return self._emit("fadd", other)
-
-    def __sub__(self, other: Any) -> Self:
-        return self._emit("fsub", other)
-
-    def __mul__(self, other: Any) -> Self:
-        return self._emit("fmul", other)
-
-    def __truediv__(self, other: Any) -> Self:
-        return self._emit("fdiv", other)
+    __add__ = _operator("fadd")
+    __sub__ = _operator("fsub")
+    __mul__ = _operator("fmul")
+    __truediv__ = _operator("fdiv")
 
     def compared(self, operator: str, other: Any) -> Any:
         """Returns the mask of the lanes for which the comparison holds; an operand of NaN makes it false."""
@@ -125,26 +122,13 @@ class Floats(_Lanes):
 class Bits(_Lanes):
     """Sixteen unsigned integers of one width; arithmetic wraps around."""
 
-    def __add__(self, other: Any) -> Self:
-        return self._emit("add", other)
-
-    def __mul__(self, other: Any) -> Self:
-        return self._emit("mul", other)
-
-    def __xor__(self, other: Any) -> Self:
-        return self._emit("xor", other)
-
-    def __and__(self, other: Any) -> Self:
-        return self._emit("and_", other)
-
-    def __or__(self, other: Any) -> Self:
-        return self._emit("or_", other)
-
-    def __lshift__(self, other: Any) -> Self:
-        return self._emit("shl", other)
-
-    def __rshift__(self, other: Any) -> Self:
-        return self._emit("lshr", other)
+    __add__ = _operator("add")
+    __mul__ = _operator("mul")
+    __xor__ = _operator("xor")
+    __and__ = _operator("and_")
+    __or__ = _operator("or_")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")
 
     def compared(self, operator: str, other: Any) -> Any:
         """Returns the mask of the lanes for which the comparison holds."""
@@ -185,11 +169,7 @@ class Bits(_Lanes):
 
 
 class Accumulator:
-    """Lanes whose value carries over from one group of elements to the next.
-
-    Args:
-        initial: Their value before the first group.
-    """
+    """Lanes whose value carries over from one group of elements to the next, starting with `initial`."""
 
     def __init__(self, initial: Any) -> None:
         self._kind, self._builder = type(initial), initial.builder
@@ -268,8 +248,13 @@ class Memory:
         self._type = _FLOATS if kind.dtype == types.float32 else _SHORTS
 
     def load(self, at: Any, mask: Any) -> Floats:
-        """Loads 16 values from element `at` on as float32, and 0 for the lanes that a mask excludes."""
-        loaded = self._loaded(at, mask)
+        """Loads 16 values from element `at` on as float32, and 0 where the mask is false; None means no mask."""
+        place, align = self._place(at), ir.Constant(_I32, self._align)
+        if mask is None:
+            loaded = self._builder.load(place, align=self._align)
+        else:
+            function = self._masked("load", self._type, [place.type, _I32, mask.type, self._type])
+            loaded = self._builder.call(function, [place, align, mask, zeros(self._type)])
         return self._widen(Bits(self._builder, loaded)) if self._widen else Floats(self._builder, loaded)
 
     def store(self, at: Any, values: _Lanes, mask: Any) -> None:
@@ -298,12 +283,6 @@ class Memory:
         address = self._builder.ptrtoint(self._data, _I64)
         return self._builder.icmp_unsigned("==", self._builder.and_(address, ir.Constant(_I64, 63)), _long(0))
 
-    def _loaded(self, at: Any, mask: Any) -> Any:
-        if mask is None:
-            return self._builder.load(self._place(at), align=self._align)
-        function = self._masked("load", self._type, [self._place(at).type, _I32, mask.type, self._type])
-        return self._builder.call(function, [self._place(at), ir.Constant(_I32, self._align), mask, zeros(self._type)])
-
     def _place(self, at: Any) -> Any:
         return self._builder.bitcast(self._builder.gep(self._data, [at]), self._type.as_pointer())
 
@@ -328,7 +307,7 @@ def each_group(builder: Any, size: Any, body: Callable[[Any, Any], None], head: 
 
     def partial_group(at: Any) -> None:
         places = builder.add(splat(builder, at), lanes)
-        # The comparison is unsigned, so that a negative place, before the vector, counts as beyond its end.
+        # The comparison is unsigned, so a negative index counts as out of range.
         body(at, builder.icmp_unsigned("<", places, splat(builder, size)))
 
     first = _long(0)

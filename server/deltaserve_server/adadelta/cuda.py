@@ -36,13 +36,12 @@ def update(
     long as their sum with lr times `MAGNITUDE_MAX` is finite. Denormal numbers are not flushed to zero.
 
     Args:
-        gradient: The sum of a round's gradients, float32, float16 or bfloat16 [n]. Like every tensor here, it is
-            contiguous. A NaN in it counts as 0.
-        divisor: The sum of the gradients' weights, > 0; rounded to float32.
-        square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
-        acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
-        weights: The parameters, float32 [n]; read only.
-        new_weights: Output, the new parameters, float32 [n].
+        gradient: As for `cpu.update`, float32, float16 or bfloat16 [n]. Like every tensor here, it is contiguous.
+        divisor: As for `cpu.update`.
+        square_avg: As for `cpu.update`, like the vectors that follow.
+        acc_delta: Updated in place, as is `square_avg`.
+        weights: Read only.
+        new_weights: Output, the new parameters.
         squares: Output, the sum of (new_weights - weights)**2 for each block of the range, float64 [blocks(n)], with
             differences in float32 and squares and sums in float64. The order of additions is not that of `cpu`.
         hyperparameters: Hyperparameters in range, whose `problem()` is None.

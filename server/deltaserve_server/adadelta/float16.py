@@ -1,6 +1,7 @@
 """float16 and bfloat16 in numba: their types there, and the rounding of float32 to them.
 
-The client has this rounding in numpy (`deltaserve._common.element_types`), which takes six times as long and the GIL.
+The client has this rounding in numpy (`deltaserve._common.element_types`), which takes six times as long and holds
+the GIL.
 """
 
 from typing import Any

@@ -32,24 +32,20 @@ def trimmed_mean(rows: NDArray[np.float32], trim: int, out: NDArray[np.float32])
     count = len(rows) - 2 * trim
     if trim < 0 or count < 1:
         raise ValueError(f"expected more than {2 * trim} vectors to trim {trim} at either end, got {len(rows)}")
-    ascending = _sorted(rows)
+    # -0 and +0 compare equal, so sorting may replace one by the other.
+    if len(rows) > _NETWORK_MOST:
+        ascending = list(np.sort(rows.T, axis=1).T)
+    else:
+        ascending, spare = list(rows), np.empty_like(rows[0])
+        for low, high in comparators(len(rows)):
+            np.minimum(ascending[low], ascending[high], out=spare)
+            np.maximum(ascending[low], ascending[high], out=ascending[high])
+            ascending[low], spare = spare, ascending[low]
     total = np.zeros(out.size)
     for row in ascending[trim : trim + count]:
         np.add(total, row, out=total)
     np.divide(total, count, out=total)
     out[:] = total
-
-
-def _sorted(rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Sorts each column. -0 and +0 compare equal, so one may replace the other."""
-    if len(rows) > _NETWORK_MOST:
-        return list(np.sort(rows.T, axis=1).T)
-    vectors, spare = list(rows), np.empty_like(rows[0])
-    for low, high in comparators(len(rows)):
-        np.minimum(vectors[low], vectors[high], out=spare)
-        np.maximum(vectors[low], vectors[high], out=vectors[high])
-        vectors[low], spare = spare, vectors[low]
-    return vectors
 
 
 @functools.lru_cache(maxsize=16)

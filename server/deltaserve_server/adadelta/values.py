@@ -94,13 +94,11 @@ def inspect(values: Values, start: int, fingerprint: int, squares: NDArray[np.fl
         expected = f"[{-(-(start + values.size) // BLOCK)}, {LANES}]"
         raise ValueError(f"expected sums of squares {expected} or with more blocks, got {list(squares.shape)}")
     largest, fingerprint = _inspect(as_bits(values), start, fingerprint, squares)
-    return (_first_bad(values) if largest > _LARGEST_BITS else -1), fingerprint
-
-
-def _first_bad(values: Values) -> int:
+    if largest <= _LARGEST_BITS:
+        return -1, fingerprint
     # A second pass in numpy, which only a refused push needs.
     magnitudes = widened(values).view(np.uint32) & np.uint32(_MAGNITUDE_BITS)
-    return int(np.argmax(magnitudes > np.uint32(_LARGEST_BITS)))
+    return int(np.argmax(magnitudes > np.uint32(_LARGEST_BITS))), fingerprint
 
 
 def _mixed(values: Bits, offsets: Bits) -> Bits:

@@ -9,7 +9,7 @@ from deltaserve_server.durability.errors import CorruptError
 
 T = TypeVar("T")
 
-_CHECKSUM_DIGITS = 8
+_CHECKSUM_LINE_BYTES = len("\n12345678\n")
 
 
 def packed(value: Any) -> bytes:
@@ -19,18 +19,12 @@ def packed(value: Any) -> bytes:
 
 
 def unpacked(content: bytes, kind: type[T], where: str) -> T:
-    """Returns the value that `packed` encoded.
-
-    Args:
-        content: The whole file.
-        kind: Type of the value.
-        where: Path of the file, for the error.
+    """Returns the value that `packed` encoded as the whole `content` of the file `where`.
 
     Raises:
         CorruptError: The checksum is wrong, or the value is not a `kind`.
     """
-    line_bytes = _CHECKSUM_DIGITS + 2
-    body, checksum = content[:-line_bytes], content[-line_bytes:]
+    body, checksum = content[:-_CHECKSUM_LINE_BYTES], content[-_CHECKSUM_LINE_BYTES:]
     if checksum != b"\n%08x\n" % crc32c(body):
         raise CorruptError(where, "its checksum is wrong")
     return decoded(body, kind, where)

@@ -36,13 +36,7 @@ class StorageError(Exception):
 
 
 class _Rotation(NamedTuple):
-    """Queued: later records go to another journal.
-
-    Attributes:
-        journal: That journal.
-        records: Value of `Journaled.records` before the rotation.
-        bytes_before: Bytes of earlier journals that counted before the rotation.
-    """
+    """Queued: later records go to another journal. `records` and `bytes_before` are the counts to restore if not."""
 
     journal: Journal
     records: int
@@ -63,9 +57,6 @@ class Commits:
 
     The caller holds the model's lock for `add`, `on_durable`, `ready` and `rotate`, and does not hold it for `flush`.
 
-    Args:
-        index: Index of the last record so far.
-
     Attributes:
         index: Index of the last record.
         journals: Whether there is a journal.
@@ -79,10 +70,7 @@ class Commits:
     def ready(self, records: int, elements: int, entries: int) -> None:
         """Reserves disk space for records, so that a full disk refuses a push before it changes anything.
 
-        Args:
-            records: Number of records.
-            elements: Number of elements in each record's vector.
-            entries: See `record_bytes`.
+        Each record's vector has `elements` elements; for `entries` see `record_bytes`.
 
         Raises:
             StorageError: The records could not be written.
@@ -128,8 +116,7 @@ class Journaled(Commits):
     """`Commits` with a journal.
 
     Args:
-        journal: The journal.
-        index: Index of the last record so far.
+        journal: The journal of the records after number `index`.
         sync: Whether a record is durable only when it is on the disk; otherwise when the kernel has it.
         before: Number and bytes of the records since the last snapshot that are in earlier journals.
 
@@ -241,7 +228,7 @@ class Journaled(Commits):
                     item.effect()
 
     def _end(self) -> tuple[Journal, int]:
-        """Returns the journal that the next record goes to, and about where in it."""
+        """Returns the journal that the next record goes to, and its approximate offset there."""
         queued = 0
         for item in reversed(list(self._queue)):
             if isinstance(item, _Rotation):
@@ -256,31 +243,22 @@ class Journaled(Commits):
     def _flush(self, wanted: int) -> None:
         failpoint("journal.recorded")
         while self._completed < wanted:
-            batch = self._batch()
+            # One write and one fsync cover the items up to the next rotation.
+            batch = list(self._queue)
+            ends = [place for place, item in enumerate(batch, 1) if isinstance(item, _Rotation)]
+            del batch[min(ends, default=len(batch)) :]
             records = [item for item in batch if isinstance(item, Record)]
             if records:
-                self._write(records)
+                if self.error:
+                    raise StorageError(self.error.strerror or str(self.error))
+                try:
+                    self._journal.write(records, self._durable, sync=self._sync)
+                except OSError as error:
+                    self.error = error  # never retried on this file: see `files`
+                    raise StorageError(error.strerror or str(error)) from error
+                failpoint("journal.synced")
             for _ in batch:
                 self._complete_next()
-
-    def _batch(self) -> list[_Item]:
-        """Returns the items up to the next rotation: what one write and one fsync cover."""
-        batch: list[_Item] = []
-        for item in list(self._queue):
-            batch.append(item)
-            if isinstance(item, _Rotation):
-                break
-        return batch
-
-    def _write(self, records: Sequence[Record]) -> None:
-        if self.error:
-            raise StorageError(self.error.strerror or str(self.error))
-        try:
-            self._journal.write(records, self._durable, sync=self._sync)
-        except OSError as error:
-            self.error = error  # never retried on this file: see `files`
-            raise StorageError(error.strerror or str(error)) from error
-        failpoint("journal.synced")
 
     def _complete_next(self) -> None:
         """Takes the next item off the queue and acts on it; records before it are durable."""

@@ -142,11 +142,8 @@ class Copies:
 
 
 def _is_deleted(folder: Folder) -> bool:
-    """Returns whether the model was deleted."""
     try:
         folder.files.names()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return False

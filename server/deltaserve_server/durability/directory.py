@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltaserve_server.durability import snapshot
@@ -25,17 +26,12 @@ from deltaserve_server.model.state import MachineState
 _OWNER = 0o700
 
 
+@dataclass(frozen=True, slots=True)
 class Prepared:
-    """The folder of a new model, under a temporary name.
+    """The folder of a new model, under a temporary name, and what it contains."""
 
-    Args:
-        path: The folder.
-        stored: What it contains.
-    """
-
-    def __init__(self, path: Path, stored: StoredModel) -> None:
-        self.path = path
-        self.stored = stored
+    path: Path
+    stored: StoredModel
 
     def discard(self) -> None:
         """Removes the folder."""
@@ -43,12 +39,7 @@ class Prepared:
 
 
 class DataDirectory:
-    """A data directory, locked until `close`.
-
-    Args:
-        path: The directory; it is created if it does not exist.
-        schedule: What must survive, and when to take snapshots.
-        clock: The time.
+    """A data directory, created if it does not exist and locked until `close`.
 
     Raises:
         DataDirectoryError: The directory cannot be used, or another server uses it.
@@ -61,13 +52,18 @@ class DataDirectory:
         self._models = path / "models"
         self._owner = os.getpid()
         try:
-            self._create_folders()
+            missing = [folder for folder in (self._models, *self._models.parents) if not folder.exists()]
+            self._models.mkdir(mode=_OWNER, parents=True, exist_ok=True)
+            for folder in missing:  # a new folder survives a power failure once its parent is synced
+                Files(folder.parent).sync()
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self._error(error) from error
         try:
             self._take_lock()
-            self._tidy()
+            with suppress(OSError):
+                for leftover in self._models.glob(f".*{UNFINISHED}"):  # a crash interrupted the creation or deletion
+                    shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
             os.close(self._lock)
             raise
@@ -146,13 +142,6 @@ class DataDirectory:
         finally:
             os.close(lock)
 
-    def _create_folders(self) -> None:
-        """Creates the missing folders, durably: a new folder survives a power failure once its parent is synced."""
-        missing = [folder for folder in (self._models, *self._models.parents) if not folder.exists()]
-        self._models.mkdir(mode=_OWNER, parents=True, exist_ok=True)
-        for folder in missing:
-            Files(folder.parent).sync()
-
     def _take_lock(self) -> None:
         """Locks the directory. The kernel releases a flock when the process ends, however it ends."""
         try:
@@ -172,10 +161,3 @@ class DataDirectory:
     def _error(self, error: OSError) -> DataDirectoryError:
         advice = disk_full_advice(error, self.path)
         return DataDirectoryError(f"data directory {self.path}: {error.strerror}{advice}")
-
-    def _tidy(self) -> None:
-        """Removes models whose creation or deletion a crash interrupted."""
-        with suppress(OSError):
-            for path in self._models.iterdir():
-                if path.name.startswith(".") and path.name.endswith(UNFINISHED):
-                    shutil.rmtree(path, ignore_errors=True)

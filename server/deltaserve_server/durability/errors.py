@@ -14,12 +14,7 @@ class DataDirectoryError(Exception):
 
 
 class CorruptError(Exception):
-    """A file does not contain what the server wrote to it.
-
-    Args:
-        where: Path of the file.
-        what: What is wrong with it.
-    """
+    """The file at `where` does not contain what the server wrote to it; `what` is wrong with it."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}")

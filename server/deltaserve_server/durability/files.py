@@ -8,8 +8,8 @@ Data that matters is therefore written again, to another file or over the same b
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -26,17 +26,9 @@ UNFINISHED = ".new"
 
 
 class File:
-    """A new file, open for writing.
-
-    Args:
-        path: Path of the file, which must not exist.
-
-    Attributes:
-        name: Name of the file in its folder.
-    """
+    """A new file, open for writing; its path must not exist yet."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.name
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _OWNER)
 
     def allocate(self, start: int, stop: int) -> None:
@@ -74,11 +66,7 @@ class File:
 
 
 class Files:
-    """The files of a folder. Every method raises OSError if the system refuses.
-
-    Args:
-        folder: The folder, which exists.
-    """
+    """The files of an existing folder. Every method raises OSError if the system refuses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,23 +88,12 @@ class Files:
         return File(self.folder / name)
 
     def shorten(self, name: str, stop: int, end: bytes, *, sync: bool) -> None:
-        """Overwrites a file with `end` at byte `stop` and truncates it after that.
-
-        Args:
-            name: Name of the file.
-            stop: Bytes to keep.
-            end: Content that follows them.
-            sync: Whether to wait until the whole file is on the disk.
-        """
-        with disk_operation("shortening", self.folder / name):
-            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                _write(descriptor, stop, [end])
-                os.ftruncate(descriptor, stop + len(end))
-                if sync:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        """Overwrites a file with `end` at byte `stop` and truncates it after that; `sync` waits for the disk."""
+        with disk_operation("shortening", self.folder / name), _opened(self.folder / name) as descriptor:
+            _write(descriptor, stop, [end])
+            os.ftruncate(descriptor, stop + len(end))
+            if sync:
+                os.fsync(descriptor)
 
     def rewrite(self, name: str, offset: int, data: memoryview) -> None:
         """Writes bytes again over the same bytes and syncs the file.
@@ -124,13 +101,9 @@ class Files:
         Pages that an earlier process wrote may be in the page cache alone, marked clean by an fsync that failed.
         Writing marks them dirty, so that this fsync writes them.
         """
-        with disk_operation("rewriting", self.folder / name, len(data)):
-            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                _write(descriptor, offset, [data])
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with disk_operation("rewriting", self.folder / name, len(data)), _opened(self.folder / name) as descriptor:
+            _write(descriptor, offset, [data])
+            os.fsync(descriptor)
 
     def rename(self, name: str, new: str) -> None:
         """Renames a file and replaces the file called `new`, if any. The change survives power failure after `sync`."""
@@ -142,50 +115,48 @@ class Files:
 
     def sync(self) -> None:
         """Waits until the folder's names are on the disk."""
-        with disk_operation("syncing", self.folder):
-            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with disk_operation("syncing", self.folder), _opened(self.folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+            os.fsync(descriptor)
 
     def put(self, name: str, content: Sequence[bytes | memoryview]) -> None:
         """Writes a file atomically and durably, replacing the file of this name, if any.
 
         A crash leaves the old file or the new one, never a mixture: rename replaces a file in one step, and it follows
         the fsync of the new content.
-
-        Args:
-            name: Name of the file.
-            content: The new content, in parts.
         """
         temporary = name + UNFINISHED  # in the same folder: rename is atomic only within a file system
         total = sum(memoryview(part).nbytes for part in content)
         self.remove(temporary)  # of an attempt that a crash interrupted: O_EXCL would refuse the name
         try:
             with disk_operation("writing", self.folder / name, total):
-                self._put(temporary, name, content, total)
+                with self.create(temporary) as file:
+                    failpoint("file.created")
+                    file.allocate(0, total)  # a full disk fails here, before anything is written
+                    offset = 0
+                    for part in content:
+                        file.write(offset, [part])
+                        offset += memoryview(part).nbytes
+                        failpoint("file.mid_write")
+                    failpoint("file.written")
+                    file.sync()
+                failpoint("file.synced")
+                self.rename(temporary, name)
+                failpoint("file.renamed")
+                self.sync()
+                failpoint("file.safe")
         except OSError:
             with suppress(OSError):
                 self.remove(temporary)
             raise
 
-    def _put(self, temporary: str, name: str, content: Sequence[bytes | memoryview], total: int) -> None:
-        with self.create(temporary) as file:
-            failpoint("file.created")
-            file.allocate(0, total)  # a full disk fails here, before anything is written
-            offset = 0
-            for part in content:
-                file.write(offset, [part])
-                offset += memoryview(part).nbytes
-                failpoint("file.mid_write")
-            failpoint("file.written")
-            file.sync()
-        failpoint("file.synced")
-        self.rename(temporary, name)
-        failpoint("file.renamed")
-        self.sync()
-        failpoint("file.safe")
+
+@contextmanager
+def _opened(path: Path, flags: int = os.O_WRONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write(descriptor: int, offset: int, buffers: Sequence[bytes | memoryview]) -> None:

@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -131,11 +131,7 @@ def boot() -> str:
 
 
 class Folder:
-    """The folder of a model.
-
-    Args:
-        files: Its files.
-    """
+    """The folder of a model."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -200,7 +196,12 @@ class Folder:
             # Manifests first: without one, nobody takes a half-removed snapshot for a whole one.
             old = [snapshot.manifest_name(number) for number in self.snapshots() if number not in kept]
             old += [snapshot.tensors_name(n) for n, kind in self._snapshot_files() if kind != "json" and n not in kept]
-            old += [journal_name(number) for number in self.journals() if number < self._first_journal(last)]
+            try:
+                first = min((snapshot.read_manifest(self.files, number).first_journal for number in last), default=0)
+            except (CorruptError, OSError) as error:
+                _log.warning("all journals are kept, because a snapshot cannot be read: %s", error)
+                first = 0
+            old += [journal_name(number) for number in self.journals() if number < first]
             for name in old:
                 failpoint("snapshot.removing")
                 self.files.remove(name)
@@ -239,14 +240,6 @@ class Folder:
                 found.append(snapshot.Entry(number, manifest.model.version, size, manifest.taken_at))
         # A snapshot that was removed meanwhile has made room for a newer one: list again.
         return found if self.snapshots() == listed else self.entries()
-
-    def _first_journal(self, kept: Sequence[int]) -> int:
-        """Returns the number of the first journal that these snapshots need; 0 if one of them cannot be read."""
-        try:
-            return min((snapshot.read_manifest(self.files, number).first_journal for number in kept), default=0)
-        except (CorruptError, OSError) as error:
-            _log.warning("all journals are kept, because a snapshot cannot be read: %s", error)
-            return 0
 
     def _snapshot_files(self) -> list[tuple[int, str]]:
         found = (_SNAPSHOT.fullmatch(name) for name in self.files.names())

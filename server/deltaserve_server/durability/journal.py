@@ -73,16 +73,11 @@ def journal_name(number: int) -> str:
 
 
 class _RecordHeader(NamedTuple):
-    """The header of a record.
+    """The header of record `number`.
 
     Attributes:
-        nonce: Random number of the file.
-        number: Index of the record.
         durable: Index of the last record that was durable when this one was written.
-        json_bytes: Length of the JSON body.
         checksum: CRC-32C of everything after the header.
-        vector_bytes: Length of the vector.
-        spare: 0.
     """
 
     nonce: bytes
@@ -112,16 +107,10 @@ class _RecordHeader(NamedTuple):
 class Journal:
     """A new journal, open for writing.
 
-    Args:
-        files: The model's folder.
-        number: Number of the journal, which no other one has.
-
     Raises:
         OSError: The file cannot be created.
 
     Attributes:
-        number: Number of the journal.
-        where: Path of the file.
         size: Bytes written so far.
     """
 
@@ -161,12 +150,7 @@ class Journal:
                 self._allocated = end
 
     def write(self, records: Sequence[Record], durable: int, *, sync: bool) -> None:
-        """Appends records.
-
-        Args:
-            records: The records.
-            durable: Index of the last record that is durable already.
-            sync: Whether to wait until the records are on the disk.
+        """Appends records; record `durable` and those before it are durable already. `sync` waits for the disk.
 
         Raises:
             OSError: Not all records were written. The journal must not be written to again (see `files`).
@@ -206,8 +190,6 @@ class JournalReader:
     """Reads the records of a journal, one after the other.
 
     Args:
-        files: The model's folder.
-        number: Number of the journal.
         after: Index of the record that precedes the journal's first.
         lost_power: Whether the machine may have restarted since the journal was written. Then disk sectors may be
             missing in the middle of the last records while later sectors are there.
@@ -217,7 +199,6 @@ class JournalReader:
         size: Bytes that were read and are good.
         file_bytes: Length of the file; 0 if there is none.
         index: Index of the last record read.
-        where: Path of the file.
     """
 
     def __init__(self, files: Files, number: int, after: int, *, lost_power: bool, must_exist: bool = False) -> None:
@@ -267,7 +248,14 @@ class JournalReader:
             if record is None:
                 break
             yield record
-        self._check_rest()
+        # A record further on may say that the one missing here was durable. Searched byte by byte: behind a torn record
+        # nobody knows where the next one starts.
+        at = self.size
+        while (at := self._map.find(self._nonce, at)) >= 0:
+            later = _parsed(self._data[at : at + _HEADER_BYTES], self._nonce)
+            if later and later.durable > self.index:
+                raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
+            at += 1
 
     def _header(self) -> _RecordHeader | None:
         """Returns the header of the next record; None at the end of the journal."""
@@ -291,7 +279,10 @@ class JournalReader:
             self._check_end()
             return None
         if crc32c(data[_HEADER_BYTES:]) != header.checksum:
-            if _is_torn(data, self.size, anywhere=self._lost_power) and not self._is_moved(header):
+            # A trailer further on shows that the record was once whole: bytes were inserted or removed since.
+            trailer = self._map.find(_TRAILER.pack(self._nonce, header.number), self.size + 1)
+            is_moved = trailer not in (-1, self.size + header.total_bytes - _TRAILER.size)
+            if _is_torn(data, self.size, anywhere=self._lost_power) and not is_moved:
                 if any(data[-_TRAILER.size :]):  # a vector may contain a sector of zeros, which looks like a torn one
                     _log.warning(
                         "%s: record %d is dropped: a power failure has torn it, or it was changed since",
@@ -308,21 +299,6 @@ class JournalReader:
         self.size += header.total_bytes
         self.index = header.number
         return Record(header.number, body.event, _pieces(body, vector, where))
-
-    def _is_moved(self, header: _RecordHeader) -> bool:
-        """Returns whether a record's trailer is in the file, in the wrong place: then the record was once whole."""
-        found = self._map.find(_TRAILER.pack(self._nonce, header.number), self.size + 1)
-        return found not in (-1, self.size + header.total_bytes - _TRAILER.size)
-
-    def _check_rest(self) -> None:
-        """Raises CorruptError if a record further on says that a record missing here was durable."""
-        at = self.size
-        # Searched byte by byte: behind a torn record nobody knows where the next one starts.
-        while (at := self._map.find(self._nonce, at)) >= 0:
-            header = _parsed(self._data[at : at + _HEADER_BYTES], self._nonce)
-            if header and header.durable > self.index:
-                raise self._corrupt(f"record {self.index + 1} is bad, and later ones are good")
-            at += 1
 
     def _check_end(self) -> None:
         """Raises CorruptError if the file is shorter than it was: a crash of the process cannot cause that."""
@@ -367,12 +343,7 @@ def _is_torn(data: memoryview, start: int, *, anywhere: bool) -> bool:
     """Returns whether a part of a record is still zeros, as the file was before the record was written.
 
     A process that dies leaves a prefix of the record, so the trailer is zeros. A disk writes sectors in any order, so
-    after a power failure any sector may be.
-
-    Args:
-        data: The record.
-        start: Offset of the record in the file.
-        anywhere: Whether any sector may be missing.
+    after a power failure `anywhere` in the record, which is at byte `start` of the file, a sector may be.
     """
     if not any(data[-_TRAILER.size :]):
         return True

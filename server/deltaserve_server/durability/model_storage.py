@@ -44,7 +44,11 @@ class Clock(Protocol):
 
 
 class Durability(StrEnum):
-    """What survives: nothing; the last snapshot; everything, unless the machine fails; everything."""
+    """What survives the death of the server process.
+
+    NONE: nothing. SNAPSHOT: the last snapshot. JOURNAL: every acknowledged push, unless the machine crashes. FSYNC:
+    every acknowledged push.
+    """
 
     NONE = "none"
     SNAPSHOT = "snapshot"
@@ -118,18 +122,10 @@ class ModelStorage:
     The constructor starts the first journal and then writes the head. The new lineage is therefore on the disk before
     anybody hears of it.
 
-    Args:
-        folder: The model's folder.
-        schedule: What must survive, and when to take snapshots.
-        stored: What the folder contains.
-        clock: The time.
-
     Raises:
         OSError: The folder cannot be written.
 
     Attributes:
-        folder: The model's folder.
-        commits: The queue of records and callbacks.
         head: The head as written.
         last: The newest snapshot.
     """
@@ -149,7 +145,10 @@ class ModelStorage:
         journal = self._new_journal()
         # Without a journal nothing but a snapshot keeps what an earlier server had journaled.
         self._snapshot_wanted = stored.snapshot_wanted or (journal is None and stored.index != stored.saved_index)
-        self.commits = _commits(journal, stored, sync=schedule.durability is Durability.FSYNC)
+        self.commits = Commits(stored.index)
+        if journal:
+            sync, before = schedule.durability is Durability.FSYNC, stored.index - stored.saved_index
+            self.commits = Journaled(journal, stored.index, sync=sync, before=(before, stored.journal_bytes))
         served = Served(schedule.durability.value, boot(), journal.number if journal else None)
         self.head = msgspec.structs.replace(stored.head, served=served, inode=folder.inode)
         try:
@@ -165,11 +164,7 @@ class ModelStorage:
         return self.folder.entries()
 
     def durable_version(self, notified: int) -> int:
-        """Returns the newest version that would survive a crash.
-
-        Args:
-            notified: The newest version that anybody was notified of.
-        """
+        """Returns the newest version that would survive a crash; `notified` is the newest that anybody knows of."""
         return notified if self.commits.journals else self.last.version
 
     def request_snapshot(self) -> None:
@@ -185,11 +180,13 @@ class ModelStorage:
             return True
         if commits.index == self._saved_index:
             return False
+        journal_bytes = max(_JOURNAL_STATES_MAX * self.last.bytes, _JOURNAL_BYTES_MIN)
         return (
             self._snapshot_wanted
             or (schedule.updates is not None and version - self.last.version >= schedule.updates)
             or (schedule.seconds is not None and now - self._saved_at >= schedule.seconds)
-            or (isinstance(commits, Journaled) and self._is_long(commits))
+            or (isinstance(commits, Journaled) and commits.records >= _JOURNAL_RECORDS_MAX)
+            or (isinstance(commits, Journaled) and commits.bytes >= journal_bytes)
         )
 
     def save(self, take_checkpoint: TakeCheckpoint) -> Entry:
@@ -218,10 +215,10 @@ class ModelStorage:
             self.commits.close()
 
     def close(self, take_checkpoint: TakeCheckpoint) -> None:
-        """Shuts down in order: takes a last snapshot and writes to the head that nothing follows it.
+        """Takes a last snapshot and marks the head as cleanly stopped.
 
         Raises:
-            OSError: That was not written. What was durable before is still durable.
+            OSError: The snapshot or the head could not be written. Everything that was durable before still is.
         """
         with self._saving:
             if self.commits.index != self._saved_index or self._is_broken():
@@ -249,11 +246,12 @@ class ModelStorage:
             commits.adopt(journal)
         self.last, self._saved_index, self._saved_at, self._finished = entry, checkpoint.index, began, self._started
         seconds = self._clock.monotonic() - began
-        _log.info("%s: wrote snapshot %d of version %d in %.1f s", self._where, entry.number, entry.version, seconds)
+        model = self.folder.files.folder.name
+        _log.info("model %s: wrote snapshot %d of version %d in %.1f s", model, entry.number, entry.version, seconds)
         try:
             self.folder.tidy()
         except OSError as error:
-            _log.warning("%s: old snapshots were not removed: %s", self._where, error)
+            _log.warning("model %s: old snapshots were not removed: %s", model, error)
         return entry
 
     def _write(self, checkpoint: Checkpoint, journal: Journal | None) -> Entry:
@@ -277,39 +275,22 @@ class ModelStorage:
         A manifest that has its name may be found after a crash, although its last sync failed. It names the new
         journal as the one that continues it, so later records must go there.
         """
-        if journal and not self._manifest_exists() and self.commits.take_back(journal):
-            journal.close()
-            with suppress(OSError):
-                self.folder.files.remove(journal_name(journal.number))
-
-    def _manifest_exists(self) -> bool:
-        try:
-            return snapshot.manifest_name(self._number) in self.folder.files.names()
-        except OSError:
-            return True
-
-    @property
-    def _where(self) -> str:
-        return f"model {self.folder.files.folder.name}"
+        files = self.folder.files
+        with suppress(OSError):
+            if (
+                journal
+                and snapshot.manifest_name(self._number) not in files.names()
+                and self.commits.take_back(journal)
+            ):
+                journal.close()
+                files.remove(journal_name(journal.number))
 
     def _is_broken(self) -> bool:
         """Returns whether the journal failed: only a snapshot can then make anything durable."""
         return isinstance(self.commits, Journaled) and self.commits.error is not None
-
-    def _is_long(self, commits: Journaled) -> bool:
-        return commits.records >= _JOURNAL_RECORDS_MAX or commits.bytes >= max(
-            _JOURNAL_STATES_MAX * self.last.bytes, _JOURNAL_BYTES_MIN
-        )
 
     def _new_journal(self) -> Journal | None:
         if not self._schedule.durability.journals:
             return None
         self._number += 1
         return Journal(self.folder.files, self._number)
-
-
-def _commits(journal: Journal | None, stored: StoredModel, *, sync: bool) -> Commits:
-    if journal is None:
-        return Commits(stored.index)
-    before = stored.index - stored.saved_index, stored.journal_bytes
-    return Journaled(journal, stored.index, sync=sync, before=before)

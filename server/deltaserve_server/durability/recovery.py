@@ -49,8 +49,6 @@ class Recovered:
     """A model that was recovered.
 
     Attributes:
-        machine: Its state machine, resumed.
-        store: Its vectors.
         stored: What its folder contains, with the head of the new lineage, which is not written yet.
         version_bumped: Whether resuming incremented the version, for workers that wait for it. The caller must journal
             that.
@@ -114,7 +112,7 @@ def recover(
     failpoint("recovery.tensors")
 
     machine = manifest.model.machine(clock.monotonic())
-    # The store gets its own vector: it reuses its first one when it puts another in its place.
+    # The store gets a separate vector, because `put` recycles the first one.
     store = make_store(zeros_like(found.state.weights))
     store.put(found.state, machine.version)
     replayer = JournalReplayer(folder.files, machine, store, manifest.index, head, clock.monotonic())
@@ -171,8 +169,6 @@ class _Snapshot(NamedTuple):
     """The newest good snapshot of a folder.
 
     Attributes:
-        manifest: Its manifest.
-        state: Its vectors.
         corrupt: Newer snapshots that are corrupt, by number, with what is wrong.
         last_index: Index of the last record that any snapshot includes, corrupt ones among them.
     """
@@ -228,16 +224,9 @@ def _must_exist(manifest: Manifest, served: Served | None) -> set[int]:
 class JournalReplayer:
     """Replays journals: applies their records to a machine and its store, through the same kernel as at first.
 
-    Args:
-        files: The model's folder.
-        machine: The state machine as the snapshot has it.
-        store: The vectors as the snapshot has them.
-        index: Index of the last record in the snapshot.
-        head: The model's head.
-        now: The time, for leases.
+    Machine, store and index are those of the snapshot at first; `now` is the time for leases.
 
     Attributes:
-        machine: The state machine.
         index: Index of the last record replayed.
         bytes: Length of the records replayed.
         journals: The readers of the journals read so far, by number, in order. Each stays open: repairs need its bytes.
@@ -297,8 +286,15 @@ class JournalReplayer:
     def _apply(self, record: Record) -> None:
         machine, event = self.machine, record.event
         match event:
-            case Updated():
-                self._update(event, record)
+            case Updated(summary=summary):
+                staging = self._store.stage()
+                for offset, values in record.pieces:
+                    staging.add(offset, values)
+                self._store.fold(staging, 1.0)
+                groups = machine.layout.groups(event.absent)
+                ranges = [Range(start, stop, summary.hyperparameters[group]) for start, stop, group in groups]
+                self._store.update(ranges, event.divisor, summary.version)
+                machine.replay_update(summary, event.absent, event.sources, self._now)
             case Opened(session):
                 machine.sessions.restore(session.session({}, self._now))
             case Ended(ids):
@@ -315,16 +311,6 @@ class JournalReplayer:
             case Extended(tensors, groups):
                 self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
                 machine.extend(tensors, groups)
-
-    def _update(self, event: Updated, record: Record) -> None:
-        staging = self._store.stage()
-        for offset, values in record.pieces:
-            staging.add(offset, values)
-        self._store.fold(staging, 1.0)
-        groups = self.machine.layout.groups(event.absent)
-        ranges = [Range(start, stop, event.summary.hyperparameters[group]) for start, stop, group in groups]
-        self._store.update(ranges, event.divisor, event.summary.version)
-        self.machine.replay_update(event.summary, event.absent, event.sources, self._now)
 
 
 # --- the decision

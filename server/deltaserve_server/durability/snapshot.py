@@ -7,8 +7,9 @@ manifest when the first file is on the disk, so a snapshot exists exactly if its
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -124,25 +125,19 @@ def write(
         model=model,
     )
     content = packed(manifest)
-    with _removed_on_error(files, number):
+    try:
         files.put(tensors_name(number), parts)
         failpoint("snapshot.tensors")
         files.put(manifest_name(number), [content])
-    failpoint("snapshot.manifest")
-    return Entry(number, model.version, manifest.bytes + len(content), taken_at)
-
-
-@contextmanager
-def _removed_on_error(files: Files, number: int) -> Iterator[None]:
-    """Removes the tensor file if the manifest cannot be written: repeated attempts would fill the disk."""
-    try:
-        yield
     except OSError:
         with suppress(OSError):
-            # A manifest whose name is there may have reached the disk, whatever its last sync said.
+            # A manifest whose name is there may have reached the disk, whatever its last sync said. Without one the
+            # tensors go: repeated attempts would fill the disk.
             if manifest_name(number) not in files.names():
                 files.remove(tensors_name(number))
         raise
+    failpoint("snapshot.manifest")
+    return Entry(number, model.version, manifest.bytes + len(content), taken_at)
 
 
 def read_manifest(files: Files, number: int) -> Manifest:
@@ -232,18 +227,17 @@ def _tensors_header(model: MachineState, index: int) -> bytes:
 
     The safetensors library is not used to write: it copies all tensors into one buffer first.
     """
-    entries = {"__metadata__": {"model": model.name, "version": str(model.version), "index": str(index)}}
-    body = json.dumps(entries | dict(_tensor_entries(model)), separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    return len(body).to_bytes(8, "little") + body
-
-
-def _tensor_entries(model: MachineState) -> Iterator[tuple[str, Any]]:
+    metadata = {"model": model.name, "version": str(model.version), "index": str(index)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     layout = Layout(model.tensors)
     for place, vector in enumerate(VECTORS):
-        for index, tensor in enumerate(layout.tensors):
-            start, stop = ((place * layout.size + layout.offsets[edge]) * ELEMENT_BYTES for edge in (index, index + 1))
-            yield (
-                f"{vector}/{tensor.name}",
-                {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]},
-            )
+        for tensor, edges in zip(layout.tensors, pairwise(layout.offsets), strict=True):
+            offsets = [(place * layout.size + edge) * ELEMENT_BYTES for edge in edges]
+            entries[f"{vector}/{tensor.name}"] = {
+                "dtype": "F32",
+                "shape": list(tensor.shape),
+                "data_offsets": offsets,
+            }
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(8, "little") + body

@@ -21,7 +21,7 @@ from deltaserve_server.durability.records import (
     Updated,
     VersionBumped,
 )
-from deltaserve_server.model import Async, Bounded, Machine, Policy, Sync, Tensor, UpdateSummary
+from deltaserve_server.model import Async, Bounded, Machine, Sync, Tensor, UpdateSummary
 from deltaserve_server.model.state import MachineState, SessionState, Settings
 
 _UINT64_END = 1 << 64
@@ -63,7 +63,11 @@ def check_record(record: Record, machine: Machine) -> None:
     event, pieces, layout = record.event, record.pieces, machine.layout
     match event:
         case Updated():
-            _check_update(event, machine)
+            _require(event.summary.version == machine.version + 1, "version")
+            _check_summary(event.summary, len(machine.groups))
+            _require(len(event.sources) == len(event.summary.contributions) > 0, "number of pushes")
+            _require(event.divisor < math.inf, "divisor")
+            _require(all(0 <= index < len(layout.tensors) for index in event.absent), "absent tensor")
             _check_coverage(pieces, [(start, stop) for start, stop, _ in layout.groups(event.absent)], layout.size)
         case Opened(session):
             _check_session(session, len(layout.tensors), len(machine.groups))
@@ -109,11 +113,7 @@ def _check_settings(settings: Settings, groups: int) -> None:
     _require(len(settings.groups) == groups >= 1, "number of groups")
     for group in settings.groups:
         _check_group(group)
-    _check_policy(policies[0])
-
-
-def _check_policy(policy: Policy) -> None:
-    match policy:
+    match policy := policies[0]:
         case Sync():
             waits = policy.grace_seconds, policy.round_timeout_seconds or 0.0
             _require(policy.min_workers >= 1 and policy.quorum != 0, "number of workers")
@@ -148,14 +148,6 @@ def _check_summary(summary: UpdateSummary, groups: int | None) -> None:
         _check_group(group)
     for contribution in summary.contributions:
         _check_uint64("push of an update", contribution.epoch, contribution.sequence, contribution.staleness)
-
-
-def _check_update(event: Updated, machine: Machine) -> None:
-    _require(event.summary.version == machine.version + 1, "version")
-    _check_summary(event.summary, len(machine.groups))
-    _require(len(event.sources) == len(event.summary.contributions) > 0, "number of pushes")
-    _require(event.divisor < math.inf, "divisor")
-    _require(all(0 <= index < len(machine.layout.tensors) for index in event.absent), "absent tensor")
 
 
 def _check_coverage(pieces: Sequence[Piece], ranges: Collection[tuple[int, int]], size: int) -> None:

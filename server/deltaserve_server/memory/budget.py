@@ -2,18 +2,11 @@
 
 import threading
 from collections import deque
-from types import TracebackType
 from typing import Self
 
 
 class BudgetExceeded(Exception):
-    """A reservation asked for more bytes than are left.
-
-    Attributes:
-        needed: Number of bytes asked for.
-        available: Number of bytes left at that moment.
-        total: Number of bytes in the whole budget.
-    """
+    """A reservation needed more bytes than were available of the budget's total."""
 
     def __init__(self, needed: int, available: int, total: int) -> None:
         super().__init__(needed, available, total)
@@ -70,8 +63,7 @@ class Budget:
         # Without the lock: the garbage collector may release a reservation in the thread that holds the lock.
         self._released.append(size)
 
-    def _left(self) -> int:
-        """Returns `available`. The caller holds the lock."""
+    def _left(self) -> int:  # the caller holds the lock
         while self._released:
             self._reserved -= self._released.popleft()
         return self.total - self._reserved
@@ -121,7 +113,5 @@ class Reservation:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()

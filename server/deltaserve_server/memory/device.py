@@ -89,7 +89,9 @@ class DeviceStaging(Staging):
         """Prepares the values as a whole vector for `stream`, the current one: `size` elements, missing ones 0."""
         self.used_by(stream)
         self.lengthen(size)
-        self.zero_gaps()
+        edges = [0, *(edge for part in self.covered for edge in part), size]
+        for start, stop in list(pairwise(edges))[::2]:
+            self.values[start:stop].zero_()
 
     def lengthen(self, size: int) -> None:
         """Appends zeros up to `size` elements, if the layout was extended after the push arrived."""
@@ -98,19 +100,12 @@ class DeviceStaging(Staging):
             zeros = torch.zeros(missing, dtype=self.values.dtype, device="cuda")
             self.values = torch.cat([self.values, zeros])
 
-    def zero_gaps(self) -> None:
-        """Writes zeros for the elements without a value."""
-        edges = [0, *(edge for part in self.covered for edge in part), self.values.numel()]
-        for start, stop in list(pairwise(edges))[::2]:
-            self.values[start:stop].zero_()
-
 
 class DeviceStore(Store):
     """A model's vectors on the current GPU; versions are published in pinned host memory.
 
     Args:
-        weights: The initial weights.
-        number: Their version.
+        weights: The initial weights, of version `number`.
         budget: Pays for older versions that readers keep.
     """
 
@@ -300,13 +295,7 @@ class DeviceStore(Store):
 
 
 class _DeviceFrozen(Frozen):
-    """A view of a version's weights on the host and of copies of the averages on the GPU.
-
-    Args:
-        version: The version with the weights, acquired.
-        square_avg: As in `State`, on the GPU.
-        acc_delta: As in `State`, on the GPU.
-    """
+    """A view of an acquired version's weights on the host and of copies of the averages on the GPU."""
 
     def __init__(self, version: Version, square_avg: torch.Tensor, acc_delta: torch.Tensor) -> None:
         self._version = version

@@ -31,6 +31,7 @@ from deltaserve_server.memory.store import (
     allocate_host,
     check_combine,
     root_of_sum,
+    zeros_like,
 )
 
 _log = logging.getLogger(__name__)
@@ -112,8 +113,7 @@ class HostStore(Store):
     """A model's vectors in host memory.
 
     Args:
-        weights: The initial weights; kept, not copied.
-        number: Their version.
+        weights: The initial weights, of version `number`; kept, not copied.
         budget: Pays for older versions that readers keep.
         executor: Runs the kernel beside the calling thread.
         threads: Maximum number of threads of an update, including the calling one.
@@ -127,8 +127,7 @@ class HostStore(Store):
         self._threads = threads
         self._allocate: Callable[[int], Vector] = allocate_host
         self._pool, self._readers = VectorPool(weights.size, self._allocate), ReaderBudget(weights.nbytes, budget)
-        self._square_avg = np.zeros(weights.size, np.float32)
-        self._acc_delta = np.zeros(weights.size, np.float32)
+        self._square_avg, self._acc_delta = zeros_like(weights), zeros_like(weights)
         self._pending: _Single | _Total | None = None
         self._averages_pool = VectorPool(weights.size)
         self._frozen: _HostFrozen | None = None
@@ -187,7 +186,11 @@ class HostStore(Store):
         # Another vector than the current version's, which readers may hold.
         weights = self._pool.take()
         _copy_outside(ranges, self.current.weights, weights)
-        averages = self._averages_to_write(ranges)
+        averages = current = self._square_avg, self._acc_delta
+        if self._frozen is not None:
+            averages = self._averages_pool.take(), self._averages_pool.take()
+            for vector, other in zip(current, averages, strict=True):
+                _copy_outside(ranges, vector, other)
         work = list(_split(pieces, ranges))
         squares = [0.0] * len(work)
 
@@ -253,7 +256,7 @@ class HostStore(Store):
 
     def extend(self, weights: Vector) -> None:
         """Appends elements with zero state."""
-        zeros = np.zeros(weights.size, np.float32)
+        zeros = zeros_like(weights)
         # All four are allocated before the store changes: memory may run out at any of them.
         extended = np.concatenate([self.current.weights, weights])
         square_avg = np.concatenate([self._square_avg, zeros])
@@ -299,16 +302,6 @@ class HostStore(Store):
             case _Total(vector, is_mean):
                 return [(0, vector)], 1.0 if is_mean else weight
 
-    def _averages_to_write(self, ranges: Sequence[Range]) -> tuple[Vector, Vector]:
-        """Returns the vectors for the new square_avg and acc_delta: the current ones, or others if they are frozen."""
-        current = self._square_avg, self._acc_delta
-        if self._frozen is None:
-            return current
-        others = self._averages_pool.take(), self._averages_pool.take()
-        for vector, other in zip(current, others, strict=True):
-            _copy_outside(ranges, vector, other)
-        return others
-
     def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
         """Updates one portion on the calling thread; returns the sum of the squares of its change."""
         from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
@@ -332,30 +325,23 @@ class HostStore(Store):
         return squares
 
 
+@dataclass(eq=False)
 class _HostFrozen(Frozen):
-    """A view of vectors that their store does not write to until `release`.
+    """A view of an acquired version's weights and of averages, which their store does not write to until `release`."""
 
-    Args:
-        store: The store that froze them.
-        version: The version with the weights, acquired.
-        square_avg: As in `State`.
-        acc_delta: As in `State`.
-    """
-
-    def __init__(self, store: HostStore, version: Version, square_avg: Vector, acc_delta: Vector) -> None:
-        self._store = store
-        self._version = version
-        self.square_avg = square_avg
-        self.acc_delta = acc_delta
+    store: HostStore
+    version: Version
+    square_avg: Vector
+    acc_delta: Vector
 
     def state(self) -> State:
         """Returns the vectors themselves."""
-        return State(self._version.weights, self.square_avg, self.acc_delta)
+        return State(self.version.weights, self.square_avg, self.acc_delta)
 
     def release(self) -> None:
         """Ends the view."""
-        self._version.release()
-        self._store.thaw(self)
+        self.version.release()
+        self.store.thaw(self)
 
 
 def _copy_outside(ranges: Sequence[Range], vector: Vector, out: Vector) -> None:

@@ -78,5 +78,5 @@ def handle(vector: Vector) -> Handle | None:
 
 
 def when_gone(vector: Vector, call: Any) -> None:
-    """Calls `call` when the last reference to a vector from `allocate` goes."""
+    """Calls `call` when a vector from `allocate` has no references left."""
     weakref.finalize(vector.base, call)

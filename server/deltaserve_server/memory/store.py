@@ -112,7 +112,7 @@ def allocate_host(size: int) -> Vector:
     """Returns an uninitialized vector in private memory that starts at a multiple of 64 bytes."""
     # numpy aligns to 16 bytes only, so allocate one cache line more and start inside it.
     vector = np.empty(size + _LINE_BYTES // ELEMENT_BYTES, np.float32)
-    first = -_address(vector) % _LINE_BYTES // ELEMENT_BYTES
+    first = -vector.ctypes.data % _LINE_BYTES // ELEMENT_BYTES
     return vector[first : first + size]
 
 
@@ -122,18 +122,8 @@ def zeros_like(vector: Vector) -> Vector:
     return np.zeros(vector.size, np.float32)
 
 
-def _address(vector: Vector) -> int:
-    address: int = vector.__array_interface__["data"][0]
-    return address
-
-
 class VectorPool:
-    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself.
-
-    Args:
-        size: Number of elements of each vector.
-        allocate: Allocates a vector where the pool is empty.
-    """
+    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself."""
 
     def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host) -> None:
         self.size = size
@@ -148,9 +138,9 @@ class VectorPool:
             return self._allocate(self.size)
 
     def give(self, vector: Vector) -> None:
-        """Puts a vector into the pool, unless the pool is full or the vector has another size or alignment."""
+        """Returns a vector to the pool, unless the pool is full or the vector has another size or alignment."""
         # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
-        if len(self._free) < _FREE_MAX and vector.size == self.size and _address(vector) % _LINE_BYTES == 0:
+        if len(self._free) < _FREE_MAX and vector.size == self.size and vector.ctypes.data % _LINE_BYTES == 0:
             self._free.append(vector)
 
 
@@ -161,8 +151,6 @@ class Version:
     reader of any further version reserves its bytes.
 
     Args:
-        number: The version's number.
-        weights: The version's weights.
         readers: The budget that the first reader reserves from.
         pool: Receives the vector when the version is retired and has no readers.
     """

@@ -248,6 +248,7 @@ class RecordedFile(File):
     """A real file whose operations are recorded."""
 
     def __init__(self, path: Path, recorder: Recorder) -> None:
+        self.name = path.name
         self._recorder = recorder
         self._number = recorder.next_file()
         op = Op("create", str(path.parent), path.name, self._number)

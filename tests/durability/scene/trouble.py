@@ -71,6 +71,7 @@ class _Files(Files):
 class _File(File):
     def __init__(self, path: Path, trouble: Trouble) -> None:
         super().__init__(path)
+        self.name = path.name
         self._trouble = trouble
 
     def allocate(self, start: int, stop: int) -> None:
