@@ -4,7 +4,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -71,7 +71,7 @@ class Server:
     Args:
         config: The server's settings.
         clock: What leases, rounds and snapshots run on.
-        observers: Learn of events.
+        observers: Receive the events of all models.
         credentials: The server's certificates; None means that connections are not encrypted.
 
     Raises:
@@ -241,7 +241,10 @@ class Server:
             self.abandoned.append("calls that did not end when they were cancelled")
         # Without this the interpreter would wait for these threads when it exits, and without a limit.
         for what, executor in (("calls", self._calls), ("updates", self._executor)):
-            if not _shut_down(executor, _GIVE_UP_SECONDS):
+            thread = threading.Thread(target=executor.shutdown, daemon=True)
+            thread.start()
+            thread.join(_GIVE_UP_SECONDS)
+            if thread.is_alive():
                 self.abandoned.append(f"threads of {what}")
         for what in self.abandoned:
             _log.error("stopping: gave up waiting for %s", what)
@@ -302,14 +305,6 @@ def _durable_place(config: ServerConfig, clock: Clock) -> tuple[DataDirectory | 
         raise
 
 
-def _shut_down(executor: Executor, seconds: float) -> bool:
-    """Ends a pool of threads; returns whether they all ended in time."""
-    thread = threading.Thread(target=executor.shutdown, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
-
-
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
     # A peer that is gone without a word is noticed by pings, which must not be taken for an attack.
     silent = round(config.keepalive_seconds * 1000)
@@ -330,13 +325,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where models live.
-
-    Attributes:
-        device: The device, as GetServerInfo describes it.
-        memory_bytes: How much memory models may use.
-        make_store: Makes a model's store.
-    """
+    """Where models live: the device, the memory that they may use there, and what makes a model's store."""
 
     device: Device
     memory_bytes: int

@@ -62,10 +62,10 @@ class ModelEngine:
         store: The vectors.
         reservation: The memory that the model occupies.
         incarnation: Identifies the server process.
-        schedule_tick: Makes the lease timer call `tick` at this time or earlier.
+        schedule_tick: Requests a call of `tick` no later than the given time.
         storage: The model's files; None if it is not durable.
         clock: Tells the time.
-        observers: Learn of events.
+        observers: Receive the model's events.
 
     Attributes:
         lock: `with engine.lock:` makes several calls one event. Reentrant; tells whether the model has ended.
@@ -194,11 +194,7 @@ class ModelEngine:
         return self._shared.get(session_id)
 
     def check(self, push: Push) -> Session:
-        """Checks a push by its header, and renews the lease. Must be called under `lock`.
-
-        Raises:
-            Refused: The header alone is reason enough.
-        """
+        """Checks a push by its header, and renews the lease; may raise Refused. Must be called under `lock`."""
         return self.machine.check(push, self._clock.monotonic())
 
     def stage(self) -> Staging:
@@ -309,7 +305,8 @@ class ModelEngine:
         with self.lock:
             self._check_journal(1)
             first_version, decisions = self.machine.change(groups, policy, self._clock.monotonic())
-            # A round that a policy without rounds breaks up is not closed: each of its pushes is an update.
+            # When a policy without rounds replaces a synchronous one, the open round does not close: each of its pushes
+            # becomes an update.
             self._events.policy_is(synchronous=isinstance(self.machine.policy, Sync))
             self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)

@@ -24,7 +24,7 @@ class ModelEvents:
 
     Args:
         machine: The model's state machine.
-        observers: Who listens.
+        observers: Receive the events.
         on_durable: Calls a function once everything that happened so far is durable.
         snapshot: Number of the model's last snapshot, 0 if there is none.
     """

@@ -31,11 +31,7 @@ class ModelLock:
         self._depth = 0
 
     def __enter__(self) -> None:
-        """Takes the lock.
-
-        Raises:
-            Refused: The model has ended.
-        """
+        """Takes the lock; raises Refused if the model has ended."""
         self.mutex.acquire()
         if self.ended:
             self.mutex.release()
@@ -45,11 +41,7 @@ class ModelLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Releases the lock.
-
-        Raises:
-            Refused: STORAGE_UNAVAILABLE: the journal cannot be written.
-        """
+        """Releases the lock; the outermost block writes the journal, see `flush`."""
         if self.release():
             self.flush()
 

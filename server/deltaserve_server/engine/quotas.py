@@ -1,4 +1,4 @@
-"""What the server may hold: memory, models, sessions, watchers, and whether it takes new work at all."""
+"""What the server may hold: memory, sessions, watchers, and whether it takes new work at all."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -46,22 +46,12 @@ class Quotas:
         if self.draining:
             raise Refused("DRAINING", DRAIN_RETRY_SECONDS)
 
-    def check_models(self, count: int) -> None:
-        """Raises Refused MODEL_LIMIT or DRAINING if a server with `count` models takes no further one."""
-        self.check_open()
-        if count >= self._config.models:
-            raise Refused("MODEL_LIMIT", limit=self._config.models)
-
     def model_bytes(self, elements: int) -> int:
         """Returns how much memory a model of that many elements needs."""
         return self._vectors * ELEMENT_BYTES * elements
 
     def reserve_model(self, elements: int) -> Reservation:
-        """Reserves the memory of a model, or of an extension, of that many elements.
-
-        Raises:
-            BudgetExceeded: There is not enough.
-        """
+        """Reserves the memory of a model, or of an extension, of that many elements; raises BudgetExceeded."""
         return self.memory.reserve(self.model_bytes(elements))
 
     @contextmanager
@@ -89,11 +79,7 @@ class Quotas:
 
     @contextmanager
     def watcher(self) -> Iterator[None]:
-        """Holds a place for a watcher.
-
-        Raises:
-            Refused: WATCHER_LIMIT.
-        """
+        """Holds a place for a watcher; raises Refused WATCHER_LIMIT."""
         # A watcher occupies a thread of gRPC's pool for as long as it watches.
         if not self._watchers.acquire(blocking=False):
             raise Refused("WATCHER_LIMIT", limit=self._config.watchers)

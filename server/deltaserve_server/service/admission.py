@@ -46,13 +46,9 @@ class ChunkValidator:
         self._next, self._stop = next(self._following, (0, 0))
 
     def take(self, offset: int, data: memoryview) -> Values:
-        """Returns the values of the next chunk, which begins with element `offset`.
-
-        Raises:
-            Refused: CHUNK_SEQUENCE.
-        """
+        """Returns the values of the next chunk, which begins with element `offset`; raises Refused CHUNK_SEQUENCE."""
         count, rest = divmod(len(data), self._dtype.itemsize)
-        if rest or not count:  # an empty chunk would let a stream go on forever
+        if rest or not count:  # a stream of empty chunks might never end
             raise Refused("CHUNK_SEQUENCE", expected="one or more whole elements", got=f"{len(data)} bytes")
         if self._received == self.size:
             raise Refused("CHUNK_SEQUENCE", expected="no further element", got=f"offset {offset}")
@@ -93,17 +89,13 @@ class ChunkValidator:
 class ValueChecker:
     """Checks that the square of every value is finite, and computes the values' fingerprint and norm.
 
-    Args:
-        layout: The model's layout, which names the tensor of a bad value.
-
     Attributes:
         fingerprint: Hash of all values so far; it does not depend on how they are split into chunks.
     """
 
     def __init__(self, layout: Layout) -> None:
-        from deltaserve_server.adadelta import (
-            values as kernel,
-        )  # imports numba, which a server without pushes does without
+        # Imports numba, which a server without pushes does without.
+        from deltaserve_server.adadelta import values as kernel
 
         self._kernel = kernel
         self._layout = layout
@@ -176,7 +168,7 @@ def admit_push(
     """Checks a push's values and stages them; returns the checker, which has their fingerprint and norm.
 
     Args:
-        chunks: Offset and values of each chunk, as `validator` has let them pass.
+        chunks: Offset and values of each chunk, which `validator` has accepted.
         validator: Knows which elements are expected.
         layout: The model's layout.
         staging: Takes the values.
@@ -230,11 +222,7 @@ def copy_shared(vector: Vector, executor: Executor, threads: int) -> Vector:
 
 
 def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> Vector:
-    """Returns the weights of a new model, or of its extension from element `start` on.
-
-    Raises:
-        Refused: For the first fault of the stream, which ends with the weights.
-    """
+    """Returns the weights of a new model, or of its extension from element `start` on; the stream ends with them."""
     weights = _vector(messages, "weights", layout, start)
     if next(messages, None) is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
@@ -242,11 +230,7 @@ def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> 
 
 
 def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
-    """Returns weights and optimizer state, which arrive as three vectors one after the other.
-
-    Raises:
-        Refused: For the first fault of the stream.
-    """
+    """Returns weights and optimizer state, which arrive as three vectors one after the other."""
     vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
     extra = _next_chunk(messages)  # a fourth vector says that the client means another state
     if extra is not None:

@@ -51,7 +51,7 @@ class PushHandler:
         self._now = catalog.clock.monotonic
         self.engine = engine = catalog.get(header.model)
         if header.HasField("lineage") and header.lineage != engine.head.lineage:
-            # First of all: what else the worker knows of the model may be of versions that are lost.
+            # First of all: whatever else the worker knows of the model may belong to versions that are lost.
             raise Refused("LINEAGE_CHANGED", model=header.model)
         if not engine.waiting:  # a draining server still completes the rounds that are under way
             catalog.quotas.check_open()
@@ -64,11 +64,13 @@ class PushHandler:
             # worker that changes it early, against the protocol, only changes its own gradient.
             waits = isinstance(machine.policy, Sync) or engine.journals
             self._in_place = header.shared_memory and not waits
-        _check_absent(header.absent_tensors, self._session.tensor_count)
-        runs = self._layout.runs(self._session.tensor_count, self._push.absent)
+        count, absent = self._session.tensor_count, header.absent_tensors
+        if any(left >= right for left, right in pairwise(absent)) or (absent and absent[-1] >= count):
+            raise _absent_refused(count)
+        runs = self._layout.runs(count, self._push.absent)
         self.validator = ChunkValidator(runs, element_type_of(header.gradient_type))
         self.weights_type = element_type_of(header.weights_type)
-        self.weights_size = self._layout.offsets[self._session.tensor_count]
+        self.weights_size = self._layout.offsets[count]
         failpoint("push.headers")
 
     def chunks(self, messages: Iterator[Any]) -> Iterator[tuple[int, Values]]:
@@ -176,13 +178,6 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
         absent=frozenset(header.absent_tensors),
         weight=weight,
     )
-
-
-def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
-    """Raises Refused PUSH_INVALID unless absent tensors are ascending indices of the session's tensors."""
-    ascending = all(left < right for left, right in pairwise(indices))
-    if not ascending or (indices and indices[-1] >= tensor_count):
-        raise _absent_refused(tensor_count)
 
 
 def _absent_refused(tensor_count: int) -> Refused:

@@ -92,9 +92,13 @@ class WorkerServicer:
     def OpenSharedMemory(
         self, request: rpc.OpenSharedMemoryRequest, context: grpc.ServicerContext
     ) -> rpc.OpenSharedMemoryResponse:
-        local = context.peer().startswith(_LOCAL_PEERS)
-        handle = self._catalog.open_shared_memory(request.model, request.session_id, request.epoch, local=local)
         engine = self._catalog.get(request.model)
+        session = engine.keep_session(request.session_id, request.epoch)
+        if not self._catalog.config.offers_shared_memory:
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
+        if not context.peer().startswith(_LOCAL_PEERS):
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server is on another host")
+        handle = engine.open_shared_memory(session, self._catalog.quotas.memory)
         with engine.lock:
             gradient, position = conversion.from_handle(handle), from_position(engine.position)
             return rpc.OpenSharedMemoryResponse(gradient=gradient, position=position)
@@ -131,7 +135,9 @@ class WorkerServicer:
             if handle:
                 answer.weights.CopyFrom(conversion.from_handle(handle))
                 yield _STEP.header(answer)
-                _wait_for_end(messages)  # the worker ends its stream when it has read the weights
+                if next(messages, None) is not None:  # the worker ends its stream when it has read the weights
+                    allowed = "nothing follows the header of a shared push"
+                    raise Refused("MESSAGE_INVALID", message=f"StreamStepRequest: {allowed}")
                 return
             yield _STEP.header(answer)
             for offset, data in admission.chunks(weights, push.weights_size, push.weights_type):
@@ -173,9 +179,3 @@ class WorkerServicer:
             allowed = f"{config.lease_seconds_min:g} to {config.lease_seconds_max:g}"
             raise Refused("POLICY_INVALID", field="lease_seconds", allowed=allowed)
         return lease_seconds
-
-
-def _wait_for_end(messages: Iterator[Any]) -> None:
-    """Returns when the caller has ended its stream; raises Refused MESSAGE_INVALID for a further message."""
-    if next(messages, None) is not None:
-        raise Refused("MESSAGE_INVALID", message="StreamStepRequest: nothing follows the header of a shared push")
