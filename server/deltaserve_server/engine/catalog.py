@@ -13,8 +13,8 @@ from deltaserve_server.durability.errors import CorruptError, DataDirectoryError
 from deltaserve_server.durability.model_storage import Durability, ModelStorage
 from deltaserve_server.durability.recovery import Expected
 from deltaserve_server.durability.snapshot import Entry, Progress
-from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
-from deltaserve_server.engine.events import NO_OBSERVERS, ModelDeleted, ModelServed, Observers
+from deltaserve_server.engine.clock import Clock
+from deltaserve_server.engine.events import ModelDeleted, ModelServed, Observers
 from deltaserve_server.engine.lease_timer import LeaseTimer
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.engine.model_lock import storage_refused
@@ -53,11 +53,11 @@ class ModelCatalog:
         quotas: Quotas,
         incarnation: str,
         make_store: MakeStore,
-        directory: DataDirectory | None = None,
-        copies: Copies | None = None,
+        directory: DataDirectory | None,
+        copies: Copies | None,
         *,
-        clock: Clock = SYSTEM_CLOCK,
-        observers: Observers = NO_OBSERVERS,
+        clock: Clock,
+        observers: Observers,
     ) -> None:
         self.config = config
         self.quotas = quotas
@@ -218,10 +218,6 @@ class ModelCatalog:
     def _offer_copy(self, engine: ModelEngine) -> None:
         if self._copies and engine.storage:
             self._copies.offer(engine.machine.name, engine.storage.folder)
-
-    def waiting(self) -> bool:
-        """Returns whether any push waits for its round."""
-        return any(engine.waiting for engine in self.all())
 
     def stop(self) -> bool:
         """Ends every model, once. It takes as long as the last snapshots do.

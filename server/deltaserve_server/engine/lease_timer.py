@@ -18,17 +18,12 @@ class LeaseTimer:
     """Calls `tick` of every model four times a second, and sooner when a round is due.
 
     A model with a journal may wait for its disk. Its ticks run in a pool, so that no model waits for another's disk.
-
-    Args:
-        models: Returns the models.
-        limit: How many models there are at most.
-        clock: Tells the time.
     """
 
-    def __init__(self, models: Callable[[], Iterable[ModelEngine]], limit: int, clock: Clock) -> None:
+    def __init__(self, models: Callable[[], Iterable[ModelEngine]], max_models: int, clock: Clock) -> None:
         self._models = models
         self._clock = clock
-        self._pool = ThreadPoolExecutor(limit, "lease")
+        self._pool = ThreadPoolExecutor(max_models, "lease")
         self._again: dict[ModelEngine, bool] = {}  # models whose tick runs now; True to tick once more
         self._next = 0.0
         self._stopped = False

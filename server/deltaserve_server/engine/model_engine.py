@@ -307,7 +307,7 @@ class ModelEngine:
             first_version, decisions = self.machine.change(groups, policy, self._clock.monotonic())
             # When a policy without rounds replaces a synchronous one, the open round does not close: each of its pushes
             # becomes an update.
-            self._events.policy_is(synchronous=isinstance(self.machine.policy, Sync))
+            self._events.synchronous = isinstance(self.machine.policy, Sync)
             self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)
             if self.storage:

@@ -21,10 +21,6 @@ _SNAPSHOT_VECTORS = 2
 class Quotas:
     """The limits of a server, and what counts against them.
 
-    Args:
-        config: The limits.
-        memory_bytes: Memory for everything.
-
     Attributes:
         memory: The budget for everything.
         staged: The budget for pushes that are not part of an update yet; part of `memory`.

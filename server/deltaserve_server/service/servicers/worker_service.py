@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from math import isfinite
 from typing import Any
 
 import grpc
@@ -56,7 +55,12 @@ class WorkerServicer:
         # Before the session is opened, which fences the worker's older one.
         if request.HasField("lineage") and not engine.head.knows(request.lineage):
             raise Refused("LINEAGE_UNKNOWN", model=request.model)
-        session = self._catalog.open_session(request.model, worker, self._lease(request), tensor_count, group_count)
+        config = self._catalog.config
+        lease_seconds = request.lease_seconds if request.HasField("lease_seconds") else config.lease_seconds
+        if not config.lease_seconds_min <= lease_seconds <= config.lease_seconds_max:  # not a number fails this too
+            allowed = f"{config.lease_seconds_min:g} to {config.lease_seconds_max:g}"
+            raise Refused("POLICY_INVALID", field="lease_seconds", allowed=allowed)
+        session = self._catalog.open_session(request.model, worker, lease_seconds, tensor_count, group_count)
         with engine.lock:
             return rpc.OpenSessionResponse(
                 session_id=session.id,
@@ -169,13 +173,3 @@ class WorkerServicer:
                 result=from_result(status.result) if status.result else None,
                 position=from_position(engine.position),
             )
-
-    def _lease(self, request: rpc.OpenSessionRequest) -> float:
-        config = self._catalog.config
-        if not request.HasField("lease_seconds"):
-            return config.lease_seconds
-        lease_seconds = request.lease_seconds
-        if not isfinite(lease_seconds) or not config.lease_seconds_min <= lease_seconds <= config.lease_seconds_max:
-            allowed = f"{config.lease_seconds_min:g} to {config.lease_seconds_max:g}"
-            raise Refused("POLICY_INVALID", field="lease_seconds", allowed=allowed)
-        return lease_seconds
