@@ -34,18 +34,7 @@ MakeStore = Callable[[Vector, Budget], Store]
 
 
 class ModelCatalog:
-    """The server's models by name.
-
-    Args:
-        config: The server's settings.
-        quotas: What the server may hold.
-        incarnation: Identifies the server process.
-        make_store: Makes the store of a new model.
-        directory: The data directory; None if models are not durable.
-        copies: Copies snapshots elsewhere; None if nothing does.
-        clock: Tells the time.
-        observers: Receive the events of all models.
-    """
+    """The server's models by name. They are durable if there is a data directory."""
 
     def __init__(
         self,
@@ -149,11 +138,7 @@ class ModelCatalog:
         return engine, True
 
     def delete(self, name: str) -> ModelEngine:
-        """Deletes a model and its files.
-
-        Raises:
-            Refused: MODEL_NOT_FOUND or STORAGE_UNAVAILABLE.
-        """
+        """Deletes a model and its files; raises Refused MODEL_NOT_FOUND or STORAGE_UNAVAILABLE."""
         engine, gone = self.get(name), Refused("MODEL_NOT_FOUND", model=name)
         # Waits, without the lock, for a snapshot under way: it must not be written into a new model of this name.
         with engine.storage.ending() if engine.storage else nullcontext():
@@ -194,11 +179,7 @@ class ModelCatalog:
             return self._take_snapshot(engine)
 
     def entries(self, engine: ModelEngine) -> list[Entry]:
-        """Returns the snapshots of a model.
-
-        Raises:
-            Refused: NOT_DURABLE, MODEL_NOT_FOUND or STORAGE_UNAVAILABLE.
-        """
+        """Returns the snapshots of a model; raises Refused NOT_DURABLE, MODEL_NOT_FOUND or STORAGE_UNAVAILABLE."""
         if engine.storage is None:
             raise Refused("NOT_DURABLE")
         try:

@@ -14,9 +14,6 @@ class ModelLock:
 
     `with lock:` may be nested. Leaving the outermost block writes the journal and tells those who wait.
 
-    Args:
-        commits: The model's journal, and the callbacks that wait for it.
-
     Attributes:
         mutex: The plain lock, for what must also work on a model that has ended.
         read_lock: The same lock for a block that changes nothing: leaving it does not write the journal.

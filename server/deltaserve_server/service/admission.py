@@ -111,40 +111,36 @@ class ValueChecker:
         """Raises Refused VALUE_NOT_FINITE or VALUE_TOO_LARGE."""
         bad, self.fingerprint = self._kernel.inspect(values, offset, self.fingerprint, self._squares)
         if bad >= 0:
-            self._refuse(offset + bad, values[bad : bad + 1])
+            self._refuse(offset + bad, values[bad:])
 
     def check_whole(self, values: Values, runs: Iterable[tuple[int, int]], executor: Executor, threads: int) -> None:
-        """Checks ranges of one vector on several threads; the result is that of `check`.
+        """Checks ranges of one vector on up to `threads` threads, the calling one included; see `check`.
 
-        Args:
-            values: The flat vector. Elements outside the ranges are not checked.
-            runs: Ranges of elements, ascending.
-            executor: Runs the other threads.
-            threads: How many threads work at most, the calling one included.
+        The elements between the ranges are not checked.
 
         Raises:
             Refused: VALUE_NOT_FINITE or VALUE_TOO_LARGE for the first bad value.
         """
-        results: list[tuple[int, int | None]] = []
+        fingerprints: list[int] = []
+        bad: list[int] = []
 
         def inspect(parts: list[tuple[int, int]]) -> None:
             fingerprint = 0
             for start, stop in parts:
-                bad, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
-                if bad >= 0:
-                    results.append((fingerprint, start + bad))
+                index, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
+                if index >= 0:
+                    bad.append(start + index)
                     return
-            results.append((fingerprint, None))
+            fingerprints.append(fingerprint)
 
         run_parallel(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
-        self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in results)) % (1 << 64)
-        # The first, whichever thread found it: the same push always gets the same error.
-        bad = min((position for _, position in results if position is not None), default=None)
-        if bad is not None:
-            self._refuse(bad, values[bad : bad + 1])
+        self.fingerprint = (self.fingerprint + sum(fingerprints)) % (1 << 64)
+        if bad:  # the first, whichever thread found it: the same push always gets the same error
+            self._refuse(min(bad), values[min(bad) :])
 
-    def _refuse(self, position: int, value: Values) -> None:
-        reason = "VALUE_TOO_LARGE" if np.isfinite(widened(value)[0]) else "VALUE_NOT_FINITE"
+    def _refuse(self, position: int, values: Values) -> None:
+        """Raises the refusal of the first one of `values`, which is at `position` in the flat vector."""
+        reason = "VALUE_TOO_LARGE" if np.isfinite(widened(values[:1])[0]) else "VALUE_NOT_FINITE"
         tensor, index = self._layout.locate(position)
         raise Refused(reason, tensor=tensor, index=index)
 
@@ -152,13 +148,9 @@ class ValueChecker:
 def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
     """Splits ranges at multiples of `size`; returns a list of parts for each block of that size."""
     blocks: dict[int, list[tuple[int, int]]] = {}
-    for first, stop in runs:
-        start = first
-        while start < stop:
-            block = start // size
-            end = min(stop, (block + 1) * size)
-            blocks.setdefault(block, []).append((start, end))
-            start = end
+    for start, stop in runs:
+        for first in range(start // size * size, stop, size):
+            blocks.setdefault(first, []).append((max(start, first), min(stop, first + size)))
     return list(blocks.values())
 
 
@@ -189,18 +181,9 @@ def admit_push(
 def admit_shared(
     vector: Vector, validator: ChunkValidator, layout: Layout, staging: Staging, executor: Executor, threads: int
 ) -> ValueChecker:
-    """Checks and stages a push whose values lie in one vector; see `admit_push`.
+    """Checks and stages, without a copy, a push whose values lie in one vector; see `admit_push`.
 
-    Args:
-        vector: The flat vector; see `copy_shared` for one that a worker can still write to.
-        validator: Knows which elements belong to the push.
-        layout: The model's layout.
-        staging: Takes the values, without a copy.
-        executor: Runs the other threads.
-        threads: How many threads work at most, the calling one included.
-
-    Raises:
-        Refused: For the first bad value.
+    See `copy_shared` for a vector that a worker can still write to.
     """
     checker = ValueChecker(layout)
     checker.check_whole(vector, validator.runs, executor, threads)

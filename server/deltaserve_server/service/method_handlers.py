@@ -88,7 +88,6 @@ class _Method:
         )
 
     def handler(self) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """Returns gRPC's handler."""
         if self._method.server_streaming:
             if self._method.client_streaming:
                 return grpc.stream_stream_rpc_method_handler(self._stream)
@@ -117,7 +116,6 @@ class _Method:
             raise Refused("MESSAGE_INVALID", message=self._method.input_type.name) from None
 
     def _abort(self, context: grpc.ServicerContext, error: Exception) -> NoReturn:
-        """Ends the call with the error's status."""
         if isinstance(error, CallerGoneError | grpc.RpcError):  # gRPC raises RpcError where a request stream broke off
             context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
         refusal = _refused(error)

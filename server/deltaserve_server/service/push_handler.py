@@ -90,13 +90,7 @@ class PushHandler:
         return self._wait(future, context)
 
     def push_shared(self, context: grpc.ServicerContext, executor: Executor, threads: int) -> PushResult:
-        """Takes the values that lie in the session's shared memory; see `push`.
-
-        Args:
-            context: The call's context.
-            executor: Runs other threads that check the values.
-            threads: How many threads work at most, the calling one included.
-        """
+        """Takes the values that lie in the session's shared memory; up to `threads` threads check them. See `push`."""
         shared = self.engine.shared_gradient(self._session.id)
         # The memory is sized for float32, and the kernels read it as such.
         if self.validator.size_bytes != self.validator.size * ELEMENT_BYTES:

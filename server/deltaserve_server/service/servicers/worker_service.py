@@ -34,13 +34,7 @@ _STATES = {
 
 
 class WorkerServicer:
-    """Serves WorkerService.
-
-    Args:
-        catalog: The server's models.
-        executor: Runs the threads that check large pushes.
-        threads: How many threads check one push at most.
-    """
+    """Serves WorkerService; `executor` checks large pushes, each on up to `threads` threads."""
 
     def __init__(self, catalog: ModelCatalog, executor: Executor, threads: int) -> None:
         self._catalog = catalog
