@@ -168,7 +168,7 @@ class Server:
         # Before the recovery, which needs the kernels too: it applies journaled updates again.
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
-            self._catalog.restore(check, accept_data_loss=self.config.accept_data_loss)
+            self._catalog.restore(check)
         except BaseException as error:
             saved = self._stop_models()
             self._stop_grpc(0.0)

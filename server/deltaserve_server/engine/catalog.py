@@ -236,12 +236,11 @@ class ModelCatalog:
         else:
             self._offer_copy(engine)
 
-    def restore(self, check: Callable[[], None], *, accept_data_loss: bool) -> None:
+    def restore(self, check: Callable[[], None]) -> None:
         """Recovers the models of the data directory one after the other, and serves each at once.
 
         Args:
             check: Called again and again. An exception of it ends the recovery and leaves the files as a crash would.
-            accept_data_loss: Goes on without what a corrupt file has lost.
 
         Raises:
             DataDirectoryError: A model cannot be recovered; the text says why, and what to do.
@@ -258,10 +257,10 @@ class ModelCatalog:
             check()
             began = self.clock.monotonic()
             try:
-                engine = self._recover(directory, name, promised, progress, accept_data_loss)
+                engine = self._recover(directory, name, promised, progress)
             except CorruptError as error:
                 promised.release()
-                if not accept_data_loss:
+                if not self.config.accept_data_loss:
                     advice = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
                     raise DataDirectoryError(f"corrupt: {error}; {advice}") from error
                 _log.error("model %s: corrupt, set aside as %s: %s", name, directory.set_aside(name), error)
@@ -271,12 +270,7 @@ class ModelCatalog:
             self._recovery.done(name)  # after it is served: a client must not hear MODEL_NOT_FOUND in between
 
     def _recover(
-        self,
-        directory: DataDirectory,
-        name: str,
-        reservation: Reservation,
-        progress: Progress,
-        accept_data_loss: bool,
+        self, directory: DataDirectory, name: str, reservation: Reservation, progress: Progress
     ) -> ModelEngine:
         folder = directory.folder(name)
         try:
@@ -284,7 +278,7 @@ class ModelCatalog:
                 folder,
                 lambda weights: self._make_store(weights, self.quotas.memory),
                 progress,
-                accept_data_loss=accept_data_loss,
+                accept_data_loss=self.config.accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
                 clock=self.clock,
             )

@@ -54,14 +54,8 @@ class Quotas:
     def session(self, count_live: Callable[[], int], *, replaces: bool) -> Iterator[None]:
         """Holds a place for a session that is being opened.
 
-        Opening a session may take as long as its model's disk does, so the lock is not held for that long.
-
-        Args:
-            count_live: Returns the number of live sessions.
-            replaces: The session takes the place of an older one of its worker.
-
-        Raises:
-            Refused: SESSION_LIMIT.
+        Opening a session may take as long as its model's disk does, so the lock is not held for that long. A session
+        that `replaces` an older one of its worker takes its place; any other may be refused with SESSION_LIMIT.
         """
         with self._lock:  # one thread at a time counts, so that two cannot take the last place
             if count_live() + self._opening >= self._config.sessions and not replaces:

@@ -84,8 +84,7 @@ class VersionSubscribers(Observer):
     def wait(self, future: "Future[None]", version: int, limit: int) -> None:
         """Adds a waiter: `future` is done when the model reaches `version`, which must be newer than the current one.
 
-        Raises:
-            Refused: SESSION_LIMIT: `limit` callers wait already.
+        Raises Refused SESSION_LIMIT if `limit` callers wait already.
         """
         with self._lock:
             if len(self._awaited) >= limit:

@@ -32,10 +32,6 @@ _RETRY_SECONDS = 0.05
 class PushHandler:
     """Checks one push by its header, then takes its values, hands it to the engine and waits for its result.
 
-    Args:
-        catalog: The server's models.
-        header: The push's header.
-
     Raises:
         Refused: The header alone is reason enough.
 
