@@ -227,12 +227,13 @@ class ModelCatalog:
     def _close(self, engine: ModelEngine) -> None:
         try:
             engine.close()
-        except (OSError, BudgetExceeded, Refused) as error:
+        except Exception as error:  # any: the other models still need their last snapshots
             self._all_saved, storage = False, engine.storage
             assert storage
             later = f"what came after version {storage.last.version}"
             rest = f"the journal has {later}" if storage.commits.journals else f"{later} is lost"
-            _log.error("model %s: the last snapshot failed, %s: %s", engine.machine.name, rest, error)
+            name, trace = engine.machine.name, not isinstance(error, OSError | BudgetExceeded | Refused)
+            _log.error("model %s: the last snapshot failed, %s: %s", name, rest, error, exc_info=trace)
         else:
             self._offer_copy(engine)
 
