@@ -1,12 +1,13 @@
 """Puts the parts of a server together. No other module knows all of them."""
 
 import logging
+import platform
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ctypes.util import find_library
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic, sleep
@@ -36,15 +37,13 @@ from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.model_storage import Durability, Schedule
-from deltaserve_server.engine.catalog import ModelCatalog
+from deltaserve_server.engine.catalog import MakeStore, ModelCatalog
 from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
 from deltaserve_server.engine.events import LogObserver, Observer, Observers
 from deltaserve_server.engine.quotas import Quotas
-from deltaserve_server.memory import Budget, Store, heap
+from deltaserve_server.memory import heap
 from deltaserve_server.memory.host import HostStore
-from deltaserve_server.memory.store import Vector
 from deltaserve_server.service.method_handlers import handler
-from deltaserve_server.service.port import Port
 from deltaserve_server.service.servicers.health_service import HealthServicer
 from deltaserve_server.service.servicers.model_service import ModelServicer
 from deltaserve_server.service.servicers.reflection_service import ReflectionServicer
@@ -71,7 +70,7 @@ class Server:
     Args:
         config: The server's settings.
         clock: What leases, rounds and snapshots run on.
-        observers: Learn of events.
+        observers: Receive the events of all models.
         credentials: The server's certificates; None means that connections are not encrypted.
 
     Raises:
@@ -105,20 +104,19 @@ class Server:
         self.config = self._complete(config)
         self.incarnation = secrets.token_hex(16)
         self.abandoned: list[str] = []
-        self._port = Port(self.config.bind, credentials)
+        self._credentials = credentials
         self._threads = self.config.threads or usable_threads()
         # One pool for all models: more threads than cores would only take turns.
         self._executor = ThreadPoolExecutor(self._threads, "update")
-        place = _on_gpu() if _wants_gpu(self.config.device) else _on_cpu(self._executor, self._threads)
-        self.device = place.device
+        self.device, memory_bytes, make_store = _place(self.config.device, self._executor, self._threads)
         self._health = HealthServicer()
         # Health first: a client that hears of a model may ask for its health at once.
         self._observers = Observers([self._health, LogObserver(), *observers])
         self._catalog = ModelCatalog(
             self.config,
-            Quotas(self.config, self.config.memory_bytes or place.memory_bytes),
+            Quotas(self.config, self.config.memory_bytes or memory_bytes),
             self.incarnation,
-            place.make_store,
+            make_store,
             *_durable_place(self.config, clock),
             clock=clock,
             observers=self._observers,
@@ -161,7 +159,7 @@ class Server:
         if self._owns_process:  # a notebook's heap is none of a server's business
             heap.keep_freed()
         try:
-            listens = self._port.bind(self._grpc)
+            listens = _bind(self._grpc, self.config.bind, self._credentials)
         except OSError:
             self._catalog.stop()
             raise
@@ -170,7 +168,7 @@ class Server:
         # Before the recovery, which needs the kernels too: it applies journaled updates again.
         threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
         try:
-            self._catalog.restore(check, accept_data_loss=self.config.accept_data_loss)
+            self._catalog.restore(check)
         except BaseException as error:
             saved = self._stop_models()
             self._stop_grpc(0.0)
@@ -203,7 +201,7 @@ class Server:
             self._health.enter_graceful_shutdown()  # the status of every service and model becomes NOT_SERVING
             self._catalog.quotas.draining = True
             # Rounds that are open may still close; their workers get their answers before the models end.
-            while self._catalog.waiting() and monotonic() < deadline:
+            while any(engine.waiting for engine in self._catalog.all()) and monotonic() < deadline:
                 sleep(_POLL_SECONDS)
             saved = self._stop_models()
             self._stop_grpc(max(deadline - monotonic(), _GRPC_GRACE_SECONDS))
@@ -241,7 +239,10 @@ class Server:
             self.abandoned.append("calls that did not end when they were cancelled")
         # Without this the interpreter would wait for these threads when it exits, and without a limit.
         for what, executor in (("calls", self._calls), ("updates", self._executor)):
-            if not _shut_down(executor, _GIVE_UP_SECONDS):
+            thread = threading.Thread(target=executor.shutdown, daemon=True)
+            thread.start()
+            thread.join(_GIVE_UP_SECONDS)
+            if thread.is_alive():
                 self.abandoned.append(f"threads of {what}")
         for what in self.abandoned:
             _log.error("stopping: gave up waiting for %s", what)
@@ -302,14 +303,6 @@ def _durable_place(config: ServerConfig, clock: Clock) -> tuple[DataDirectory | 
         raise
 
 
-def _shut_down(executor: Executor, seconds: float) -> bool:
-    """Ends a pool of threads; returns whether they all ended in time."""
-    thread = threading.Thread(target=executor.shutdown, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
-
-
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
     # A peer that is gone without a word is noticed by pings, which must not be taken for an attack.
     silent = round(config.keepalive_seconds * 1000)
@@ -328,37 +321,42 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where models live.
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
+    """Makes a server listen on an address; returns it with the port that was chosen.
 
-    Attributes:
-        device: The device, as GetServerInfo describes it.
-        memory_bytes: How much memory models may use.
-        make_store: Makes a model's store.
+    Raises:
+        OSError: The address cannot be bound.
     """
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError:  # gRPC raises, or returns 0, depending on its version
+        port = 0
+    if not port:
+        reason = "another server may use it, or it is not an address of this machine"
+        raise OSError(f"cannot listen on {address}: {reason}")
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
-    device: Device
-    memory_bytes: int
-    make_store: Callable[[Vector, Budget], Store]
 
+def _place(kind: DeviceKind, executor: ThreadPoolExecutor, threads: int) -> tuple[Device, int, MakeStore]:
+    """Returns the device where models live, the memory that they may use, and what makes their stores.
 
-def _on_cpu(executor: ThreadPoolExecutor, threads: int) -> _Place:
-    device = Device(kind="cpu", name=_processor(), threads=threads)
-    return _Place(
-        device, usable_memory_bytes(), lambda weights, budget: HostStore(weights, 0, budget, executor, threads)
-    )
-
-
-def _on_gpu() -> _Place:
-    """Raises RuntimeError if there is no GPU, or no torch."""
+    Raises:
+        RuntimeError: There is no GPU, or no torch.
+    """
+    memory_bytes = usable_memory_bytes()
+    if not _wants_gpu(kind):
+        device = Device(kind="cpu", name=_processor(), threads=threads)
+        return device, memory_bytes, lambda weights, budget: HostStore(weights, 0, budget, executor, threads)
     try:
         from deltaserve_server.memory.device import DeviceStore, device_memory_bytes, device_name
     except ModuleNotFoundError as error:
         raise RuntimeError(f"device cuda: {error.name} is not installed: pip install 'deltaserve[cuda]'") from None
     device = Device(kind="cuda", name=device_name(), threads=0)
-    memory_bytes = min(usable_memory_bytes(), device_memory_bytes())
-    return _Place(device, memory_bytes, lambda weights, budget: DeviceStore(weights, 0, budget))
+    memory_bytes = min(memory_bytes, device_memory_bytes())
+    return device, memory_bytes, lambda weights, budget: DeviceStore(weights, 0, budget)
 
 
 def _wants_gpu(kind: DeviceKind) -> bool:
@@ -377,8 +375,6 @@ def _processor() -> str:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        import platform
-
         return platform.processor() or platform.machine()
 
 

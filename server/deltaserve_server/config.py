@@ -1,6 +1,7 @@
 """The settings of a server."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ class Device:
 
     Attributes:
         kind: "cpu" or "cuda".
-        name: The name that the device has for itself.
+        name: The name of the processor or GPU.
         threads: How many threads an update runs on; 0 on a GPU.
     """
 
@@ -141,19 +142,14 @@ class ServerConfig:
 
 def usable_memory_bytes() -> int:
     """Returns 80 % of the memory that this process may use."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Both versions of control groups; a container's limit is lower than the machine's memory.
-    limits = [machine, *map(_limit, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
-    return min(limit for limit in limits if limit) * 4 // 5
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
+        with suppress(OSError, ValueError):  # no such control group, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(filter(None, limits)) * 4 // 5
 
 
 def usable_threads() -> int:
     """Returns how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _limit(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such control group, or "max"
-        return None

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from wire import Wire, creation
 
-from deltaserve_server import LocalServer, app
+from deltaserve_server import LocalServer, ServerConfig, app
+from deltaserve_server.engine.model_engine import ModelEngine
 
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 GARBAGE = b"\xff\xff\xff"
@@ -84,6 +86,26 @@ def test_a_call_that_grpc_never_ends_is_given_up(
     assert server.abandoned == ["calls that did not end when they were cancelled"]
     assert "stopping: gave up waiting for calls that did not end when they were cancelled" in caplog.messages
     server.wait()
+
+
+def test_a_fault_in_the_last_snapshot_of_a_model_costs_no_other_model_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    really_close, closed = ModelEngine.close, []
+
+    def close(engine: ModelEngine) -> None:
+        if engine.machine.name == "a":
+            raise MemoryError
+        really_close(engine)
+        closed.append(engine.machine.name)
+
+    monkeypatch.setattr(ModelEngine, "close", close)
+    with LocalServer(ServerConfig(device="cpu", data_dir=tmp_path)) as server, Wire(server.target) as wire:
+        for name in "ab":
+            wire.create(name)
+        assert not server.stop(0.0)
+    assert closed == ["b"]
+    assert "model a: the last snapshot failed" in caplog.text
 
 
 def test_a_thread_that_hangs_in_a_call_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

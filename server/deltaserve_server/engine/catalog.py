@@ -8,22 +8,20 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from deltaserve_server.config import ServerConfig
 from deltaserve_server.durability import recovery
 from deltaserve_server.durability.copies import Copies
-from deltaserve_server.durability.directory import DataDirectory, Prepared
+from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import CorruptError, DataDirectoryError, disk_full_advice
 from deltaserve_server.durability.model_storage import Durability, ModelStorage
 from deltaserve_server.durability.recovery import Expected
 from deltaserve_server.durability.snapshot import Entry, Progress
-from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
-from deltaserve_server.engine.events import NO_OBSERVERS, ModelDeleted, ModelServed, Observers
+from deltaserve_server.engine.clock import Clock
+from deltaserve_server.engine.events import ModelDeleted, ModelServed, Observers
 from deltaserve_server.engine.lease_timer import LeaseTimer
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.engine.model_lock import storage_refused
 from deltaserve_server.engine.quotas import DRAIN_RETRY_SECONDS, Quotas
 from deltaserve_server.engine.recovery_progress import RecoveryProgress
 from deltaserve_server.engine.snapshot_scheduler import SnapshotScheduler
-from deltaserve_server.engine.version_subscribers import Watcher
 from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
-from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.memory.store import Vector, zeros_like
 from deltaserve_server.model import Machine, Refused, Session
 
@@ -36,24 +34,7 @@ MakeStore = Callable[[Vector, Budget], Store]
 
 
 class ModelCatalog:
-    """The server's models by name.
-
-    Args:
-        config: The server's settings.
-        quotas: What the server may hold.
-        incarnation: Identifies the server process.
-        make_store: Makes the store of a new model.
-        directory: The data directory; None if models are not durable.
-        copies: Copies snapshots elsewhere; None if nothing does.
-        clock: Tells the time.
-        observers: Learn of events.
-
-    Attributes:
-        config: The server's settings.
-        quotas: What the server may hold.
-        incarnation: Identifies the server process.
-        clock: Tells the time.
-    """
+    """The server's models by name. They are durable if there is a data directory."""
 
     def __init__(
         self,
@@ -61,11 +42,11 @@ class ModelCatalog:
         quotas: Quotas,
         incarnation: str,
         make_store: MakeStore,
-        directory: DataDirectory | None = None,
-        copies: Copies | None = None,
+        directory: DataDirectory | None,
+        copies: Copies | None,
         *,
-        clock: Clock = SYSTEM_CLOCK,
-        observers: Observers = NO_OBSERVERS,
+        clock: Clock,
+        observers: Observers,
     ) -> None:
         self.config = config
         self.quotas = quotas
@@ -87,22 +68,14 @@ class ModelCatalog:
         self._snapshots = SnapshotScheduler(self.all, self._take_snapshot, clock) if directory else None
 
     def get(self, name: str) -> ModelEngine:
-        """Returns a model.
-
-        Raises:
-            Refused: MODEL_NOT_FOUND or RECOVERING.
-        """
+        """Returns a model; raises Refused MODEL_NOT_FOUND or RECOVERING."""
         engine = self.find(name)
         if engine is None:
             raise Refused("MODEL_NOT_FOUND", model=name[:128])
         return engine
 
     def find(self, name: str) -> ModelEngine | None:
-        """Returns a model; None if there is none.
-
-        Raises:
-            Refused: RECOVERING.
-        """
+        """Returns a model, None if there is none; raises Refused RECOVERING."""
         recovering = name in self._recovery  # before the look-up: it may be recovered in between
         engine = self._models.get(name)
         if engine is None and recovering:
@@ -115,11 +88,7 @@ class ModelCatalog:
         return sorted(self._models.values(), key=lambda engine: engine.machine.name)
 
     def complete(self) -> list[ModelEngine]:
-        """Returns the models by name, if no model is missing.
-
-        Raises:
-            Refused: RECOVERING: some model is not recovered yet.
-        """
+        """Returns the models by name; raises Refused RECOVERING while one is not recovered yet."""
         pending = self._recovery.next
         if pending is not None:
             raise self._recovery.refusal(pending)
@@ -127,7 +96,9 @@ class ModelCatalog:
 
     def check_room(self) -> None:
         """Raises Refused MODEL_LIMIT or DRAINING if the server takes no further model."""
-        self.quotas.check_models(len(self._models) + len(self._recovery))
+        self.quotas.check_open()
+        if len(self._models) + len(self._recovery) >= self.config.models:
+            raise Refused("MODEL_LIMIT", limit=self.config.models)
 
     def add(self, machine: Machine, receive: Callable[[], Vector]) -> tuple[ModelEngine, bool]:
         """Creates a model.
@@ -144,8 +115,12 @@ class ModelCatalog:
             reservation = self.quotas.reserve_model(machine.layout.size)
             undo.callback(reservation.release)
             weights = receive()  # without the lock: a client may send for minutes
-            prepared = self._prepare(machine, weights)
-            if prepared:
+            prepared, storage = None, None
+            if self._directory:
+                with _refused_by_disk():  # under a temporary name
+                    prepared = self._directory.prepare(
+                        machine, State(weights, zeros_like(weights), zeros_like(weights))
+                    )
                 undo.callback(prepared.discard)
             with self._lock:
                 existing = self._models.get(machine.name)  # another caller may have been quicker
@@ -153,7 +128,9 @@ class ModelCatalog:
                     return existing, False
                 self.check_room()  # again: other callers may have filled the server since
                 store = self._make_store(weights, self.quotas.memory)
-                storage = self._commit(prepared, machine.name) if prepared else None
+                if self._directory and prepared:
+                    with _refused_by_disk():
+                        storage = self._directory.add(prepared, machine.name)
                 engine = self._engine(machine, store, reservation, storage)
                 self._publish(engine)
                 undo.pop_all()
@@ -161,26 +138,22 @@ class ModelCatalog:
         return engine, True
 
     def delete(self, name: str) -> ModelEngine:
-        """Deletes a model and its files.
-
-        Raises:
-            Refused: MODEL_NOT_FOUND or STORAGE_UNAVAILABLE.
-        """
+        """Deletes a model and its files; raises Refused MODEL_NOT_FOUND or STORAGE_UNAVAILABLE."""
         engine, gone = self.get(name), Refused("MODEL_NOT_FOUND", model=name)
         # Waits, without the lock, for a snapshot under way: it must not be written into a new model of this name.
         with engine.storage.ending() if engine.storage else nullcontext():
             with self._lock:
                 if self._models.get(name) is not engine:
                     raise gone
-                self._remove_files(name)
+                if self._directory:
+                    with _refused_by_disk():
+                        self._directory.remove(name)
                 del self._models[name]
                 self._observers.emit(ModelDeleted(model=name))
             engine.lose(gone)  # after it is out of the catalog, so that no new call finds an ended model
         engine.release()
         _log.info("model %s deleted", name)
         return engine
-
-    # --- what needs the quotas of the whole server
 
     def open_session(
         self, name: str, worker: str, lease_seconds: float, tensor_count: int | None, group_count: int | None
@@ -196,56 +169,17 @@ class ModelCatalog:
         with self.quotas.session(lambda: sum(len(engine.machine.sessions) for engine in self.all()), replaces=replaces):
             return engine.open_session(worker, lease_seconds, tensor_count, group_count)
 
-    def open_shared_memory(self, name: str, session_id: bytes, epoch: int, *, local: bool) -> Handle:
-        """Returns what a worker needs to map memory for its gradients.
-
-        Args:
-            name: The model.
-            session_id: The session.
-            epoch: The session's epoch.
-            local: Whether the caller is on this host.
-
-        Raises:
-            Refused: SHARED_MEMORY_UNAVAILABLE, or for the session.
-        """
-        engine = self.get(name)
-        session = engine.keep_session(session_id, epoch)
-        if not self.config.offers_shared_memory:
-            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
-        if not local:
-            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server is on another host")
-        return engine.open_shared_memory(session, self.quotas.memory)
-
-    @contextmanager
-    def watched(self, name: str) -> Iterator[Watcher]:
-        """Gives a queue of a model's versions.
-
-        Raises:
-            Refused: WATCHER_LIMIT or MODEL_NOT_FOUND.
-        """
-        engine = self.get(name)
-        with self.quotas.watcher(), engine.watched() as watcher:
-            yield watcher
-
-    # --- snapshots
-
     def save(self, engine: ModelEngine) -> Entry:
         """Takes a snapshot of a model.
 
         Raises:
             Refused: NOT_DURABLE or STORAGE_UNAVAILABLE, or the model has ended.
         """
-        try:
+        with _refused_by_disk():
             return self._take_snapshot(engine)
-        except OSError as error:
-            raise storage_refused(error) from error
 
     def entries(self, engine: ModelEngine) -> list[Entry]:
-        """Returns the snapshots of a model.
-
-        Raises:
-            Refused: NOT_DURABLE, MODEL_NOT_FOUND or STORAGE_UNAVAILABLE.
-        """
+        """Returns the snapshots of a model; raises Refused NOT_DURABLE, MODEL_NOT_FOUND or STORAGE_UNAVAILABLE."""
         if engine.storage is None:
             raise Refused("NOT_DURABLE")
         try:
@@ -265,12 +199,6 @@ class ModelCatalog:
     def _offer_copy(self, engine: ModelEngine) -> None:
         if self._copies and engine.storage:
             self._copies.offer(engine.machine.name, engine.storage.folder)
-
-    # --- the end
-
-    def waiting(self) -> bool:
-        """Returns whether any push waits for its round."""
-        return any(engine.waiting for engine in self.all())
 
     def stop(self) -> bool:
         """Ends every model, once. It takes as long as the last snapshots do.
@@ -299,23 +227,21 @@ class ModelCatalog:
     def _close(self, engine: ModelEngine) -> None:
         try:
             engine.close()
-        except (OSError, BudgetExceeded, Refused) as error:
+        except Exception as error:  # any: the other models still need their last snapshots
             self._all_saved, storage = False, engine.storage
             assert storage
             later = f"what came after version {storage.last.version}"
             rest = f"the journal has {later}" if storage.commits.journals else f"{later} is lost"
-            _log.error("model %s: the last snapshot failed, %s: %s", engine.machine.name, rest, error)
+            name, trace = engine.machine.name, not isinstance(error, OSError | BudgetExceeded | Refused)
+            _log.error("model %s: the last snapshot failed, %s: %s", name, rest, error, exc_info=trace)
         else:
             self._offer_copy(engine)
 
-    # --- the data directory
-
-    def restore(self, check: Callable[[], None], *, accept_data_loss: bool) -> None:
+    def restore(self, check: Callable[[], None]) -> None:
         """Recovers the models of the data directory one after the other, and serves each at once.
 
         Args:
             check: Called again and again. An exception of it ends the recovery and leaves the files as a crash would.
-            accept_data_loss: Goes on without what a corrupt file has lost.
 
         Raises:
             DataDirectoryError: A model cannot be recovered; the text says why, and what to do.
@@ -332,10 +258,10 @@ class ModelCatalog:
             check()
             began = self.clock.monotonic()
             try:
-                engine = self._recover(directory, name, promised, progress, accept_data_loss)
+                engine = self._recover(directory, name, promised, progress)
             except CorruptError as error:
                 promised.release()
-                if not accept_data_loss:
+                if not self.config.accept_data_loss:
                     advice = "start with --accept-data-loss to go on with what is good, or restore a copy of the file"
                     raise DataDirectoryError(f"corrupt: {error}; {advice}") from error
                 _log.error("model %s: corrupt, set aside as %s: %s", name, directory.set_aside(name), error)
@@ -345,12 +271,7 @@ class ModelCatalog:
             self._recovery.done(name)  # after it is served: a client must not hear MODEL_NOT_FOUND in between
 
     def _recover(
-        self,
-        directory: DataDirectory,
-        name: str,
-        reservation: Reservation,
-        progress: Progress,
-        accept_data_loss: bool,
+        self, directory: DataDirectory, name: str, reservation: Reservation, progress: Progress
     ) -> ModelEngine:
         folder = directory.folder(name)
         try:
@@ -358,7 +279,7 @@ class ModelCatalog:
                 folder,
                 lambda weights: self._make_store(weights, self.quotas.memory),
                 progress,
-                accept_data_loss=accept_data_loss,
+                accept_data_loss=self.config.accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
                 clock=self.clock,
             )
@@ -390,30 +311,6 @@ class ModelCatalog:
         except BudgetExceeded:  # the recovery reports it when it reaches this model
             return self.quotas.reserve_model(0)
 
-    def _prepare(self, machine: Machine, weights: Vector) -> Prepared | None:
-        """Writes a new model's files under a temporary name."""
-        if self._directory is None:
-            return None
-        try:
-            return self._directory.prepare(machine, State(weights, zeros_like(weights), zeros_like(weights)))
-        except OSError as error:
-            raise storage_refused(error) from error
-
-    def _commit(self, prepared: Prepared, name: str) -> ModelStorage:
-        """Gives a new model's files their final name."""
-        assert self._directory
-        try:
-            return self._directory.add(prepared, name)
-        except OSError as error:
-            raise storage_refused(error) from error
-
-    def _remove_files(self, name: str) -> None:
-        if self._directory:
-            try:
-                self._directory.remove(name)
-            except OSError as error:
-                raise storage_refused(error) from error
-
     def _engine(
         self, machine: Machine, store: Store, reservation: Reservation, storage: ModelStorage | None
     ) -> ModelEngine:
@@ -426,3 +323,12 @@ class ModelCatalog:
         """Serves a model. Must be called under the lock."""
         self._models[engine.machine.name] = engine
         self._observers.emit(ModelServed(model=engine.machine.name))
+
+
+@contextmanager
+def _refused_by_disk() -> Iterator[None]:
+    """Turns an OSError into Refused STORAGE_UNAVAILABLE."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_refused(error) from error

@@ -195,11 +195,7 @@ _METHODS = {
 
 
 class Observers:
-    """Several observers as one.
-
-    Args:
-        observers: In the order in which each learns of an event.
-    """
+    """Several observers as one; each event reaches them in order."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         # Only overridden methods: an event that nobody wants need not even be built.
@@ -214,7 +210,7 @@ class Observers:
         return kind in self._methods
 
     def emit(self, event: object) -> None:
-        """Tells every observer that listens for this kind of event. Never raises."""
+        """Passes an event to every observer that listens for its kind. Never raises."""
         for method in self._methods.get(type(event), ()):
             try:
                 method(event)

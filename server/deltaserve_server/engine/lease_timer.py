@@ -18,17 +18,12 @@ class LeaseTimer:
     """Calls `tick` of every model four times a second, and sooner when a round is due.
 
     A model with a journal may wait for its disk. Its ticks run in a pool, so that no model waits for another's disk.
-
-    Args:
-        models: Returns the models.
-        limit: How many models there are at most.
-        clock: Tells the time.
     """
 
-    def __init__(self, models: Callable[[], Iterable[ModelEngine]], limit: int, clock: Clock) -> None:
+    def __init__(self, models: Callable[[], Iterable[ModelEngine]], max_models: int, clock: Clock) -> None:
         self._models = models
         self._clock = clock
-        self._pool = ThreadPoolExecutor(limit, "lease")
+        self._pool = ThreadPoolExecutor(max_models, "lease")
         self._again: dict[ModelEngine, bool] = {}  # models whose tick runs now; True to tick once more
         self._next = 0.0
         self._stopped = False
@@ -37,7 +32,7 @@ class LeaseTimer:
         self._thread.start()
 
     def schedule(self, due: float) -> None:
-        """Calls the ticks at the time `due` at the latest."""
+        """Requests a call of the ticks no later than `due`."""
         with self._changed:
             if due < self._next:
                 self._next = due
@@ -66,15 +61,11 @@ class LeaseTimer:
         for engine in self._models():
             if not engine.journals:
                 _tick(engine)
-            elif not self._is_running(engine):
+                continue
+            with self._changed:  # a tick that runs already runs once more afterwards
+                running = self._again[engine] = engine in self._again
+            if not running:
                 self._pool.submit(self._tick_in_pool, engine)
-
-    def _is_running(self, engine: ModelEngine) -> bool:
-        """Returns whether a model's tick runs already, and has it run once more afterwards if so."""
-        with self._changed:
-            running = engine in self._again
-            self._again[engine] = running
-        return running
 
     def _tick_in_pool(self, engine: ModelEngine) -> None:
         _tick(engine)

@@ -57,16 +57,6 @@ _log = logging.getLogger(__name__)
 class ModelEngine:
     """One served model: its lock, state machine, vectors, journal, and those who wait for it.
 
-    Args:
-        machine: The state machine.
-        store: The vectors.
-        reservation: The memory that the model occupies.
-        incarnation: Identifies the server process.
-        schedule_tick: Makes the lease timer call `tick` at this time or earlier.
-        storage: The model's files; None if it is not durable.
-        clock: Tells the time.
-        observers: Learn of events.
-
     Attributes:
         lock: `with engine.lock:` makes several calls one event. Reentrant; tells whether the model has ended.
         machine: The state machine; read it under `lock`.
@@ -94,7 +84,7 @@ class ModelEngine:
         self._store = store
         self._reservations = [reservation]
         self._incarnation = incarnation
-        self._schedule_tick = schedule_tick
+        self._schedule_tick = schedule_tick  # requests a call of `tick` no later than the given time
         self._clock = clock
         self._observers = observers
         self._failed = False  # a fault or a deletion, after which the state must not be saved
@@ -194,11 +184,7 @@ class ModelEngine:
         return self._shared.get(session_id)
 
     def check(self, push: Push) -> Session:
-        """Checks a push by its header, and renews the lease. Must be called under `lock`.
-
-        Raises:
-            Refused: The header alone is reason enough.
-        """
+        """Checks a push by its header, and renews the lease; may raise Refused. Must be called under `lock`."""
         return self.machine.check(push, self._clock.monotonic())
 
     def stage(self) -> Staging:
@@ -286,11 +272,7 @@ class ModelEngine:
 
     @contextmanager
     def reached(self, version: int, limit: int) -> "Iterator[Future[None]]":
-        """Gives a future that is done once the model has reached a version.
-
-        Raises:
-            Refused: SESSION_LIMIT: `limit` callers wait already.
-        """
+        """Gives a future that is done once the model reaches a version; raises Refused if `limit` callers wait."""
         future: Future[None] = Future()
         with self.lock.read_lock:
             reached = self.machine.version >= version
@@ -309,8 +291,9 @@ class ModelEngine:
         with self.lock:
             self._check_journal(1)
             first_version, decisions = self.machine.change(groups, policy, self._clock.monotonic())
-            # A round that a policy without rounds breaks up is not closed: each of its pushes is an update.
-            self._events.policy_is(synchronous=isinstance(self.machine.policy, Sync))
+            # When a policy without rounds replaces a synchronous one, the open round does not close: each of its pushes
+            # becomes an update.
+            self._events.synchronous = isinstance(self.machine.policy, Sync)
             self._commits.add(Changed(Settings.of(groups, policy), waits=self.machine.next_settings is not None))
             self._carry_out(decisions)
             if self.storage:
@@ -386,13 +369,7 @@ class ModelEngine:
         return self.storage is not None and not self.lock.ended and self.storage.due(self.machine.version)
 
     def save(self) -> Entry:
-        """Takes a snapshot; returns when it is on disk.
-
-        Raises:
-            Refused: NOT_DURABLE, or the model has ended.
-            BudgetExceeded: There is not enough memory.
-            OSError: The snapshot cannot be written.
-        """
+        """Takes a snapshot; returns when it is on disk. Raises Refused, BudgetExceeded or OSError if that fails."""
         if self.storage is None:
             raise Refused("NOT_DURABLE")
         entry = self.storage.save(self._checkpoint)
@@ -400,13 +377,7 @@ class ModelEngine:
         return entry
 
     def close(self) -> None:
-        """Takes the last snapshot of a model that `end` has ended, and closes its files.
-
-        Raises:
-            Refused: A fault had ended the model before.
-            BudgetExceeded: There is not enough memory.
-            OSError: The snapshot cannot be written.
-        """
+        """Takes the last snapshot of a model that `end` has ended, and closes its files; raises as `save` does."""
         if self.storage:
             self._check_usable()
             self.storage.close(self._checkpoint)

@@ -24,9 +24,12 @@ class ModelEvents:
 
     Args:
         machine: The model's state machine.
-        observers: Who listens.
+        observers: Receive the events.
         on_durable: Calls a function once everything that happened so far is durable.
         snapshot: Number of the model's last snapshot, 0 if there is none.
+
+    Attributes:
+        synchronous: Whether updates close rounds from now on.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class ModelEvents:
         self._machine = machine
         self._observers = observers
         self._on_durable = on_durable
-        self._synchronous = isinstance(machine.policy, Sync)
+        self.synchronous = isinstance(machine.policy, Sync)
         self._snapshot = snapshot
         self._lock = Lock()
 
@@ -70,18 +73,14 @@ class ModelEvents:
         event = Pushed(model=name, worker=worker, epoch=push.epoch, sequence=push.sequence, norm=push.norm)
         return partial(self._emit, event)
 
-    def policy_is(self, synchronous: bool) -> None:
-        """Notes whether the updates from here on close rounds."""
-        self._synchronous = synchronous
-
     def round_closed(self, version: int, pushes: int) -> None:
         """An update was made; with a synchronous policy it closes a round."""
-        if self._synchronous and self._observers.wants(RoundClosed):
+        if self.synchronous and self._observers.wants(RoundClosed):
             self._emit(RoundClosed(model=self._machine.name, version=version, pushes=pushes))
 
     def decided(self, decisions: Sequence[Decision]) -> None:
         """The decisions of an event are carried out; some may have given a round up."""
-        self._synchronous = isinstance(self._machine.policy, Sync)
+        self.synchronous = isinstance(self._machine.policy, Sync)
         if decisions and self._observers.wants(RoundClosed):
             failed = [d for d in decisions if isinstance(d, Refuse) and d.refusal.reason == "ROUND_FAILED"]
             if failed:

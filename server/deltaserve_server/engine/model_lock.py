@@ -14,9 +14,6 @@ class ModelLock:
 
     `with lock:` may be nested. Leaving the outermost block writes the journal and tells those who wait.
 
-    Args:
-        commits: The model's journal, and the callbacks that wait for it.
-
     Attributes:
         mutex: The plain lock, for what must also work on a model that has ended.
         read_lock: The same lock for a block that changes nothing: leaving it does not write the journal.
@@ -31,11 +28,7 @@ class ModelLock:
         self._depth = 0
 
     def __enter__(self) -> None:
-        """Takes the lock.
-
-        Raises:
-            Refused: The model has ended.
-        """
+        """Takes the lock; raises Refused if the model has ended."""
         self.mutex.acquire()
         if self.ended:
             self.mutex.release()
@@ -45,11 +38,7 @@ class ModelLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Releases the lock.
-
-        Raises:
-            Refused: STORAGE_UNAVAILABLE: the journal cannot be written.
-        """
+        """Releases the lock; the outermost block writes the journal, see `flush`."""
         if self.release():
             self.flush()
 

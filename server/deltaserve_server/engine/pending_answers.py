@@ -12,13 +12,10 @@ class PendingAnswers:
 
     A future leaves the table when its outcome is decided, and is set when that is durable. A worker that sends the push
     again in between waits for a future of its own.
-
-    Args:
-        on_durable: Calls a function once everything that happened so far is durable.
     """
 
     def __init__(self, on_durable: Callable[[Callable[[], None]], None]) -> None:
-        self._on_durable = on_durable
+        self._on_durable = on_durable  # calls a function once everything that happened so far is durable
         self._futures: dict[Key, Future[PushResult]] = {}
         self._decided: set[Future[PushResult]] = set()
 

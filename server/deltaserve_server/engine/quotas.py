@@ -1,4 +1,4 @@
-"""What the server may hold: memory, models, sessions, watchers, and whether it takes new work at all."""
+"""What the server may hold: memory, sessions, watchers, and whether it takes new work at all."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,10 +21,6 @@ _SNAPSHOT_VECTORS = 2
 class Quotas:
     """The limits of a server, and what counts against them.
 
-    Args:
-        config: The limits.
-        memory_bytes: Memory for everything.
-
     Attributes:
         memory: The budget for everything.
         staged: The budget for pushes that are not part of an update yet; part of `memory`.
@@ -46,36 +42,20 @@ class Quotas:
         if self.draining:
             raise Refused("DRAINING", DRAIN_RETRY_SECONDS)
 
-    def check_models(self, count: int) -> None:
-        """Raises Refused MODEL_LIMIT or DRAINING if a server with `count` models takes no further one."""
-        self.check_open()
-        if count >= self._config.models:
-            raise Refused("MODEL_LIMIT", limit=self._config.models)
-
     def model_bytes(self, elements: int) -> int:
         """Returns how much memory a model of that many elements needs."""
         return self._vectors * ELEMENT_BYTES * elements
 
     def reserve_model(self, elements: int) -> Reservation:
-        """Reserves the memory of a model, or of an extension, of that many elements.
-
-        Raises:
-            BudgetExceeded: There is not enough.
-        """
+        """Reserves the memory of a model, or of an extension, of that many elements; raises BudgetExceeded."""
         return self.memory.reserve(self.model_bytes(elements))
 
     @contextmanager
     def session(self, count_live: Callable[[], int], *, replaces: bool) -> Iterator[None]:
         """Holds a place for a session that is being opened.
 
-        Opening a session may take as long as its model's disk does, so the lock is not held for that long.
-
-        Args:
-            count_live: Returns the number of live sessions.
-            replaces: The session takes the place of an older one of its worker.
-
-        Raises:
-            Refused: SESSION_LIMIT.
+        Opening a session may take as long as its model's disk does, so the lock is not held for that long. A session
+        that `replaces` an older one of its worker takes its place; any other may be refused with SESSION_LIMIT.
         """
         with self._lock:  # one thread at a time counts, so that two cannot take the last place
             if count_live() + self._opening >= self._config.sessions and not replaces:
@@ -89,11 +69,7 @@ class Quotas:
 
     @contextmanager
     def watcher(self) -> Iterator[None]:
-        """Holds a place for a watcher.
-
-        Raises:
-            Refused: WATCHER_LIMIT.
-        """
+        """Holds a place for a watcher; raises Refused WATCHER_LIMIT."""
         # A watcher occupies a thread of gRPC's pool for as long as it watches.
         if not self._watchers.acquire(blocking=False):
             raise Refused("WATCHER_LIMIT", limit=self._config.watchers)

@@ -11,12 +11,7 @@ _SHORTEST_SECONDS = 0.1
 
 
 class RecoveryProgress:
-    """The models that are not recovered yet, and how long that may take.
-
-    Args:
-        sizes: Bytes to read, by model.
-        clock: Tells the time.
-    """
+    """The models that are not recovered yet, by the number of bytes to read, and how long that may take."""
 
     def __init__(self, sizes: Mapping[str, int], clock: Clock = SYSTEM_CLOCK) -> None:
         self._pending = dict(sizes)

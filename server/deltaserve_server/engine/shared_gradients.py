@@ -19,12 +19,7 @@ class SharedGradients:
         return self._vectors.get(session_id)
 
     def open(self, session_id: bytes, size: int, budget: Budget) -> Handle:
-        """Returns what a worker needs to map its session's vector, which the first call allocates.
-
-        Args:
-            session_id: The session.
-            size: Number of elements.
-            budget: Pays for the memory.
+        """Returns what a worker needs to map its session's vector; the first call allocates `size` elements.
 
         Raises:
             Refused: SHARED_MEMORY_UNAVAILABLE: the system has none. MEMORY_BUDGET: the budget has none left.

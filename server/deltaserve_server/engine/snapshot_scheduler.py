@@ -18,13 +18,7 @@ _NICE = 10
 
 
 class SnapshotScheduler:
-    """Checks every model ten times a second and takes a snapshot if one is due.
-
-    Args:
-        models: Returns the models.
-        save: Takes a snapshot of a model.
-        clock: Tells the time.
-    """
+    """Checks every model ten times a second and takes a snapshot with `save` if one is due."""
 
     def __init__(
         self, models: Callable[[], Iterable[ModelEngine]], save: Callable[[ModelEngine], object], clock: Clock
@@ -58,15 +52,14 @@ class SnapshotScheduler:
 
     def _save_all(self) -> None:  # a function of its own: a local variable of _run would keep a deleted model alive
         for engine in self._models():
-            if engine.is_due() and not self._stopped:
-                self._try_to_save(engine)
-
-    def _try_to_save(self, engine: ModelEngine) -> None:
-        try:
-            self._save(engine)
-        except (OSError, BudgetExceeded) as error:
-            _log.warning("model %s: taking a snapshot failed, the server tries again: %s", engine.machine.name, error)
-        except Refused:
-            pass  # the model has ended
-        except Exception:
-            _log.exception("model %s: taking a snapshot failed", engine.machine.name)
+            if self._stopped or not engine.is_due():
+                continue
+            name = engine.machine.name
+            try:
+                self._save(engine)
+            except (OSError, BudgetExceeded) as error:
+                _log.warning("model %s: taking a snapshot failed, the server tries again: %s", name, error)
+            except Refused:
+                pass  # the model has ended
+            except Exception:
+                _log.exception("model %s: taking a snapshot failed", name)

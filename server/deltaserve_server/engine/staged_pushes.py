@@ -7,11 +7,7 @@ from deltaserve_server.model import Key
 
 
 class StagedPushes:
-    """The accepted pushes of a model that are not part of an update yet. The caller holds the model's lock.
-
-    Args:
-        store: The model's vectors.
-    """
+    """The accepted pushes of a model that are not part of an update yet. The caller holds the model's lock."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -22,7 +18,7 @@ class StagedPushes:
         return len(self._staged)
 
     def add(self, key: Key, staging: Staging, reservation: Reservation) -> None:
-        """Adds a push."""
+        """Keeps a push until an update takes it or `discard` drops it."""
         self._staged[key] = staging, reservation
 
     def fold(self, key: Key, factor: float) -> None:

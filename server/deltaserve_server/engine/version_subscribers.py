@@ -63,10 +63,10 @@ class VersionSubscribers(Observer):
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
         self._awaited: list[tuple[int, Future[None]]] = []
-        self._lock = Lock()  # of its own: versions are told by the thread that writes the journal
+        self._lock = Lock()  # a separate one: the thread that writes the journal announces versions
 
     def __bool__(self) -> bool:
-        """Whether there is anybody to tell."""
+        """Whether there are watchers or waiters."""
         return bool(self._watchers or self._awaited)
 
     def watch(self, first: Updated) -> Watcher:
@@ -82,10 +82,9 @@ class VersionSubscribers(Observer):
             self._watchers.discard(watcher)
 
     def wait(self, future: "Future[None]", version: int, limit: int) -> None:
-        """Adds a waiter: `future` is done when the model has reached a version, which is newer than the present one.
+        """Adds a waiter: `future` is done when the model reaches `version`, which must be newer than the current one.
 
-        Raises:
-            Refused: SESSION_LIMIT: `limit` callers wait already.
+        Raises Refused SESSION_LIMIT if `limit` callers wait already.
         """
         with self._lock:
             if len(self._awaited) >= limit:

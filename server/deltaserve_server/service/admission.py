@@ -46,13 +46,9 @@ class ChunkValidator:
         self._next, self._stop = next(self._following, (0, 0))
 
     def take(self, offset: int, data: memoryview) -> Values:
-        """Returns the values of the next chunk, which begins with element `offset`.
-
-        Raises:
-            Refused: CHUNK_SEQUENCE.
-        """
+        """Returns the values of the next chunk, which begins with element `offset`; raises Refused CHUNK_SEQUENCE."""
         count, rest = divmod(len(data), self._dtype.itemsize)
-        if rest or not count:  # an empty chunk would let a stream go on forever
+        if rest or not count:  # a stream of empty chunks might never end
             raise Refused("CHUNK_SEQUENCE", expected="one or more whole elements", got=f"{len(data)} bytes")
         if self._received == self.size:
             raise Refused("CHUNK_SEQUENCE", expected="no further element", got=f"offset {offset}")
@@ -93,17 +89,13 @@ class ChunkValidator:
 class ValueChecker:
     """Checks that the square of every value is finite, and computes the values' fingerprint and norm.
 
-    Args:
-        layout: The model's layout, which names the tensor of a bad value.
-
     Attributes:
         fingerprint: Hash of all values so far; it does not depend on how they are split into chunks.
     """
 
     def __init__(self, layout: Layout) -> None:
-        from deltaserve_server.adadelta import (
-            values as kernel,
-        )  # imports numba, which a server without pushes does without
+        # Imports numba, which a server without pushes does without.
+        from deltaserve_server.adadelta import values as kernel
 
         self._kernel = kernel
         self._layout = layout
@@ -119,40 +111,36 @@ class ValueChecker:
         """Raises Refused VALUE_NOT_FINITE or VALUE_TOO_LARGE."""
         bad, self.fingerprint = self._kernel.inspect(values, offset, self.fingerprint, self._squares)
         if bad >= 0:
-            self._refuse(offset + bad, values[bad : bad + 1])
+            self._refuse(offset + bad, values[bad:])
 
     def check_whole(self, values: Values, runs: Iterable[tuple[int, int]], executor: Executor, threads: int) -> None:
-        """Checks ranges of one vector on several threads; the result is that of `check`.
+        """Checks ranges of one vector on up to `threads` threads, the calling one included; see `check`.
 
-        Args:
-            values: The flat vector. Elements outside the ranges are not checked.
-            runs: Ranges of elements, ascending.
-            executor: Runs the other threads.
-            threads: How many threads work at most, the calling one included.
+        The elements between the ranges are not checked.
 
         Raises:
             Refused: VALUE_NOT_FINITE or VALUE_TOO_LARGE for the first bad value.
         """
-        results: list[tuple[int, int | None]] = []
+        fingerprints: list[int] = []
+        bad: list[int] = []
 
         def inspect(parts: list[tuple[int, int]]) -> None:
             fingerprint = 0
             for start, stop in parts:
-                bad, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
-                if bad >= 0:
-                    results.append((fingerprint, start + bad))
+                index, fingerprint = self._kernel.inspect(values[start:stop], start, fingerprint, self._squares)
+                if index >= 0:
+                    bad.append(start + index)
                     return
-            results.append((fingerprint, None))
+            fingerprints.append(fingerprint)
 
         run_parallel(inspect, _in_blocks(runs, _BLOCKS * self._kernel.BLOCK), executor, threads)
-        self.fingerprint = (self.fingerprint + sum(fingerprint for fingerprint, _ in results)) % (1 << 64)
-        # The first, whichever thread found it: the same push always gets the same error.
-        bad = min((position for _, position in results if position is not None), default=None)
-        if bad is not None:
-            self._refuse(bad, values[bad : bad + 1])
+        self.fingerprint = (self.fingerprint + sum(fingerprints)) % (1 << 64)
+        if bad:  # the first, whichever thread found it: the same push always gets the same error
+            self._refuse(min(bad), values[min(bad) :])
 
-    def _refuse(self, position: int, value: Values) -> None:
-        reason = "VALUE_TOO_LARGE" if np.isfinite(widened(value)[0]) else "VALUE_NOT_FINITE"
+    def _refuse(self, position: int, values: Values) -> None:
+        """Raises the refusal of the first one of `values`, which is at `position` in the flat vector."""
+        reason = "VALUE_TOO_LARGE" if np.isfinite(widened(values[:1])[0]) else "VALUE_NOT_FINITE"
         tensor, index = self._layout.locate(position)
         raise Refused(reason, tensor=tensor, index=index)
 
@@ -160,13 +148,9 @@ class ValueChecker:
 def _in_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
     """Splits ranges at multiples of `size`; returns a list of parts for each block of that size."""
     blocks: dict[int, list[tuple[int, int]]] = {}
-    for first, stop in runs:
-        start = first
-        while start < stop:
-            block = start // size
-            end = min(stop, (block + 1) * size)
-            blocks.setdefault(block, []).append((start, end))
-            start = end
+    for start, stop in runs:
+        for first in range(start // size * size, stop, size):
+            blocks.setdefault(first, []).append((max(start, first), min(stop, first + size)))
     return list(blocks.values())
 
 
@@ -176,7 +160,7 @@ def admit_push(
     """Checks a push's values and stages them; returns the checker, which has their fingerprint and norm.
 
     Args:
-        chunks: Offset and values of each chunk, as `validator` has let them pass.
+        chunks: Offset and values of each chunk, which `validator` has accepted.
         validator: Knows which elements are expected.
         layout: The model's layout.
         staging: Takes the values.
@@ -197,18 +181,9 @@ def admit_push(
 def admit_shared(
     vector: Vector, validator: ChunkValidator, layout: Layout, staging: Staging, executor: Executor, threads: int
 ) -> ValueChecker:
-    """Checks and stages a push whose values lie in one vector; see `admit_push`.
+    """Checks and stages, without a copy, a push whose values lie in one vector; see `admit_push`.
 
-    Args:
-        vector: The flat vector; see `copy_shared` for one that a worker can still write to.
-        validator: Knows which elements belong to the push.
-        layout: The model's layout.
-        staging: Takes the values, without a copy.
-        executor: Runs the other threads.
-        threads: How many threads work at most, the calling one included.
-
-    Raises:
-        Refused: For the first bad value.
+    See `copy_shared` for a vector that a worker can still write to.
     """
     checker = ValueChecker(layout)
     checker.check_whole(vector, validator.runs, executor, threads)
@@ -230,11 +205,7 @@ def copy_shared(vector: Vector, executor: Executor, threads: int) -> Vector:
 
 
 def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> Vector:
-    """Returns the weights of a new model, or of its extension from element `start` on.
-
-    Raises:
-        Refused: For the first fault of the stream, which ends with the weights.
-    """
+    """Returns the weights of a new model, or of its extension from element `start` on; the stream ends with them."""
     weights = _vector(messages, "weights", layout, start)
     if next(messages, None) is not None:
         raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
@@ -242,11 +213,7 @@ def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> 
 
 
 def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
-    """Returns weights and optimizer state, which arrive as three vectors one after the other.
-
-    Raises:
-        Refused: For the first fault of the stream.
-    """
+    """Returns weights and optimizer state, which arrive as three vectors one after the other."""
     vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
     extra = _next_chunk(messages)  # a fourth vector says that the client means another state
     if extra is not None:

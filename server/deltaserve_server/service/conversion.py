@@ -4,7 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
+from itertools import chain, repeat
 from math import isfinite, prod
+from typing import Any
+
+from google.protobuf.message import Message
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2, worker_service_pb2
@@ -23,7 +27,6 @@ from deltaserve_server.model import (
     Refused,
     Sync,
     Tensor,
-    UpdateSummary,
     first_difference,
 )
 
@@ -36,6 +39,7 @@ _SHOWN_LENGTH = 40
 _ENCODED_EVENTS = 64
 """How many encoded events are kept for the other watchers of their model."""
 
+_DEFAULTS = Hyperparameters()
 _DIMENSIONS = 8
 _ELEMENTS = 1 << 48
 _WORKERS = 65_536
@@ -51,11 +55,7 @@ _REDUCTIONS: dict[int, Reduction] = {
 
 
 def checked_name(field: str, name: str) -> str:
-    """Returns the name of a model or a worker.
-
-    Raises:
-        Refused: NAME_INVALID.
-    """
+    """Returns the name of a model or a worker; raises Refused NAME_INVALID."""
     if not _NAME.fullmatch(name):
         raise Refused("NAME_INVALID", field=field, allowed=_NAME_ALLOWED)
     return name
@@ -114,20 +114,6 @@ def _shape_refused(spec: pb.TensorSpec, allowed: str) -> Refused:
     return Refused("SHAPE_INVALID", tensor=spec.name[:_TENSOR_NAME_LENGTH], shape=shape, allowed=allowed)
 
 
-def to_hyperparameters(message: pb.Hyperparameters, unset: Hyperparameters) -> Hyperparameters:
-    """Returns a message's hyperparameters; those that it leaves unset are those of `unset`.
-
-    Raises:
-        Refused: HYPERPARAMETER_INVALID.
-    """
-    given = {field.name: value for field, value in message.ListFields()}  # those that are set
-    hyperparameters = replace(unset, **given)
-    problem = hyperparameters.problem()
-    if problem:
-        raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
-    return hyperparameters
-
-
 def to_groups(
     messages: Sequence[pb.Hyperparameters], unset: Sequence[Hyperparameters] = (), count: int = 0
 ) -> tuple[Hyperparameters, ...]:
@@ -143,24 +129,22 @@ def to_groups(
     """
     if count + len(messages) > _GROUPS:
         raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"at most {_GROUPS} groups")
-    defaults = [*unset, *[Hyperparameters()] * (len(messages) - len(unset))]
-    return tuple(to_hyperparameters(message, default) for message, default in zip(messages, defaults, strict=False))
+    groups = []
+    for message, default in zip(messages, chain(unset, repeat(_DEFAULTS)), strict=False):
+        groups.append(replace(default, **_set_fields(message)))
+        problem = groups[-1].problem()
+        if problem:
+            raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
+    return tuple(groups)
 
 
 def to_policy(message: pb.Policy) -> Policy:
-    """Returns the policy.
-
-    Raises:
-        Refused: POLICY_INVALID.
-    """
+    """Returns the policy; raises Refused POLICY_INVALID."""
     match message.WhichOneof("policy"):
         case "sync":
             return _to_sync(message.sync)
         case "async":
-            given = {
-                field.name: value for field, value in getattr(message, "async").ListFields()
-            }  # `async` is a keyword of Python
-            return Async(**given)
+            return Async(**_set_fields(getattr(message, "async")))  # `async` is a keyword of Python
         case "bounded":
             return Bounded(slack=message.bounded.slack)
         case _:
@@ -168,10 +152,9 @@ def to_policy(message: pb.Policy) -> Policy:
 
 
 def _to_sync(message: pb.SyncPolicy) -> Sync:
-    given = {field.name: value for field, value in message.ListFields()}
     reduction = _REDUCTIONS.get(message.reduction)
     # An unknown reduction is reported below, by its own row.
-    policy = Sync(**(given | {"reduction": reduction or "mean"}))
+    policy = Sync(**(_set_fields(message) | {"reduction": reduction or "mean"}))
     # One table, in the order in which errors are reported.
     trimmed = policy.reduction == "trimmed_mean"
     for field, fits, allowed in (
@@ -195,18 +178,18 @@ def _to_sync(message: pb.SyncPolicy) -> Sync:
     return policy
 
 
+def _set_fields(message: Message) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
 def _positive(value: float | None, most: float = float("inf")) -> bool:
     return value is None or (isfinite(value) and 0 < value <= most)
 
 
 def to_machine(config: pb.ModelConfig) -> Machine:
-    """Returns the state machine of a new model.
-
-    Raises:
-        Refused: For the first fault of the config.
-    """
+    """Returns the state machine of a new model; raises Refused for the first fault of the config."""
     name = checked_name("name", config.name)
-    groups = to_groups(config.groups) or (Hyperparameters(),)
+    groups = to_groups(config.groups) or (_DEFAULTS,)
     layout = Layout(to_tensors(config.tensors, len(groups)))
     policy = to_policy(config.policy) if config.HasField("policy") else Async()
     return Machine(name, layout, groups, policy)
@@ -245,11 +228,9 @@ def from_policy(policy: Policy) -> pb.Policy:
         case Bounded():
             return pb.Policy(bounded=pb.BoundedPolicy(slack=policy.slack))
         case Async():
-            message, asynchronous = pb.Policy(), pb.AsyncPolicy(damping=policy.damping)
-            if policy.max_staleness is not None:
-                asynchronous.max_staleness = policy.max_staleness
-            getattr(message, "async").CopyFrom(asynchronous)
-            return message
+            message = pb.AsyncPolicy(max_staleness=policy.max_staleness, damping=policy.damping)
+            keyword: dict[str, Any] = {"async": message}
+            return pb.Policy(**keyword)
 
 
 def from_position(position: Position) -> pb.ModelPosition:
@@ -260,9 +241,7 @@ def from_position(position: Position) -> pb.ModelPosition:
 
 def from_ancestors(head: Head) -> list[worker_service_pb2.Ancestor]:
     """Returns the messages for the lineages before a model's present one."""
-    return [
-        worker_service_pb2.Ancestor(lineage=one.lineage, version=one.version, lossy=one.lossy) for one in head.ancestors
-    ]
+    return [worker_service_pb2.Ancestor(lineage=a.lineage, version=a.version, lossy=a.lossy) for a in head.ancestors]
 
 
 def from_result(result: PushResult) -> worker_service_pb2.PushResult:
@@ -289,40 +268,34 @@ def from_handle(handle: Handle) -> worker_service_pb2.SharedMemory:
 
 
 def encode_event(event: Updated, missed: int) -> bytes:
-    """Returns an encoded WatchModelResponse.
-
-    Args:
-        event: The new version.
-        missed: How many events the watcher has missed before this one.
-    """
+    """Returns an encoded WatchModelResponse for a new version; the watcher has missed `missed` events before it."""
     encoded = _encode_event(event)
-    # Encoded messages that follow one another are one message with the fields of both.
+    # Concatenated encodings decode as one message with the fields of both.
     return model_service_pb2.WatchModelResponse(missed=missed).SerializeToString() + encoded if missed else encoded
 
 
 @lru_cache(_ENCODED_EVENTS)
 def _encode_event(event: Updated) -> bytes:
     """Encodes an event once for all watchers of its model."""
-    response = model_service_pb2.WatchModelResponse(position=from_position(event.position))
-    if event.summary:
-        response.update.CopyFrom(_from_summary(event.summary))
-    return response.SerializeToString()
-
-
-def _from_summary(summary: UpdateSummary) -> model_service_pb2.UpdateEvent:
-    contributions = [
-        model_service_pb2.Contribution(
-            worker=contribution.worker,
-            epoch=contribution.epoch,
-            sequence=contribution.sequence,
-            staleness=contribution.staleness,
-            weight=contribution.weight,
-            gradient_norm=contribution.norm,
+    position, summary, update = from_position(event.position), event.summary, None
+    if summary:
+        contributions = [
+            model_service_pb2.Contribution(
+                worker=contribution.worker,
+                epoch=contribution.epoch,
+                sequence=contribution.sequence,
+                staleness=contribution.staleness,
+                weight=contribution.weight,
+                gradient_norm=contribution.norm,
+            )
+            for contribution in summary.contributions
+        ]
+        update = model_service_pb2.UpdateEvent(
+            contributions=contributions,
+            hyperparameters=from_groups(summary.hyperparameters),
+            update_norm=summary.norm,
         )
-        for contribution in summary.contributions
-    ]
-    groups = from_groups(summary.hyperparameters)
-    return model_service_pb2.UpdateEvent(contributions=contributions, hyperparameters=groups, update_norm=summary.norm)
+    return model_service_pb2.WatchModelResponse(position=position, update=update).SerializeToString()
 
 
 def difference(existing: Machine, wanted: Machine) -> str | None:

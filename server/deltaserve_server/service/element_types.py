@@ -26,11 +26,7 @@ _ALLOWED = " or ".join(pb.DataType.Name(number) for number in _BY_NUMBER if numb
 
 
 def element_type_of(data_type: "pb.DataType.ValueType") -> ElementType:
-    """Returns the element type that a message names.
-
-    Raises:
-        Refused: DTYPE_UNSUPPORTED.
-    """
+    """Returns the element type that a message names; raises Refused DTYPE_UNSUPPORTED."""
     element_type = _BY_NUMBER.get(data_type)
     if element_type is None:
         raise Refused("DTYPE_UNSUPPORTED", tensor="(all)", got=data_type, allowed=_ALLOWED)

@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from deltaserve._common.codec import StreamCodec
 from deltaserve._common.error_table import to_status
-from deltaserve_server.engine.events import NO_OBSERVERS, Observers, RequestRefused
+from deltaserve_server.engine.events import Observers, RequestRefused
 from deltaserve_server.memory import BudgetExceeded
 from deltaserve_server.model import Refused
 
@@ -35,7 +35,7 @@ class CallerGoneError(Exception):
 
 
 def handler(
-    service: ServiceDescriptor, servicer: object, observers: Observers = NO_OBSERVERS, *, chunked: bool = True
+    service: ServiceDescriptor, servicer: object, observers: Observers, *, chunked: bool = True
 ) -> grpc.GenericRpcHandler:
     """Returns gRPC's handler of a service.
 
@@ -44,7 +44,7 @@ def handler(
         servicer: Has a method for each RPC, of the RPC's name. It takes the request message, or an iterator over the
             messages of a request stream, and the call's context. It returns the response message, or an iterator over
             encoded messages.
-        observers: Learn of refused requests.
+        observers: Receive the events of refused requests.
         chunked: Request streams consist of a header and chunks, which `StreamCodec` decodes.
     """
     methods = {
@@ -55,10 +55,10 @@ def handler(
 
 
 def wait(context: grpc.ServicerContext, future: "Future[T]") -> T:
-    """Returns a future's result. The wait ends with the call; what the future stands for goes on.
+    """Returns a future's result.
 
     Raises:
-        CallerGoneError: The call has ended first.
+        CallerGoneError: The call has ended first. Only the wait ends; the work behind the future continues.
     """
     if not future.done():  # the usual case of asynchronous models needs no event
         wake = Event()
@@ -88,7 +88,6 @@ class _Method:
         )
 
     def handler(self) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """Returns gRPC's handler."""
         if self._method.server_streaming:
             if self._method.client_streaming:
                 return grpc.stream_stream_rpc_method_handler(self._stream)
@@ -117,7 +116,6 @@ class _Method:
             raise Refused("MESSAGE_INVALID", message=self._method.input_type.name) from None
 
     def _abort(self, context: grpc.ServicerContext, error: Exception) -> NoReturn:
-        """Ends the call with the error's status."""
         if isinstance(error, CallerGoneError | grpc.RpcError):  # gRPC raises RpcError where a request stream broke off
             context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
         refusal = _refused(error)

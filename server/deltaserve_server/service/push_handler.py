@@ -32,10 +32,6 @@ _RETRY_SECONDS = 0.05
 class PushHandler:
     """Checks one push by its header, then takes its values, hands it to the engine and waits for its result.
 
-    Args:
-        catalog: The server's models.
-        header: The push's header.
-
     Raises:
         Refused: The header alone is reason enough.
 
@@ -51,7 +47,7 @@ class PushHandler:
         self._now = catalog.clock.monotonic
         self.engine = engine = catalog.get(header.model)
         if header.HasField("lineage") and header.lineage != engine.head.lineage:
-            # First of all: what else the worker knows of the model may be of versions that are lost.
+            # First of all: whatever else the worker knows of the model may belong to versions that are lost.
             raise Refused("LINEAGE_CHANGED", model=header.model)
         if not engine.waiting:  # a draining server still completes the rounds that are under way
             catalog.quotas.check_open()
@@ -64,11 +60,13 @@ class PushHandler:
             # worker that changes it early, against the protocol, only changes its own gradient.
             waits = isinstance(machine.policy, Sync) or engine.journals
             self._in_place = header.shared_memory and not waits
-        _check_absent(header.absent_tensors, self._session.tensor_count)
-        runs = self._layout.runs(self._session.tensor_count, self._push.absent)
+        count, absent = self._session.tensor_count, header.absent_tensors
+        if any(left >= right for left, right in pairwise(absent)) or (absent and absent[-1] >= count):
+            raise _absent_refused(count)
+        runs = self._layout.runs(count, self._push.absent)
         self.validator = ChunkValidator(runs, element_type_of(header.gradient_type))
         self.weights_type = element_type_of(header.weights_type)
-        self.weights_size = self._layout.offsets[self._session.tensor_count]
+        self.weights_size = self._layout.offsets[count]
         failpoint("push.headers")
 
     def chunks(self, messages: Iterator[Any]) -> Iterator[tuple[int, Values]]:
@@ -88,13 +86,7 @@ class PushHandler:
         return self._wait(future, context)
 
     def push_shared(self, context: grpc.ServicerContext, executor: Executor, threads: int) -> PushResult:
-        """Takes the values that lie in the session's shared memory; see `push`.
-
-        Args:
-            context: The call's context.
-            executor: Runs other threads that check the values.
-            threads: How many threads work at most, the calling one included.
-        """
+        """Takes the values that lie in the session's shared memory; up to `threads` threads check them. See `push`."""
         shared = self.engine.shared_gradient(self._session.id)
         # The memory is sized for float32, and the kernels read it as such.
         if self.validator.size_bytes != self.validator.size * ELEMENT_BYTES:
@@ -176,13 +168,6 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
         absent=frozenset(header.absent_tensors),
         weight=weight,
     )
-
-
-def _check_absent(indices: Sequence[int], tensor_count: int) -> None:
-    """Raises Refused PUSH_INVALID unless absent tensors are ascending indices of the session's tensors."""
-    ascending = all(left < right for left, right in pairwise(indices))
-    if not ascending or (indices and indices[-1] >= tensor_count):
-        raise _absent_refused(tensor_count)
 
 
 def _absent_refused(tensor_count: int) -> Refused:

@@ -20,11 +20,9 @@ class HealthServicer(health.HealthServicer, Observer):  # type: ignore[misc]  # 
             self.set(name, status)
 
     def model_served(self, event: ModelServed) -> None:
-        """Sets a model's status to SERVING."""
         self._set_model(event.model, health_pb2.HealthCheckResponse.SERVING)
 
     def model_deleted(self, event: ModelDeleted) -> None:
-        """Sets a model's status to SERVICE_UNKNOWN."""
         self._set_model(event.model, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
     def _set_model(self, name: str, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:

@@ -12,8 +12,8 @@ from deltaserve.v1 import model_service_pb2 as rpc
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.model_engine import ModelEngine
-from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
-from deltaserve_server.model import Machine, Policy, Refused, Session, Sync
+from deltaserve_server.memory.store import ELEMENT_BYTES
+from deltaserve_server.model import Policy, Refused, Session, Sync
 from deltaserve_server.service import admission, conversion
 from deltaserve_server.service.conversion import from_position
 
@@ -24,18 +24,19 @@ _PULL_STATE = StreamCodec(rpc.PullStateResponse)
 
 
 class ModelServicer:
-    """Serves ModelService.
-
-    Args:
-        catalog: The server's models.
-    """
+    """Serves ModelService."""
 
     def __init__(self, catalog: ModelCatalog) -> None:
         self._catalog = catalog
 
     def CreateModel(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.CreateModelResponse:
         machine = conversion.to_machine(_header(messages, pb.ModelConfig))
-        self._check_fits(machine)  # also if the model exists: the answer to the same request must not depend on that
+        # Also if the model exists: the answer to the same request must not depend on that.
+        limit = self._catalog.config.message_bytes // 2
+        if conversion.from_machine(machine).ByteSize() > limit:  # no answer could carry it
+            allowed = f"a layout of at most {limit} bytes in a message"
+            raise Refused("SHAPE_INVALID", tensor="(all)", shape="(all)", allowed=allowed)
+        self._check_workers(machine.policy)
         engine, created = self._catalog.find(machine.name), False
         if engine is None:
             engine, created = self._catalog.add(machine, lambda: admission.admit_weights(messages, machine.layout))
@@ -45,15 +46,8 @@ class ModelServicer:
                 raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
             return rpc.CreateModelResponse(created=created, position=from_position(engine.position))
 
-    def _check_fits(self, machine: Machine) -> None:
-        """Raises Refused if the config fits into no answer, or if its rounds need more workers than there can be."""
-        config = self._catalog.config
-        if conversion.from_machine(machine).ByteSize() > config.message_bytes // 2:
-            allowed = f"a layout of at most {config.message_bytes // 2} bytes in a message"
-            raise Refused("SHAPE_INVALID", tensor="(all)", shape="(all)", allowed=allowed)
-        self._check_workers(machine.policy)
-
     def _check_workers(self, policy: Policy) -> None:
+        """Raises Refused if the policy's rounds need more workers than there can be."""
         limit = self._catalog.config.sessions
         if isinstance(policy, Sync) and policy.min_workers > limit:
             allowed = f"1 to {limit}, the server's limit of sessions"
@@ -116,13 +110,20 @@ class ModelServicer:
     def PullState(self, request: rpc.PullStateRequest, _: grpc.ServicerContext) -> Iterator[bytes]:
         engine = self._catalog.get(request.model)
         with ExitStack() as resources:
+            # The vectors do not change while they are sent: they are those of one version, or copies.
             with engine.lock:
                 header = rpc.PullStateHeader(
                     config=conversion.from_machine(engine.machine),
                     position=from_position(engine.position),
                     update_counts=engine.machine.update_counts,
                 )
-                vectors = self._state(engine, resources, request.optimizer_state)
+                if request.optimizer_state:
+                    size_bytes = engine.machine.layout.size * ELEMENT_BYTES * len(admission.STATE_VECTORS)
+                    resources.enter_context(self._catalog.quotas.memory.reserve(size_bytes))
+                    state = engine.state()
+                    vectors = {name: getattr(state, name) for name in admission.STATE_VECTORS}
+                else:
+                    vectors = {"weights": resources.enter_context(engine.reading())[1]}
             yield _PULL_STATE.header(header)
             for name, vector in vectors.items():
                 for offset, data in admission.chunks(vector, vector.size):
@@ -145,7 +146,8 @@ class ModelServicer:
                 return rpc.PutStateResponse(position=from_position(engine.position))
 
     def WatchModel(self, request: rpc.WatchModelRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with self._catalog.watched(request.model) as watcher:
+        engine = self._catalog.get(request.model)
+        with self._catalog.quotas.watcher(), engine.watched() as watcher:
             if context.add_callback(watcher.close):  # else the thread would wait for a caller who has gone
                 for event, missed in watcher:
                     yield conversion.encode_event(event, missed)
@@ -162,25 +164,9 @@ class ModelServicer:
         with engine.lock:
             return rpc.ListSnapshotsResponse(snapshots=snapshots, position=from_position(engine.position))
 
-    def _state(self, engine: ModelEngine, resources: ExitStack, optimizer_state: bool) -> dict[str, Vector]:
-        """Returns vectors that do not change until `resources` is closed: those of the version, or copies."""
-        if not optimizer_state:
-            return {"weights": resources.enter_context(engine.reading())[1]}
-        resources.enter_context(self._catalog.quotas.memory.reserve(engine.machine.layout.size * ELEMENT_BYTES * 3))
-        state = engine.state()
-        return {name: getattr(state, name) for name in admission.STATE_VECTORS}
-
 
 class _Extension:
-    """The tensors and groups that ExtendModel adds.
-
-    Args:
-        engine: The model.
-        header: The stream's header.
-
-    Raises:
-        Refused: They do not fit the model.
-    """
+    """The tensors and groups that ExtendModel adds; raises Refused if they do not fit the model."""
 
     def __init__(self, engine: ModelEngine, header: rpc.ExtendModelHeader) -> None:
         self.machine = engine.machine

@@ -10,12 +10,7 @@ from deltaserve_server.engine.catalog import ModelCatalog
 
 
 class SystemServicer:
-    """Serves SystemService.
-
-    Args:
-        catalog: The server's models.
-        device: The device that holds their vectors.
-    """
+    """Serves SystemService; `device` holds the models' vectors."""
 
     def __init__(self, catalog: ModelCatalog, device: Device) -> None:
         self._catalog = catalog

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from math import isfinite
 from typing import Any
 
 import grpc
@@ -35,13 +34,7 @@ _STATES = {
 
 
 class WorkerServicer:
-    """Serves WorkerService.
-
-    Args:
-        catalog: The server's models.
-        executor: Runs the threads that check large pushes.
-        threads: How many threads check one push at most.
-    """
+    """Serves WorkerService; `executor` checks large pushes, each on up to `threads` threads."""
 
     def __init__(self, catalog: ModelCatalog, executor: Executor, threads: int) -> None:
         self._catalog = catalog
@@ -56,7 +49,12 @@ class WorkerServicer:
         # Before the session is opened, which fences the worker's older one.
         if request.HasField("lineage") and not engine.head.knows(request.lineage):
             raise Refused("LINEAGE_UNKNOWN", model=request.model)
-        session = self._catalog.open_session(request.model, worker, self._lease(request), tensor_count, group_count)
+        config = self._catalog.config
+        lease_seconds = request.lease_seconds if request.HasField("lease_seconds") else config.lease_seconds
+        if not config.lease_seconds_min <= lease_seconds <= config.lease_seconds_max:  # not a number fails this too
+            allowed = f"{config.lease_seconds_min:g} to {config.lease_seconds_max:g}"
+            raise Refused("POLICY_INVALID", field="lease_seconds", allowed=allowed)
+        session = self._catalog.open_session(request.model, worker, lease_seconds, tensor_count, group_count)
         with engine.lock:
             return rpc.OpenSessionResponse(
                 session_id=session.id,
@@ -92,9 +90,13 @@ class WorkerServicer:
     def OpenSharedMemory(
         self, request: rpc.OpenSharedMemoryRequest, context: grpc.ServicerContext
     ) -> rpc.OpenSharedMemoryResponse:
-        local = context.peer().startswith(_LOCAL_PEERS)
-        handle = self._catalog.open_shared_memory(request.model, request.session_id, request.epoch, local=local)
         engine = self._catalog.get(request.model)
+        session = engine.keep_session(request.session_id, request.epoch)
+        if not self._catalog.config.offers_shared_memory:
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server does not offer it")
+        if not context.peer().startswith(_LOCAL_PEERS):
+            raise Refused("SHARED_MEMORY_UNAVAILABLE", why="the server is on another host")
+        handle = engine.open_shared_memory(session, self._catalog.quotas.memory)
         with engine.lock:
             gradient, position = conversion.from_handle(handle), from_position(engine.position)
             return rpc.OpenSharedMemoryResponse(gradient=gradient, position=position)
@@ -131,7 +133,9 @@ class WorkerServicer:
             if handle:
                 answer.weights.CopyFrom(conversion.from_handle(handle))
                 yield _STEP.header(answer)
-                _wait_for_end(messages)  # the worker ends its stream when it has read the weights
+                if next(messages, None) is not None:  # the worker ends its stream when it has read the weights
+                    allowed = "nothing follows the header of a shared push"
+                    raise Refused("MESSAGE_INVALID", message=f"StreamStepRequest: {allowed}")
                 return
             yield _STEP.header(answer)
             for offset, data in admission.chunks(weights, push.weights_size, push.weights_type):
@@ -164,19 +168,3 @@ class WorkerServicer:
                 result=from_result(status.result) if status.result else None,
                 position=from_position(engine.position),
             )
-
-    def _lease(self, request: rpc.OpenSessionRequest) -> float:
-        config = self._catalog.config
-        if not request.HasField("lease_seconds"):
-            return config.lease_seconds
-        lease_seconds = request.lease_seconds
-        if not isfinite(lease_seconds) or not config.lease_seconds_min <= lease_seconds <= config.lease_seconds_max:
-            allowed = f"{config.lease_seconds_min:g} to {config.lease_seconds_max:g}"
-            raise Refused("POLICY_INVALID", field="lease_seconds", allowed=allowed)
-        return lease_seconds
-
-
-def _wait_for_end(messages: Iterator[Any]) -> None:
-    """Returns when the caller has ended its stream; raises Refused MESSAGE_INVALID for a further message."""
-    if next(messages, None) is not None:
-        raise Refused("MESSAGE_INVALID", message="StreamStepRequest: nothing follows the header of a shared push")
