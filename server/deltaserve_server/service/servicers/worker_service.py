@@ -162,7 +162,7 @@ class WorkerServicer:
             return rpc.GetPushResponse(
                 last_applied_sequence=session.last_applied if session else 0,
                 lineage=engine.head.lineage,
-                ancestors=from_ancestors(engine.head),
+                ancestors=conversion.from_ancestors(engine.head),
                 state=_STATES[status.state],
                 final=status.final,
                 result=from_result(status.result) if status.result else None,
