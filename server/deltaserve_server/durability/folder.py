@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 HEAD = "head.json"
 _SNAPSHOTS_KEPT = 2
-_ANCESTORS_MAX = 64
+_ANCESTORS_MAX = 256
 """Also the number of starts after which a worker that was away takes the model for another one."""
 
 _SNAPSHOT = re.compile(r"snapshot-(\d{8,})\.(safetensors|json)", re.ASCII)
