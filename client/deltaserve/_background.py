@@ -79,8 +79,8 @@ class BackgroundCall(Generic[T]):
 
     Args:
         function: The function to call.
-        cancel: Makes the call end soon. If an interrupt ends the wait, another thread calls it until the call is over.
-            None lets the call go on by itself.
+        cancel: Makes the call end soon. After an interrupt another thread calls it until the call is over. None means
+            that the call goes on by itself.
     """
 
     def __init__(self, function: Callable[[], T], cancel: Callable[[], object] | None = None) -> None:

@@ -211,9 +211,10 @@ class Model:
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
         weights = {"weights": list(arrays.values())}
         answer = self._connection.send("ExtendModel", lambda: vector_messages(kind, header, weights, start))
-        self.tensors += specs
-        self.groups += tuple(groups)
-        return bool(answer.extended)
+        extended, all_groups = bool(answer.extended), self.groups + tuple(groups)
+        # No call from here on, so no interrupt comes between: `RemoteAdadelta` takes a group back if this call fails.
+        self.tensors, self.groups = self.tensors + specs, all_groups
+        return extended
 
     def save_snapshot(self) -> SnapshotInfo:
         """Takes a snapshot of the model; returns when it is durable on the server's disk.

@@ -81,7 +81,7 @@ class _Malformed(grpc.RpcError):
     def details(self) -> str:
         return "no such page"
 
-    def trailing_metadata(self) -> list[tuple[str, bytes]]:
+    def trailing_metadata(self) -> Any:
         status = status_pb2.Status(code=5, message=self.details())
         status.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
         return [("grpc-status-details-bin", status.SerializeToString())]

@@ -120,7 +120,7 @@ class Overlap:
             self._add_hooks()
 
     def close(self) -> None:
-        """Removes the hooks, cancels a push that has begun and ends the thread."""
+        """Removes the hooks, cancels a push that has begun, and ends the thread."""
         self._closed = True
         for hook in self._hooks.values():
             hook.remove()
