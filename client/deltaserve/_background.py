@@ -74,30 +74,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset)  # threads do not survive a fork
 
 
-def _unchanged(error: BaseException) -> BaseException:
-    return error
-
-
 class BackgroundCall(Generic[T]):
     """One call of a function, made in another thread if the caller is the main thread.
 
     Args:
         function: The function to call.
-        cancel: Makes the call end soon. If an interrupt ends the wait, another thread calls it until the call is over.
-            None lets the call go on by itself.
-        convert: Turns the function's exception into the one that `run` raises, in the thread that made the call. It
-            lets an exception whose destructor is not safe to interrupt die there.
+        cancel: Makes the call end soon. After an interrupt another thread calls it until the call is over. None means
+            that the call goes on by itself.
     """
 
-    def __init__(
-        self,
-        function: Callable[[], T],
-        cancel: Callable[[], object] | None,
-        convert: Callable[[BaseException], BaseException] = _unchanged,
-    ) -> None:
+    def __init__(self, function: Callable[[], T], cancel: Callable[[], object] | None = None) -> None:
         self._function = function
         self._cancel = cancel
-        self._convert = convert
         self._result: list[T] = []
         self._error: BaseException | None = None
         self._over = False
@@ -106,7 +94,7 @@ class BackgroundCall(Generic[T]):
         self._awaited = threading.Lock()  # held while the main thread waits; `with` releases it whatever happens
 
     def run(self) -> T:
-        """Makes the call once. Returns the function's result, or raises its exception as `convert` returns it.
+        """Makes the call once. Returns the function's result, or raises its exception.
 
         An interrupt ends the wait. If the call can be cancelled, `run` still waits for its end, because the call uses
         the caller's memory. A second interrupt ends that wait too; the cancelling goes on.
@@ -144,7 +132,7 @@ class BackgroundCall(Generic[T]):
                 _pool.submit(partial(self._cancel_if_interrupted, cancel))
             self._result.append(self._function())
         except BaseException as error:
-            self._error = self._convert(error)
+            self._error = error
         self._over = True
         self._end.put(None)
 

@@ -11,7 +11,7 @@ from deltaserve._common.policies import Async, Policy, from_policy
 from deltaserve._connection import Connection
 from deltaserve._conversion import from_groups, from_tensors, to_model_info, to_model_summary, to_server_info
 from deltaserve._credentials import Credentials
-from deltaserve._model import Model, tensor_specs, weight_messages
+from deltaserve._model import Model, tensor_specs, vector_messages
 from deltaserve._types import Hyperparameters, ModelSummary, ServerInfo
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2
 
@@ -21,7 +21,7 @@ def connect(target: str, *, timeout_seconds: float = 120.0, credentials: Credent
 
     Args:
         target: HOST:PORT, or unix:PATH.
-        timeout_seconds: Time for any call in all, its retries and the wait for a round included.
+        timeout_seconds: Limit of each call in seconds, including its retries and the wait for a round.
         credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
@@ -41,7 +41,7 @@ class Client:
 
     Args:
         target: HOST:PORT, or unix:PATH.
-        timeout_seconds: Time for any call in all, its retries and the wait for a round included.
+        timeout_seconds: Limit of each call in seconds, including its retries and the wait for a round.
         credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
@@ -118,8 +118,8 @@ class Client:
             groups=from_groups(groups if groups is not None else (single,)),
             policy=from_policy(Async() if policy is None else policy),
         )
-        kind = model_service_pb2.CreateModelRequest
-        answer = self._connection.send("CreateModel", lambda: weight_messages(kind, config, list(arrays.values())))
+        kind, weights = model_service_pb2.CreateModelRequest, {"weights": list(arrays.values())}
+        answer = self._connection.send("CreateModel", lambda: vector_messages(kind, config, weights))
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
         known = info.groups[: len(config.groups)]  # another worker may have extended the model since
         return Model(self._connection, name, specs, known, info.policy, answer.created)

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from deltaserve._background import BackgroundCall
-from deltaserve._common.address import check_target as check_target
+from deltaserve._common.address import check_target
 from deltaserve._common.codec import Chunk, StreamCodec
 from deltaserve._common.error_table import from_call
 from deltaserve._credentials import Credentials, Plaintext
@@ -106,7 +106,7 @@ class Connection:
             session.close()
         channel, self._channel = self._channel, None
         if channel and self._process == os.getpid():
-            BackgroundCall(channel.close, None).run()
+            BackgroundCall(channel.close).run()
 
     def check_usable(self) -> grpc.Channel:
         """Returns the channel.
@@ -242,7 +242,7 @@ class Connection:
                         yield kind.FromString(message)
                         message = BackgroundCall(lambda: next(calls[0]), cancel).run()
         finally:
-            cancel()
+            BackgroundCall(cancel).run()
 
     def retry(
         self,
@@ -265,32 +265,31 @@ class Connection:
         """
         policy = policy or RetryPolicy(budget_seconds=self.timeout_seconds)
         deadline = monotonic() + policy.budget_seconds
-        convert = partial(self._converted, policy.budget_seconds)
+
+        def outcome() -> T | AttemptFailed:
+            try:
+                return attempt(max(deadline - monotonic(), _MIN_ATTEMPT_SECONDS))
+            except grpc.RpcError as error:
+                # A gRPC error is the call itself. Without its traceback, which makes a cycle, it dies here: its
+                # destructor is gRPC's code, which the garbage collector must not run in the main thread.
+                return AttemptFailed(*from_call(error.with_traceback(None), self.target, policy.budget_seconds))
+
         reason: str | None = ""  # no error has this reason
         repeats = 0
         for retries in count():
-            seconds = max(deadline - monotonic(), _MIN_ATTEMPT_SECONDS)
-            try:
-                return BackgroundCall(partial(attempt, seconds), cancel, convert).run()
-            except AttemptFailed as failed:
-                error = failed.error
-                # A new reason starts the backoff anew: the server is back, and something else is wrong.
-                repeats, reason = (repeats + 1 if error.reason == reason else 0), error.reason
-                wait_seconds = policy.wait_seconds(failed, repeats, delivered=delivered())
+            result = BackgroundCall(outcome, cancel).run()
+            if not isinstance(result, AttemptFailed):
+                return result
+            error = result.error
+            # A new reason starts the backoff anew: the server is back, and something else is wrong.
+            repeats, reason = (repeats + 1 if error.reason == reason else 0), error.reason
+            wait_seconds = policy.wait_seconds(result, repeats, delivered=delivered())
             if wait_seconds is None or monotonic() + wait_seconds >= deadline:
                 raise error
             level = logging.WARNING if retries == _QUIET_RETRIES else logging.INFO
             _log.log(level, "%s; trying for another %.0f s", error, deadline - monotonic())
             sleep(wait_seconds)
         raise AssertionError("unreachable")
-
-    def _converted(self, budget_seconds: float, error: BaseException) -> BaseException:
-        """Returns the failure of an attempt for an error of gRPC, and any other error as it is."""
-        if not isinstance(error, grpc.RpcError):
-            return error
-        # A gRPC error is the call itself. Without its traceback, which makes a cycle, it dies here: its destructor is
-        # gRPC's code, which must not run in the main thread when the garbage collector happens to.
-        return AttemptFailed(*from_call(error.with_traceback(None), self.target, budget_seconds))
 
 
 def incarnation(connection: Connection) -> str | None:

@@ -1,8 +1,10 @@
 """Conversion between public values and protobuf messages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from google.protobuf.message import Message
 
 from deltaserve._common.policies import to_policy
 from deltaserve._types import (
@@ -21,7 +23,7 @@ from deltaserve._types import (
 )
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, worker_service_pb2
 
-_CONTRIBUTION = [field.name for field in fields(Contribution)]
+T = TypeVar("T")
 
 _STATES: Mapping[int, Literal["waiting", "applied"]] = {
     worker_service_pb2.PUSH_STATE_WAITING: "waiting",
@@ -56,25 +58,15 @@ def to_tensors(config: common_pb2.ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def to_model_info(message: model_service_pb2.GetModelResponse) -> ModelInfo:
-    """Returns the answer to GetModel."""
+    """Converts the response of GetModel."""
     return ModelInfo(
         name=message.config.name,
         tensors=to_tensors(message.config),
         groups=to_groups(message.config.groups),
         policy=to_policy(message.config.policy),
         version=message.position.version,
-        durable_version=durable_version(message.position),
-        sessions=tuple(
-            SessionInfo(
-                worker=session.worker,
-                epoch=session.epoch,
-                rank=session.rank,
-                last_sequence=session.last_sequence,
-                lease_left_seconds=session.lease_left_seconds,
-                waiting=session.waiting,
-            )
-            for session in message.sessions
-        ),
+        durable_version=_optional(message.position, "durable_version"),
+        sessions=tuple(_same_fields(SessionInfo, session) for session in message.sessions),
     )
 
 
@@ -87,13 +79,13 @@ def to_model_summary(message: model_service_pb2.ModelSummary) -> ModelSummary:
         session_count=message.session_count,
         policy=to_policy(message.policy),
         version=message.position.version,
-        durable_version=durable_version(message.position),
+        durable_version=_optional(message.position, "durable_version"),
     )
 
 
 def to_snapshot(message: model_service_pb2.Snapshot) -> SnapshotInfo:
-    """Returns the description of a snapshot."""
-    return SnapshotInfo(number=message.number, version=message.version, bytes=message.bytes, taken_at=message.taken_at)
+    """Converts a Snapshot message."""
+    return _same_fields(SnapshotInfo, message)
 
 
 def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
@@ -101,16 +93,13 @@ def to_step_result(message: worker_service_pb2.PushResult) -> StepResult:
     return StepResult(
         version=message.version,
         duplicate=message.duplicate,
-        staleness=message.staleness if message.HasField("staleness") else None,
-        contributors=message.contributors if message.HasField("contributors") else None,
-        gradient_norm=message.gradient_norm if message.HasField("gradient_norm") else None,
-        update_norm=message.update_norm if message.HasField("update_norm") else None,
+        **{name: _optional(message, name) for name in ("staleness", "contributors", "gradient_norm", "update_norm")},
         hyperparameters=to_groups(message.hyperparameters),
     )
 
 
 def to_push_status(message: worker_service_pb2.GetPushResponse) -> PushStatus:
-    """Returns the answer to GetPush."""
+    """Converts the response of GetPush."""
     return PushStatus(
         state=_STATES.get(message.state, "not accepted"),
         final=message.final,
@@ -123,9 +112,7 @@ def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
     update = message.update
     return ModelEvent(
         version=message.position.version,
-        contributions=tuple(
-            Contribution(**{name: getattr(one, name) for name in _CONTRIBUTION}) for one in update.contributions
-        ),
+        contributions=tuple(_same_fields(Contribution, contribution) for contribution in update.contributions),
         hyperparameters=to_groups(update.hyperparameters),
         update_norm=update.update_norm if message.HasField("update") else None,
         missed=message.missed,
@@ -133,20 +120,24 @@ def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
 
 
 def to_server_info(message: system_service_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Returns the answer to GetServerInfo."""
-    limits = message.limits
+    """Converts the response of GetServerInfo."""
     return ServerInfo(
         version=message.version,
         incarnation=message.incarnation,
         device_kind=message.device.kind,
         device_name=message.device.name,
         threads=message.device.threads,
-        limits=Limits(**{field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields}),
+        limits=_same_fields(Limits, message.limits),
         durability=common_pb2.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
         uptime_seconds=message.uptime_seconds,
     )
 
 
-def durable_version(position: common_pb2.ModelPosition) -> int | None:
-    """Returns the durable version; None if no version is durable."""
-    return position.durable_version if position.HasField("durable_version") else None
+def _same_fields(kind: Callable[..., T], message: Message) -> T:
+    """Converts a message whose fields have the names and types of the public value's."""
+    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _optional(message: Message, field: str) -> Any:
+    """Returns a field; None if it is not set."""
+    return getattr(message, field) if message.HasField(field) else None

@@ -8,9 +8,9 @@ from math import prod
 
 from deltaserve._common.element_types import ElementType
 from deltaserve._common.failpoints import failpoint
-from deltaserve._connection import Connection
-from deltaserve._errors import Error, SessionError, StaleGradientError, StateLostError
-from deltaserve._recovery import History, NothingLost, RolledBack, compare, explained, history, rolled_back_error
+from deltaserve._connection import Connection, incarnation
+from deltaserve._errors import Error, RequestError, SessionError, StaleGradientError, StateLostError
+from deltaserve._recovery import History, RolledBack, compare, history, rolled_back_error
 from deltaserve._session import Session
 from deltaserve._transport.choice import open_transport
 from deltaserve._transport.overlapped import OverlappedPush
@@ -27,16 +27,6 @@ class Membership:
 
     It outlives its sessions. After a restart of the server or the end of a lease it finds out what the server still
     has, and goes on in the same session or in a new one.
-
-    Args:
-        connection: The connection to the server.
-        model: The model's name.
-        worker: The worker's name.
-        lease_seconds: None means the server's default.
-        tensors: The layout as the worker knows it.
-        group_count: How many of the model's parameter groups the worker knows.
-        transport: The transport that the caller asks for.
-        wire: The type of elements in messages.
 
     Attributes:
         session: The current session.
@@ -71,6 +61,7 @@ class Membership:
         self.weights = LocalWeights(model, tensors, opened.position)
         self.owed: StaleGradientError | None = None
         self._renew_transport = False
+        self._succeeding = False  # a new session may have been opened that has not replaced this one
         try:
             self._transport: Transport = self._open_transport(session=self.session.id)
         except (Error, OSError):
@@ -84,7 +75,7 @@ class Membership:
             Error: The caller asked for shared memory, and the server refuses it.
             OSError: The caller asked for shared memory, and it cannot be opened here.
         """
-        # Not while a push is uncertain: the old transport knows that the push may have gone through shared memory.
+        # Keep the old transport while a push is uncertain: it knows whether the push went through shared memory.
         if self._renew_transport and not self.session.sent:
             self._transport = self._open_transport(session=self.session.id)
             self._renew_transport = False
@@ -98,11 +89,6 @@ class Membership:
     def begin(self, push: OverlappedPush, header: rpc.PushHeader, size: int) -> bool:
         """Starts a push before its gradient is whole, as `Transport.begin`; not while the transport is outdated."""
         return not self._renew_transport and self._transport.begin(push, header, size)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the worker has not been closed."""
-        return self._finalize.alive
 
     def close(self) -> None:
         """Ends the session and releases shared memory."""
@@ -119,17 +105,21 @@ class Membership:
             return None
         return answer
 
-    def has_push(self) -> bool:
-        """Returns whether the server has accepted the session's last push; if not, the push may still arrive."""
-        push = self.find_push(self.session.sequence)
-        return push is not None and push.state != rpc.PUSH_STATE_NOT_ACCEPTED
+    def can_rejoin(self, error: SessionError) -> bool:
+        """Returns whether a worker whose session is over goes on in a new one: it lost the session, and was not closed.
+
+        A session that is fenced is lost too if its successor is the worker's own, opened by a call that an interrupt or
+        the timeout has ended before its answer came.
+        """
+        lost = error.reason == "SESSION_UNKNOWN" or (error.reason == "SESSION_FENCED" and self._succeeding)
+        return lost and self._finalize.alive
 
     def resume(self, refused: Error | None = None) -> None:
         """Goes on with a server that has restarted: in the same session if nothing is lost, else in a new one.
 
         Args:
-            refused: The server's word that the lineage changed; raised if the server then says that it did not. None if
-                the restart showed in another way.
+            refused: The LINEAGE_CHANGED error that revealed the restart; raised again if KeepSession returns the old
+                lineage. None if something else revealed the restart.
 
         Raises:
             StateLostError: The server has another model of the same name, or none.
@@ -139,7 +129,7 @@ class Membership:
         try:
             kept = session.keep()
         except SessionError as error:
-            if error.reason != "SESSION_UNKNOWN" or not self.is_open:
+            if not self.can_rejoin(error):
                 raise
             return self.rejoin()
         except Error as error:
@@ -149,17 +139,15 @@ class Membership:
         else:  # a server that keeps its lineage over a restart does not repeat it
             lineage, ancestors = self.lineage, self._ancestors
         server = history(ancestors, lineage, kept.position.version)
-        match self._compare(server, session.sequence - 1, kept.last_applied_sequence):
-            case RolledBack() as verdict:
-                owed = self._rolled_back(verdict)
-                self._replace_session(self._open_session(), owed)
-            case NothingLost():
-                if refused and lineage == self.lineage:
-                    raise refused
-                _log.info("worker %s: the server was restarted, and nothing is lost", self._worker)
-                self.weights.position = kept.position
-                self.lineage, self._ancestors = lineage, ancestors
-                self._renew_transport = True
+        owed = self._loss(server, session.sequence - 1, kept.last_applied_sequence)
+        if owed:
+            return self._replace_session(self._open_session(), owed)
+        if refused and lineage == self.lineage:
+            raise refused
+        _log.info("worker %s: the server was restarted, and nothing is lost", self._worker)
+        self.weights.position = kept.position
+        self.lineage, self._ancestors = lineage, ancestors
+        self._renew_transport = True
         return None
 
     def rejoin(self) -> None:
@@ -184,54 +172,61 @@ class Membership:
         successor = self._open_session()
         opened = successor.opened
         server = history(opened.ancestors, opened.lineage, opened.position.version)
-        owed: StaleGradientError | None = None
-        match self._compare(server, session.sequence - 1, known.last_applied_sequence if known else None):
-            case RolledBack() as verdict:
-                owed = self._rolled_back(verdict)
-            case NothingLost():
-                cause = "the lease had run out" if opened.lineage == self.lineage else "the server was restarted"
-                _log.warning("worker %s: %s; it goes on in a new session", self._worker, cause)
-                # A session with acknowledged pushes is not lost if the weights are not: the server has forgotten it, as
-                # one of very many that ended.
-                if not known and (session.sequence > 1 or not self._predates(opened)):
-                    owed = StaleGradientError(
-                        f"worker {self._worker}: the session ended too long ago to know whether its last push was "
-                        "applied; the gradient is left out, a new session is open and the current weights are in place"
-                    )
+        owed = self._loss(server, session.sequence - 1, known.last_applied_sequence if known else None)
+        if not owed:
+            cause = "the lease had run out" if opened.lineage == self.lineage else "the server was restarted"
+            _log.warning("worker %s: %s; it goes on in a new session", self._worker, cause)
+            # A state from before the session has no push of it, so the last one may be sent again in the new session.
+            lossy = {ancestor.lineage: ancestor.lossy for ancestor in opened.ancestors}
+            began = session.opened.lineage
+            predates = began != opened.lineage and lossy.get(began, True)
+            # A session with acknowledged pushes is not lost if the weights are not: the server has forgotten it, as one
+            # of very many that ended.
+            if not known and (session.sequence > 1 or not predates):
+                owed = StaleGradientError(
+                    f"worker {self._worker}: the session ended too long ago to know whether its last push was "
+                    "applied; the gradient is left out, a new session is open and the current weights are in place"
+                )
         self._replace_session(successor, owed)
 
     def explained(self, error: Error) -> Error:
-        """Returns an error, or what it amounts to if the server has restarted."""
-        return explained(error, self._connection, self._model, self.weights.position)
+        """Returns an error, or the StateLostError that it amounts to if the server has restarted."""
+        gone, known = error.reason in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN"), self.weights.position
+        restarted = f"the server at {self._connection.target} was restarted"
+        if isinstance(error, RequestError) and error.metadata.get("field") in ("tensor_count", "group_count"):
+            text = (
+                f"{restarted} from a state of model {self._model} that is older than a part of its layout: extend the "
+                "model again"
+            )
+        elif not gone or incarnation(self._connection) in (None, known.incarnation):
+            return error
+        else:
+            text = (
+                f"{restarted} and has lost model {self._model}: its weights and state of version {known.version} were "
+                f"not durable ({known.version} updates). Start it again from your own weights"
+            )
+        return StateLostError(text, reason=error.reason, metadata=error.metadata)
 
     @property
     def _version(self) -> int:
         """The version that the worker's history ends with; before the first pull, the one that the model had."""
         return self.weights.position.version if self.weights.version is None else self.weights.version
 
-    def _compare(self, server: History, acknowledged: int, last_applied: int | None) -> NothingLost | RolledBack:
+    def _loss(self, server: History, acknowledged: int, last_applied: int | None) -> StaleGradientError | None:
+        """Returns the error for weights or pushes that a restart has lost; None if nothing is lost."""
         own = history(self._ancestors, self.lineage, self._version)
         verdict = compare(own, server, acknowledged=acknowledged, last_applied=last_applied)
         if verdict is None:
             raise StateLostError(
                 f"model {self._model} is a different model of the same name than the one that the worker knew"
             )
-        return verdict
-
-    def _rolled_back(self, verdict: RolledBack) -> StaleGradientError:
-        return rolled_back_error(self._worker, self._model, self._version, verdict)
-
-    def _predates(self, opened: rpc.OpenSessionResponse) -> bool:
-        """Returns whether the server came back from a state that is older than the current session.
-
-        Such a state has no push of the session, so the last one may be sent again in a new session.
-        """
-        lossy = {ancestor.lineage: ancestor.lossy for ancestor in opened.ancestors}
-        began = self.session.opened.lineage
-        return began != opened.lineage and lossy.get(began, True)
+        if isinstance(verdict, RolledBack):
+            return rolled_back_error(self._worker, self._model, self._version, verdict)
+        return None
 
     def _open_session(self) -> Session:
         """Opens a session under the newest of the worker's lineages that the server knows."""
+        self._succeeding = True
         lineages = [self.lineage, *(ancestor.lineage for ancestor in reversed(self._ancestors))]
         for lineage in lineages:
             try:
@@ -255,5 +250,6 @@ class Membership:
         self.weights.position = opened.position
         self._finalize = finalize
         self._renew_transport = True
+        self._succeeding = False
         previous.detach()
         failpoint("worker.rejoined")

@@ -129,8 +129,8 @@ class Model:
         vectors = {name: self._arrays(getattr(state, name), name) for name in _VECTORS}
         counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
-        codec = StreamCodec(model_service_pb2.PutStateRequest)
-        self._connection.send("PutState", lambda: _messages(codec, header, vectors), repeats_uncertain=False)
+        kind = model_service_pb2.PutStateRequest
+        self._connection.send("PutState", lambda: vector_messages(kind, header, vectors), repeats_uncertain=False)
 
     def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
         """Changes the hyperparameters, the policy or both, for all workers, from the next update on.
@@ -209,12 +209,12 @@ class Model:
             groups=from_groups(groups),
         )
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
-        answer = self._connection.send(
-            "ExtendModel", lambda: weight_messages(kind, header, list(arrays.values()), start)
-        )
-        self.tensors += specs
-        self.groups += tuple(groups)
-        return bool(answer.extended)
+        weights = {"weights": list(arrays.values())}
+        answer = self._connection.send("ExtendModel", lambda: vector_messages(kind, header, weights, start))
+        extended, all_groups = bool(answer.extended), self.groups + tuple(groups)
+        # No call from here on, so no interrupt comes between: `RemoteAdadelta` takes a group back if this call fails.
+        self.tensors, self.groups = self.tensors + specs, all_groups
+        return extended
 
     def save_snapshot(self) -> SnapshotInfo:
         """Takes a snapshot of the model; returns when it is durable on the server's disk.
@@ -271,19 +271,15 @@ def worker_name() -> str:
     return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
-def weight_messages(kind: type[Message], header: Message, arrays: Sequence[Array], start: int = 0) -> Iterator[bytes]:
-    """Yields the header of a stream, then weights in chunks whose offsets count from `start`."""
+def vector_messages(
+    kind: type[Message], header: Message, vectors: Mapping[str, Sequence[Array]], start: int = 0
+) -> Iterator[bytes]:
+    """Yields the header of a stream, then its vectors by name, in chunks whose offsets count from `start`."""
     codec = StreamCodec(kind)
-    yield codec.header(header)
-    for offset, parts in FlatVector(arrays).chunks():
-        yield codec.chunk("weights", start + offset, parts)
-
-
-def _messages(codec: StreamCodec[Any], header: Message, vectors: Mapping[str, Sequence[Array]]) -> Iterator[bytes]:
     yield codec.header(header)
     for name, arrays in vectors.items():
         for offset, parts in FlatVector(arrays).chunks():
-            yield codec.chunk(name, offset, parts)
+            yield codec.chunk(name, start + offset, parts)
 
 
 def _take_state(header: model_service_pb2.PullStateHeader, chunks: Iterable[Chunk]) -> ModelState:

@@ -8,9 +8,7 @@ version. Where that is older than the worker's weights, the weights are lost, an
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deltaserve._connection import Connection, incarnation
-from deltaserve._errors import Error, RequestError, RolledBackError, StateLostError
-from deltaserve.v1 import common_pb2
+from deltaserve._errors import RolledBackError
 from deltaserve.v1 import worker_service_pb2 as rpc
 
 History = Mapping[bytes, int]
@@ -66,14 +64,7 @@ def compare(
 
 
 def rolled_back_error(worker: str, model: str, version: int, verdict: RolledBack) -> RolledBackError:
-    """Returns the error for a worker whose weights or pushes are lost.
-
-    Args:
-        worker: The worker's name.
-        model: The model's name.
-        version: The version of the worker's weights.
-        verdict: What is lost.
-    """
+    """Returns the error for a worker whose weights, of `version`, or pushes are lost."""
     lost = verdict.lost_pushes
     pushes = f"pushes {lost[0]} to {lost[-1]} of this worker" if lost else "no push of this worker"
     return RolledBackError(
@@ -84,29 +75,3 @@ def rolled_back_error(worker: str, model: str, version: int, verdict: RolledBack
         restored_version=verdict.version,
         lost_pushes=lost,
     )
-
-
-def explained(error: Error, connection: Connection, model: str, before: common_pb2.ModelPosition) -> Error:
-    """Returns an error, or the StateLostError that it amounts to if the server has restarted.
-
-    Args:
-        error: The server's error.
-        connection: The connection to the server.
-        model: The model's name.
-        before: Where the model stood in the last answer that the worker used.
-    """
-    gone = error.reason in ("MODEL_NOT_FOUND", "LINEAGE_UNKNOWN")
-    if isinstance(error, RequestError) and error.metadata.get("field") in ("tensor_count", "group_count"):
-        text = (
-            f"the server at {connection.target} was restarted from a state of model {model} that is older than a part "
-            "of its layout: extend the model again"
-        )
-    elif not gone or incarnation(connection) in (None, before.incarnation):
-        return error
-    else:
-        text = (
-            f"the server at {connection.target} was restarted and has lost model {model}: its weights and state of "
-            f"version {before.version} were not durable ({before.version} updates). Start it again from your own "
-            "weights"
-        )
-    return StateLostError(text, reason=error.reason, metadata=error.metadata)

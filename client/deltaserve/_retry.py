@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deltaserve._errors import Error
 
@@ -14,18 +15,16 @@ _FATE_UNKNOWN = None, "STORAGE_UNAVAILABLE", "DRAINING"
 _MAX_DOUBLINGS = 10
 
 
-class AttemptFailed(Exception):
-    """One attempt at a call failed.
+class AttemptFailed(NamedTuple):
+    """The failure of one attempt at a call.
 
     Attributes:
         error: What the caller gets if no further attempt is made.
         retry_after_seconds: The least wait before the next attempt; None if a retry does not help.
     """
 
-    def __init__(self, error: Error, retry_after_seconds: float | None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.retry_after_seconds = retry_after_seconds
+    error: Error
+    retry_after_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

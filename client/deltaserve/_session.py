@@ -23,12 +23,8 @@ class Session:
     """A session of a worker with a model. A thread renews the lease every third of it while the object exists.
 
     Args:
-        connection: The connection to the server.
-        model: The model's name.
-        worker: The worker's name.
         lease_seconds: None means the server's default.
-        tensor_count: How many of the model's tensors the worker knows.
-        group_count: How many of the model's parameter groups the worker knows.
+        tensor_count, group_count: How many of the model's tensors and parameter groups the worker knows.
         lineage: The lineage that the worker knows the model by; None if it knows none.
 
     Attributes:
@@ -68,12 +64,13 @@ class Session:
         self.sequence = 1
         self.sent = False
         self._process = os.getpid()
-        self._open = True
+        self._renewing = True
+        self._ended = False
         self._closed: SimpleQueue[None] = SimpleQueue()
         connection.sessions.add(self)
         renewal = weakref.ref(self), self._closed, self.opened.lease_seconds / 3
         thread = threading.Thread(target=_renew, args=renewal, name=f"lease of {worker}", daemon=True)
-        BackgroundCall(thread.start, None).run()
+        BackgroundCall(thread.start).run()
 
     @property
     def last_sent(self) -> int:
@@ -89,18 +86,23 @@ class Session:
 
     def close(self) -> None:
         """Ends the session, once. Does nothing in a forked child: the session is the parent's."""
-        if not self._open or self._process != os.getpid():
+        if self._ended or self._process != os.getpid():
             return
-        self.abandon()
+        self._stop_renewing()
         request = rpc.CloseSessionRequest(**self.id)
         try:
             self._connection.call("CloseSession", request, timeout_seconds=_CLOSE_SECONDS)
         except (Error, ValueError) as error:
             _log.info("worker %s: the session was not closed and ends with its lease: %s", self._worker, error)
+        self._ended = True  # last: after an interrupt the next close() asks the server again
 
     def abandon(self) -> None:
-        """Stops the renewals without a call, for a session that the server no longer knows."""
-        self._open = False
+        """Ends the session without a call, because the server no longer knows it."""
+        self._ended = True
+        self._stop_renewing()
+
+    def _stop_renewing(self) -> None:
+        self._renewing = False
         self._closed.put(None)
 
     def renew(self, timeout_seconds: float) -> bool:
@@ -109,16 +111,17 @@ class Session:
         try:
             self.keep(timeout_seconds)
         except (Error, ValueError) as error:
-            if not self._open:
+            if not self._renewing:
                 return False
             if isinstance(error, SessionError) and error.reason == "SESSION_UNKNOWN":
                 _log.info("worker %s: the session has ended; the next step opens a new one", self._worker)
                 return False
-            passes = _is_transient(error)
+            # A server that was busy or out of reach may answer the next time.
+            passes = isinstance(error, UnavailableError) or (isinstance(error, Error) and error.reason is None)
             level = logging.INFO if passes else logging.WARNING
             _log.log(level, "worker %s: the lease was not renewed: %s", self._worker, error)
             return passes
-        return self._open
+        return self._renewing
 
 
 def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", seconds: float) -> None:
@@ -130,8 +133,3 @@ def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", secon
         if not (session and session.renew(seconds)):
             return None
         del session
-
-
-def _is_transient(error: Exception) -> bool:
-    """Returns whether the next renewal may succeed: the server was busy or out of reach."""
-    return isinstance(error, UnavailableError) or (isinstance(error, Error) and error.reason is None)

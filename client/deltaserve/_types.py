@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltaserve._common.element_types import Array
-from deltaserve._common.policies import Policy as Policy
-from deltaserve._common.policies import from_policy as from_policy
+from deltaserve._common.policies import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

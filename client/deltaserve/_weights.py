@@ -52,7 +52,15 @@ class LocalWeights:
         if out is None:
             arrays = dict(self.newest or {spec.name: np.empty(spec.shape, np.float32) for spec in self._tensors})
         else:
-            arrays = {spec.name: _checked(spec, out) for spec in self._tensors}
+            for name, shape in ((spec.name, spec.shape) for spec in self._tensors):
+                array = out.get(name)
+                if array is None:
+                    raise ValueError(f"out: tensor {name} is missing")
+                if array.shape != shape or array.dtype != np.dtype("<f4") or not array.flags.carray:
+                    raise ValueError(
+                        f"out: tensor {name} must be a writable C-contiguous float32 array of shape {shape}"
+                    )
+            arrays = {spec.name: out[spec.name] for spec in self._tensors}
             self.newest = None
         self.target = FlatVector(list(arrays.values()))
         return arrays
@@ -83,12 +91,3 @@ class LocalWeights:
         self.position = position
         self.version = position.version
         self.torn = False
-
-
-def _checked(spec: TensorSpec, out: Mapping[str, Array]) -> Array:
-    array = out.get(spec.name)
-    if array is None:
-        raise ValueError(f"out: tensor {spec.name} is missing")
-    if array.shape != spec.shape or array.dtype != np.dtype("<f4") or not array.flags.carray:
-        raise ValueError(f"out: tensor {spec.name} must be a writable C-contiguous float32 array of shape {spec.shape}")
-    return array

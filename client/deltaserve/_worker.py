@@ -218,14 +218,7 @@ class Worker:
     ) -> bool:
         """Starts to send the next push, from any thread, while its gradient is still being computed.
 
-        Args:
-            push: The push.
-            absent: Indices of the tensors that are expected to have no gradient.
-            hyperparameters: As in `step`.
-            weight: As in `step`.
-
-        Returns:
-            False if the transport gains nothing by it, or if the next step must first settle something else.
+        Returns False if the transport gains nothing by it, or if the next step must first settle something else.
         """
         if self._push_state is not PushState.IDLE:
             return False
@@ -273,7 +266,8 @@ class Worker:
                 raise self._refresh() or torn
             case PushState.TORN_UNCERTAIN:
                 # The gradient may be that of the accepted push, which was computed on the whole weights before.
-                if not self._membership.has_push():
+                push = self._membership.find_push(self._session.sequence)
+                if not push or push.state == rpc.PUSH_STATE_NOT_ACCEPTED:  # it may still arrive
                     raise self._refresh() or torn
                 return torn
         return None
@@ -281,18 +275,12 @@ class Worker:
     def _resolve(self, error: Error | ServerRestartedError, push: Push, stale: StaleGradientError | None) -> None:
         """Decides what follows a push that failed. Returns if the same push is to be sent again.
 
-        Args:
-            error: Why it failed.
-            push: The push.
-            stale: What to raise if the push turns out to be another one than the server has accepted.
-
-        Raises:
-            Error: The push is not to be sent again.
+        If the push turns out to be another one than the server has accepted, it raises `stale`.
         """
         session = self._session
         match error:
             case StaleGradientError():
-                session.sent = False  # the server keeps nothing of a push that it refuses: its number is free
+                session.sent = False  # a refused push leaves its number free
                 error.add_note("Newer weights are in place now.")
                 raise self._refresh(int(error.metadata["current"])) or error from None
             case ConflictError(reason="SEQUENCE_REUSED") if push.resent:
@@ -301,7 +289,7 @@ class Worker:
                 self._membership.resume()
             case ConflictError(reason="LINEAGE_CHANGED"):
                 self._membership.resume(error)
-            case SessionError(reason="SESSION_UNKNOWN") if self._membership.is_open:
+            case SessionError() if self._membership.can_rejoin(error):
                 self._membership.rejoin()
             case SessionError():
                 error.add_note(self._fate())
@@ -319,8 +307,7 @@ class Worker:
     def _skip_accepted(self, stale: StaleGradientError | None) -> None:
         """Waits for the push that the server has accepted under this number, so that the gradient gets the next one.
 
-        Args:
-            stale: What to raise then, instead; None if the gradient counts.
+        If the gradient does not count, it then raises `stale`.
         """
         session = self._session
         push, deadline = self._membership.find_push(session.sequence), monotonic() + self._connection.timeout_seconds
@@ -421,8 +408,6 @@ class Worker:
         """Makes it the header of the session's next push."""
         session, lineage = self._session, self._membership.lineage
         header.MergeFrom(rpc.PushHeader(**session.id, sequence=session.sequence, lineage=lineage or None))
-
-    # --- helpers
 
     @property
     def _session(self) -> Session:

@@ -103,6 +103,20 @@ def test_a_renewal_that_is_refused_is_told_and_is_the_last(
     older.close()
 
 
+def test_a_close_that_is_interrupted_can_be_repeated(client: Client, model: deltaserve.Model) -> None:
+    worker = model.worker("a")
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client._connection, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.close()
+    worker.close()
+    assert not workers(model)
+
+
 OPEN = """
 import sys, threading, time
 import numpy as np

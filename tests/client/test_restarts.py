@@ -182,6 +182,32 @@ def test_what_a_snapshot_does_not_have_is_told(start_server: "StartServer", tmp_
         assert [session.epoch for session in kept.model.info().sessions] == [2]
 
 
+def test_an_interrupt_while_the_new_session_opens_hides_no_loss(
+    start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(data_dir=str(tmp_path))
+    with deltaserve.connect(server.target, timeout_seconds=30) as client:
+        kept = _Kept(client)
+        _restart(server)
+        call = client._connection.call
+
+        def interrupted(method: str, *arguments: Any, **options: Any) -> Any:
+            answer = call(method, *arguments, **options)
+            if method == "OpenSession":
+                raise KeyboardInterrupt
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client._connection, "call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                kept.worker.step(gradient(SMALL, 8))
+        with pytest.raises(RolledBackError) as caught:
+            kept.worker.step(gradient(SMALL, 8))
+        assert (caught.value.version, caught.value.lost_pushes) == (7, range(4, 8))
+        steps(kept.worker, SMALL, range(4, 8))
+        assert kept.worker.version == 7
+
+
 def test_who_only_pulls_gets_the_weights_of_now_and_a_warning(
     start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

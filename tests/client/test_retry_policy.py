@@ -1,15 +1,18 @@
 """When a failed attempt is followed by another one, and the channel that attempts are made over."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 import deltaserve
-from deltaserve import UnavailableError
+from deltaserve import Error, UnavailableError
+from deltaserve._connection import Connection
 from deltaserve._credentials import Plaintext
 from deltaserve._retry import AttemptFailed, RetryPolicy
 from deltaserve_server import LocalServer
@@ -67,3 +70,26 @@ def test_credentials_open_the_channel(server: LocalServer) -> None:
     with deltaserve.connect(server.target, credentials=credentials) as client:
         assert client.models() == []
     assert credentials.target == server.target
+
+
+class _Malformed(grpc.RpcError):
+    """The error of a peer whose status details are not what their type says."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.NOT_FOUND
+
+    def details(self) -> str:
+        return "no such page"
+
+    def trailing_metadata(self) -> Any:
+        status = status_pb2.Status(code=5, message=self.details())
+        status.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
+        return [("grpc-status-details-bin", status.SerializeToString())]
+
+
+def test_a_peer_with_malformed_details_gets_an_error_and_no_endless_wait() -> None:
+    def attempt(seconds: float) -> None:
+        raise _Malformed
+
+    with closing(Connection("localhost:1", 5.0)) as connection, pytest.raises(Error, match="no such page"):
+        connection.retry(attempt)

@@ -12,8 +12,8 @@ import pytest
 
 import deltaserve
 from deltaserve import Async, Bounded, Client, Hyperparameters, ModelState, Sync
+from deltaserve._common.policies import Policy
 from deltaserve._transport.protocol import TransportName
-from deltaserve._types import Policy
 from deltaserve_server import LocalServer, ServerConfig
 
 if TYPE_CHECKING:

@@ -127,6 +127,28 @@ def test_a_worker_learns_that_a_backup_was_restored(
     assert worker.version == 4
 
 
+def test_an_interrupt_while_a_new_session_opens_does_not_fence_the_worker_for_good(
+    client: Client, worker: Worker, refusing: Callable[..., list[rpc.PushHeader]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has opened it, so the session that the worker knows is fenced by its own successor."""
+    refusing({worker._session.opened.lineage: 1}, B, 1, 1)
+    call = client._connection.call
+
+    def interrupted(method: str, *arguments: Any, **options: Any) -> Any:
+        answer = call(method, *arguments, **options)
+        if method == "OpenSession":
+            raise KeyboardInterrupt
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._connection, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.step(ONE)
+    worker.step(ONE)
+    assert worker.version == 4
+    assert [session.epoch for session in client.model("m").info().sessions] == [3]
+
+
 def test_a_worker_does_not_push_to_another_model_of_the_same_name(
     worker: Worker, refusing: Callable[..., list[rpc.PushHeader]]
 ) -> None:

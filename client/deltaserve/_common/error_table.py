@@ -1,6 +1,7 @@
 """The table of errors: the server turns a reason into a status, the client a status into an exception."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from string import Formatter
 
@@ -26,7 +27,7 @@ DOMAIN = "deltaserve.dev"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The status and the exception of one reason.
+    """One row of the error table: the status code, the exception and the text of a reason.
 
     Attributes:
         code: The gRPC status code.
@@ -170,28 +171,19 @@ def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error,
         target: The server's address, for the message.
         seconds: The call's time limit, for the message.
     """
-    info, retry_seconds = _details(error)
-    if info is None:
-        return _transport_error(error, target, seconds)
-    row = TABLE.get(info.reason)
-    kind = row.exception if row else Error
-    return kind(str(error.details()), reason=info.reason, metadata=info.metadata), retry_seconds
-
-
-def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
-    """Returns a status' ErrorInfo and retry delay; None for each that it lacks, as the status of a proxy does."""
-    try:
-        status = rpc_status.from_call(error)
-    except (DecodeError, ValueError):
-        return None, None
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    found, retry_seconds = None, None
-    for detail in status.details if status else ():
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            found = info
-        elif detail.Unpack(retry):
-            retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
-    return found, retry_seconds
+    found, retry_seconds = False, None
+    with suppress(DecodeError, ValueError):  # a proxy's status has no details, or others
+        status = rpc_status.from_call(error)
+        for detail in status.details if status else ():
+            if detail.Unpack(info):
+                found = info.domain == DOMAIN
+            elif detail.Unpack(retry):
+                retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
+    if not found:
+        return _transport_error(error, target, seconds)
+    kind = TABLE[info.reason].exception if info.reason in TABLE else Error
+    return kind(str(error.details()), reason=info.reason, metadata=info.metadata), retry_seconds
 
 
 def _transport_error(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error, float | None]:

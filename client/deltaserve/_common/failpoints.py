@@ -21,7 +21,7 @@ from math import isfinite
 from time import monotonic_ns, sleep
 
 NAMES: Mapping[str, str] = {
-    # A worker's side.
+    # The client.
     "worker.opened": "the server has opened the session, the worker has not recorded it",
     "worker.rejoined": "a new session has replaced the old one, nothing was pushed in it yet",
     "worker.renewing": "the background thread is about to renew the lease",
@@ -75,7 +75,7 @@ class FailpointError(RuntimeError):
 
 @dataclass(slots=True)
 class _Armed:
-    """A place that is on, and when it acts: always, the `nth` time, or at random one time in `one_in`."""
+    """An active failpoint, and when it acts: always, the `nth` time, or at random one time in `one_in`."""
 
     name: str
     action: str
@@ -95,8 +95,15 @@ class _Armed:
 
 def failpoint(name: str) -> None:
     """Performs the actions that the environment asks for at the place `name`, one of `NAMES`."""
-    if _armed is not None:
-        _reach(name)
+    if _armed is None:
+        return
+    if name not in NAMES:
+        raise ValueError(f"failpoint {name} is not in the list of names")
+    with _lock:
+        due = [armed for armed in _armed.get(name, ()) if armed.due()]
+    for armed in due:
+        _log(f"{monotonic_ns()} {os.getpid()} {name} {armed.action} {armed.reached}\n")
+        armed.act()
 
 
 def parse(text: str, seed: str = "") -> list[_Armed]:
@@ -131,33 +138,18 @@ def _action(name: str, action: str, seconds: str | None) -> Callable[[], None]:
         raise FailpointError(f"failpoint {name}")
 
     if action == "sleep" and seconds is not None:
-        length = _seconds(seconds)
+        try:
+            length = float(seconds)
+        except ValueError:
+            length = -1.0
+        if not isfinite(length) or length < 0:
+            raise ValueError(f"DELTASERVE_FAILPOINTS: expected seconds, 0 or more, got {seconds!r}")
         return lambda: sleep(length)
     actions = {"kill": lambda: send(signal.SIGKILL), "stop": lambda: send(signal.SIGSTOP), "error": fail}
     if action not in actions or seconds is not None:
         given = action if seconds is None else f"{action}({seconds})"
         raise ValueError(f"DELTASERVE_FAILPOINTS: {name}: expected kill, stop, sleep(SECONDS) or error, got {given}")
     return actions[action]
-
-
-def _seconds(text: str) -> float:
-    try:
-        length = float(text)
-    except ValueError:
-        length = -1.0
-    if not isfinite(length) or length < 0:
-        raise ValueError(f"DELTASERVE_FAILPOINTS: expected seconds, 0 or more, got {text!r}")
-    return length
-
-
-def _reach(name: str) -> None:
-    if name not in NAMES:
-        raise ValueError(f"failpoint {name} is not in the list of names")
-    with _lock:
-        due = [armed for armed in (_armed or {}).get(name, ()) if armed.due()]
-    for armed in due:
-        _log(f"{monotonic_ns()} {os.getpid()} {name} {armed.action} {armed.reached}\n")
-        armed.act()
 
 
 def _log(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A model's flat vector over tensors that stay in the caller's memory."""
+"""A flat vector view of the caller's tensors, without a copy."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
@@ -41,7 +41,7 @@ class FlatVector:
 
     def __init__(self, arrays: Sequence[Array]) -> None:
         self.offsets = list(accumulate((array.size for array in arrays), initial=0))
-        self._bytes = [_raw(array) for array in arrays]
+        self._bytes = [array.data.cast("B") if array.size else memoryview(b"") for array in arrays]
 
     @property
     def size(self) -> int:
@@ -52,11 +52,12 @@ class FlatVector:
         self, absent: Collection[int] = (), wire: ElementType = FLOAT32
     ) -> Iterator[tuple[int, list[memoryview]]]:
         """Yields chunks as offset and memory. Arrays in `absent` are left out, and no chunk spans one of them."""
-        size = chunk_elements(wire)
-        for first, last in self._runs(absent):
-            stop = self.offsets[last]
-            for start in range(self.offsets[first], stop, size):
+        size, run = chunk_elements(wire), 0
+        for index in [*sorted(absent), len(self._bytes)]:
+            stop = self.offsets[index]
+            for start in range(self.offsets[run], stop, size):
                 yield start, list(self._parts(start, min(start + size, stop)))
+            run = index + 1  # the next run of arrays begins after the absent one
 
     def write(self, offset: int, data: memoryview, wire: ElementType = FLOAT32) -> None:
         """Writes received elements from element `offset` on; ignores elements beyond the vector's end."""
@@ -77,15 +78,3 @@ class FlatVector:
                 yield self._bytes[index][first * ELEMENT_BYTES : last * ELEMENT_BYTES]
             start = self.offsets[index] + last
             index += 1
-
-    def _runs(self, absent: Collection[int]) -> Iterator[tuple[int, int]]:
-        """Yields the maximal runs `[first, last)` of arrays that are not absent."""
-        first = 0
-        for index in [*sorted(absent), len(self._bytes)]:
-            if first < index:
-                yield first, index
-            first = index + 1
-
-
-def _raw(array: Array) -> memoryview:
-    return array.data.cast("B") if array.size else memoryview(b"")

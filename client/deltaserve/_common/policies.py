@@ -85,16 +85,12 @@ def from_policy(policy: Policy) -> common_pb2.Policy:
     for field in fields(policy):
         value = getattr(policy, field.name)
         if field.name == "reduction":
-            part.reduction = _reduction_number(value)
+            if value not in _REDUCTIONS:
+                raise ValueError(f"reduction: expected mean, trimmed_mean or median, got {value!r}")
+            part.reduction = common_pb2.Reduction.Value(f"REDUCTION_{value.upper()}")
         elif value is not None and value != field.default:
             try:
                 setattr(part, field.name, value)
             except ValueError:
                 raise ValueError(f"{field.name}: expected a whole number of at least 0, got {value!r}") from None
     return message
-
-
-def _reduction_number(name: str) -> int:
-    if name not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected mean, trimmed_mean or median, got {name!r}")
-    return common_pb2.Reduction.Value(f"REDUCTION_{name.upper()}")

@@ -22,14 +22,7 @@ _UNARY_BYTES = 1 << 20
 def open_transport(
     connection: Connection, session: dict[str, Any], size: int, name: TransportName, wire: ElementType
 ) -> Transport:
-    """Returns the transport of a session, with shared memory opened if it is used.
-
-    Args:
-        connection: The connection to the server.
-        session: The fields that name the session.
-        size: The number of elements of the model's flat vector.
-        name: What the caller asks for.
-        wire: The type of elements in messages.
+    """Returns the transport of a session for a vector of `size` elements, with shared memory opened if it is used.
 
     Raises:
         Error: The caller asks for shared memory, and the server refuses it.

@@ -69,13 +69,7 @@ class OverlappedPush:
     # --- the thread that adds
 
     def begin(self, connection: Connection, header: rpc.PushHeader, wire: ElementType) -> None:
-        """Starts the call.
-
-        Args:
-            connection: The connection to the server.
-            header: The header that the push is expected to have.
-            wire: The type of elements in messages.
-        """
+        """Starts the call, with the header that the push is expected to have."""
         self._absent = list(header.absent_tensors)
         bounds = list(pairwise(self._vector.offsets))
         self._unsent.update(self._absent, (index for index, (start, stop) in enumerate(bounds) if start == stop))

@@ -17,14 +17,8 @@ def pull(
 ) -> common_pb2.ModelPosition:
     """Writes the model's weights to `weights.target` and returns where the model stands.
 
-    Args:
-        connection: The connection to the server.
-        model: The model's name.
-        wait_for_version: The server answers no earlier than at this version; None means at once. After a failed attempt
-            the weights may be older, because a server that restarted from an older state may not reach the version for
-            long.
-        wire: The type of elements in messages.
-        weights: The worker's copy.
+    The server answers no earlier than at `wait_for_version`; None means at once. After a failed attempt the weights may
+    be older, because a server that restarted from an older state may not reach the version for long.
 
     Raises:
         Error: The server refused the request, or did not answer in time.

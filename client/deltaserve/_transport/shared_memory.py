@@ -212,8 +212,8 @@ def _mapped(memory: rpc.SharedMemory, *, writable: bool) -> Array:
     """Opens a file of the server and maps it.
 
     Raises:
-        OSError: There is no such file, it may not be opened, or it is another file: a process id means something else
-            in another container.
+        OSError: There is no such file, it may not be opened, or it is another file, because process ids differ between
+            containers.
     """
     path, link = f"/proc/{memory.process_id}/fd/{memory.file_descriptor}", f"/memfd:{memory.name} (deleted)"
     # The link is checked before the file is opened: opening some other file, a device perhaps, could do harm.

@@ -15,12 +15,7 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 
 class StreamTransport:
-    """Sends a push with the StreamStep RPC, or takes over one that began during backward.
-
-    Args:
-        connection: The connection to the server.
-        wire: The type of elements in messages.
-    """
+    """Sends a push with the StreamStep RPC, or takes over one that began during backward."""
 
     def __init__(self, connection: Connection, wire: ElementType) -> None:
         self._connection = connection

@@ -12,12 +12,7 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 
 class UnaryTransport:
-    """Sends a push with the Step RPC.
-
-    Args:
-        connection: The connection to the server.
-        wire: The type of elements in messages.
-    """
+    """Sends a push with the Step RPC."""
 
     def __init__(self, connection: Connection, wire: ElementType) -> None:
         self._connection = connection

@@ -36,11 +36,7 @@ class LocalSteps:
         self._reset()
 
     def start(self, params: Mapping[str, Tensor]) -> None:
-        """Measures from the present weights on.
-
-        Args:
-            params: All parameters by tensor name.
-        """
+        """Takes the current weights of `params`, all parameters by tensor name, as the start of the next push."""
         self._params = params
         # A copy, because to_host may return the parameter's own memory.
         self._initial = {name: to_host(param).copy() for name, param in params.items()}

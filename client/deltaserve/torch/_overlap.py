@@ -62,7 +62,7 @@ class Overlap:
         self._params = [params[spec.name] for spec in tensors]
         self._buffers = _buffers(tensors, pinned=any(param.is_cuda for param in self._params))
         self._buffer_list = list(self._buffers.values())
-        self._absent: list[int] | None = None  # before the first step nothing tells what a push will be
+        self._absent: list[int] | None = None  # unknown before the first step
         self._weight = 1.0
         self._discarded = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -101,19 +101,26 @@ class Overlap:
             return
         push = self.push
         self._jobs.put(push.drop)
-        # An interrupt before this line leaves a push that is over; the next step then sends its gradients itself.
+        # After an interrupt before this line the push is cancelled, and the next step sends its gradients itself.
         self.push = OverlappedPush(self._buffers)
         if push.taken:
             self._discarded = 0
         elif push.difference:
             self._discarded += 1
         if self._discarded == _MAX_DISCARDED:
-            self._switch_off(push.difference or "")
+            self.close()
+            _log.warning(
+                "overlap=True is off from now on: the last %d pushes that began during backward were discarded: %s. "
+                "Results are the same without it: remove overlap=True, or leave gradients as one backward pass made "
+                "them",
+                _MAX_DISCARDED,
+                push.difference,
+            )
         else:
             self._add_hooks()
 
     def close(self) -> None:
-        """Removes the hooks, cancels a push that has begun and ends the thread."""
+        """Removes the hooks, cancels a push that has begun, and ends the thread."""
         self._closed = True
         for hook in self._hooks.values():
             hook.remove()
@@ -121,15 +128,6 @@ class Overlap:
         self._jobs.put(self.push.drop)
         self._jobs.put(None)
         self._finalizer.detach()
-
-    def _switch_off(self, difference: str) -> None:
-        self.close()
-        _log.warning(
-            "overlap=True is off from now on: the last %d pushes that began during backward were discarded: %s. "
-            "Results are the same without it: remove overlap=True, or leave gradients as one backward pass made them",
-            _MAX_DISCARDED,
-            difference,
-        )
 
     def _add_hooks(self) -> None:
         """Adds a hook to each parameter that lacks one; a frozen parameter cannot have one until it is unfrozen."""

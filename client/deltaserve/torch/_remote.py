@@ -12,12 +12,13 @@ from torch import Tensor
 
 from deltaserve._client import connect
 from deltaserve._common.element_types import Array, WireType, named
+from deltaserve._common.policies import Policy
 from deltaserve._credentials import Credentials
 from deltaserve._errors import ConflictError, RequestError, StaleGradientError
 from deltaserve._model import Model
 from deltaserve._transport.overlapped import OverlappedPush
 from deltaserve._transport.protocol import TransportName, check_transport
-from deltaserve._types import Hyperparameters, Policy, StepResult
+from deltaserve._types import Hyperparameters, StepResult
 from deltaserve._worker import Worker
 from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
 from deltaserve.torch._hyperparameters import UNUSED_DEFAULTS, check_group, hyperparameters_of
