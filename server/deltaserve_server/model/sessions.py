@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeVar
 
@@ -127,13 +127,7 @@ class Session:
         self.renew(now)
 
     def status(self, sequence: int, version: int, live: bool) -> PushStatus:
-        """Returns what became of a push.
-
-        Args:
-            sequence: Its number, from 1.
-            version: The model's version.
-            live: Whether the session has not ended.
-        """
+        """Returns what became of a push; `live` says whether the session has not ended."""
         if sequence > self.last_accepted:
             return PushStatus("not accepted", final=not live)
         if sequence > self.last_applied:
@@ -142,7 +136,9 @@ class Session:
 
     def result(self, sequence: int, version: int) -> PushResult | None:
         """Returns the answer to a duplicate of an accepted push; None while that push waits for its round."""
-        return None if sequence > self.last_applied else self._first_result(sequence, version).as_duplicate()
+        if sequence > self.last_applied:
+            return None
+        return replace(self._first_result(sequence, version), duplicate=True)
 
     def _first_result(self, sequence: int, version: int) -> PushResult:
         record = self._in_window(sequence)
@@ -269,17 +265,6 @@ class Sessions:
         if session is None or session.epoch != push.epoch or self._fenced_worker(session.id):
             return None
         return session if 1 <= push.sequence <= session.last_accepted else None
-
-    def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
-        """Returns what became of a push of a session that is live, or that the history still has.
-
-        Raises:
-            Refused: SESSION_UNKNOWN.
-        """
-        session = self.find_any(session_id)
-        if session is None:
-            raise Refused("SESSION_UNKNOWN")
-        return session.status(sequence, version, live=session_id in self._by_id)
 
     def _fenced_worker(self, session_id: bytes) -> str | None:
         """Returns the worker of a session that a newer one of the same name fenced, before or after it ended."""

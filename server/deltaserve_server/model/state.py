@@ -4,7 +4,7 @@ Pushes that wait for a round are left out: nobody was told that they count, so t
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -141,6 +141,9 @@ class MachineState:
     def of(cls, machine: Machine) -> Self:
         """Returns the state of a machine."""
         live, history = machine.sessions.live(), machine.sessions.history()
+        records = [record for session in [*live, *history.ended] for record in session.window.values()]
+        summaries = [record.result.summary for record in records if record.result and record.result.summary]
+        updates = {summary.version: summary for summary in summaries}
         return cls(
             name=machine.name,
             tensors=machine.layout.tensors,
@@ -155,7 +158,8 @@ class MachineState:
             ended=tuple(map(SessionState.of, history.ended)),
             epochs=history.epochs,
             fenced=history.fenced,
-            updates=_updates_of([*live, *history.ended]),
+            # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
+            updates=tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values()),
         )
 
     def machine(self, now: float) -> Machine:
@@ -174,11 +178,3 @@ class MachineState:
         for session in self.sessions:
             machine.sessions.add(session.session(updates, now))
         return machine
-
-
-def _updates_of(sessions: Iterable[Session]) -> tuple[UpdateSummary, ...]:
-    """Returns the updates in the windows of sessions, each once."""
-    results = [record.result for session in sessions for record in session.window.values()]
-    updates = {result.summary.version: result.summary for result in results if result and result.summary}
-    # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
-    return tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values())
