@@ -93,11 +93,11 @@ def test_a_worker_continues_after_a_lost_answer_and_a_refusal(
         server._catalog.quotas.draining = True
         refuse, refused = server._catalog.quotas.check_open, threading.Event()
 
-        def answered() -> None:
+        def record_refusal() -> None:
             refused.set()
             refuse()
 
-        monkeypatch.setattr(server._catalog.quotas, "check_open", answered)
+        monkeypatch.setattr(server._catalog.quotas, "check_open", record_refusal)
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()

@@ -139,8 +139,8 @@ class NotFenced(Sessions):
 @planted("an epoch is used twice", "async")
 class EpochUsedTwice(Sessions):
     def new_epoch(self, worker: str) -> int:
-        self._epochs[worker] = min(super().new_epoch(worker), 2)
-        return self._epochs[worker]
+        self.epochs[worker] = min(super().new_epoch(worker), 2)
+        return self.epochs[worker]
 
 
 @planted("a rank is given twice", "async")
@@ -521,7 +521,7 @@ class DuplicateAnsweredFirst(Machine):
         if push.key not in self.withheld:
             return super().push(push, now)
         result = self.check(push, now).result(push.sequence, self.version)
-        return [Answer(push.key, result)] if result else []
+        return [Answer(push.key, replace(result, duplicate=True))] if result else []
 
 
 @planted("a newcomer counts from zero", "bounded")

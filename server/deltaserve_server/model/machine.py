@@ -1,6 +1,7 @@
 """The state machine of one model: events go in, decisions come out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.decision import Answer, Decision
@@ -165,7 +166,7 @@ class Machine(VersionedModel):
         if session.known(push):
             # A duplicate of a push that is still to be answered gets the same answer, later.
             result = None if push.key in self.withheld else session.result(push.sequence, self.version)
-            return [Answer(push.key, result)] if result else []
+            return [Answer(push.key, replace(result, duplicate=True))] if result else []
         # Before the policy acts, because it may apply the push at once.
         session.accept(push.sequence, push.fingerprint)
         pending = PendingPush(session, push, self._base_version(push))
