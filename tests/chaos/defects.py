@@ -158,8 +158,8 @@ def _miscount_losses() -> None:
 def _promise_too_much() -> None:
     """Reports the current version as the durable one."""
 
-    def current(storage: ModelStorage, told: int) -> int:
-        return told
+    def current(storage: ModelStorage, version: int) -> int:
+        return version
 
     ModelStorage.durable_version = current  # type: ignore[method-assign, assignment]
 

@@ -145,13 +145,13 @@ class Program:
         version = result.version if result.staleness is not None else 0
         check = crc32(np.concatenate([part.reshape(-1) for part in weights.values()]).tobytes())
         position = worker._weights.position
-        told = self._number, version, position.incarnation, position.version, position.durable_version, check
-        self._journal.write("A", self._life, *self._pushed, *told)
+        fields = self._number, version, position.incarnation, position.version, position.durable_version, check
+        self._journal.write("A", self._life, *self._pushed, *fields)
 
     def _lost(self, error: RolledBackError, incarnation: str) -> None:
         session, before = self._left
-        told = error.version, error.restored_version, error.lost_pushes.start, error.lost_pushes.stop
-        self._journal.write("L", self._life, session, *told, before, incarnation)
+        fields = error.version, error.restored_version, error.lost_pushes.start, error.lost_pushes.stop
+        self._journal.write("L", self._life, session, *fields, before, incarnation)
 
     def _failed(self, error: Exception) -> None:
         reason = getattr(error, "reason", None)

@@ -1,4 +1,4 @@
-"""Servers to kill and stop, a line to cut, programs to interrupt."""
+"""Fixtures: server processes to kill, a TCP proxy that cuts connections, and programs to interrupt."""
 
 import json
 import os
@@ -28,21 +28,17 @@ if "data_dir" in settings:
     settings["data_dir"] = Path(settings["data_dir"])
 server = deltaserve_server.Server(deltaserve_server.ServerConfig(bind=sys.argv[1], device="cpu", **settings))
 server.start()
-told = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: told.set())
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
 print(server.target, flush=True)
-while not told.wait(0.2):  # as `deltaserve serve` does: a signal may wake another thread than this one
+while not stop.wait(0.2):  # polls like `deltaserve serve`, because a signal may wake another thread
     pass
 server.stop()
 """
 
 
 class ServerProcess:
-    """A server in a process of its own; it starts again on the port that it had.
-
-    Args:
-        settings: Of its `ServerConfig`, as JSON can hold them.
-    """
+    """A server process that restarts on the same port. `settings` are the fields of its `ServerConfig`."""
 
     def __init__(self, **settings: Any) -> None:
         self._port = held_port()
@@ -63,28 +59,28 @@ class ServerProcess:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends the process at once."""
+        """Kills the process with SIGKILL."""
         self._process.kill()
         self._process.communicate()
 
     def end(self) -> None:
-        """Has it stop in good order."""
+        """Stops the server cleanly with SIGTERM."""
         self._process.terminate()
         try:
             self._process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
-            self.signal(signal.SIGABRT)  # where its threads are then stands in the standard error stream
+            self.signal(signal.SIGABRT)  # faulthandler prints the stack of every thread
             raise
 
     def close(self) -> None:
-        """Ends the process if it has not ended, and lets go of its port."""
+        """Kills the process if it still runs, and releases its port."""
         if self._process.stdout and not self._process.stdout.closed:
             self.kill()
         self._port.close()
 
 
 class Proxy:
-    """A line between clients and a server, with faults on demand."""
+    """A TCP proxy between clients and a server, with faults on demand."""
 
     def __init__(self, upstream: str) -> None:
         host, port = upstream.split(":")
@@ -101,11 +97,11 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def hold_answers(self) -> None:
-        """From now on nothing reaches the client, until the next cut."""
+        """Holds back all data for the client until the next cut."""
         self._flowing.clear()
 
     def cut(self) -> None:
-        """Ends every connection; the next one works."""
+        """Closes every connection. New ones work."""
         with self._lock:
             pairs, self._pairs = self._pairs, []
             self._left = dict.fromkeys(self._left)
@@ -117,7 +113,7 @@ class Proxy:
         self._flowing.set()
 
     def cut_after(self, direction: str, count: int) -> None:
-        """Cuts once after `count` further bytes, "up" to the server or "down" to the client."""
+        """Cuts once, after `count` more bytes: "up" to the server or "down" to the client."""
         self._left[direction] = count
 
     def close(self) -> None:
@@ -159,7 +155,7 @@ class Proxy:
 
 
 class Program:
-    """A Python program of a test, in a process of its own; it prints a line for each thing that it has done."""
+    """A Python program in a separate process, which reports each step as a line on standard output."""
 
     def __init__(self, source: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -172,7 +168,7 @@ class Program:
         )
 
     def kill(self) -> None:
-        """Ends it at once, with the processes that it has forked."""
+        """Kills the program and the processes that it has forked."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
@@ -183,13 +179,13 @@ class Program:
         return self.process.stdout.readline().strip()
 
     def tell(self, line: str) -> None:
-        """Gives it a line on its standard input."""
+        """Writes a line to the standard input of the program."""
         assert self.process.stdin
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def finish(self, seconds: float = 30.0) -> tuple[int, str, str]:
-        """Waits for its end; returns its status and what else it wrote to standard output and error."""
+        """Waits for the program to end. Returns its status and its remaining standard output and error."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
 
@@ -201,7 +197,7 @@ StartProgram = Callable[..., Program]
 
 @pytest.fixture(scope="session")
 def shared_server() -> "Iterator[LocalServer]":
-    """One server in this process for all tests of a session."""
+    """The in-process server that all tests of a session share."""
     from deltaserve_server import LocalServer
 
     with LocalServer() as local:
@@ -210,12 +206,12 @@ def shared_server() -> "Iterator[LocalServer]":
 
 @pytest.fixture
 def own_server() -> None:
-    """Gives a test a `server` of its own, which it may stop or change."""
+    """Makes `server` a new server that the test may stop or change."""
 
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest, shared_server: "LocalServer") -> "Iterator[LocalServer]":
-    """A server without a model: the session's, or a new one for tests that use `own_server`."""
+    """A server without models: the shared one, or a new one for tests that use `own_server`."""
     import deltaserve
     from deltaserve_server import LocalServer
 
@@ -243,7 +239,7 @@ def start_server() -> Iterator[StartServer]:
 
 @pytest.fixture(scope="module")
 def server_for_all() -> Iterator[ServerProcess]:
-    """One server process for the tests of a file."""
+    """The server process that the tests of a file share."""
     process = ServerProcess()
     yield process
     process.close()
@@ -275,22 +271,22 @@ def start_program() -> Iterator[StartProgram]:
 
 @pytest.fixture
 def frequent_renewals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Has leases renewed every tenth of a second; gives the seconds after which they would have been."""
+    """Renews leases every 0.1 s. The list receives the intervals that the client asked for."""
     from deltaserve import _session
 
-    renew, meant = _session._renew, list[float]()
+    renew, intervals = _session._renew, list[float]()
 
     def often(session: Any, closed: Any, seconds: float) -> None:
-        meant.append(seconds)
+        intervals.append(seconds)
         renew(session, closed, 0.1)
 
     monkeypatch.setattr(_session, "_renew", often)
-    return meant
+    return intervals
 
 
 @pytest.fixture
 def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Puts the clients' clock on: of a call that is under way, the attempt that fails next is the last."""
+    """Advances the clock of all clients by an hour, so that a call in progress makes no further attempt."""
     return lambda: monkeypatch.setattr("deltaserve._connection.monotonic", lambda: monotonic() + 3600)
 
 
@@ -299,7 +295,7 @@ Eventually = Callable[[Callable[[], Any]], Any]
 
 @pytest.fixture
 def eventually() -> Eventually:
-    """Waits until a condition is met; returns what it gave."""
+    """Waits until a condition is true, and returns its value."""
 
     def wait(condition: Callable[[], Any]) -> Any:
         deadline = monotonic() + 10.0
@@ -316,7 +312,7 @@ GiveUp = Callable[["Worker", Any], None]
 
 @pytest.fixture
 def give_up(eventually: Eventually) -> GiveUp:
-    """Has a worker push a gradient, and not wait for its round; the push waits there."""
+    """Makes a worker push a gradient and time out before its round closes. The push stays in the round."""
     from deltaserve import UnavailableError
 
     def step(worker: "Worker", gradient: Any) -> None:
@@ -329,7 +325,7 @@ def give_up(eventually: Eventually) -> GiveUp:
             with pytest.raises(UnavailableError, match="did not answer"):
                 worker.step(gradient)
             connection.timeout_seconds = patience
-            return worker.get_push().state == "waiting"  # on a busy machine it may not even have arrived
+            return worker.get_push().state == "waiting"  # on a busy machine the push may not have arrived yet
 
         eventually(waits)
 

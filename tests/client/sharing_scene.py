@@ -1,4 +1,4 @@
-"""What the tests of shared memory between processes have in common."""
+"""Helpers for tests of shared memory between processes."""
 
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,6 @@ def connect():
 
 SHARES = """
 client, model = connect()
-worker = model.worker("a", lease_seconds=5.0)  # the default is longer than tests wait for its end
+worker = model.worker("a", lease_seconds=5.0)  # tests wait for its end, and the default is long
 assert getattr(worker._membership.transport(), "memory", None) is not None
 """

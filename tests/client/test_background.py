@@ -1,4 +1,4 @@
-"""Calls that another thread makes while the main thread waits, and the threads that make them."""
+"""BackgroundCall: a call that another thread makes while the main thread waits."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from deltaserve._background import BackgroundCall
 
 
 class Interrupter:
-    """A function that Ctrl+C strikes while it runs."""
+    """A function that sends SIGINT to its own process while it runs."""
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
@@ -53,7 +53,7 @@ def test_an_interrupt_cancels_the_call_and_waits_for_its_end() -> None:
     assert function.ended.is_set(), "the call uses the caller's memory until then"
 
 
-def test_an_interrupt_leaves_a_call_alone_that_cannot_be_cancelled() -> None:
+def test_an_interrupt_does_not_cancel_a_call_that_cannot_be_cancelled() -> None:
     function = Interrupter()
     with pytest.raises(KeyboardInterrupt):
         BackgroundCall(function, None).run()

@@ -1,4 +1,4 @@
-"""A server of this process that stops and starts again: workers go on. `test_restarts.py` kills processes."""
+"""Workers continue after an in-process server stops and restarts. `test_restarts.py` kills server processes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def steps(worker: Worker, start: dict[str, Any], numbers: range) -> None:
 
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Starts a server on the same port and data directory, after it has stopped the one before; gives its address."""
+    """Stops the running server, starts one on the same port and data directory, and returns its address."""
     running = list[LocalServer]()
     with held_port() as port:
         target = f"127.0.0.1:{port.getsockname()[1]}"
@@ -46,7 +46,7 @@ def life(tmp_path: Path) -> Iterator[Callable[[], str]]:
     [(SMALL, "auto"), (LARGE, "stream"), (LARGE, "shared")],
     ids=["one message", "chunks", "shared memory"],
 )
-def test_a_worker_goes_on_in_its_session_with_the_same_bits(
+def test_a_worker_continues_in_its_session_with_the_same_bits(
     start: dict[str, Any], transport: Any, client: Client, life: Callable[[], str]
 ) -> None:
     with (

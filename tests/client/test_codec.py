@@ -1,4 +1,4 @@
-"""The codec: the bytes of the generated classes, both ways; whatever they take is taken, all else is DecodeError."""
+"""StreamCodec encodes and decodes exactly like the generated classes; invalid messages raise DecodeError."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +40,7 @@ def with_chunk(kind: type[Message], vector: str, offset: int, data: bytes) -> An
 
 
 def varint(value: int, padding: int = 0) -> bytes:
-    """Encodes a varint; `padding` further bytes make it longer than it need be, which is legal up to ten bytes."""
+    """Encodes a varint with `padding` redundant bytes, which is legal up to ten bytes in all."""
     groups = [value >> shift & 0x7F for shift in range(0, 64, 7)]
     while len(groups) > 1 and not groups[-1]:
         groups.pop()
@@ -49,7 +49,7 @@ def varint(value: int, padding: int = 0) -> bytes:
 
 
 def oracle(kind: type[Message], message: bytes) -> object:
-    """Returns what the generated class makes of a message, in the codec's terms; DecodeError where it takes none."""
+    """Decodes a message with the generated class, as the codec would; returns DecodeError if it is invalid."""
     try:
         parsed: Any = kind.FromString(message)
     except DecodeError:
@@ -69,8 +69,8 @@ def decoded(kind: type[Message], message: bytes) -> object:
     return (result.vector, result.offset, bytes(result.data)) if isinstance(result, Chunk) else result
 
 
-def test_there_are_streams_to_test() -> None:
-    """Found by their form, a oneof of a header and of chunks; of another form is what has no vectors."""
+def test_every_stream_of_vectors_is_tested() -> None:
+    """The tests find streams of vectors by their form: a oneof of a header and chunks."""
     assert {kind.__name__ for kind in stream_messages()} - {kind.__name__ for kind in KINDS} == {"WatchModelResponse"}
     names = {kind.__name__ for kind in KINDS}
     assert names == {
@@ -94,7 +94,7 @@ def test_a_chunk_is_encoded_as_the_generated_class_does(
 
 
 @pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, (1 << 21) - 1, 1 << 21])
-def test_a_chunk_of_any_length_of_length(size: int) -> None:
+def test_the_length_of_a_chunk_may_take_any_number_of_bytes(size: int) -> None:
     data = bytes(size)
     message = with_chunk(worker_service_pb2.StreamStepRequest, "gradient", 7, data).SerializeToString()
     codec = StreamCodec(worker_service_pb2.StreamStepRequest)
@@ -116,7 +116,7 @@ def test_a_decoded_chunk_is_the_message_itself_and_no_copy() -> None:
 
 
 @every_kind
-def test_a_header_goes_both_ways(kind: type[Message]) -> None:
+def test_a_header_is_encoded_and_decoded(kind: type[Message]) -> None:
     field = kind.DESCRIPTOR.fields_by_number[1]
     message: Any = kind()
     getattr(message, field.name).SetInParent()
@@ -137,7 +137,7 @@ def test_a_header_goes_both_ways(kind: type[Message]) -> None:
     unknown=st.sampled_from([b"", b"\x78\x01", b"\xa2\x06\x03abc", b"\x7d\x00\x00\x00\x00"]),
     place=st.integers(0, 3),
 )
-def test_every_legal_way_to_write_a_chunk_is_read(
+def test_every_legal_encoding_of_a_chunk_is_decoded(
     kind: type[Message],
     vector: str,
     offset: int | None,
@@ -147,7 +147,7 @@ def test_every_legal_way_to_write_a_chunk_is_read(
     unknown: bytes,
     place: int,
 ) -> None:
-    """Fields in any order, long varints, unknown fields at any place, an offset that is missing or 0."""
+    """Covers any order of fields, padded varints, unknown fields anywhere, and a missing or zero offset."""
     fields = [b"\x12" + varint(len(data), padding[0]) + data]
     if offset is not None:
         fields.insert(order, b"\x08" + varint(offset, padding[1]))
@@ -157,7 +157,7 @@ def test_every_legal_way_to_write_a_chunk_is_read(
     tag = kind.DESCRIPTOR.fields_by_name[vector].number << 3 | 2
     message = bytes([tag]) + varint(len(inner), padding[2]) + inner
     message = unknown + message if place == 2 else message + unknown if place == 3 else message
-    # Of a length protobuf takes five bytes at most, of any other number ten.
+    # protobuf accepts at most five bytes for a length, and ten for any other number.
     legal = max(len(varint(len(data), padding[0])), len(varint(len(inner), padding[2]))) <= 5
     assert decoded(kind, message) == oracle(kind, message)
     assert decoded(kind, message) == ((vector, offset or 0, data) if legal else DecodeError)
@@ -168,7 +168,7 @@ def test_every_legal_way_to_write_a_chunk_is_read(
 def test_a_damaged_chunk_is_read_as_the_generated_class_reads_it(
     kind: type[Message], vector: str, offset: int, data: bytes, change: st.DataObject
 ) -> None:
-    """Cut short, lengthened, doubled, or with another byte."""
+    """Damages a message: it is truncated, extended, doubled, or has one changed byte."""
     message = bytearray(with_chunk(kind, vector, offset, data).SerializeToString())
     how = change.draw(st.sampled_from(["cut", "append", "double", "set"]))
     if how == "cut":
@@ -185,7 +185,7 @@ def test_a_damaged_chunk_is_read_as_the_generated_class_reads_it(
 @every_kind
 @settings(max_examples=300)
 @given(message=st.binary(max_size=60))
-def test_garbage_is_a_decode_error_and_nothing_else(kind: type[Message], message: bytes) -> None:
+def test_random_bytes_raise_only_decode_errors(kind: type[Message], message: bytes) -> None:
     assert decoded(kind, message) == oracle(kind, message)
 
 
@@ -203,6 +203,6 @@ def test_garbage_is_a_decode_error_and_nothing_else(kind: type[Message], message
         b"\x78\x01",
     ],
 )
-def test_what_is_no_message_is_a_decode_error(kind: type[Message], message: bytes) -> None:
+def test_an_invalid_message_is_a_decode_error(kind: type[Message], message: bytes) -> None:
     with pytest.raises(DecodeError):
         StreamCodec(kind).decode(message)

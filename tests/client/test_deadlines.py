@@ -1,4 +1,4 @@
-"""A server that is stopped and not gone: its sockets live, it never answers. No call waits beyond its timeout."""
+"""No call exceeds its timeout when the server is stopped (SIGSTOP): it accepts connections but never answers."""
 
 import inspect
 import signal
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.deep
 
 TIMEOUT = 0.3
 SLACK = 10.0
-"""What a busy machine may add. The default is a minute."""
+"""Tolerance for a busy machine, in seconds. The default timeout is a minute."""
 
 SMALL = {"w": np.ones(3, np.float32)}
 LARGE = {"w": np.ones(1_000_000, np.float32)}
 
 
 class Scene:
-    """All that can be called, of a server that has stopped."""
+    """Objects of every public class, connected to a server that then stops."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -65,7 +65,7 @@ CALLS: dict[str, Callable[[Scene], object]] = {
 }
 
 AT_ONCE = {"Client.target", "Client.close", "Worker.close", "Worker.last_result", "Worker.rank", "Worker.version"}
-"""What asks nobody, or raises nothing."""
+"""Members that make no call, or whose call cannot fail."""
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +90,20 @@ def test_the_table_has_every_public_method() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_raises_within_its_timeout(name: str, stopped: Scene) -> None:
+def test_a_call_raises_within_its_timeout(name: str, stopped: Scene) -> None:
     began = monotonic()
     with pytest.raises(deltaserve.UnavailableError, match=rf"did not answer within {TIMEOUT:g} s"):
         CALLS[name](stopped)
     assert TIMEOUT * 0.9 < monotonic() - began < TIMEOUT + SLACK
 
 
-def test_a_worker_is_closed_without_an_error_and_without_a_long_wait(stopped: Scene) -> None:
+def test_closing_a_worker_is_quick_and_raises_nothing(stopped: Scene) -> None:
     began = monotonic()
     stopped.closing.close()
     assert monotonic() - began < 2 + SLACK
 
 
-def test_the_timeout_is_the_callers_and_not_a_default(stopped: Scene) -> None:
+def test_the_timeout_of_the_caller_applies(stopped: Scene) -> None:
     with deltaserve.connect(stopped.client.target, timeout_seconds=0.05) as client:
         began = monotonic()
         with pytest.raises(deltaserve.UnavailableError):

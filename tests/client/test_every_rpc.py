@@ -28,7 +28,7 @@ LARGE = {"w": np.ones(300_000, np.float32)}
 
 
 class Scene:
-    """Two models, one that fits into a message and one that does not, and a worker of each."""
+    """A model that fits into one message, a larger one, and a worker of each."""
 
     def __init__(self, client: deltaserve.Client) -> None:
         self.client = client
@@ -61,12 +61,12 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "ListSnapshots": lambda scene: scene.model.snapshots(),
     "GetServerInfo": lambda scene: scene.client.server_info(),
 }
-"""By RPC: what calls it. KeepSession is called by a thread of the worker's own; test_leases.py sees it at work."""
+"""By RPC, the client method that calls it. test_leases.py tests KeepSession, which a background thread calls."""
 
 
 @pytest.fixture
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The RPCs that have reached a server which is started later."""
+    """The names of the RPCs that reached any server started after this fixture."""
     names: list[str] = []
 
     def traced(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ def test_the_table_has_every_rpc() -> None:
 
 
 @pytest.mark.parametrize("name", [name for _, name in METHODS])
-def test_a_method_of_the_client_calls_it(name: str, reached: list[str], tmp_path: Path) -> None:
+def test_a_client_method_calls_the_rpc(name: str, reached: list[str], tmp_path: Path) -> None:
     config = ServerConfig(device="cpu", data_dir=tmp_path)
     with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
         scene = Scene(client)

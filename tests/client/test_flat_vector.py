@@ -1,4 +1,4 @@
-"""FlatVector: several arrays as one vector, read and written where they lie."""
+"""FlatVector: several arrays as one vector, read and written in place."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ chunk_sizes = st.integers(1, 40)
 
 
 def counted(shapes: list[tuple[int, ...]]) -> Arrays:
-    """Returns arrays of these shapes whose elements count up through all of them."""
+    """Returns arrays of these shapes, numbered consecutively across all elements."""
     sizes = [int(np.prod(shape)) for shape in shapes]
     ends = np.cumsum(sizes)
     return [
@@ -52,7 +52,7 @@ def test_chunks_are_the_arrays_in_order_without_the_absent_ones(
 
 
 @given(shapes=shapes, size=chunk_sizes)
-def test_what_is_written_in_chunks_comes_back(shapes: list[tuple[int, ...]], size: int) -> None:
+def test_written_chunks_are_read_back(shapes: list[tuple[int, ...]], size: int) -> None:
     source, target = counted(shapes), [np.full(shape, -1, np.float32) for shape in shapes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat_vector, "CHUNK_ELEMENTS", size)
@@ -65,7 +65,7 @@ def test_what_is_written_in_chunks_comes_back(shapes: list[tuple[int, ...]], siz
 
 @given(shapes=shapes, offset=st.integers(0, 300), count=st.integers(0, 300))
 def test_a_write_changes_its_elements_and_no_other(shapes: list[tuple[int, ...]], offset: int, count: int) -> None:
-    """Also where it begins or ends beyond the vector: a layout may have grown since the worker came."""
+    """A write may also exceed the vector, because the layout can grow after the worker joined."""
     arrays = [np.full(shape, -1, np.float32) for shape in shapes]
     vector = FlatVector(arrays)
     vector.write(offset, memoryview(np.arange(offset, offset + count, dtype="<f4").tobytes()))
@@ -93,7 +93,7 @@ def test_no_arrays_and_empty_arrays_make_no_chunk() -> None:
     assert list(FlatVector([np.zeros((0, 3), np.float32), np.zeros(0, np.float32)]).chunks()) == []
 
 
-def test_memory_that_is_read_only_can_be_sent() -> None:
+def test_read_only_memory_can_be_sent() -> None:
     array = np.ones(4, np.float32)
     array.flags.writeable = False
     ((_, parts),) = FlatVector([array]).chunks()
@@ -115,12 +115,12 @@ def test_contiguous_keeps_values_and_shape(values: Any) -> None:
     np.testing.assert_array_equal(array, np.asarray(values, np.float32))
 
 
-def test_contiguous_gives_the_same_memory_where_it_can() -> None:
+def test_contiguous_avoids_a_copy_if_possible() -> None:
     array = np.zeros((2, 3), np.float32)
     assert contiguous(array) is array
 
 
 @pytest.mark.parametrize("values", [np.ones(2, complex), ["a"], [object()], np.array(["2020-01-01"], "datetime64[D]")])
-def test_contiguous_takes_real_numbers_alone(values: Any) -> None:
+def test_contiguous_accepts_only_real_numbers(values: Any) -> None:
     with pytest.raises(TypeError, match="expected real numbers, got"):
         contiguous(values)

@@ -1,4 +1,4 @@
-"""Forks: the child can end, cannot use its parent's connection by mistake, and leaves the parent's session alone."""
+"""A forked child can exit, cannot use its parent's connection, and leaves its parent's session alone."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.deep
 
-# What gRPC itself says of a fork ("Other threads are currently calling into gRPC") is on standard error and no error.
+# gRPC itself warns about forks on standard error ("Other threads are currently calling into gRPC").
 BEGIN = """
 import gc, multiprocessing, os, sys, time
 import numpy as np
@@ -64,7 +64,7 @@ def test_a_forked_child(
 ) -> None:
     model = client.create_model("m", {"w": np.zeros(3)})
     child, status = CHILDREN[what]
-    idle_seconds = 1.5 if what == "exits" else 0  # once is enough to see the parent's lease renewed
+    idle_seconds = 1.5 if what == "exits" else 0  # long enough for one renewal of the parent's lease
     program = start_program(BEGIN + FORK.format(child=child, idle_seconds=idle_seconds), server.target)
     got, seconds = program.line().split()
     assert int(got) == status, program.finish()[2]

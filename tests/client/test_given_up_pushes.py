@@ -1,4 +1,4 @@
-"""A push whose answer was lost, and whose round then failed: it does not count, and its number is free."""
+"""If the answer to a push is lost and its round fails, the push does not count and its number is free."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +19,7 @@ def gradient(value: float) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["alone", "with one who waits for the next round"])
-def test_the_worker_goes_on_with_another_gradient(
+def test_the_worker_continues_with_another_gradient(
     late: bool, client: Client, give_up: "GiveUp", eventually: "Eventually"
 ) -> None:
     patient = Sync(min_workers=2)
@@ -28,10 +28,10 @@ def test_the_worker_goes_on_with_another_gradient(
         c.pull()
         give_up(a, gradient(1))
         if late:
-            model.worker("d").close()  # it was told to join the next round
+            model.worker("d").close()  # it belongs to the next round
         model.update(policy=replace(patient, round_timeout_seconds=1.0))
         with pytest.raises(UnavailableError) as caught:
-            a.step(gradient(2))  # waits until the first has failed, and then for a round of its own
+            a.step(gradient(2))  # waits until the first push has failed, then for a new round
         assert caught.value.reason == "ROUND_FAILED"
         model.update(policy=patient)
         resumed = threads.submit(a.step, gradient(2))
@@ -43,7 +43,7 @@ def test_the_worker_goes_on_with_another_gradient(
     assert model.pull_state().update_counts == {"w": 1}
 
 
-def test_a_replacement_is_not_fenced_by_whom_it_replaced(client: Client, eventually: "Eventually") -> None:
+def test_a_replaced_worker_does_not_fence_its_replacement(client: Client, eventually: "Eventually") -> None:
     model = client.create_model("m", gradient(0))
     with model.worker("a", lease_seconds=1.0) as stopped:
         stopped.step(gradient(1))

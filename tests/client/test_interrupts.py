@@ -1,4 +1,4 @@
-"""Ctrl+C, a real SIGINT, during a step that waits in a round: it ends the step, and the worker can go on."""
+"""SIGINT during a step that waits for its round ends the step, and the worker stays usable."""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +48,7 @@ every_way = pytest.mark.parametrize(("size", "transport"), WAYS, ids=["unary", "
 
 
 class Interrupted:
-    """A program whose worker "a" pushed ones, waited for its round and was interrupted; and worker "b" of the test."""
+    """A program whose worker "a" pushed ones and was interrupted during the wait; and worker "b" in this process."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Interrupted:
 
 
 @every_way
-def test_with_the_same_gradient_it_is_applied_once(
+def test_the_same_gradient_is_applied_once(
     size: int,
     transport: str,
     server: LocalServer,
@@ -106,7 +106,7 @@ def test_with_another_gradient_both_are_applied(
     scene = Interrupted(size, transport, server, client, start_program, eventually)
     scene.program.tell("5")
     scene.b.step({"w": np.full(size, 3.0)})
-    assert scene.program.line() == "ROUND_CLOSED"  # it was computed on the weights before the first
+    assert scene.program.line() == "ROUND_CLOSED"  # it was computed on the weights before the first push
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(scene.b.step, {"w": np.full(size, 3.0)})
         assert scene.program.line() in ("2 False 2", "2 True 2")
@@ -115,7 +115,7 @@ def test_with_another_gradient_both_are_applied(
     np.testing.assert_array_equal(scene.b.weights["w"], scene.twin(client, size, 2.0, 4.0))
 
 
-def test_a_program_that_gives_up_leaves_at_once_and_its_push_counts(
+def test_an_interrupted_program_exits_at_once_and_its_push_counts(
     server: LocalServer, client: Client, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
     scene = Interrupted(3, "auto", server, client, start_program, eventually)
@@ -150,7 +150,7 @@ print((mine["w"] == 7).all(), flush=True)
 
 
 @every_way
-def test_after_an_interrupt_nobody_writes_into_the_callers_memory(
+def test_after_an_interrupt_the_callers_memory_stays_unchanged(
     size: int,
     transport: str,
     server: LocalServer,
@@ -158,7 +158,7 @@ def test_after_an_interrupt_nobody_writes_into_the_callers_memory(
     start_program: "StartProgram",
     eventually: "Eventually",
 ) -> None:
-    """The answer comes later, when the round closes; the memory is the caller's again."""
+    """The answer arrives later, when the round closes, and must not overwrite the caller's arrays."""
     model = client.create_model("m", {"w": np.zeros(size)}, policy=Sync(min_workers=2))
     program = start_program(OUT, server.target, str(size), transport)
     assert program.line() == "ready"
@@ -179,7 +179,7 @@ import numpy as np
 import deltaserve
 
 def interrupt(number, frame):
-    if armed:  # a thread may get the signal late, when nobody waits for it any more
+    if armed:  # the signal may arrive after the step
         raise KeyboardInterrupt
 
 armed = False
@@ -201,7 +201,7 @@ while interrupts < int(sys.argv[3]):
     except KeyboardInterrupt:
         interrupts += 1
     except deltaserve.ConflictError:
-        pass  # weights that had arrived in part only
+        pass  # the weights were received only in part
 worker.pull()
 worker.step({"w": np.ones(size)})
 print(worker.version, flush=True)
@@ -214,7 +214,7 @@ sys.stdin.readline()
 def test_interrupts_at_any_moment_leave_worker_and_connection_usable(
     size: int, transport: str, seed: int, server: LocalServer, client: Client, start_program: "StartProgram"
 ) -> None:
-    """Also between any two instructions of gRPC's own Python code, whose locks and counts they would leave askew."""
+    """An exception from a signal handler inside gRPC's own Python code would corrupt its locks and counters."""
     model = client.create_model("m", {"w": np.zeros(size)})
     program = start_program(STORM, server.target, str(size), "150" if size < 1000 else "30", str(seed), transport)
     line = program.line()

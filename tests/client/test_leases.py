@@ -1,4 +1,4 @@
-"""Sessions: renewed in the background, ended when their worker is, whatever way it goes."""
+"""A background thread renews the lease of a session; the session ends with its worker, however that ends."""
 
 import gc
 import logging
@@ -29,7 +29,7 @@ def workers(model: deltaserve.Model) -> list[str]:
 
 
 def renewed(model: deltaserve.Model, eventually: "Eventually") -> None:
-    """Waits until the lease of the one session has more time left than when it was looked at before."""
+    """Waits until the lease of the only session is renewed: its remaining time grows between two looks."""
     left: list[float] = []
 
     def grows() -> bool:
@@ -54,7 +54,7 @@ def test_the_lease_of_an_idle_worker_is_renewed(
 
 
 @pytest.mark.usefixtures("frequent_renewals")
-def test_the_lease_is_renewed_after_a_disturbance(
+def test_the_lease_is_renewed_after_a_broken_connection(
     server: LocalServer,
     model: deltaserve.Model,
     start_proxy: "StartProxy",
@@ -72,10 +72,10 @@ def test_the_lease_is_renewed_after_a_disturbance(
 
 
 @pytest.mark.usefixtures("frequent_renewals")
-def test_a_renewal_that_fails_on_the_way_is_not_the_last(
+def test_renewals_continue_after_a_failed_one(
     model: deltaserve.Model, monkeypatch: pytest.MonkeyPatch, eventually: "Eventually"
 ) -> None:
-    """Also where the transport fails in a way that no call is retried for."""
+    """Renewals continue even after an error that the client does not retry."""
     with model.worker("a", lease_seconds=60.0) as worker:
         keep, failed = worker._session.keep, list[float | None]()
 
@@ -91,7 +91,7 @@ def test_a_renewal_that_fails_on_the_way_is_not_the_last(
 
 
 @pytest.mark.usefixtures("frequent_renewals")
-def test_a_renewal_that_is_refused_is_told_and_is_the_last(
+def test_a_refused_renewal_is_logged_and_ends_the_renewals(
     model: deltaserve.Model, caplog: pytest.LogCaptureFixture, eventually: "Eventually"
 ) -> None:
     with caplog.at_level(logging.WARNING, "deltaserve"):
@@ -162,7 +162,7 @@ def test_a_worker_that_is_not_closed_ends_with_its_program(
 
 
 @pytest.mark.deep
-def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
+def test_the_session_of_a_killed_program_ends_with_its_lease(
     server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
     program = start_program(OPEN, server.target, "", "4")
@@ -176,7 +176,7 @@ def test_a_program_that_is_killed_leaves_its_session_to_the_lease(
 
 
 @pytest.mark.deep
-def test_a_program_that_was_stopped_for_longer_than_its_lease_goes_on(
+def test_a_program_stopped_for_longer_than_its_lease_continues(
     server: LocalServer, model: deltaserve.Model, start_program: "StartProgram", eventually: "Eventually"
 ) -> None:
     source = OPEN.replace("if sys.argv[2] ==", 'worker.step({"w": np.ones(3)})\nif sys.argv[2] ==', 1)
@@ -191,14 +191,14 @@ def test_a_program_that_was_stopped_for_longer_than_its_lease_goes_on(
     assert "the lease had run out; it goes on in a new session" in errors
 
 
-def test_a_worker_that_is_garbage_ends_its_session(model: deltaserve.Model, eventually: "Eventually") -> None:
+def test_a_garbage_collected_worker_ends_its_session(model: deltaserve.Model, eventually: "Eventually") -> None:
     worker = model.worker("a")
     assert workers(model) == ["a"]
     del worker
     assert workers(model) == []
 
 
-def test_a_worker_in_a_cycle_of_garbage_ends_its_session(model: deltaserve.Model) -> None:
+def test_a_worker_in_a_reference_cycle_ends_its_session(model: deltaserve.Model) -> None:
     cycle: list[object] = [model.worker("a")]
     cycle.append(cycle)
     del cycle
@@ -215,7 +215,7 @@ def test_a_client_closes_the_workers_that_are_still_open(server: LocalServer, mo
 
 
 @pytest.mark.usefixtures("own_server")
-def test_closing_a_worker_after_its_server_is_gone_takes_no_error(server: LocalServer, model: deltaserve.Model) -> None:
+def test_closing_a_worker_without_a_server_raises_nothing(server: LocalServer, model: deltaserve.Model) -> None:
     worker = model.worker("a")
     server.stop(grace_seconds=0)
     began = monotonic()

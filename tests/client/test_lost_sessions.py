@@ -1,4 +1,4 @@
-"""A worker whose lease ran out, as that of a machine that slept: it goes on in a new session, and no push is lost."""
+"""A worker whose lease expired, as on a laptop that slept, continues in a new session and loses no push."""
 
 import logging
 from collections.abc import Callable
@@ -25,15 +25,15 @@ def gradient(value: float) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def sleeps(server: LocalServer, eventually: "Eventually") -> Sleeps:
-    """Lets a worker's lease run out, as if its process had been stopped."""
+    """Lets the lease of a worker expire, as if its process had been stopped."""
 
     def sleep(worker: Worker) -> None:
-        worker._session._closed.put(None)  # ends its thread of renewals, and no more
+        worker._session._closed.put(None)  # ends only the thread that renews the lease
         sessions = server._catalog.get("m").machine.sessions
 
         def gone() -> bool:
             session = sessions.find(worker._session.id["session_id"])
-            if session:  # set again, should a call whose end is not known yet have renewed it
+            if session:  # again each time: a call in progress may have renewed it
                 session.expires = 0.0
             return session is None
 
@@ -59,7 +59,7 @@ def test_the_gradient_is_pushed_in_a_new_session(
         assert [session.epoch for session in model.info().sessions] == [2, 1]
 
 
-def test_a_gradient_that_is_too_old_by_then_is_left_out(client: Client, sleeps: Sleeps) -> None:
+def test_a_gradient_that_became_too_old_is_left_out(client: Client, sleeps: Sleeps) -> None:
     model = client.create_model("m", gradient(0), policy=Async(max_staleness=0))
     with model.worker("a") as a, model.worker("b") as b:
         a.step(gradient(1))
@@ -108,7 +108,7 @@ def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Cl
     model = client.create_model("m", gradient(0))
     with model.worker("a") as a:
         a.step(gradient(1))
-        a._session.sequence, a._session.sent = 1, True  # as if its answer had been lost, and the caller had gone on
+        a._session.sequence, a._session.sent = 1, True  # as if its answer had been lost and the caller had continued
         sleeps(a)
         a.step(gradient(-1))
         assert a.last_result
@@ -117,7 +117,7 @@ def test_another_gradient_in_place_of_one_that_was_applied_counts_too(client: Cl
 
 
 @pytest.mark.parametrize("broken", ["GetPush", "OpenSession"])
-def test_going_on_that_is_broken_off_pushes_nothing_twice(
+def test_an_interrupted_resume_pushes_nothing_twice(
     broken: str, client: Client, sleeps: Sleeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = client.create_model("m", gradient(0))

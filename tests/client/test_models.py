@@ -1,4 +1,4 @@
-"""Models through the client: created, joined, read, put back, extended, deleted."""
+"""Models through the client: create, join, pull and put the state, extend, delete."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ WEIGHTS: dict[str, Any] = {
 }
 
 
-def test_a_model_is_created_and_looked_at(client: Client) -> None:
+def test_a_model_is_created_and_described(client: Client) -> None:
     model = client.create_model("m", WEIGHTS, lr=0.5, rho=0.95, eps=1e-4, weight_decay=0.01, maximize=True)
     assert model.created
     assert model.tensors == (TensorSpec("w", (2, 3)), TensorSpec("b", ()), TensorSpec("none", (0, 4)))
@@ -31,7 +31,7 @@ def test_a_model_is_created_and_looked_at(client: Client) -> None:
     assert (found.tensors, found.groups, found.policy) == (model.tensors, model.groups, model.policy)
 
 
-def test_one_who_comes_later_joins_and_the_weights_stay(client: Client) -> None:
+def test_a_second_creator_joins_and_the_weights_stay(client: Client) -> None:
     client.create_model("m", WEIGHTS, policy=Sync(min_workers=2))
     joined = client.create_model("m", {key: value * 0 for key, value in WEIGHTS.items()}, policy=Sync(min_workers=2))
     assert not joined.created
@@ -67,7 +67,7 @@ def test_groups_have_their_own_hyperparameters(client: Client) -> None:
     assert (weights["b"] == 1).all()
 
 
-def test_a_group_for_a_tensor_that_is_not_there_is_no_silent_default(client: Client) -> None:
+def test_a_group_for_an_unknown_tensor_is_refused(client: Client) -> None:
     with pytest.raises(ValueError, match="group_of: there is no tensor named bias"):
         client.create_model("m", {"b": np.ones(2)}, groups=[Hyperparameters()] * 2, group_of={"bias": 1})
     model = client.create_model("m", {"b": np.ones(2)})
@@ -77,7 +77,7 @@ def test_a_group_for_a_tensor_that_is_not_there_is_no_silent_default(client: Cli
 
 
 @pytest.mark.parametrize("policy", ["sync", Sync, 0, False])
-def test_what_is_no_policy_is_no_silent_default(client: Client, policy: object) -> None:
+def test_an_object_that_is_no_policy_is_refused(client: Client, policy: object) -> None:
     with pytest.raises(TypeError, match="policy: expected Sync"):
         client.create_model("m", WEIGHTS, policy=policy)  # type: ignore[arg-type]
     assert client.models() == []
@@ -93,7 +93,7 @@ def test_what_is_no_policy_is_no_silent_default(client: Client, policy: object) 
         ({"tensors": {"w": [1e20]}}, "VALUE_TOO_LARGE"),
     ],
 )  # fmt: skip
-def test_what_is_not_allowed_is_refused(client: Client, arguments: dict[str, object], reason: str) -> None:
+def test_invalid_arguments_are_refused(client: Client, arguments: dict[str, object], reason: str) -> None:
     with pytest.raises(deltaserve.RequestError) as caught:
         client.create_model(**{"name": "m", "tensors": WEIGHTS, **arguments})  # type: ignore[arg-type]
     assert caught.value.reason == reason
@@ -154,7 +154,7 @@ def test_a_state_that_does_not_fit_is_refused(client: Client) -> None:
         np.testing.assert_array_equal(after.weights[tensor], good.weights[tensor])
 
 
-def test_a_model_grows_and_a_worker_from_before_goes_on(client: Client) -> None:
+def test_a_worker_continues_after_its_model_was_extended(client: Client) -> None:
     model = client.create_model("m", {"a": np.zeros(2)})
     with model.worker("old") as old:
         old.step({"a": np.ones(2)})
@@ -169,7 +169,7 @@ def test_a_model_grows_and_a_worker_from_before_goes_on(client: Client) -> None:
     assert client.model("m").groups == (Hyperparameters(), Hyperparameters(lr=0.1))
 
 
-def test_two_who_add_the_same_add_it_once(client: Client) -> None:
+def test_the_same_extension_is_made_once(client: Client) -> None:
     one, two, three = client.create_model("m", {"a": np.zeros(2)}), client.model("m"), client.model("m")
     assert one.extend({"b": np.ones(3)})
     assert not two.extend({"b": np.zeros(3)})
@@ -190,7 +190,7 @@ def test_a_model_is_deleted_once(client: Client) -> None:
         assert caught.value.reason == "MODEL_NOT_FOUND"
 
 
-def test_a_client_that_is_closed_says_so(client: Client) -> None:
+def test_a_closed_client_raises_an_error(client: Client) -> None:
     model = client.create_model("m", WEIGHTS)
     worker = model.worker()
     client.close()

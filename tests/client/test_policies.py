@@ -1,4 +1,4 @@
-"""The policies as Python workers live them, each in a thread of its own."""
+"""The policies as Python workers see them, each worker in its own thread."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,14 +36,14 @@ def waits(model: Model, *workers: str) -> Callable[[], bool]:
 
 
 def in_place(worker: Worker, model: Model) -> None:
-    """Holds a worker to it that it has the model's weights, and their version."""
+    """Asserts that a worker has the current weights and version of the model."""
     state = model.pull_state()
     assert worker.version == state.version
     np.testing.assert_array_equal(worker.weights["w"], state.weights["w"])
 
 
 def left_out(worker: Worker) -> bool:
-    """Whether the worker says of its last push that it is part of no update."""
+    """Returns whether the worker reports that its last push is in no update."""
     return worker.last_result is None
 
 
@@ -88,7 +88,7 @@ def test_a_policy_that_is_out_of_range_is_refused(client: Client, policy: Sync) 
 
 
 @pytest.mark.parametrize("reduction", ["", "Mean", "mode", "unspecified", "REDUCTION_MEAN"])
-def test_what_is_no_reduction_is_no_silent_default(client: Client, reduction: Any) -> None:
+def test_an_unknown_reduction_is_refused(client: Client, reduction: Any) -> None:
     with pytest.raises(ValueError, match="reduction: expected mean, trimmed_mean or median"):
         create(client, Sync(reduction=reduction))
     assert client.models() == []
@@ -97,7 +97,7 @@ def test_what_is_no_reduction_is_no_silent_default(client: Client, reduction: An
 # --- sync
 
 
-def test_a_straggler_of_a_quorum_has_the_newer_weights_and_goes_on(client: Client) -> None:
+def test_a_straggler_of_a_quorum_gets_the_newer_weights_and_continues(client: Client) -> None:
     model = create(client, Sync(quorum=1))
     with model.worker("a") as quick, model.worker("b") as slow:
         quick.pull()
@@ -113,7 +113,7 @@ def test_a_straggler_of_a_quorum_has_the_newer_weights_and_goes_on(client: Clien
         assert (slow.last_result.version, slow.last_result.contributors) == (2, 1)
 
 
-def test_a_straggler_takes_the_newer_weights_where_it_asked_for_them(client: Client) -> None:
+def test_a_straggler_writes_the_newer_weights_to_its_out_argument(client: Client) -> None:
     model = create(client, Sync(quorum=1))
     mine = np.zeros(SIZE, np.float32)
     with model.worker("a") as quick, model.worker("b") as slow:
@@ -138,7 +138,7 @@ def test_grace_lets_a_straggler_in(client: Client, threads: ThreadPoolExecutor, 
             assert (worker.last_result.version, worker.last_result.contributors) == (1, 2)
 
 
-def test_a_round_that_failed_is_tried_again_by_stepping_again(
+def test_stepping_again_retries_a_failed_round(
     client: Client, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> None:
     model = create(client, Sync(min_workers=2, round_timeout_seconds=0.2))
@@ -159,8 +159,8 @@ def test_a_round_that_failed_is_tried_again_by_stepping_again(
         assert (a.last_result.version, a.last_result.duplicate, a.last_result.contributors) == (1, False, 2)
 
 
-def test_samples_weigh(client: Client, threads: ThreadPoolExecutor, eventually: "Eventually") -> None:
-    """Three of 1 and one of -3, weighted 9 to 1: the mean of 12 samples of 1 and 4 of -3 would be 0."""
+def test_pushes_are_weighted_by_samples(client: Client, threads: ThreadPoolExecutor, eventually: "Eventually") -> None:
+    """The mean of 12 samples of 1 and 4 samples of -3 is 0."""
     model = create(client, Sync(min_workers=2))
     twin = client.create_model("twin", gradient(0.0))
     with model.worker("a") as a, model.worker("b") as b, twin.worker() as alone:
@@ -188,8 +188,8 @@ def test_a_weight_that_is_out_of_range_is_refused(client: Client, weight: float)
         worker.step(gradient(1.0))
 
 
-def test_a_crowd_in_threads_makes_every_version_of_its_quorum(client: Client, threads: ThreadPoolExecutor) -> None:
-    """Whoever comes too late leaves its gradient out; nobody waits for ever, and every accepted push counts once."""
+def test_racing_workers_make_every_version_with_a_quorum(client: Client, threads: ThreadPoolExecutor) -> None:
+    """Late workers drop their gradients, nobody waits forever, and every accepted push counts once."""
     model = create(client, Sync(min_workers=2, quorum=2))
     steps = 25
 
@@ -208,7 +208,7 @@ def test_a_crowd_in_threads_makes_every_version_of_its_quorum(client: Client, th
         next(events)
         trained = [threads.submit(train, name) for name in "abcd"]
         seen = [next(events) for _ in range(steps)]
-        model.update(policy=Async())  # who is alone now is answered
+        model.update(policy=Async())  # answers a worker that is alone in its round
         applied = sum(done.result() for done in trained)
         seen += [next(events) for _ in range(model.info().version - steps)]
     assert [event.version for event in seen] == list(range(1, len(seen) + 1))
@@ -236,7 +236,7 @@ def test_a_gradient_beyond_max_staleness_is_left_out_and_the_newer_weights_are_i
         assert (b.last_result.version, b.last_result.staleness) == (4, 1)
 
 
-def test_damping_shows_in_the_result(client: Client) -> None:
+def test_the_result_shows_the_damped_lr(client: Client) -> None:
     model = client.create_model("m", gradient(0.0), lr=0.8, policy=Async(damping=True))
     with model.worker("a") as a, model.worker("b") as b:
         b.pull()
@@ -255,7 +255,7 @@ def test_damping_shows_in_the_result(client: Client) -> None:
 def ahead(
     client: Client, model: Model, worker: Worker, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> Future[Any]:
-    """Begins a step that is applied at once and not answered."""
+    """Starts a step that the server applies at once, but whose answer it withholds."""
     before = model.info().version
     step = threads.submit(worker.step, gradient(1.0))
     eventually(lambda: model.info().version == before + 1)
@@ -263,7 +263,9 @@ def ahead(
     return step
 
 
-def test_the_quick_wait_for_the_slowest(client: Client, threads: ThreadPoolExecutor, eventually: "Eventually") -> None:
+def test_fast_workers_wait_for_the_slowest(
+    client: Client, threads: ThreadPoolExecutor, eventually: "Eventually"
+) -> None:
     model = create(client, Bounded(slack=1))
     with model.worker("a") as quick, model.worker("b") as slow:
         quick.step(gradient(1.0))
@@ -279,7 +281,7 @@ def test_the_quick_wait_for_the_slowest(client: Client, threads: ThreadPoolExecu
         quick.step(gradient(1.0))
 
 
-def test_one_who_does_not_wait_long_enough_finds_its_push_again(
+def test_a_worker_that_timed_out_finds_its_push_again(
     client: Client, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> None:
     model = create(client, Bounded())
@@ -316,7 +318,7 @@ def test_workers_in_threads_are_never_further_apart_than_the_slack(client: Clien
     for done in [threads.submit(train, worker) for worker in workers]:
         done.result()
     assert model.info().version == 3 * steps
-    # A worker that was answered is at most `slack` ahead of what the slowest has pushed, whose answer may be under way.
+    # An answered worker is at most `slack` ahead of the slowest worker's pushes, whose last answer may be on its way.
     assert max(apart) <= slack + 1
 
 
@@ -350,7 +352,7 @@ def test_there_is_no_last_result_after_a_refusal(client: Client, kind: str) -> N
 # --- changes under way
 
 
-def test_a_change_is_for_everybody_and_says_from_which_version_on(client: Client) -> None:
+def test_a_change_affects_all_workers_from_the_returned_version(client: Client) -> None:
     model, other = create(client, Async()), client.model("m")
     with model.worker() as worker:
         worker.step(gradient(1.0))
@@ -366,7 +368,7 @@ def test_a_change_is_for_everybody_and_says_from_which_version_on(client: Client
 
 
 @pytest.mark.parametrize("policy", [Async(), Bounded(slack=1), Sync(min_workers=1)], ids=str)
-def test_a_change_lets_those_go_who_wait(
+def test_a_change_answers_waiting_workers(
     client: Client, threads: ThreadPoolExecutor, eventually: "Eventually", policy: Sync | Async | Bounded
 ) -> None:
     model = create(client, Sync(min_workers=3))
@@ -379,7 +381,7 @@ def test_a_change_lets_those_go_who_wait(
         assert model.info().version == (1 if isinstance(policy, Sync) else 2)
 
 
-def test_a_model_is_joined_as_it_was_created_or_as_it_is(client: Client) -> None:
+def test_a_model_is_joined_with_its_initial_or_current_settings(client: Client) -> None:
     create(client, Sync(min_workers=2)).update(groups=[Hyperparameters(lr=0.5)], policy=Async(damping=True))
     assert not create(client, Sync(min_workers=2)).created
     joined = client.create_model("m", gradient(0.0), lr=0.5, policy=Async(damping=True))

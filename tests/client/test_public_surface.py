@@ -1,4 +1,4 @@
-"""What `import deltaserve` offers: no more, no less, and nothing of protobuf in it."""
+"""The public API of `deltaserve`: exactly the names of `__all__`, and no protobuf types."""
 
 import dataclasses
 import doctest
@@ -28,14 +28,14 @@ def functions() -> Iterator[tuple[str, Any]]:
 
 
 def parts(annotation: Any) -> Iterator[Any]:
-    """Yields an annotation and all that it is made of."""
+    """Yields an annotation and all types inside it."""
     yield annotation
     for argument in typing.get_args(annotation):
         yield from parts(argument)
 
 
 def foreign(annotation: Any) -> list[str]:
-    """Returns the modules of an annotation that no caller is to see."""
+    """Returns the protobuf and gRPC modules that an annotation refers to."""
     modules = {getattr(part, "__module__", None) or "" for part in parts(annotation)}
     return [module for module in modules if module.startswith(("google", "grpc", "deltaserve.v1"))]
 
@@ -60,7 +60,7 @@ def test_no_signature_has_a_type_of_protobuf_or_grpc() -> None:
     seen = 0
     for name, function in functions():
         if name in ("Worker.__init__", "Model.__init__"):
-            continue  # made by Model and Client: a caller never calls these
+            continue  # Model and Client create these; users never call their constructors
         for annotation in typing.get_type_hints(function).values():
             seen += 1
             assert foreign(annotation) == [], name
@@ -108,8 +108,8 @@ def test_the_example_in_the_documentation_runs() -> None:
     assert results.failed == 0
 
 
-def test_importing_it_imports_none_of_the_heavy_packages() -> None:
-    """They cost what `import deltaserve` is not to cost: 0.3 s, numpy and gRPC included."""
+def test_the_import_loads_no_heavy_package() -> None:
+    """`import deltaserve` must take less than 0.3 s, including numpy and gRPC."""
     heavy = ("torch", "numba", "typer", "rich", "grpc_tools", "deltaserve_server", "scipy", "sklearn", "matplotlib")
     source = f"import deltaserve, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", source], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A server that still reads its data directory: it says so, how far it is, and clients wait for it."""
+"""A recovering server reports its progress, and clients wait for it."""
 
 import logging
 import os
@@ -28,8 +28,8 @@ Health = Callable[[str], int]
 
 
 @pytest.fixture
-def slow_to_come_back(start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "ServerProcess":
-    """A server whose next life takes half a second for each of 12 records."""
+def slow_recovery(start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "ServerProcess":
+    """A server whose next start takes half a second for each of 12 journal records."""
     server = start_server(data_dir=str(tmp_path), durability="journal")
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         with client.create_model("m", ONE).worker("a") as worker:
@@ -41,10 +41,10 @@ def slow_to_come_back(start_server: "StartServer", tmp_path: Path, monkeypatch: 
     return server
 
 
-def test_it_says_how_far_it_is_and_is_waited_for(
-    slow_to_come_back: "ServerProcess", caplog: pytest.LogCaptureFixture
+def test_a_recovering_server_reports_progress_and_clients_wait(
+    slow_recovery: "ServerProcess", caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = slow_to_come_back
+    server = slow_recovery
     started = threading.Thread(target=server.start)
     with deltaserve.connect(server.target, timeout_seconds=30) as client, grpc.insecure_channel(server.target) as plain:
         health = health_pb2_grpc.HealthStub(plain)
@@ -62,28 +62,28 @@ def test_it_says_how_far_it_is_and_is_waited_for(
         assert health.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_who_has_no_time_gets_that_as_an_error(slow_to_come_back: "ServerProcess") -> None:
-    with _impatient(slow_to_come_back) as client:
+def test_a_short_timeout_raises_the_progress_as_an_error(slow_recovery: "ServerProcess") -> None:
+    with _impatient(slow_recovery) as client:
         error = _refusal(lambda: client.create_model("m", ONE))
         assert error.reason == "RECOVERING"
         assert error.metadata["model"] == "m"
         assert 0 <= int(error.metadata["percent"]) <= 100
 
 
-def test_a_list_of_models_is_a_whole_one(slow_to_come_back: "ServerProcess") -> None:
-    """Whoever finds a model missing makes a new one, or takes its version for 0."""
-    with _impatient(slow_to_come_back) as client:
+def test_models_never_returns_an_incomplete_list(slow_recovery: "ServerProcess") -> None:
+    """With an incomplete list, a caller would create a missing model anew."""
+    with _impatient(slow_recovery) as client:
         error = _refusal(client.models)
         assert (error.reason, error.metadata["model"]) == ("RECOVERING", "m")
-        with deltaserve.connect(slow_to_come_back.target, timeout_seconds=30) as patient:
+        with deltaserve.connect(slow_recovery.target, timeout_seconds=30) as patient:
             assert [model.name for model in patient.models()] == ["m", "quick"]
 
 
-def test_a_crash_while_it_comes_back_changes_nothing(
-    slow_to_come_back: "ServerProcess", monkeypatch: pytest.MonkeyPatch
+def test_a_crash_during_recovery_changes_nothing(
+    slow_recovery: "ServerProcess", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often."""
-    server = slow_to_come_back
+    """The server may crash during recovery any number of times."""
+    server = slow_recovery
     for place in ("replay=kill@1", "replay=kill@5", f"replay=kill@{RECORDS}", "done=kill@1", "tensors=kill@1"):
         monkeypatch.setenv("DELTASERVE_FAILPOINTS", f"recovery.{place}")
         with pytest.raises(AssertionError, match="the server did not start"):
@@ -98,7 +98,7 @@ def test_a_crash_while_it_comes_back_changes_nothing(
 
 @contextmanager
 def _impatient(server: "ServerProcess") -> Iterator[deltaserve.Client]:
-    """Starts the server and gives who has half a second, as soon as it answers; waits for the rest."""
+    """Starts the server, yields a client with a timeout of 0.5 s once it answers, and waits for its recovery."""
     started = threading.Thread(target=server.start)
     started.start()
     _until_reachable(server.target)
@@ -110,7 +110,7 @@ def _impatient(server: "ServerProcess") -> Iterator[deltaserve.Client]:
 
 
 def _refusal(call: Callable[[], object]) -> deltaserve.Error:
-    """Returns what the server refuses a call with; on a busy machine it may first not answer in time."""
+    """Returns the refusal of a call; tries again if a busy machine does not answer in time."""
     while True:
         with pytest.raises(deltaserve.UnavailableError) as caught:
             call()

@@ -1,4 +1,4 @@
-"""Servers that die, or stop, and come back from their data directory: workers go on, or learn what is lost."""
+"""After a server restarts from its data directory, workers continue or learn what is lost."""
 
 import logging
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def steps(worker: Worker, start: Mapping[str, Any], numbers: range) -> None:
 
 
 def same(one: Model, other: Model) -> None:
-    """Compares two models bit for bit."""
+    """Asserts that the states of two models have the same bits."""
     mine, theirs = one.pull_state(), other.pull_state()
     assert mine.update_counts == theirs.update_counts
     for vector in ("weights", "square_avg", "acc_delta"):
@@ -43,7 +43,7 @@ def same(one: Model, other: Model) -> None:
 
 @pytest.fixture
 def undisturbed(client: deltaserve.Client) -> Model:
-    """A model on another server, which goes through all of it without a fault."""
+    """A model on another server that never restarts."""
     return client.create_model("m", SMALL)
 
 
@@ -53,7 +53,7 @@ def undisturbed(client: deltaserve.Client) -> Model:
     [(SMALL, "auto", "float32"), (LARGE, "stream", "bfloat16"), (LARGE, "shared", "float32")],
     ids=["one message", "chunks", "shared memory"],
 )
-def test_a_worker_goes_on_as_if_nothing_had_happened(
+def test_a_worker_continues_as_if_nothing_had_happened(
     start_server: "StartServer",
     client: deltaserve.Client,
     tmp_path: Path,
@@ -63,7 +63,7 @@ def test_a_worker_goes_on_as_if_nothing_had_happened(
     transport: Any,
     wire: Any,
 ) -> None:
-    """In its own session, with the same bits as where nothing did happen, and through shared memory again."""
+    """The worker keeps its session and its transport, and the bits equal those of a run without a restart."""
     server = start_server(data_dir=str(tmp_path / "data"), durability=durability)
     twin = client.create_model("m", start)
     with (
@@ -88,10 +88,10 @@ def test_a_worker_goes_on_as_if_nothing_had_happened(
         worker.close()
 
 
-def test_a_gradient_is_sent_to_a_server_that_came_back_once_it_has_said_where_it_stands(
+def test_a_gradient_is_sent_only_after_a_restarted_server_reports_the_session(
     start_server: "StartServer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then small calls ask for it: the vector does not travel in vain, nor twice."""
+    """Before that the worker sends only small calls, so that the gradient is not sent in vain or twice."""
     calls: list[str] = []
     really = Connection.stub
 
@@ -111,7 +111,7 @@ def test_a_gradient_is_sent_to_a_server_that_came_back_once_it_has_said_where_it
     assert calls.count("StreamStep") == 2
 
 
-def test_a_round_goes_on_with_those_who_waited_in_it(
+def test_waiting_workers_repeat_their_round_after_a_restart(
     start_server: "StartServer", tmp_path: Path, eventually: "Eventually"
 ) -> None:
     server = start_server(data_dir=str(tmp_path), durability="journal")
@@ -129,9 +129,7 @@ def test_a_round_goes_on_with_those_who_waited_in_it(
         assert one.last_result.contributors == 2
 
 
-def test_a_duplicate_gets_its_first_result_also_from_the_server_that_follows(
-    start_server: "StartServer", tmp_path: Path
-) -> None:
+def test_a_duplicate_gets_its_first_result_after_a_restart(start_server: "StartServer", tmp_path: Path) -> None:
     server = start_server(data_dir=str(tmp_path), durability="journal")
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
         worker = client.create_model("m", SMALL).worker("a")
@@ -149,8 +147,8 @@ def test_a_duplicate_gets_its_first_result_also_from_the_server_that_follows(
         assert (result.version, result.update_norm) == (3, first.result.update_norm)
 
 
-class _Kept:
-    """A model that was saved at version 3, and has gone on to 7."""
+class _SavedModel:
+    """A model with a snapshot at version 3 that has reached version 7."""
 
     def __init__(self, client: deltaserve.Client) -> None:
         self.model = client.create_model("m", SMALL)
@@ -166,20 +164,20 @@ def _restart(server: "ServerProcess") -> None:
     server.start()
 
 
-def test_what_a_snapshot_does_not_have_is_told(start_server: "StartServer", tmp_path: Path) -> None:
+def test_a_worker_learns_what_the_snapshot_lacks(start_server: "StartServer", tmp_path: Path) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        kept = _Kept(client)
+        saved = _SavedModel(client)
         _restart(server)
         with pytest.raises(RolledBackError) as caught:
-            kept.worker.step(gradient(SMALL, 8))
+            saved.worker.step(gradient(SMALL, 8))
         error = caught.value
         assert (error.version, error.restored_version, error.lost_pushes) == (7, 3, range(4, 8))
         assert "has gone back to version 3 of model m: what came after is lost, pushes 4 to 7" in str(error)
-        assert kept.worker.version == 3
-        steps(kept.worker, SMALL, range(4, 8))
-        assert kept.worker.version == kept.model.info().version == 7
-        assert [session.epoch for session in kept.model.info().sessions] == [2]
+        assert saved.worker.version == 3
+        steps(saved.worker, SMALL, range(4, 8))
+        assert saved.worker.version == saved.model.info().version == 7
+        assert [session.epoch for session in saved.model.info().sessions] == [2]
 
 
 def test_an_interrupt_while_the_new_session_opens_hides_no_loss(
@@ -187,7 +185,7 @@ def test_an_interrupt_while_the_new_session_opens_hides_no_loss(
 ) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        kept = _Kept(client)
+        saved = _SavedModel(client)
         _restart(server)
         call = client._connection.call
 
@@ -200,48 +198,46 @@ def test_an_interrupt_while_the_new_session_opens_hides_no_loss(
         with monkeypatch.context() as patch:
             patch.setattr(client._connection, "call", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                kept.worker.step(gradient(SMALL, 8))
+                saved.worker.step(gradient(SMALL, 8))
         with pytest.raises(RolledBackError) as caught:
-            kept.worker.step(gradient(SMALL, 8))
+            saved.worker.step(gradient(SMALL, 8))
         assert (caught.value.version, caught.value.lost_pushes) == (7, range(4, 8))
-        steps(kept.worker, SMALL, range(4, 8))
-        assert kept.worker.version == 7
+        steps(saved.worker, SMALL, range(4, 8))
+        assert saved.worker.version == 7
 
 
-def test_who_only_pulls_gets_the_weights_of_now_and_a_warning(
+def test_a_worker_that_only_pulls_gets_the_current_weights_and_a_warning(
     start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        kept = _Kept(client)
+        saved = _SavedModel(client)
         _restart(server)
         with caplog.at_level(logging.WARNING, "deltaserve"):
-            weights = kept.worker.pull()
+            weights = saved.worker.pull()
         assert "pushes 4 to 7 of this worker among it" in caplog.text
-        np.testing.assert_array_equal(weights["w"], kept.model.pull_state().weights["w"])
-        assert kept.worker.version == 3
+        np.testing.assert_array_equal(weights["w"], saved.model.pull_state().weights["w"])
+        assert saved.worker.version == 3
 
 
-def test_a_lineage_that_was_lost_is_not_taken_for_one_that_has_come_as_far(
-    start_server: "StartServer", tmp_path: Path
-) -> None:
-    """Another worker has brought the model beyond the version that this one has, and the server died once more."""
+def test_a_lost_lineage_is_detected_at_any_version(start_server: "StartServer", tmp_path: Path) -> None:
+    """Another worker took the model past this worker's version, and the server died again."""
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        kept = _Kept(client)
+        saved = _SavedModel(client)
         _restart(server)
-        with kept.model.worker("b") as other:
+        with saved.model.worker("b") as other:
             steps(other, SMALL, range(20))
-            kept.model.save_snapshot()
+            saved.model.save_snapshot()
         _restart(server)
-        assert kept.model.info().version == 23
+        assert saved.model.info().version == 23
         with pytest.raises(RolledBackError) as caught:
-            kept.worker.step(gradient(SMALL, 8))
+            saved.worker.step(gradient(SMALL, 8))
         assert (caught.value.version, caught.value.restored_version) == (7, 3)
-        assert kept.worker.version == 23
+        assert saved.worker.version == 23
 
 
-def test_who_knows_nothing_that_is_lost_goes_on_without_an_error(start_server: "StartServer", tmp_path: Path) -> None:
+def test_a_worker_that_knows_no_lost_version_continues(start_server: "StartServer", tmp_path: Path) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
         model = client.create_model("m", SMALL)
@@ -256,25 +252,25 @@ def test_who_knows_nothing_that_is_lost_goes_on_without_an_error(start_server: "
 def test_a_clean_stop_loses_nothing_under_snapshot_either(start_server: "StartServer", tmp_path: Path) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
-        kept = _Kept(client)
+        saved = _SavedModel(client)
         server.end()
         server.start()
-        steps(kept.worker, SMALL, range(8, 10))
-        assert kept.worker.version == kept.model.info().version == 9
-        assert [session.epoch for session in kept.model.info().sessions] == [1]
+        steps(saved.worker, SMALL, range(8, 10))
+        assert saved.worker.version == saved.model.info().version == 9
+        assert [session.epoch for session in saved.model.info().sessions] == [1]
 
 
 @pytest.mark.usefixtures("frequent_renewals")
-def test_renewals_of_the_session_before_are_quiet(
+def test_renewals_of_a_lost_session_log_nothing(
     start_server: "StartServer", tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is renewed all the time, before the worker knows that the server has lost it and after."""
+    """Renewals go on before and after the worker learns that the server lost its session."""
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
         model = client.create_model("m", SMALL)
         worker = model.worker("a")
         for _ in range(3):
-            model.save_snapshot()  # which has the session too
+            model.save_snapshot()  # the snapshot includes the session
             worker.step(gradient(SMALL, 1))
             server.kill()
             server.start()
@@ -287,7 +283,7 @@ def test_renewals_of_the_session_before_are_quiet(
     assert not [record for record in caplog.records if "lease" in record.getMessage()]
 
 
-def test_a_layout_that_is_lost_is_told_of(start_server: "StartServer", tmp_path: Path) -> None:
+def test_a_worker_learns_that_its_layout_is_lost(start_server: "StartServer", tmp_path: Path) -> None:
     server = start_server(data_dir=str(tmp_path))
     with deltaserve.connect(server.target, timeout_seconds=30) as client:
         model = client.create_model("m", SMALL)
@@ -297,7 +293,7 @@ def test_a_layout_that_is_lost_is_told_of(start_server: "StartServer", tmp_path:
         worker = model.worker("a")
         worker.pull()
         server.kill()
-        for path in folder.iterdir():  # as if the snapshot that follows had not been taken yet
+        for path in folder.iterdir():  # as if the next snapshot did not exist yet
             path.unlink()
         for name, content in before.items():
             (folder / name).write_bytes(content)
@@ -306,7 +302,7 @@ def test_a_layout_that_is_lost_is_told_of(start_server: "StartServer", tmp_path:
             worker.step({**SMALL, "more": np.zeros(3, np.float32)})
 
 
-def test_models_that_are_deleted_stay_so_and_new_ones_of_their_name_are_others(
+def test_deleted_models_stay_deleted_and_a_new_one_of_the_name_is_another(
     start_server: "StartServer", tmp_path: Path
 ) -> None:
     server = start_server(data_dir=str(tmp_path), durability="fsync")

@@ -1,4 +1,4 @@
-"""Retries: what the client does by itself when the line is cut, the server is away, or nobody answers."""
+"""The client retries when a connection breaks, the server is down, or no answer comes."""
 
 import random
 import socket
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from tests.client.conftest import Eventually, Proxy, StartProxy, StartServer
 
 SIZES = [5, 700_000]
-"""Elements of a model that travels in one message, and of one that takes a stream."""
+"""Sizes of a model that fits into one message, and of one that uses a stream."""
 
 SLACK = 10.0
-"""What a busy machine may add. The default budget is a minute."""
+"""Tolerance for a busy machine, in seconds. The default timeout is a minute."""
 
 every_size = pytest.mark.parametrize("size", SIZES, ids=["unary", "stream"])
 
@@ -38,7 +38,7 @@ def proxy(server: LocalServer, start_proxy: "StartProxy") -> "Proxy":
 
 @pytest.fixture
 def far(proxy: "Proxy") -> Iterator[Client]:
-    """A client whose line can be cut; `client` has a line of its own."""
+    """A client behind the proxy; `client` has a direct connection."""
     with deltaserve.connect(proxy.target, timeout_seconds=20) as client:
         yield client
 
@@ -48,7 +48,7 @@ def gradient(size: int, step: int) -> dict[str, np.ndarray[tuple[int, ...], np.d
 
 
 def expected(client: Client, size: int, steps: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
-    """Returns the weights after these steps over a line that holds."""
+    """Returns the weights after the same steps over a direct connection."""
     with client.create_model(f"twin-{steps}", {"w": np.zeros(size)}).worker() as worker:
         for step in range(steps):
             worker.step(gradient(size, step))
@@ -75,7 +75,7 @@ def test_a_push_whose_answer_is_lost_is_applied_once(
         np.testing.assert_array_equal(worker.weights["w"], expected(client, size, 3))
 
 
-def test_an_upload_that_is_cut_is_sent_again(client: Client, far: Client, proxy: "Proxy") -> None:
+def test_an_interrupted_upload_is_sent_again(client: Client, far: Client, proxy: "Proxy") -> None:
     with far.create_model("m", {"w": np.zeros(700_000)}).worker(transport="stream") as worker:
         worker.pull()
         proxy.cut_after("up", 1_500_000)
@@ -86,7 +86,7 @@ def test_an_upload_that_is_cut_is_sent_again(client: Client, far: Client, proxy:
         np.testing.assert_array_equal(worker.weights["w"], expected(client, 700_000, 1))
 
 
-def test_a_download_that_is_cut_is_asked_for_again(client: Client, far: Client, proxy: "Proxy") -> None:
+def test_an_interrupted_download_is_requested_again(client: Client, far: Client, proxy: "Proxy") -> None:
     with far.create_model("m", {"w": np.zeros(700_000)}).worker(transport="stream") as worker:
         worker.pull()
         proxy.cut_after("down", 1_500_000)
@@ -98,9 +98,7 @@ def test_a_download_that_is_cut_is_asked_for_again(client: Client, far: Client, 
 
 
 @every_size
-def test_cuts_at_any_point_lose_nothing_and_double_nothing(
-    client: Client, far: Client, proxy: "Proxy", size: int
-) -> None:
+def test_cuts_at_any_point_lose_and_repeat_nothing(client: Client, far: Client, proxy: "Proxy", size: int) -> None:
     steps, chance = 40 if size < 1000 else 8, random.Random(7)
     with far.create_model("m", {"w": np.zeros(size)}).worker(transport="stream") as worker:
         for step in range(steps):
@@ -137,7 +135,7 @@ def test_a_model_whose_creation_is_cut_exists_once_and_whole(client: Client, far
     np.testing.assert_array_equal(client.model("m").pull_state().weights["w"], weights["w"])
 
 
-def test_a_state_that_is_cut_on_its_way_arrives_whole(client: Client, far: Client, proxy: "Proxy") -> None:
+def test_a_state_arrives_whole_after_a_cut(client: Client, far: Client, proxy: "Proxy") -> None:
     far.create_model("m", gradient(700_000, 0))
     proxy.cut_after("down", 4_000_000)
     state = far.model("m").pull_state()
@@ -175,7 +173,7 @@ def test_a_call_waits_for_a_server_that_comes_back(start_server: "StartServer") 
 
 @pytest.mark.deep
 @every_size
-def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_answered(
+def test_a_push_that_outlives_its_lease_is_answered(
     client: Client,
     far: Client,
     proxy: "Proxy",
@@ -183,7 +181,7 @@ def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_a
     eventually: "Eventually",
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its session is over by then; the push counts, and the worker is not told to leave it out."""
+    """The session has expired by then, but the push counts and the worker gets its result."""
     model, asked = client.create_model("m", {"w": np.zeros(size)}, policy=Sync()), threading.Event()
     with (
         ThreadPoolExecutor(1) as pool,
@@ -206,7 +204,7 @@ def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_a
 
         monkeypatch.setattr(a._membership, "find_push", answered)
         proxy.refusing = False
-        if size > SIZES[0]:  # a small one is sent again, and not asked for
+        if size > SIZES[0]:  # a small push is sent again without asking for its status
             assert asked.wait(20)
         b.step(gradient(size, 1))
         step.result()
@@ -215,10 +213,10 @@ def test_a_push_that_waits_for_longer_than_its_lease_while_the_line_is_down_is_a
         assert model.info().version == 1
 
 
-def test_a_state_is_not_put_in_place_a_second_time_over_what_came_after_it(
+def test_put_state_is_not_repeated_over_newer_weights(
     client: Client, far: Client, proxy: "Proxy", eventually: "Eventually"
 ) -> None:
-    """Nobody but its caller knows whether that is still wanted."""
+    """Only the caller can know whether the state should still replace newer weights."""
     model = far.create_model("m", {"w": np.zeros(3)})
     here, state = client.model("m"), model.pull_state()
     proxy.hold_answers()
@@ -233,7 +231,7 @@ def test_a_state_is_not_put_in_place_a_second_time_over_what_came_after_it(
         assert here.info().version == 2
 
 
-def test_where_nobody_listens_the_budget_is_kept_and_the_message_says_so() -> None:
+def test_a_closed_port_is_named_in_the_error_within_the_timeout() -> None:
     with held_port() as nobody:
         target = f"127.0.0.1:{nobody.getsockname()[1]}"
         with deltaserve.connect(target, timeout_seconds=0.5) as client:
@@ -247,7 +245,7 @@ def test_where_nobody_listens_the_budget_is_kept_and_the_message_says_so() -> No
             assert "\n" not in str(caught.value)
 
 
-def test_where_a_name_means_nothing_the_message_says_so() -> None:
+def test_an_unknown_host_is_named_in_the_error() -> None:
     with (
         deltaserve.connect("no-such-host.invalid:50051", timeout_seconds=0.4) as client,
         pytest.raises(deltaserve.UnavailableError, match=r"no-such-host\.invalid:50051"),
@@ -255,8 +253,8 @@ def test_where_a_name_means_nothing_the_message_says_so() -> None:
         client.models()
 
 
-def test_where_nobody_answers_the_budget_is_kept_and_the_message_says_so() -> None:
-    """A port that takes connections and bytes and never says a word."""
+def test_a_silent_port_is_named_in_the_error_within_the_timeout() -> None:
+    """The port accepts connections and data and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         target = f"127.0.0.1:{listener.getsockname()[1]}"
         with deltaserve.connect(target, timeout_seconds=0.4) as client:
@@ -268,7 +266,7 @@ def test_where_nobody_answers_the_budget_is_kept_and_the_message_says_so() -> No
             assert monotonic() - began < 0.4 + SLACK
 
 
-def test_a_port_that_speaks_something_else_is_no_hang() -> None:
+def test_a_port_with_another_protocol_raises_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
@@ -303,7 +301,7 @@ def test_a_grpc_server_of_another_kind_is_recognised() -> None:
             other.stop(0).wait()
 
 
-def test_a_refusal_is_not_tried_again(client: Client) -> None:
+def test_a_refusal_is_not_retried(client: Client) -> None:
     began = monotonic()
     with pytest.raises(deltaserve.RequestError):
         client.model("no such model")
@@ -312,10 +310,8 @@ def test_a_refusal_is_not_tried_again(client: Client) -> None:
 
 @pytest.mark.deep
 @pytest.mark.usefixtures("own_server")
-def test_a_server_that_drains_is_tried_until_the_budget_is_spent(
-    server: LocalServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And no sooner than it asks for."""
+def test_a_draining_server_is_retried_until_the_timeout(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits at least as long as the server asks."""
     budget = 3.5
     with deltaserve.connect(server.target, timeout_seconds=budget) as client:
         model = client.create_model("m", {"w": np.zeros(3)})

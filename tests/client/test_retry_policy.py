@@ -1,4 +1,4 @@
-"""When a failed attempt is followed by another one, and the channel that attempts are made over."""
+"""When a failed attempt is retried, and how the channel is opened."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,7 +28,7 @@ def failed(reason: str | None, retry_after_seconds: float | None) -> AttemptFail
 
 
 @given(reasons, st.floats(0, 10), st.integers(0, 2000), st.booleans())
-def test_the_wait_is_at_least_what_the_server_asks_for_and_bounded(
+def test_the_backoff_is_bounded_and_at_least_what_the_server_asks_for(
     reason: str | None, asked: float, repeats: int, delivered: bool
 ) -> None:
     wait = POLICY.wait_seconds(failed(reason, asked), repeats, delivered=delivered)
@@ -38,13 +38,13 @@ def test_the_wait_is_at_least_what_the_server_asks_for_and_bounded(
 
 
 @given(reasons, st.integers(0, 20), st.booleans())
-def test_a_failure_that_a_retry_does_not_help_is_final(reason: str | None, repeats: int, delivered: bool) -> None:
+def test_a_failure_that_cannot_be_retried_is_final(reason: str | None, repeats: int, delivered: bool) -> None:
     assert POLICY.wait_seconds(failed(reason, None), repeats, delivered=delivered) is None
 
 
 @pytest.mark.parametrize("reason", [None, "DRAINING", "STORAGE_UNAVAILABLE", "SESSION_LIMIT", "RECOVERING"])
 @pytest.mark.parametrize("delivered", [False, True])
-def test_what_must_not_happen_twice_is_not_repeated_when_it_may_have_happened(
+def test_a_call_that_is_not_idempotent_is_not_retried_if_it_may_have_arrived(
     reason: str | None, delivered: bool
 ) -> None:
     uncertain = delivered and reason in (None, "DRAINING", "STORAGE_UNAVAILABLE")

@@ -1,4 +1,4 @@
-"""Whatever a worker does, and by whichever way its vectors go: the same bits, the same verdicts."""
+"""Every transport gives the same bits and the same results."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +76,7 @@ class Run:
         self.pool = ThreadPoolExecutor(3)
 
     def round(self, gradients: Callable[[int], Gradients], **fields: Any) -> None:
-        """Has every worker step, one after the other as far as they need not wait for each other."""
+        """Lets every worker step, one after the other unless they wait for each other."""
         for worker in self.workers:
             if self.sync:
                 worker.pull(out=fields.get("out"))
@@ -93,7 +93,7 @@ class Run:
         return self.workers[k]._session.keep().last_accepted_sequence >= number
 
     def all(self) -> tuple[ModelState, list[Any], list[Any]]:
-        """Does everything; returns the state, the results and the workers' weights."""
+        """Runs all rounds. Returns the state, the results and the workers' weights."""
         for seed in (10, 20):
             self.round(partial(_gradients_of, seed))
         self.round(lambda k: _gradients(30 + k, SHAPES) | ({"b": None} if k != 1 else {"a": None, "b": None}))
@@ -126,7 +126,7 @@ def _check_equal(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_way_gives_the_same_bits_and_verdicts(
+def test_every_transport_gives_the_same_bits_and_results(
     client: Client, unix: Client, policy: str, eventually: "Eventually"
 ) -> None:
     ways: list[tuple[Client, tuple[TransportName, ...]]] = [

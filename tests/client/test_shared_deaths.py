@@ -1,4 +1,4 @@
-"""Shared memory where something dies, stops, forks, or is somewhere else than it seems."""
+"""Shared memory when a process dies, stops or forks, or runs under another user or in another namespace."""
 
 import os
 import shutil
@@ -85,10 +85,10 @@ def test_a_worker_that_is_killed_frees_its_memory_with_its_lease(
         b.step(ones())
 
 
-def test_a_worker_that_is_stopped_while_it_reads_disturbs_nobody(
+def test_a_worker_stopped_during_a_read_blocks_nobody(
     client: Client, start: "StartProgram", eventually: "Eventually"
 ) -> None:
-    """Its version stays as it is, and the others' updates go on; when it goes on, it has what it came for."""
+    """Its version stays unchanged while other workers update; when it continues, it reads the right weights."""
     model = client.create_model("m", ones(0))
     program = start(SHARES + COMPARING)
     assert program.line() == "ready", program.finish()
@@ -215,7 +215,7 @@ sys.exit(subprocess.call(["unshare", "--pid", "--fork", "--mount-proc", sys.exec
 def test_a_worker_with_other_process_ids_uses_messages(
     client: Client, start_program: "StartProgram", server: LocalServer
 ) -> None:
-    """As one in a container of its own: what there has the server's number is none of it, or nothing."""
+    """As in a separate container, the server's process id there belongs to another process or to none."""
     client.create_model("m", ones(0))
     program = start_program(UNSHARED, BEGIN + FALLS_BACK, server.target, str(SIZE))
     _check_falls_back(client, program)
@@ -224,8 +224,8 @@ def test_a_worker_with_other_process_ids_uses_messages(
 # --- many
 
 
-def test_sessions_that_come_and_go_leave_no_descriptor_and_no_byte(client: Client, eventually: "Eventually") -> None:
-    """Of server and client: both are in this process."""
+def test_ended_sessions_leak_no_descriptor_and_no_memory(client: Client, eventually: "Eventually") -> None:
+    """Server and client both run in this process, so the counts cover both."""
     model = client.create_model("m", ones(0))
     with model.worker("first", transport="shared") as first:
         first.step(ones())
@@ -240,7 +240,7 @@ def test_sessions_that_come_and_go_leave_no_descriptor_and_no_byte(client: Clien
     eventually(lambda: descriptors() <= before + 4)
 
 
-def test_many_workers_at_once_lose_and_double_nothing(client: Client, eventually: "Eventually") -> None:
+def test_many_workers_at_once_lose_and_repeat_nothing(client: Client, eventually: "Eventually") -> None:
     model = client.create_model("m", ones(0))
     before = free(client)
 

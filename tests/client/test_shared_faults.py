@@ -1,4 +1,4 @@
-"""Steps in shared memory whose answer is lost, or that are interrupted: nothing is lost and nothing applied twice."""
+"""Steps through shared memory that are interrupted, or whose answer is lost, are applied exactly once."""
 
 import signal
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def start(start_program: "StartProgram", server: LocalServer) -> "StartProgram":
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_a_line_that_is_cut_during_a_step_loses_and_doubles_nothing(
+def test_a_cut_during_a_step_loses_and_repeats_nothing(
     client: Client, server: LocalServer, start_proxy: "StartProxy", direction: str
 ) -> None:
     proxy = start_proxy(server.target)
@@ -74,7 +74,7 @@ def test_after_a_lost_answer_the_next_gradient_is_not_taken_for_the_first(
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
-def test_after_a_lost_answer_messages_hold_what_the_memory_held(
+def test_a_push_is_repeated_in_messages_with_the_same_values(
     client: Client,
     server: LocalServer,
     start_proxy: "StartProxy",
@@ -82,7 +82,7 @@ def test_after_a_lost_answer_messages_hold_what_the_memory_held(
     time_is_up: Callable[[], None],
     wire: Any,
 ) -> None:
-    """Rounded to 16 bits it would be another gradient: not found, and applied as well."""
+    """Rounded to 16 bits the gradient would not match its first attempt and would be applied a second time."""
     third = float(np.float32(1 / 3))
     proxy = start_proxy(server.target)
     model = client.create_model("m", ones(0))
@@ -155,7 +155,7 @@ STORM = """
 import random
 armed = False
 def interrupt(number, frame):
-    if armed:  # a thread may get the signal late, when nobody waits for it any more
+    if armed:  # the signal may arrive after the step
         raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
 chance, interrupts, values = random.Random(int(sys.argv[3])), 0, []
@@ -184,7 +184,7 @@ sys.stdin.readline()
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_interrupts_at_any_moment_lose_and_double_nothing(client: Client, start: "StartProgram", seed: str) -> None:
+def test_interrupts_at_any_moment_lose_and_repeat_nothing(client: Client, start: "StartProgram", seed: str) -> None:
     model = client.create_model("m", ones(0))
     program = start(STORM, seed)
     line = program.line()

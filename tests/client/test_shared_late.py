@@ -1,4 +1,4 @@
-"""Weights in shared memory that are read too late, or cannot be read at all."""
+"""Weights in shared memory that the worker reads too late or cannot map."""
 
 from time import sleep
 from typing import Any
@@ -17,8 +17,8 @@ SIZE = 300_001
 ONES = {"w": np.ones(SIZE, np.float32)}
 
 
-def test_weights_that_were_let_go_of_while_they_were_read_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deadline passes during the copy, and the version's memory has been written to again meanwhile."""
+def test_weights_released_during_the_copy_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes during the copy, and the server reuses the memory of the version."""
     read = SharedMemory.read_weights
     with (
         LocalServer() as server,
@@ -50,7 +50,7 @@ def test_weights_that_were_let_go_of_while_they_were_read_are_not_taken(monkeypa
         assert late.version == model.info().version == 7
 
 
-def test_where_weights_cannot_be_mapped_the_worker_goes_on_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_map_weights_uses_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_descriptors(*_: Any, **__: Any) -> None:
         raise OSError(24, "Too many open files")
 

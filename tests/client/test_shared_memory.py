@@ -1,4 +1,4 @@
-"""Whether a worker's vectors go through shared memory: who decides, and what a worker does where they cannot."""
+"""When a worker uses shared memory, and how it falls back to messages."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 SIZE = 300_001
-"""More than a message holds, and no multiple of a chunk."""
+"""Size of a model that needs several messages; not a multiple of the chunk size."""
 
 
 def shares(worker: Worker) -> bool:
@@ -55,7 +55,7 @@ def test_who_shares_memory(client: Client, size: int, transport: TransportName, 
 
 @pytest.fixture
 def reserved() -> Iterator[Client]:
-    """A client of a server that shares no memory."""
+    """A client of a server with shared memory disabled."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", shared_memory=False)
     with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
         yield client
@@ -93,7 +93,7 @@ def test_the_default_depends_on_where_the_server_listens(bind: str, asked: bool 
     assert ServerConfig(bind=bind, shared_memory=asked).offers_shared_memory is expected
 
 
-def test_a_server_on_every_address_shares_memory_with_its_own_host_alone_if_it_is_to() -> None:
+def test_a_server_on_all_addresses_shares_memory_only_with_its_host_and_if_asked() -> None:
     for asked in (None, True):
         config = ServerConfig(bind="0.0.0.0:0", device="cpu", shared_memory=asked)
         with LocalServer(config) as server:
@@ -104,7 +104,7 @@ def test_a_server_on_every_address_shares_memory_with_its_own_host_alone_if_it_i
 
 
 @pytest.mark.parametrize("transport", ["", "AUTO", "tcp", None])
-def test_a_transport_that_there_is_not(client: Client, transport: Any) -> None:
+def test_an_unknown_transport_is_refused(client: Client, transport: Any) -> None:
     model = client.create_model("m", {"w": np.zeros(3)})
     with pytest.raises(ValueError, match="transport: expected one of auto, stream, shared, got"):
         model.worker(transport=transport)
@@ -113,10 +113,10 @@ def test_a_transport_that_there_is_not(client: Client, transport: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["name", "process_id", "descriptor", "bytes"])
-def test_memory_that_is_not_the_servers_is_not_taken(
+def test_memory_that_is_not_the_servers_is_not_used(
     client: Client, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
-    """As where process ids are another container's: a file of that number may be there, and be another."""
+    """In another container the same process id and descriptor may name another file."""
     honest = ModelEngine.open_shared_memory
 
     def misleading(*arguments: Any) -> Any:
@@ -137,14 +137,14 @@ def test_memory_that_is_not_the_servers_is_not_taken(
     with model.worker("a") as worker:
         assert not shares(worker)
         worker.step({"w": np.ones(SIZE)})
-    with pytest.raises(OSError):  # noqa: PT011  # which, is the system's business
+    with pytest.raises(OSError):  # noqa: PT011  # the operating system chooses the subclass
         model.worker("b", transport="shared")
     assert model.info().sessions == ()
     assert model.info().version == 1
 
 
-def test_where_there_is_no_room_for_it_messages_are_used() -> None:
-    """Memory for gradients is held as long as a session lives, that of messages no longer than a push."""
+def test_without_room_for_shared_memory_messages_are_used() -> None:
+    """Shared memory for gradients belongs to a session; messages need memory only during a push."""
     config = ServerConfig(bind="127.0.0.1:0", device="cpu", memory_bytes=(6 + 2) * 4 * SIZE)
     with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
         model = client.create_model("m", {"w": np.zeros(SIZE)})
@@ -156,8 +156,8 @@ def test_where_there_is_no_room_for_it_messages_are_used() -> None:
             assert len(model.info().sessions) == 3
 
 
-def test_memory_that_the_server_has_no_more_is_done_without(client: Client, server: LocalServer) -> None:
-    """As after a restart that brought the session back."""
+def test_memory_that_the_server_lost_is_replaced_by_messages(client: Client, server: LocalServer) -> None:
+    """As after a restart that restored the session but not its shared memory."""
     model = client.create_model("m", {"w": np.zeros(SIZE)})
     with model.worker("a") as worker:
         worker.step({"w": np.ones(SIZE)})
@@ -185,7 +185,7 @@ def test_a_bad_value_changes_nothing_and_the_next_push_has_its_number(client: Cl
         assert (worker.last_result.version, worker.last_result.duplicate) == (2, False)
 
 
-def test_the_push_after_one_of_which_nothing_is_known_goes_through_messages(
+def test_the_push_after_an_uncertain_one_uses_messages(
     client: Client, server: LocalServer, monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor
 ) -> None:
     ways: list[str] = []

@@ -1,4 +1,4 @@
-"""Unary steps of a program that gets signals at any moment, or Ctrl+C while it waits."""
+"""Unary steps of a program that receives signals at any moment, or SIGINT while it waits."""
 
 import signal
 from contextlib import suppress
@@ -40,7 +40,7 @@ RAISING = """
 interrupts = 0
 armed = False
 def interrupt(number, frame):
-    if armed:  # a thread may get the signal late, when nobody waits for it any more
+    if armed:  # the signal may arrive after the step
         raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
 while time.monotonic() < end or interrupts < 20:
@@ -73,7 +73,7 @@ def disturb():
         time.sleep(other.uniform(0, 0.003))
         os.kill(os.getpid(), other.choice((signal.SIGTERM, signal.SIGUSR1)))
         sent += 1
-        while caught.qsize() < sent and not over.is_set():  # else the system merges two
+        while caught.qsize() < sent and not over.is_set():  # the system merges pending signals
             time.sleep(0.0001)
 thread = threading.Thread(target=disturb)
 thread.start()
@@ -88,10 +88,10 @@ assert caught.qsize() == sent, (caught.qsize(), sent)
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("storm", [RAISING, RETURNING], ids=["raising", "returning"])
-def test_a_storm_of_signals_over_unary_steps_loses_nothing_and_pushes_nothing_twice(
+def test_a_storm_of_signals_loses_and_repeats_no_push(
     storm: str, seed: int, server: LocalServer, client: Client, start_program: "StartProgram"
 ) -> None:
-    """Each gradient is stepped until that is through: so each is applied once, in this order."""
+    """The program repeats each step until it returns, so each gradient is applied once, in order."""
     model = client.create_model("m", {"w": np.zeros(3)})
     program = start_program(BEGIN + storm + END, server.target, str(seed))
     line = program.line()

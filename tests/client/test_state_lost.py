@@ -1,4 +1,4 @@
-"""A server that was killed and came back without its models: the workers learn what is lost, and stop."""
+"""When a killed server comes back without its models, workers raise an error that says what is lost."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ LOST = re.escape(
 )
 
 
-def test_a_step_and_a_pull_say_what_is_lost(start_server: "StartServer") -> None:
+def test_a_step_and_a_pull_report_what_is_lost(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         worker = client.create_model("digits", ONE).worker("a")
@@ -45,8 +45,8 @@ def test_a_step_and_a_pull_say_what_is_lost(start_server: "StartServer") -> None
 
 
 @pytest.mark.parametrize("further", [0, 5], ids=["behind", "ahead"])
-def test_a_model_that_another_made_anew_is_not_taken_for_the_old_one(start_server: "StartServer", further: int) -> None:
-    """Neither where its version is lower, nor where it is higher already."""
+def test_a_recreated_model_is_not_mistaken_for_the_old_one(start_server: "StartServer", further: int) -> None:
+    """The version of the new model may be lower or higher than the worker's."""
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         worker = client.create_model("digits", ONE).worker("a")
@@ -65,7 +65,7 @@ def test_a_model_that_another_made_anew_is_not_taken_for_the_old_one(start_serve
         worker.close()
 
 
-def test_a_worker_that_waits_in_a_round_learns_of_it(start_server: "StartServer", eventually: "Eventually") -> None:
+def test_a_worker_waiting_in_a_round_learns_of_the_loss(start_server: "StartServer", eventually: "Eventually") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
         model = client.create_model("digits", ONE, policy=Sync(min_workers=2))
@@ -79,10 +79,10 @@ def test_a_worker_that_waits_in_a_round_learns_of_it(start_server: "StartServer"
         worker.close()
 
 
-def test_a_lost_lease_is_no_lost_state(client: deltaserve.Client) -> None:
-    """The server lives; the worker was away for longer than its lease."""
+def test_an_expired_lease_is_not_reported_as_lost_state(client: deltaserve.Client) -> None:
+    """The server kept running; only the worker paused for longer than its lease."""
     worker = client.create_model("digits", ONE).worker("a", lease_seconds=1.0)
-    worker._session._closed.put(None)  # its lease is not renewed any more, as if the process had been stopped
+    worker._session._closed.put(None)  # stops the renewals, as if the process had been stopped
     sleep(1.8)
     worker.step(ONE)
     assert worker.last_result
@@ -102,9 +102,7 @@ with deltaserve.connect(sys.argv[1], timeout_seconds=20) as client:
 """
 
 
-def test_a_training_program_ends_with_that_message_and_not_with_0(
-    start_server: "StartServer", start_program: "StartProgram"
-) -> None:
+def test_a_training_program_fails_with_that_message(start_server: "StartServer", start_program: "StartProgram") -> None:
     server = start_server()
     program = start_program(TRAIN, server.target)
     while program.line() != "20":

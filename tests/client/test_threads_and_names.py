@@ -1,4 +1,4 @@
-"""Several workers over one client, each in a thread of its own; and the names that are made up for them."""
+"""Several workers with one client, each in its own thread; and generated worker names."""
 
 import re
 import socket
@@ -36,7 +36,7 @@ def test_two_workers_in_two_threads_over_one_client(client: Client, size: int) -
     assert two == sorted(two)
 
 
-def test_four_workers_in_step_over_one_client(client: Client) -> None:
+def test_four_workers_in_one_round_with_one_client(client: Client) -> None:
     model = client.create_model("m", {"w": np.zeros(3)}, policy=Sync(min_workers=4))
 
     def work(number: int) -> list[float]:
@@ -53,7 +53,7 @@ def test_four_workers_in_step_over_one_client(client: Client) -> None:
     assert model.info().version == 25
 
 
-def test_models_are_made_and_asked_for_from_many_threads(client: Client) -> None:
+def test_models_are_created_and_read_from_many_threads(client: Client) -> None:
     def work(number: int) -> bool:
         client.create_model(f"m{number % 4}", {"w": np.ones(5)})
         return bool((client.model(f"m{number % 4}").pull_state().weights["w"] == 1).all())
@@ -70,7 +70,7 @@ hosts = st.one_of(
 
 
 @given(host=hosts)
-def test_a_name_that_is_made_up_is_valid_whatever_the_host_is_called(host: str) -> None:
+def test_a_generated_name_is_valid_for_any_host_name(host: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: host)
         names = {worker_name() for _ in range(5)}
@@ -79,7 +79,7 @@ def test_a_name_that_is_made_up_is_valid_whatever_the_host_is_called(host: str) 
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name, re.ASCII), name
 
 
-def test_the_server_takes_a_name_that_is_made_up(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_accepts_a_generated_name(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     model = client.create_model("m", {"w": np.zeros(3)})
     for host in ("", "..ü-host.local", "-" * 200, "x" * 200):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)

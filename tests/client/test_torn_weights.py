@@ -1,4 +1,4 @@
-"""Weights that arrived in part: nothing that was computed on them is pushed."""
+"""A worker never pushes a gradient computed on weights that it received only in part."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ def workers(client: Client) -> tuple[deltaserve.Worker, deltaserve.Worker]:
 
 
 def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
-    """Ctrl+C strikes while the second chunk is written."""
+    """Raises KeyboardInterrupt while the second chunk is written."""
     write = FlatVector.write
 
     def interrupted(self: FlatVector, offset: int, data: memoryview, wire: ElementType) -> None:
@@ -38,7 +38,7 @@ def interrupt_second_chunk(patch: pytest.MonkeyPatch) -> None:
 def pulled_in_part(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> deltaserve.Worker:
-    """Returns a worker that has a part of version 1, the rest being of version 0."""
+    """Returns a worker whose weights are partly of version 1 and partly of version 0."""
     a, b = workers
     a.pull()
     b.step(ONES)
@@ -49,7 +49,7 @@ def pulled_in_part(
     return a
 
 
-def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
+def test_after_an_interrupted_pull_the_next_step_refuses_and_repairs(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = pulled_in_part(workers, monkeypatch)
@@ -61,7 +61,7 @@ def test_after_a_pull_that_broke_off_the_next_step_refuses_and_mends(
     assert (a.last_result.version, a.last_result.staleness) == (2, 0)
 
 
-def test_a_gradient_of_torn_weights_is_not_taken_for_a_push_that_never_came(
+def test_a_gradient_of_torn_weights_does_not_replace_a_push_that_never_arrived(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = workers
@@ -86,7 +86,7 @@ def test_a_gradient_of_torn_weights_is_not_taken_for_a_push_that_never_came(
     assert (a.last_result.version, a.last_result.staleness) == (2, 0)
 
 
-def test_after_a_step_whose_weights_broke_off_the_same_gradient_is_found_and_another_refused(
+def test_after_interrupted_weights_the_same_gradient_is_found_and_another_refused(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, _ = workers
@@ -107,7 +107,7 @@ def test_after_a_step_whose_weights_broke_off_the_same_gradient_is_found_and_ano
         assert np.ptp(a.weights["w"]) == 0
 
 
-def test_weights_that_arrived_in_part_are_fetched_again_before_they_are_shown(
+def test_torn_weights_are_pulled_again_before_they_are_returned(
     workers: tuple[deltaserve.Worker, deltaserve.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = pulled_in_part(workers, monkeypatch)
@@ -115,10 +115,8 @@ def test_weights_that_arrived_in_part_are_fetched_again_before_they_are_shown(
     assert a.version == 1
 
 
-def test_a_push_that_is_sent_again_and_refused_leaves_the_weights_whole(
-    client: Client, start_proxy: "StartProxy"
-) -> None:
-    """Where the session stands is asked first; that is no answer with weights."""
+def test_a_refused_retry_leaves_the_weights_whole(client: Client, start_proxy: "StartProxy") -> None:
+    """The worker first asks for the status of the session, and that answer contains no weights."""
     client.create_model("m", {"w": np.zeros(SIZE)})
     proxy, bad = start_proxy(client.target), np.ones(SIZE)
     bad[-1] = np.nan

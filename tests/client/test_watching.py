@@ -1,4 +1,4 @@
-"""`Model.watch`: events as Python values, over lines that are cut and servers that stop."""
+"""`Model.watch` yields events as Python values and survives broken connections and restarts."""
 
 import signal
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_an_event_is_a_value(client: Client) -> None:
             )
 
 
-def test_a_change_is_seen_in_the_version_that_was_answered(client: Client) -> None:
+def test_a_change_is_visible_in_the_returned_version(client: Client) -> None:
     model = client.create_model("m", gradient(0))
     with model.worker() as worker, watching(model) as events:
         next(events)
@@ -78,10 +78,10 @@ def test_a_version_without_an_update_has_none(client: Client) -> None:
         assert next(events) == ModelEvent(version=1, contributions=(), hyperparameters=(), update_norm=None, missed=0)
 
 
-def test_a_line_that_is_cut_is_made_again_and_what_was_missed_is_counted(
+def test_after_a_reconnect_missed_versions_are_counted(
     client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually"
 ) -> None:
-    """Every version is seen or counted. The first event after a cut tells where the model stands, as any first one."""
+    """Every version is yielded or counted as missed. The first event after a reconnect has the current version."""
     proxy = start_proxy(server.target)
     model = client.create_model("m", gradient(0))
     with (
@@ -106,7 +106,7 @@ def test_a_line_that_is_cut_is_made_again_and_what_was_missed_is_counted(
         assert proxy.cuts == 1
 
 
-def test_a_line_that_is_cut_while_nothing_happens_yields_nothing_twice(
+def test_a_reconnect_without_new_versions_yields_nothing_twice(
     client: Client, server: LocalServer, start_proxy: "StartProxy", eventually: "Eventually"
 ) -> None:
     proxy = start_proxy(server.target)
@@ -127,7 +127,7 @@ def test_a_line_that_is_cut_while_nothing_happens_yields_nothing_twice(
 
 
 @pytest.mark.deep
-def test_a_server_that_comes_back_without_the_model_ends_it(start_server: "StartServer") -> None:
+def test_a_restart_without_the_model_ends_the_watch(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         model = client.create_model("m", gradient(0))
@@ -141,7 +141,7 @@ def test_a_server_that_comes_back_without_the_model_ends_it(start_server: "Start
 
 
 @pytest.mark.deep
-def test_a_server_that_does_not_come_back_ends_it_within_the_timeout(start_server: "StartServer") -> None:
+def test_a_server_that_stays_down_ends_the_watch_within_the_timeout(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         model = client.create_model("m", gradient(0))
@@ -156,7 +156,7 @@ def test_a_server_that_does_not_come_back_ends_it_within_the_timeout(start_serve
 
 
 @pytest.mark.deep
-def test_a_server_that_was_stopped_before_it_is_no_wait_without_end(start_server: "StartServer") -> None:
+def test_watching_a_stopped_server_times_out(start_server: "StartServer") -> None:
     server = start_server()
     with deltaserve.connect(server.target, timeout_seconds=20) as client:
         model = client.create_model("m", gradient(0))
@@ -169,7 +169,7 @@ def test_a_server_that_was_stopped_before_it_is_no_wait_without_end(start_server
         server.signal(signal.SIGCONT)
 
 
-def test_deleting_the_model_ends_it(client: Client) -> None:
+def test_deleting_the_model_ends_the_watch(client: Client) -> None:
     model = client.create_model("m", gradient(0))
     with watching(model) as events, model.worker() as worker:
         next(events)
@@ -183,7 +183,7 @@ def test_deleting_the_model_ends_it(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("own_server")
-def test_a_server_that_stops_ends_it(server: LocalServer, client: Client) -> None:
+def test_stopping_the_server_ends_the_watch(server: LocalServer, client: Client) -> None:
     model = client.create_model("m", gradient(0))
     with watching(model) as events:
         next(events)
@@ -193,7 +193,7 @@ def test_a_server_that_stops_ends_it(server: LocalServer, client: Client) -> Non
             next(events)
 
 
-def test_leaving_the_loop_frees_the_place() -> None:
+def test_leaving_the_loop_frees_the_watch_slot() -> None:
     config = ServerConfig(device="cpu", watchers=2)
     with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=20) as client:
         assert client.server_info().limits.watchers == 2
@@ -211,7 +211,7 @@ def test_leaving_the_loop_frees_the_place() -> None:
             next(events)
             next(others)
             client._connection.timeout_seconds = 0.5
-            while True:  # a busy machine may first not answer in time
+            while True:  # a busy machine may not answer in time at first
                 with pytest.raises(deltaserve.UnavailableError) as caught:
                     next(model.watch())
                 if caught.value.reason:
@@ -220,7 +220,7 @@ def test_leaving_the_loop_frees_the_place() -> None:
             assert caught.value.reason == "WATCHER_LIMIT"
 
 
-def test_a_watch_that_was_never_begun_asks_for_nothing(client: Client) -> None:
+def test_a_watch_makes_its_first_call_with_next(client: Client) -> None:
     model = client.create_model("m", gradient(0))
     model.delete()
     events = model.watch()

@@ -1,4 +1,4 @@
-"""Elements of 16 bits on the wire: the conversion is torch's, and a push is that of the rounded gradient."""
+"""16-bit elements on the wire: they are rounded as in torch, and a push applies the rounded gradient."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def widened(name: WireType, values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def check_narrow(name: WireType, values: NDArray[np.float32]) -> None:
-    """Holds the conversion to torch's; a NaN has to stay one, whichever."""
+    """Compares the conversion with torch; a NaN must stay a NaN, with any payload."""
     torch = pytest.importorskip("torch")
     expected = torch.from_numpy(values.copy()).to(getattr(torch, name)).view(torch.uint16).numpy()
     got = narrowed(name, values).view(np.uint16)
@@ -89,8 +89,8 @@ def test_all_values_are_widened_exactly_and_rounded_back(name: WireType) -> None
 
 
 @every_half
-def test_who_has_numpy_raise_everything_can_still_push(name: WireType, client: Client) -> None:
-    """Rounding to 16 bits underflows and is inexact; that is no error."""
+def test_a_push_works_when_numpy_raises_on_every_float_error(name: WireType, client: Client) -> None:
+    """Rounding to 16 bits underflows and is inexact, which must not raise an error."""
     model = client.create_model("m", {"w": np.zeros(EDGES.size)})
     values = np.full(EDGES.size, 1e-8, np.float32)
     values[::2] = 1e-42
@@ -142,7 +142,7 @@ def check_equal(left: Any, right: Any) -> None:
 
 @every_half
 @every_size
-def test_a_push_is_that_of_the_rounded_gradient_and_its_weights_come_rounded(
+def test_a_push_applies_the_rounded_gradient_and_returns_rounded_weights(
     client: Client, name: WireType, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     models = [client.create_model(key, gradients(0, shapes)) for key in ("narrow", "wide")]
@@ -165,7 +165,7 @@ def test_a_push_is_that_of_the_rounded_gradient_and_its_weights_come_rounded(
 @every_half
 @pytest.mark.parametrize("reduction", ["mean", "median"])
 @every_size
-def test_a_round_of_mixed_types_is_that_of_the_rounded_gradients(
+def test_a_round_of_mixed_types_applies_the_rounded_gradients(
     client: Client, name: WireType, reduction: Any, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +206,7 @@ def test_what_float16_cannot_hold_is_refused(client: Client, shapes: dict[str, t
 
 
 @pytest.mark.parametrize("wire", ["", "FLOAT32", "int8", None])
-def test_a_type_that_there_is_not(client: Client, wire: Any) -> None:
+def test_an_unknown_wire_type_is_refused(client: Client, wire: Any) -> None:
     model = client.create_model("m", gradients(0, SHAPES))
     with pytest.raises(ValueError, match="wire: expected one of float32, bfloat16, float16, got"):
         model.worker(wire=wire)
@@ -214,7 +214,7 @@ def test_a_type_that_there_is_not(client: Client, wire: Any) -> None:
 
 
 @every_half
-def test_shared_memory_holds_float32_all_the_same(client: Client, name: WireType) -> None:
+def test_shared_memory_always_holds_float32(client: Client, name: WireType) -> None:
     models = [client.create_model(key, gradients(0, LARGE), policy=Async()) for key in ("a", "b")]
     with models[0].worker(transport="shared", wire=name) as left, models[1].worker(transport="stream") as right:
         for number in range(1, 3):
@@ -228,7 +228,7 @@ Count = Callable[[], int]
 
 @pytest.fixture
 def counted(server: LocalServer, start_proxy: "StartProxy", monkeypatch: pytest.MonkeyPatch) -> tuple[str, Count]:
-    """A line to the server, and how many bytes have passed it, in both directions."""
+    """A proxy to the server, and the number of bytes that passed it in both directions."""
     import socket
 
     passed = [0]

@@ -1,4 +1,4 @@
-"""What a worker concludes from a server's lineages: it goes on, it is rolled back, or the model is another one."""
+"""From the lineages of a server, a worker decides to continue, to roll back, or that the model is another one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ NOTHING, NO_PUSH = NothingLost(), range(10, 10)
 ONE = {"w": np.ones(3, np.float32)}
 
 TABLE = {
-    # The worker's history, the server's, acknowledged and applied pushes.
+    # The worker's lineages, the server's, and the acknowledged and applied pushes.
     "the same lineage, further on": ({A: 7}, {A: 9}, 9, 9, NOTHING),
     "a clean restart": ({A: 7}, {A: 7, B: 7}, 9, 9, NOTHING),
     "a clean restart, and others have gone on": ({A: 7}, {A: 7, B: 20}, 9, 9, NOTHING),
@@ -49,7 +49,7 @@ def test_what_is_lost(what: str) -> None:
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
 def test_a_server_that_loses_nothing_never_rolls_a_worker_back(growth: list[int], data: st.DataObject) -> None:
-    """Whatever lineages began since the worker learned the last one."""
+    """The server may have begun any number of lineages since the worker's last one."""
     version, server = 0, dict[bytes, int]()
     for number, versions in enumerate(growth):
         version += versions
@@ -74,7 +74,7 @@ def worker(client: Client) -> Worker:
 
 @pytest.fixture
 def refusing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[rpc.PushHeader]]:
-    """Has the server refuse one push because its lineage changed, and then tell a new one; gives the headers sent."""
+    """Makes the server refuse one push with LINEAGE_CHANGED and then report a new lineage; returns the sent headers."""
 
     def arm(ancestors: dict[bytes, int], lineage: bytes, version: int, applied: int) -> list[rpc.PushHeader]:
         sent, step = list[rpc.PushHeader](), UnaryTransport.step
@@ -102,7 +102,7 @@ def test_every_push_names_the_lineage_that_its_weights_belong_to(worker: Worker)
     assert header.lineage == worker._session.opened.lineage
 
 
-def test_a_worker_goes_on_in_its_session_under_the_new_lineage(
+def test_a_worker_continues_in_its_session_under_the_new_lineage(
     worker: Worker, refusing: Callable[..., list[rpc.PushHeader]]
 ) -> None:
     session, old = worker._session, worker._session.opened.lineage
@@ -117,7 +117,7 @@ def test_a_worker_goes_on_in_its_session_under_the_new_lineage(
 def test_a_worker_learns_that_a_backup_was_restored(
     client: Client, worker: Worker, refusing: Callable[..., list[rpc.PushHeader]]
 ) -> None:
-    """Its session is in the backup too, so only the lineages tell."""
+    """The backup includes the session, so only the lineages differ."""
     refusing({worker._session.opened.lineage: 1}, B, 1, 1)
     with pytest.raises(RolledBackError) as caught:
         worker.step(ONE)
@@ -158,7 +158,7 @@ def test_a_worker_does_not_push_to_another_model_of_the_same_name(
     assert len(sent) == 1
 
 
-def test_a_server_that_contradicts_itself_is_not_asked_forever(
+def test_a_worker_stops_asking_a_contradictory_server(
     worker: Worker, refusing: Callable[..., list[rpc.PushHeader]]
 ) -> None:
     refusing({}, worker._session.opened.lineage, 3, 3)
@@ -170,7 +170,7 @@ def test_a_server_that_contradicts_itself_is_not_asked_forever(
 def test_a_session_opens_under_the_newest_lineage_that_the_server_knows(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that was restored from a backup does not know the lineages that began since."""
+    """A server restored from a backup does not know the lineages that began after it."""
     membership, tried = worker._membership, list[bytes]()
     membership._ancestors = [rpc.Ancestor(lineage=name, version=1) for name in (A, B)]
 
@@ -188,7 +188,7 @@ def test_a_session_opens_under_the_newest_lineage_that_the_server_knows(
         membership._open_session()
 
 
-def test_a_worker_without_weights_has_none_to_lose(client: Client) -> None:
+def test_a_worker_without_weights_has_nothing_to_lose(client: Client) -> None:
     model = client.create_model("m", ONE)
     with model.worker("b") as other:
         other.step(ONE)

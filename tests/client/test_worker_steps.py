@@ -1,4 +1,4 @@
-"""A worker's pulls and steps: what goes in, what comes out, in whose memory."""
+"""The inputs, results and memory of a worker's pulls and steps."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from deltaserve_server.adadelta import reference
 from deltaserve_server.adadelta.hyperparameters import Hyperparameters as Kernel
 
 SMALL, LARGE = 5, 700_000
-"""Elements of a model that travels in one message, and of one that takes a stream of three."""
+"""Sizes of a model that fits into one message, and of one that uses a stream of three."""
 
 sizes = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
 
 
 @sizes
-def test_a_step_is_adadeltas(client: Client, size: int) -> None:
+def test_a_step_is_an_adadelta_update(client: Client, size: int) -> None:
     rng = np.random.default_rng(1)
     start = rng.standard_normal(size).astype(np.float32)
     model = client.create_model("m", {"w": start}, lr=0.7, weight_decay=0.01)
@@ -43,7 +43,7 @@ def test_a_step_is_adadeltas(client: Client, size: int) -> None:
         np.broadcast_to(np.float32(1), (2, 3)),
     ],
 )  # fmt: skip
-def test_a_gradient_of_any_layout_and_real_type_is_taken(client: Client, gradient: Any) -> None:
+def test_a_gradient_of_any_layout_and_real_type_is_accepted(client: Client, gradient: Any) -> None:
     twin, model = (client.create_model(name, {"w": np.zeros((2, 3))}) for name in ("twin", "m"))
     with twin.worker() as one, model.worker() as other:
         expected = one.step({"w": np.ones((2, 3), np.float32)})
@@ -101,7 +101,7 @@ def test_a_step_has_its_own_hyperparameters(client: Client) -> None:
 
 
 @sizes
-def test_weights_are_views_of_memory_that_the_worker_keeps(client: Client, size: int) -> None:
+def test_weights_are_views_of_the_workers_memory(client: Client, size: int) -> None:
     model = client.create_model("m", {"w": np.ones(size)})
     with model.worker() as worker:
         first = worker.pull()["w"]
@@ -113,7 +113,7 @@ def test_weights_are_views_of_memory_that_the_worker_keeps(client: Client, size:
 
 
 @sizes
-def test_weights_are_written_where_the_caller_says(client: Client, size: int) -> None:
+def test_weights_are_written_to_the_out_argument(client: Client, size: int) -> None:
     model = client.create_model("m", {"w": np.ones(size)})
     mine = np.zeros(size, np.float32)
     with model.worker() as worker:
@@ -140,7 +140,7 @@ READ_ONLY.flags.writeable = False
     "out",
     [{}, {"w": np.zeros(4, np.float32)}, {"w": np.zeros(3)}, {"w": np.zeros(6, np.float32)[::2]}, {"w": READ_ONLY}],
 )
-def test_memory_that_cannot_take_the_weights_is_refused_before_the_push(client: Client, out: Any) -> None:
+def test_an_invalid_out_argument_is_refused_before_the_push(client: Client, out: Any) -> None:
     model = client.create_model("m", {"w": np.ones(3)})
     with model.worker() as worker:
         worker.pull()
@@ -151,7 +151,7 @@ def test_memory_that_cannot_take_the_weights_is_refused_before_the_push(client: 
         assert model.info().version == 0
 
 
-def test_a_worker_has_the_rank_and_the_name_it_was_given(client: Client) -> None:
+def test_a_worker_has_its_assigned_rank_and_name(client: Client) -> None:
     model = client.create_model("m", {"w": np.ones(3)})
     with model.worker("a") as a, model.worker("b") as b:
         assert [(w.name, w.rank) for w in (a, b)] == [("a", 0), ("b", 1)]
@@ -173,7 +173,7 @@ def test_a_newer_worker_of_the_same_name_takes_over(client: Client) -> None:
     assert newer.version == 1
 
 
-def test_a_worker_that_is_closed_says_so(client: Client) -> None:
+def test_a_closed_worker_raises_an_error(client: Client) -> None:
     worker = client.create_model("m", {"w": np.ones(3)}).worker("a")
     worker.close()
     worker.close()
@@ -184,7 +184,7 @@ def test_a_worker_that_is_closed_says_so(client: Client) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"), [({"name": "a b"}, "NAME_INVALID"), ({"lease_seconds": 0.1}, "POLICY_INVALID")]
 )
-def test_a_session_that_is_not_allowed_is_refused(client: Client, arguments: dict[str, Any], reason: str) -> None:
+def test_invalid_session_arguments_are_refused(client: Client, arguments: dict[str, Any], reason: str) -> None:
     model = client.create_model("m", {"w": np.ones(3)})
     with pytest.raises(deltaserve.RequestError) as caught:
         model.worker(**arguments)

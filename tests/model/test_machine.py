@@ -1,5 +1,7 @@
 """The state machine: sessions and sequence numbers."""
 
+from dataclasses import replace
+
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
@@ -33,7 +35,7 @@ class TestSequence:
         first = driver.push(session, 1)
         driver.push(session, 2)
         assert first
-        assert driver.push(session, 1) == first.as_duplicate()
+        assert driver.push(session, 1) == replace(first, duplicate=True)
         assert (driver.version, len(driver.updates)) == (2, 2)
 
     def test_beyond_the_window_a_duplicate_gets_the_current_version(self) -> None:

@@ -43,7 +43,7 @@ def take_over(simulation: Simulation) -> None:
     before = simulation.machine
     machine = simulation.machine = restored(before, simulation.now)
     assert text(machine) == text(before)
-    for session in (*before.sessions.live(), *before.sessions.history().ended):
+    for session in (*before.sessions.live(), *before.sessions.ended.values()):
         found = machine.sessions.find_any(session.id)
         assert found
         found.expires = session.expires

@@ -14,6 +14,7 @@ from deltaserve_server.model import (
     Async,
     Bounded,
     BumpVersion,
+    Combine,
     Contribution,
     Decision,
     Hyperparameters,
@@ -138,8 +139,8 @@ class NotFenced(Sessions):
 @planted("an epoch is used twice", "async")
 class EpochUsedTwice(Sessions):
     def new_epoch(self, worker: str) -> int:
-        self._epochs[worker] = min(super().new_epoch(worker), 2)
-        return self._epochs[worker]
+        self.epochs[worker] = min(super().new_epoch(worker), 2)
+        return self.epochs[worker]
 
 
 @planted("a rank is given twice", "async")
@@ -297,13 +298,14 @@ class LateJoinerJoins(Sync):
 @planted("nobody joins a round that lacks workers", "sync, min_workers")
 class NobodyJoins(Sync):
     def joins(self, model: VersionedModel, worker: str) -> bool:
-        return not model.round.pushes or self._takes_own_place(model, worker)
+        return Sync(min_workers=0).joins(model, worker)
 
 
 @planted("a successor does not take its predecessor's place", "sync")
 class PlaceNotTaken(Sync):
-    def _takes_own_place(self, model: VersionedModel, worker: str) -> bool:
-        return False
+    def joins(self, model: VersionedModel, worker: str) -> bool:
+        returns = model.sessions.named(worker) is not None
+        return not model.round.pushes or (not returns and super().joins(model, worker))
 
 
 @planted("nobody is admitted late to a round that lacks workers", "sync, min_workers")
@@ -377,26 +379,30 @@ class WeightsIgnored(Sync):
 
 @planted("a push within the bound is clipped too", "sync, robust")
 class ShortPushScaled(Sync):
-    def _clip_scale(self, norm: float) -> float:
-        return self.clip_norm / norm if self.clip_norm and norm else 1.0
+    def _factor(self, push: Push) -> float:
+        lengthened = max(1.0, self.clip_norm / push.norm) if self.clip_norm and push.norm else 1.0
+        return super()._factor(push) * lengthened
 
 
 @planted("nothing is clipped", "sync, robust")
 class NothingClipped(Sync):
-    def _clip_scale(self, norm: float) -> float:
-        return 1.0
+    def _factor(self, push: Push) -> float:
+        return super()._factor(replace(push, norm=0.0))
 
 
 @planted("weights count in the median", "sync, robust")
 class WeightedMedian(Sync):
     def _factor(self, push: Push) -> float:
-        return self._clip_scale(push.norm) * push.weight
+        return super()._factor(push) * (1.0 if self.reduction == "mean" else push.weight)
 
 
 @planted("the median drops one more", "sync, robust")
 class MedianTrimsMore(Sync):
-    def _trimmed(self, count: int) -> int:
-        return count // 2 if self.reduction == "median" else super()._trimmed(count)
+    def _close(self, model: VersionedModel, now: float) -> list[Decision]:
+        reduction, *others = super()._close(model, now)
+        if self.reduction == "median" and isinstance(reduction, Combine):
+            reduction = replace(reduction, trim=len(reduction.pushes) // 2)
+        return [reduction, *others]
 
 
 @planted("contributions are in the order of arrival", "sync")
@@ -451,8 +457,15 @@ class StalenessBoundTooSmall(Async):
 
 @planted("damping divides by the staleness alone", "any")
 class DampedTooLittle(Async):
-    def _divisor(self, staleness: int) -> int:
-        return max(1, staleness)
+    def accept(self, model: VersionedModel, pending: PendingPush, now: float) -> list[Decision]:
+        staleness, decisions = model.version - pending.base_version, super().accept(model, pending, now)
+        for decision in decisions:
+            if self.damping and staleness and isinstance(decision, Update):
+                summary = decision.summary
+                summary.hyperparameters = tuple(
+                    replace(group, lr=group.lr * (1 + staleness) / staleness) for group in summary.hyperparameters
+                )
+        return decisions
 
 
 @planted("damping is always on", "async")
@@ -504,9 +517,11 @@ class FarAheadPushes(Bounded):
 
 @planted("a duplicate is answered before its push", "bounded")
 class DuplicateAnsweredFirst(Machine):
-    def _answer_duplicate(self, session: Session, push: Push) -> list[Decision]:
-        result = session.result(push.sequence, self.version)
-        return [Answer(push.key, result)] if result else []
+    def push(self, push: Push, now: float) -> list[Decision]:
+        if push.key not in self.withheld:
+            return super().push(push, now)
+        result = self.check(push, now).result(push.sequence, self.version)
+        return [Answer(push.key, replace(result, duplicate=True))] if result else []
 
 
 @planted("a newcomer counts from zero", "bounded")
@@ -629,9 +644,14 @@ class EndedSessionUnknown(Sessions):
 
 @planted("a refused push has its number", "async")
 class RefusalTakesNumber(Machine):
-    def _check_new(self, session: Session, push: Push) -> None:
-        session.last_accepted += 1
-        super()._check_new(session, push)
+    def check(self, push: Push, now: float) -> Session:
+        try:
+            return super().check(push, now)
+        except Refused:
+            session = self.sessions.find(push.session_id)
+            if session and push.sequence == session.last_accepted + 1:
+                session.last_accepted += 1
+            raise
 
 
 @planted("a refused push leaves its hyperparameters", "sync")

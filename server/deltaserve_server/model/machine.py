@@ -1,6 +1,7 @@
 """The state machine of one model: events go in, decisions come out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deltaserve_server.adadelta import Hyperparameters
 from deltaserve_server.model.decision import Answer, Decision
@@ -64,7 +65,7 @@ class Machine(VersionedModel):
             worker: The worker's name.
             session_id: A new id, 16 bytes.
             lease_seconds: How long the session outlives its last call.
-            now: The time.
+            now: The time, in seconds of a monotonic clock.
             tensor_count: How many tensors of the layout the worker knows; None means all.
             group_count: How many parameter groups the worker knows; None means all.
 
@@ -144,17 +145,15 @@ class Machine(VersionedModel):
         """
         session = self.sessions.ended_with(push) or self.keep_session(push.session_id, push.epoch, now)
         # A duplicate passes in any state: it was judged when it was new, and the worker needs its result.
-        if not session.known(push):
-            self._check_new(session, push)
-        return session
-
-    def _check_new(self, session: Session, push: Push) -> None:
+        if session.known(push):
+            return session
         base = self._base_version(push)
         if base > self.version:
             raise Refused("PUSH_INVALID", field="base_version", allowed=f"at most {self.version}, the current version")
         if push.hyperparameters is not None and len(push.hyperparameters) != session.group_count:
             raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{session.group_count} groups")
         self.policy.check(self, session, push, base)
+        return session
 
     def push(self, push: Push, now: float) -> list[Decision]:
         """Accepts a push whose values have arrived. Its Answer is among the decisions of this event or of a later one.
@@ -165,29 +164,27 @@ class Machine(VersionedModel):
         # The check is made again, because much can happen while the values of a large push arrive.
         session = self.check(push, now)
         if session.known(push):
-            return self._answer_duplicate(session, push)
+            # A duplicate of a push that is still to be answered gets the same answer, later.
+            result = None if push.key in self.withheld else session.result(push.sequence, self.version)
+            return [Answer(push.key, replace(result, duplicate=True))] if result else []
         # Before the policy acts, because it may apply the push at once.
         session.accept(push.sequence, push.fingerprint)
         pending = PendingPush(session, push, self._base_version(push))
         decisions = self.policy.accept(self, pending, now)
         return [*decisions, *self._advance(now)]
 
-    def _answer_duplicate(self, session: Session, push: Push) -> list[Decision]:
-        """Answers a push that was accepted before; not yet, where the first one is still to be answered."""
-        if push.key in self.withheld:
-            return []
-        result = session.result(push.sequence, self.version)
-        return [Answer(push.key, result)] if result else []
-
     def push_status(self, session_id: bytes, sequence: int) -> PushStatus:
-        """Returns what became of a push.
+        """Returns what became of a push of a session that is live, or that the history still has.
 
         Raises:
             Refused: SESSION_UNKNOWN, or PUSH_INVALID for a sequence number below 1.
         """
         if sequence < 1:
             raise Refused("PUSH_INVALID", field="sequence", allowed=">= 1")
-        return self.sessions.push_status(session_id, sequence, self.version)
+        session = self.sessions.find_any(session_id)
+        if session is None:
+            raise Refused("SESSION_UNKNOWN")
+        return session.status(sequence, self.version, live=self.sessions.find(session_id) is not None)
 
     def _base_version(self, push: Push) -> int:
         return self.version if push.base_version is None else push.base_version
@@ -232,11 +229,6 @@ class Machine(VersionedModel):
         The change counts from the next update on. It waits for the update after that where a part of the open round is
         reduced and the new policy would reduce the rest in another way.
 
-        Args:
-            groups: Hyperparameters, as many as there are groups.
-            policy: The policy.
-            now: The time.
-
         Returns:
             The first version that is made with the change in place, and the decisions.
         """
@@ -244,7 +236,7 @@ class Machine(VersionedModel):
             self.next_settings = groups, policy
             return self.version + 2, []
         self.next_settings = None
-        first_version = self.version + 1
+        first_version = self.version + 1  # `_reconfigure` may make a version
         return first_version, self._reconfigure(groups, policy, now)
 
     def _reconfigure(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> list[Decision]:
@@ -293,14 +285,7 @@ class Machine(VersionedModel):
     def replay_update(
         self, summary: UpdateSummary, absent: frozenset[int], sources: Sequence[tuple[bytes, int | None]], now: float
     ) -> None:
-        """Repeats an update that the journal holds.
-
-        Args:
-            summary: The update.
-            absent: Tensors that it left as they were.
-            sources: Session id and fingerprint of each of its pushes, in the order of `summary.contributions`.
-            now: The time.
-        """
+        """Repeats an update that the journal holds; see `Update` for `absent` and `sources`."""
         self.count_update(summary.version, absent)
         sessions = []
         for contribution, (session_id, fingerprint) in zip(summary.contributions, sources, strict=True):

@@ -1,6 +1,6 @@
 """A push as the state machine sees it: everything but its values."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from deltaserve_server.adadelta import Hyperparameters
@@ -94,10 +94,6 @@ class PushResult:
     duplicate: bool = False
     contribution: Contribution | None = None
     summary: UpdateSummary | None = None
-
-    def as_duplicate(self) -> "PushResult":
-        """Returns the answer to a push that arrives again."""
-        return replace(self, duplicate=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,12 @@ class Round:
         """
         if base_version < self.opened:
             raise Refused("ROUND_CLOSED", base=base_version, current=self.opened)
-        conflict = _conflict(self.hyperparameters or (), push.hyperparameters or ())
-        if conflict:
-            raise Refused("HYPERPARAMETER_CONFLICT", None, **conflict)
+        # Only the groups that both pushes know can conflict.
+        both = zip(self.hyperparameters or (), push.hyperparameters or (), strict=False)
+        for group, (in_round, got) in enumerate(both):
+            if difference := first_difference(in_round, got):
+                name, expected, value = difference
+                raise Refused("HYPERPARAMETER_CONFLICT", field=f"groups[{group}].{name}", round=expected, got=value)
 
     def add(self, pending: PendingPush, now: float) -> None:
         """Adds a push."""
@@ -93,13 +96,3 @@ class Round:
     def in_order(self) -> list[PendingPush]:
         """Returns the pushes in the order of worker names."""
         return [self.pushes[name] for name in sorted(self.pushes)]
-
-
-def _conflict(ours: tuple[Hyperparameters, ...], theirs: tuple[Hyperparameters, ...]) -> dict[str, object]:
-    """Returns the first hyperparameter in which two pushes differ, among the groups that both know."""
-    for group, (left, right) in enumerate(zip(ours, theirs, strict=False)):
-        difference = first_difference(left, right)
-        if difference:
-            name, in_round, got = difference
-            return {"field": f"groups[{group}].{name}", "round": in_round, "got": got}
-    return {}

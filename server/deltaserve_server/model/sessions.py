@@ -127,24 +127,16 @@ class Session:
         self.renew(now)
 
     def status(self, sequence: int, version: int, live: bool) -> PushStatus:
-        """Returns what became of a push.
-
-        Args:
-            sequence: Its number, from 1.
-            version: The model's version.
-            live: Whether the session has not ended.
-        """
+        """Returns what became of a push; `live` says whether the session has not ended."""
         if sequence > self.last_accepted:
             return PushStatus("not accepted", final=not live)
-        if sequence > self.last_applied:
-            return PushStatus("waiting", final=False)
-        return PushStatus("applied", final=True, result=self._first_result(sequence, version))
+        result = self.result(sequence, version)
+        return PushStatus("applied", final=True, result=result) if result else PushStatus("waiting", final=False)
 
     def result(self, sequence: int, version: int) -> PushResult | None:
-        """Returns the answer to a duplicate of an accepted push; None while that push waits for its round."""
-        return None if sequence > self.last_applied else self._first_result(sequence, version).as_duplicate()
-
-    def _first_result(self, sequence: int, version: int) -> PushResult:
+        """Returns the result of an accepted push; None while it waits for its round."""
+        if sequence > self.last_applied:
+            return None
         record = self._in_window(sequence)
         return record.result if record and record.result else PushResult(version=version)
 
@@ -153,34 +145,24 @@ class Session:
         return self.window.get(sequence) if sequence > self.last_accepted - WINDOW else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SessionHistory:
-    """What a model keeps of sessions that are not live any more.
-
-    Attributes:
-        epochs: By worker name: the last epoch.
-        fenced: By session id: the worker whose newer session fenced it.
-        ended: Ended sessions, the newest last.
-    """
-
-    epochs: tuple[tuple[str, int], ...]
-    fenced: tuple[tuple[bytes, str], ...]
-    ended: tuple[Session, ...]
-
-
 class Sessions:
     """The live sessions of one model, at most one for a worker name, and a bounded history of the ended ones.
 
     Ended sessions are kept because a worker may come back after its lease with a push whose answer it never got: the
     history still knows whether that push counted.
+
+    Attributes:
+        epochs: By worker name: the last epoch.
+        fenced: By session id: the worker whose newer session fenced it.
+        ended: Ended sessions by id, the newest last.
     """
 
     def __init__(self) -> None:
         self._by_id: dict[bytes, Session] = {}
         self._by_name: dict[str, Session] = {}
-        self._epochs: OrderedDict[str, int] = OrderedDict()
-        self._fenced: OrderedDict[bytes, str] = OrderedDict()
-        self._ended: OrderedDict[bytes, Session] = OrderedDict()
+        self.epochs: OrderedDict[str, int] = OrderedDict()
+        self.fenced: OrderedDict[bytes, str] = OrderedDict()
+        self.ended: OrderedDict[bytes, Session] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -221,14 +203,14 @@ class Sessions:
         worker = self._fenced_worker(session_id)
         if worker is None:
             raise Refused("SESSION_UNKNOWN")
-        raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self._epochs.get(worker, 0))
+        raise Refused("SESSION_FENCED", worker=worker, epoch=epoch, current=self.epochs.get(worker, 0))
 
     # --- opening and ending
 
     def new_epoch(self, worker: str) -> int:
         """Returns an epoch for a new session: one more than the name's last."""
-        epoch = self._epochs.pop(worker, 0) + 1  # popped, so that the limit drops the names unused for longest
-        _keep(self._epochs, worker, epoch, _MAX_NAMES)
+        epoch = self.epochs.pop(worker, 0) + 1  # popped, so that the limit drops the names unused for longest
+        _keep(self.epochs, worker, epoch, _MAX_NAMES)
         return epoch
 
     def free_rank(self) -> int:
@@ -241,13 +223,13 @@ class Sessions:
         older = self._by_name.get(session.worker)
         if older:
             self.remove(older)
-            _keep(self._fenced, older.id, older.worker, _MAX_NAMES)
+            _keep(self.fenced, older.id, older.worker, _MAX_NAMES)
         self._by_id[session.id] = self._by_name[session.worker] = session
 
     def remove(self, session: Session) -> None:
         """Ends a live session."""
         del self._by_id[session.id], self._by_name[session.worker]
-        _keep(self._ended, session.id, session, _MAX_ENDED)
+        _keep(self.ended, session.id, session, _MAX_ENDED)
 
     def end(self, ids: Iterable[bytes]) -> None:
         """Ends the sessions that are live among these."""
@@ -260,54 +242,29 @@ class Sessions:
 
     def find_any(self, session_id: bytes) -> Session | None:
         """Returns a session that is live, or that the history still has."""
-        return self._by_id.get(session_id) or self._ended.get(session_id)
+        return self._by_id.get(session_id) or self.ended.get(session_id)
 
     def ended_with(self, push: Push) -> Session | None:
         """Returns the ended session that had accepted a push; None if there is none, or if it was fenced."""
-        session = self._ended.get(push.session_id)
+        session = self.ended.get(push.session_id)
         # A fenced worker must learn that it was fenced, not go on with duplicates.
         if session is None or session.epoch != push.epoch or self._fenced_worker(session.id):
             return None
         return session if 1 <= push.sequence <= session.last_accepted else None
 
-    def push_status(self, session_id: bytes, sequence: int, version: int) -> PushStatus:
-        """Returns what became of a push of a session that is live, or that the history still has.
-
-        Raises:
-            Refused: SESSION_UNKNOWN.
-        """
-        session = self.find_any(session_id)
-        if session is None:
-            raise Refused("SESSION_UNKNOWN")
-        return session.status(sequence, version, live=session_id in self._by_id)
-
     def _fenced_worker(self, session_id: bytes) -> str | None:
         """Returns the worker of a session that a newer one of the same name fenced, before or after it ended."""
         # The epoch tells it even where the session ended first, and was never replaced as a live one.
-        ended = self._ended.get(session_id)
-        if ended and self._epochs.get(ended.worker, 0) > ended.epoch:
+        ended = self.ended.get(session_id)
+        if ended and self.epochs.get(ended.worker, 0) > ended.epoch:
             return ended.worker
-        return self._fenced.get(session_id)
-
-    # --- snapshots and recovery
-
-    def history(self) -> SessionHistory:
-        """Returns what a snapshot holds beside the live sessions."""
-        return SessionHistory(
-            epochs=tuple(self._epochs.items()), fenced=tuple(self._fenced.items()), ended=tuple(self._ended.values())
-        )
-
-    def restore_history(self, history: SessionHistory) -> None:
-        """Restores the history of a snapshot. Comes before the first `restore`."""
-        self._epochs = OrderedDict(history.epochs)
-        self._fenced = OrderedDict(history.fenced)
-        self._ended = OrderedDict((session.id, session) for session in history.ended)
+        return self.fenced.get(session_id)
 
     def restore(self, session: Session) -> None:
         """Adds a session that opened before a restart, and its epoch."""
         self.add(session)
-        _keep(self._epochs, session.worker, session.epoch, _MAX_NAMES)
-        self._epochs.move_to_end(session.worker)
+        _keep(self.epochs, session.worker, session.epoch, _MAX_NAMES)
+        self.epochs.move_to_end(session.worker)
 
 
 def _keep(table: OrderedDict[_K, _V], key: _K, value: _V, limit: int) -> None:

@@ -4,7 +4,8 @@ Pushes that wait for a round are left out: nobody was told that they count, so t
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,7 +14,7 @@ from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
 from deltaserve_server.model.policies import Async, Bounded, Policy, Sync
 from deltaserve_server.model.push import PushResult, UpdateSummary
-from deltaserve_server.model.sessions import Record, Session, SessionHistory
+from deltaserve_server.model.sessions import Record, Session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +141,10 @@ class MachineState:
     @classmethod
     def of(cls, machine: Machine) -> Self:
         """Returns the state of a machine."""
-        live, history = machine.sessions.live(), machine.sessions.history()
+        live, ended = machine.sessions.live(), machine.sessions.ended.values()
+        records = [record for session in [*live, *ended] for record in session.window.values()]
+        summaries = [record.result.summary for record in records if record.result and record.result.summary]
+        updates = {summary.version: summary for summary in summaries}
         return cls(
             name=machine.name,
             tensors=machine.layout.tensors,
@@ -152,10 +156,11 @@ class MachineState:
             earlier_sizes=tuple(sorted(machine.earlier_sizes)),
             opened=machine.round.opened,
             sessions=tuple(map(SessionState.of, live)),
-            ended=tuple(map(SessionState.of, history.ended)),
-            epochs=history.epochs,
-            fenced=history.fenced,
-            updates=_updates_of([*live, *history.ended]),
+            ended=tuple(map(SessionState.of, ended)),
+            epochs=tuple(machine.sessions.epochs.items()),
+            fenced=tuple(machine.sessions.fenced.items()),
+            # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
+            updates=tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values()),
         )
 
     def machine(self, now: float) -> Machine:
@@ -169,16 +174,9 @@ class MachineState:
         machine.earlier_sizes = set(self.earlier_sizes)
         machine.round.opened = self.opened
         updates = {update.version: update for update in self.updates}
-        ended = tuple(session.session(updates, now) for session in self.ended)
-        machine.sessions.restore_history(SessionHistory(epochs=self.epochs, fenced=self.fenced, ended=ended))
+        machine.sessions.epochs = OrderedDict(self.epochs)
+        machine.sessions.fenced = OrderedDict(self.fenced)
+        machine.sessions.ended = OrderedDict((session.id, session.session(updates, now)) for session in self.ended)
         for session in self.sessions:
             machine.sessions.add(session.session(updates, now))
         return machine
-
-
-def _updates_of(sessions: Iterable[Session]) -> tuple[UpdateSummary, ...]:
-    """Returns the updates in the windows of sessions, each once."""
-    results = [record.result for session in sessions for record in session.window.values()]
-    updates = {result.summary.version: result.summary for result in results if result and result.summary}
-    # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
-    return tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values())

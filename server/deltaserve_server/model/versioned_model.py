@@ -46,16 +46,7 @@ class VersionedModel:
     def update(
         self, pushes: Sequence[PendingPush], hyperparameters: tuple[Hyperparameters, ...], now: float
     ) -> tuple[Update, list[Answer]]:
-        """Makes the next version of pushes whose reduction is decided.
-
-        Args:
-            pushes: In the order of worker names.
-            hyperparameters: What the update uses, by group.
-            now: The time.
-
-        Returns:
-            The update, and the answers of its pushes in their order.
-        """
+        """Makes the next version of pushes, which are in the order of worker names, and returns their answers too."""
         # A tensor without any gradient is left alone: a gradient of zeros would let its optimizer state decay.
         absent = frozenset.intersection(*(pending.absent(len(self.layout.tensors)) for pending in pushes))
         contributions = tuple(pending.contribution(self.version) for pending in pushes)
@@ -87,11 +78,7 @@ class VersionedModel:
         return Refuse(pending.push.key, refusal)
 
     def open_round(self, opened: int) -> None:
-        """Opens an empty round, of which every live session is a member.
-
-        Args:
-            opened: The oldest base version that it takes.
-        """
+        """Opens an empty round of all live sessions; `opened` is the oldest base version that it takes."""
         self.round = Round(opened=opened)
         for session in self.sessions.live():
             session.member = True

@@ -35,10 +35,7 @@ class Async(UpdatePolicy):
         groups = model.hyperparameters(pending.push.hyperparameters)
         if self.damping:
             # The base decides, not the time: a push on the current weights is never damped.
-            divisor = self._divisor(model.version - pending.base_version)
+            divisor = 1 + model.version - pending.base_version
             groups = tuple(replace(group, lr=group.lr / divisor) for group in groups)
         update, answers = model.update([pending], groups, now)
         return [Fold(pending.push.key, pending.push.weight), update, *answers]
-
-    def _divisor(self, staleness: int) -> int:
-        return 1 + staleness

@@ -48,16 +48,12 @@ class Sync(UpdatePolicy):
         exceptions. A worker that reconnects before its push takes its own place. And a round with fewer than
         `min_workers` members needs the newcomer.
         """
-        pushed = model.round.pushes
-        if not pushed or self._takes_own_place(model, worker):
+        pushed, former = model.round.pushes, model.sessions.named(worker)
+        if not pushed or (former and former.member and worker not in pushed):
             return True
         others = {session.worker for session in model.sessions.live() if session.member} - {worker}
         # A name has one push in a round: a worker whose former session has pushed joins the next round.
         return worker not in pushed and len(others | pushed.keys()) < self.min_workers
-
-    def _takes_own_place(self, model: VersionedModel, worker: str) -> bool:
-        former = model.sessions.named(worker)
-        return former is not None and former.member and worker not in model.round.pushes
 
     def _admit_late(self, model: VersionedModel) -> list[Decision]:
         """Admits the sessions that wait for the next round, because without them this one would never close.
@@ -121,8 +117,12 @@ class Sync(UpdatePolicy):
     def _close(self, model: VersionedModel, now: float) -> list[Decision]:
         """Makes the update of the open round, and opens the next."""
         pushes = model.round.in_order()
-        # A robust reduction needs all values of an element at once, a mean only their sum.
-        reduction = self._fold(model, ()) if self.reduction == "mean" else self._combine(pushes)
+        if self.reduction == "mean":
+            reduction = self._fold(model, ())
+        else:
+            # A robust reduction needs all values of an element at once. A median keeps the one or two in the middle.
+            trim = (len(pushes) - 1) // 2 if self.reduction == "median" else self.trim
+            reduction = [Combine(tuple((pending.push.key, self._factor(pending.push)) for pending in pushes), trim)]
         update, answers = model.update(pushes, model.hyperparameters(model.round.hyperparameters), now)
         model.open_round(model.version)
         return [*reduction, update, *answers]
@@ -154,25 +154,15 @@ class Sync(UpdatePolicy):
         model.round.folded += len(ready)
         return [Fold(pending.push.key, self._factor(pending.push)) for pending in ready]
 
-    def _combine(self, pushes: Collection[PendingPush]) -> list[Decision]:
-        factors = tuple((pending.push.key, self._factor(pending.push)) for pending in pushes)
-        return [Combine(factors, self._trimmed(len(pushes)))]
-
     def _factor(self, push: Push) -> float:
         """Returns what the values of a push are multiplied by: its weight, after clipping.
 
         Robust reductions ignore weights: a single liar could claim any weight for itself.
         """
-        scale = self._clip_scale(push.norm)
-        factor = scale * push.weight if self.reduction == "mean" else scale
+        factor = push.weight if self.reduction == "mean" else 1.0
+        if self.clip_norm is not None and push.norm > self.clip_norm:
+            factor *= self.clip_norm / push.norm
         return max(factor, sys.float_info.min)  # a tiny clip_norm may round to 0, and a factor must be positive
-
-    def _clip_scale(self, norm: float) -> float:
-        return self.clip_norm / norm if self.clip_norm is not None and norm > self.clip_norm else 1.0
-
-    def _trimmed(self, count: int) -> int:
-        """Returns how many of `count` values are dropped at either end. A median keeps one or two."""
-        return (count - 1) // 2 if self.reduction == "median" else self.trim
 
     # --- changes and recovery
 

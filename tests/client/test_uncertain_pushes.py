@@ -1,4 +1,4 @@
-"""A push of which nothing is known: what the next step does, whatever ended the first."""
+"""The next step after a push whose outcome is unknown."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ def model(client: Client) -> deltaserve.Model:
     return client.create_model("m", {"w": np.zeros(3)}, policy=Sync(min_workers=2))
 
 
-def test_with_the_same_gradient_it_is_found_again(model: deltaserve.Model, give_up: "GiveUp") -> None:
+def test_a_step_with_the_same_gradient_finds_the_push(model: deltaserve.Model, give_up: "GiveUp") -> None:
     a = model.worker("a")
     give_up(a, ONE)
     with a, model.worker("b") as b:
@@ -34,16 +34,14 @@ def test_with_the_same_gradient_it_is_found_again(model: deltaserve.Model, give_
         assert model.info().version == 1
 
 
-def test_with_another_gradient_the_first_counts_and_so_does_the_second(
-    client: Client, model: deltaserve.Model, give_up: "GiveUp"
-) -> None:
+def test_with_another_gradient_both_pushes_count(client: Client, model: deltaserve.Model, give_up: "GiveUp") -> None:
     a = model.worker("a")
     give_up(a, ONE)
     with a, model.worker("b") as b, ThreadPoolExecutor(1) as pool:
         b.step(ONE)
         with pytest.raises(deltaserve.ConflictError) as stale:
             a.step(TWO)
-        assert stale.value.reason == "ROUND_CLOSED"  # it was computed on the weights before the first
+        assert stale.value.reason == "ROUND_CLOSED"  # it was computed on the weights before the first push
         assert a.version == 1
         other = pool.submit(b.step, TWO)
         a.step(TWO)
@@ -57,8 +55,8 @@ def test_with_another_gradient_the_first_counts_and_so_does_the_second(
         np.testing.assert_array_equal(worker.step(TWO)["w"], a.weights["w"])
 
 
-def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(model: deltaserve.Model, give_up: "GiveUp") -> None:
-    """The first waits in a round; the second is refused for its hyperparameters; the third finds the first."""
+def test_a_refused_second_push_leaves_the_first_uncertain(model: deltaserve.Model, give_up: "GiveUp") -> None:
+    """The first push waits in a round, the second has invalid hyperparameters, and the third finds the first."""
     a = model.worker("a")
     give_up(a, ONE)
     with a, model.worker("b") as b:
@@ -76,14 +74,14 @@ def test_a_second_attempt_that_is_refused_says_nothing_of_the_first(model: delta
 
 
 @pytest.mark.usefixtures("own_server")
-def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
+def test_a_worker_continues_after_a_lost_answer_and_a_refusal(
     server: LocalServer,
     client: Client,
     start_proxy: "StartProxy",
     eventually: "Eventually",
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The push is applied, its answer lost, and every further attempt meets a server that drains."""
+    """The server applies the push, its answer is lost, and then the server drains and refuses every retry."""
     proxy = start_proxy(server.target)
     model = client.create_model("m", {"w": np.zeros(3)})
     with deltaserve.connect(proxy.target, timeout_seconds=2.0) as far, ThreadPoolExecutor(1) as pool:
@@ -95,11 +93,11 @@ def test_a_refusal_after_an_answer_was_lost_leaves_the_worker_able_to_go_on(
         server._catalog.quotas.draining = True
         refuse, refused = server._catalog.quotas.check_open, threading.Event()
 
-        def told() -> None:
+        def record_refusal() -> None:
             refused.set()
             refuse()
 
-        monkeypatch.setattr(server._catalog.quotas, "check_open", told)
+        monkeypatch.setattr(server._catalog.quotas, "check_open", record_refusal)
         proxy.cut()
         with pytest.raises(deltaserve.UnavailableError):
             step.result()
@@ -121,10 +119,10 @@ def test_a_refused_push_leaves_its_number_free(client: Client) -> None:
         assert (worker.last_result.version, worker.last_result.duplicate) == (1, False)
 
 
-def test_an_interrupt_between_answer_and_bookkeeping_leaves_the_worker_able_to_go_on(
+def test_a_worker_continues_after_an_interrupt_before_the_answer_is_recorded(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl+C may strike after the server has answered and before the worker has counted the push."""
+    """SIGINT may arrive after the answer of the server and before the worker records it."""
     with client.create_model("m", {"w": np.zeros(3)}).worker() as worker:
         worker.pull()
         with monkeypatch.context() as patch:

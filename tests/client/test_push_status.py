@@ -1,4 +1,4 @@
-"""What became of a push: asked by the worker itself, after an answer was lost, a session ended, or a timeout."""
+"""Worker.get_push reports the status of a push after a lost answer, a timeout, or the end of the session."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 every_way = pytest.mark.parametrize(
     ("size", "transport"), [(5, "auto"), (700_000, "stream"), (700_000, "shared")], ids=["unary", "stream", "shared"]
 )
-"""Elements of a model that travels in one message, and of one that takes a stream or shared memory."""
+"""Sizes of a model that fits into one message, and of one that uses a stream or shared memory."""
 
 
 def gradient(value: float, size: int = 3) -> dict[str, Any]:
     return {"w": np.full(size, value, np.float32)}
 
 
-def fate(worker: Worker, sequence: int | None = None) -> tuple[str, bool]:
+def status(worker: Worker, sequence: int | None = None) -> tuple[str, bool]:
     status = worker.get_push(sequence)
     assert (status.result is not None) == (status.state == "applied")
     return status.state, status.final
 
 
 def known(worker: Worker) -> bool:
-    """Whether the worker knows what became of its last push."""
+    """Returns whether the worker knows the status of its last push."""
     return worker.last_result is not None
 
 
@@ -47,12 +47,12 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def test_before_the_first_push_there_is_nothing_to_ask_for(client: Client) -> None:
+def test_get_push_needs_a_first_push(client: Client) -> None:
     with client.create_model("m", gradient(0)).worker() as worker:
         worker.pull()
         with pytest.raises(ValueError, match="there is no push yet"):
             worker.get_push()
-        assert fate(worker, 1) == ("not accepted", False)
+        assert status(worker, 1) == ("not accepted", False)
         for sequence in (0, -1):
             with pytest.raises(ValueError, match=f"sequence: expected 1 or more, got {sequence}"):
                 worker.get_push(sequence)
@@ -70,7 +70,7 @@ def test_each_of_the_last_pushes_has_its_first_result(client: Client) -> None:
         lost = worker.get_push(3).result
         assert lost is not None
         assert (lost.version, lost.staleness, lost.gradient_norm, lost.update_norm) == (11, None, None, None)
-        assert fate(worker, 12) == ("not accepted", False)
+        assert status(worker, 12) == ("not accepted", False)
 
 
 def test_a_refused_push_was_not_accepted(client: Client) -> None:
@@ -78,12 +78,12 @@ def test_a_refused_push_was_not_accepted(client: Client) -> None:
         worker.step(gradient(1))
         with pytest.raises(deltaserve.RequestError):
             worker.step(gradient(float("nan")))
-        assert fate(worker) == ("not accepted", False)
-        assert fate(worker, 1) == ("applied", True)
+        assert status(worker) == ("not accepted", False)
+        assert status(worker, 1) == ("applied", True)
 
 
 @every_way
-def test_after_a_lost_answer_the_truth_is_to_be_had(
+def test_get_push_tells_the_outcome_after_a_lost_answer(
     client: Client,
     proxy: "Proxy",
     size: int,
@@ -92,7 +92,7 @@ def test_after_a_lost_answer_the_truth_is_to_be_had(
     time_is_up: Callable[[], None],
     threads: ThreadPoolExecutor,
 ) -> None:
-    """The push is applied, its answer cut, and the client gives up before it has tried again."""
+    """The server applies the push, its answer is lost, and the client times out before it retries."""
     model = client.create_model("m", gradient(0, size))
     with deltaserve.connect(proxy.target, timeout_seconds=20) as far:
         worker = far.model("m").worker("a", transport=transport)
@@ -128,52 +128,52 @@ def test_an_upload_that_never_arrived_is_not_accepted(client: Client, proxy: "Pr
             worker.step(gradient(1))
         proxy.refusing = False
         far._connection.timeout_seconds = 20.0
-        assert fate(worker) == ("not accepted", False)
+        assert status(worker) == ("not accepted", False)
         worker.step(gradient(1))
         assert model.info().version == 1
 
 
 @pytest.fixture
 def a(client: Client, give_up: "GiveUp") -> Iterator[Worker]:
-    """A worker of model "m" that did not wait for its round."""
+    """A worker of model "m" whose step timed out while its push waits for the round."""
     with client.create_model("m", gradient(0), policy=Sync(min_workers=2)).worker("a") as worker:
         give_up(worker, gradient(1))
         yield worker
 
 
 @pytest.mark.parametrize("ends", ["stays", "closed", "fenced"])
-def test_a_push_that_waits_is_told_as_such_until_its_round_closes(client: Client, a: Worker, ends: str) -> None:
+def test_a_push_is_waiting_until_its_round_closes(client: Client, a: Worker, ends: str) -> None:
     model = client.model("m")
     with model.worker("b") as b:
-        assert fate(a) == ("waiting", False)
+        assert status(a) == ("waiting", False)
         if ends == "closed":
             a.close()
         elif ends == "fenced":
             newer = model.worker("a")
             assert newer.version == 1
-        assert fate(a) == ("waiting", False)
+        assert status(a) == ("waiting", False)
         b.step(gradient(3))
-        assert fate(a) == ("applied", True)
+        assert status(a) == ("applied", True)
         result = a.get_push().result
         assert result is not None
         assert b.last_result is not None
         assert (result.version, result.contributors) == (1, 2)
         assert result.update_norm == b.last_result.update_norm
         assert result.gradient_norm == pytest.approx(3**0.5)
-        assert fate(a, 2) == ("not accepted", ends != "stays")
+        assert status(a, 2) == ("not accepted", ends != "stays")
 
 
-def test_going_on_with_another_gradient_tells_what_became_of_the_first(
+def test_get_push_finds_both_pushes_after_a_change_of_gradient(
     client: Client, a: Worker, threads: ThreadPoolExecutor, eventually: "Eventually"
 ) -> None:
-    """The first waits in its round; the second is of the next one, whenever the first round closes."""
+    """The first push waits in its round. The second belongs to the next round, whenever the first one closes."""
     model = client.model("m")
     with model.worker("b") as b:
         b.pull()
         ask, closed = a._membership.find_push, list[object]()
 
         def ask_and_close(number: int) -> Any:
-            """The round closes at the worst moment: between two questions of the worker."""
+            """Closes the round between two calls of the worker, which is the worst moment."""
             answer = ask(number)
             if not closed:
                 closed.append(b.step(gradient(3)))
@@ -191,7 +191,7 @@ def test_going_on_with_another_gradient_tells_what_became_of_the_first(
 
 
 @pytest.mark.parametrize("ends", ["closed", "fenced"])
-def test_the_note_of_a_session_error_says_what_became_of_the_last_push(client: Client, ends: str) -> None:
+def test_the_note_of_a_session_error_has_the_status_of_the_last_push(client: Client, ends: str) -> None:
     model = client.create_model("m", gradient(0))
     worker = model.worker("a")
     worker.step(gradient(1))
@@ -205,8 +205,8 @@ def test_the_note_of_a_session_error_says_what_became_of_the_last_push(client: C
             worker.step(gradient(2))
         assert caught.value.reason == ("SESSION_UNKNOWN" if ends == "closed" else "SESSION_FENCED")
         assert caught.value.__notes__ == ["Its last push, number 2: not accepted."]
-    assert fate(worker, 1) == ("applied", True)
-    assert fate(worker, 2) == ("not accepted", True)
+    assert status(worker, 1) == ("applied", True)
+    assert status(worker, 2) == ("not accepted", True)
     del newer
 
 
@@ -227,7 +227,7 @@ def test_a_push_of_a_session_that_ended_long_ago_is_not_known(client: Client) ->
     old = model.worker("old")
     old.step(gradient(1))
     old.close()
-    assert fate(old) == ("applied", True)
+    assert status(old) == ("applied", True)
     model.delete()
     with pytest.raises(deltaserve.RequestError) as caught:
         old.get_push()
