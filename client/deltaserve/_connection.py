@@ -183,7 +183,13 @@ class Connection:
         policy = RetryPolicy(budget_seconds=self.timeout_seconds, repeats_uncertain=repeats_uncertain)
         return _RESPONSES[method].FromString(self.retry(attempt, policy=policy, delivered=lambda: delivered))
 
-    def receive(self, method: str, start: Callable[[int, float], Any], take: Callable[[Any, Iterator[Chunk]], T]) -> T:
+    def receive(
+        self,
+        method: str,
+        start: Callable[[int, float], Any],
+        take: Callable[[Any, Iterator[Chunk]], T],
+        timeout_seconds: float | None = None,
+    ) -> T:
         """Makes a call whose response is a stream.
 
         Args:
@@ -191,6 +197,7 @@ class Connection:
             start: Starts the call of an attempt and returns it. Arguments: the attempt's number from 0, and the seconds
                 that are left.
             take: Reads the response: its header and its chunks. Called once for every attempt that gets an answer.
+            timeout_seconds: None means the connection's timeout.
 
         Returns:
             The result of `take`.
@@ -216,7 +223,8 @@ class Connection:
                 del call
 
         # Cancelled after an interrupt, because the call writes to the caller's memory.
-        return self.retry(attempt, cancel=partial(_cancel, calls))
+        policy = RetryPolicy(budget_seconds=timeout_seconds or self.timeout_seconds)
+        return self.retry(attempt, policy=policy, cancel=partial(_cancel, calls))
 
     def stream(self, method: str, request: Message) -> Iterator[Any]:
         """Yields the messages of a server-streaming call without an end, and makes the call again when it breaks.

@@ -163,11 +163,12 @@ class Membership:
         session = self.session
         known = self.find_push(session.sequence)
         if known and known.state != rpc.PUSH_STATE_NOT_ACCEPTED:
-            self.weights.position = known.position
-            if known.lineage != self.lineage:  # the push is there, so nothing before it is lost
-                self._ancestors = [*self._ancestors, rpc.Ancestor(lineage=self.lineage, version=self._version)]
-                self.lineage = known.lineage
-            return
+            # The push counts. But the weights may be newer than the push, and of versions that are lost.
+            server = history(known.ancestors, known.lineage, known.position.version)
+            if not self._loss(server, session.sequence - 1, known.last_applied_sequence):
+                self.weights.position = known.position
+                self.lineage, self._ancestors = known.lineage, list(known.ancestors)
+                return
         session.abandon()
         successor = self._open_session()
         opened = successor.opened

@@ -162,20 +162,29 @@ class Worker:
         stale = self._require_whole_weights()
         push = Push(self._header(absent, hyperparameters, weight), gradient, absent)
         push.overlapped, self._overlapped = self._overlapped, None
+        deadline = monotonic() + self._connection.timeout_seconds
         while True:
-            session, transport = self._session, self._membership.transport()
+            session = self._session
             push.resent = session.sent
             self._address(push.header)
             failpoint("worker.before_send")
             self._set_result(None)
-            # From here until its answer is recorded, the push is uncertain, whatever interrupts this call.
-            session.sent = True
             try:
+                transport = self._membership.transport()
+                # From here until its answer is recorded, the push is uncertain, whatever interrupts this call.
+                session.sent = True
                 answer = transport.step(push, self._weights)
             except (Error, ServerRestartedError) as error:
                 self._resolve(error, push, stale)
             else:
                 break
+            # One budget for all of it: a push that makes the server die must not make it die for ever.
+            push.timeout_seconds = deadline - monotonic()
+            if push.timeout_seconds <= 0:
+                raise UnavailableError(
+                    f"{self._connection.target} did not answer the push within {self._connection.timeout_seconds:g} s: "
+                    "it was restarted meanwhile"
+                )
         self._record(answer)
         self._weights.newest = dict(arrays) if out is None else None
         return arrays
@@ -277,7 +286,7 @@ class Worker:
 
         If the push turns out to be another one than the server has accepted, it raises `stale`.
         """
-        session = self._session
+        session, resumed = self._session, False
         match error:
             case StaleGradientError():
                 session.sent = False  # a refused push leaves its number free
@@ -285,10 +294,13 @@ class Worker:
                 raise self._refresh(int(error.metadata["current"])) or error from None
             case ConflictError(reason="SEQUENCE_REUSED") if push.resent:
                 self._skip_accepted(stale)
-            case ServerRestartedError():
-                self._membership.resume()
-            case ConflictError(reason="LINEAGE_CHANGED"):
-                self._membership.resume(error)
+            case ServerRestartedError() | ConflictError(reason="LINEAGE_CHANGED"):
+                try:
+                    self._membership.resume(error if isinstance(error, Error) else None)
+                except SessionError as over:
+                    over.add_note(self._fate())
+                    raise
+                resumed = True
             case SessionError() if self._membership.can_rejoin(error):
                 self._membership.rejoin()
             case SessionError():
@@ -300,7 +312,8 @@ class Worker:
                 raise error from None
             case _:
                 raise self._membership.explained(error) from None
-        owed = self._membership.owed or (stale if self._session is not session else None)
+        # A server that came back may lack the accepted push that `stale` leaves a way out for.
+        owed = self._membership.owed or (stale if resumed or self._session is not session else None)
         if owed:
             raise self._refresh(self._first_version) or owed from None
 
@@ -347,13 +360,19 @@ class Worker:
 
     def _refresh(self, wait_for_version: int | None = None) -> StaleGradientError | None:
         """Pulls, however often the server restarts meanwhile. Returns the error that is owed to the caller."""
+        deadline = monotonic() + self._connection.timeout_seconds
         while True:
+            session = self._session
             try:
                 self._pull(wait_for_version)
             except ServerRestartedError:
                 self._membership.resume()
-                if self._membership.owed:
-                    wait_for_version = self._first_version
+                # A server that came back from an older state may not reach the version for long, or only with this
+                # worker's next push. A session that is new says itself what to start from.
+                starts = self._session is not session or self._membership.owed or self._weights.version is None
+                wait_for_version = self._first_version if starts else None
+                if monotonic() > deadline:
+                    raise UnavailableError(f"{self._connection.target} was restarted again and again") from None
             else:
                 owed, self._membership.owed = self._membership.owed, None
                 return owed

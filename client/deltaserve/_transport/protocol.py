@@ -32,6 +32,7 @@ class Push:
         absent: Indices of the tensors without a gradient.
         resent: Whether the server may have received a push of this number before. Shared memory may then still be read.
         overlapped: A push that began during backward and may turn out to be this one; None if none did.
+        timeout_seconds: How long the transport may take; None means the connection's timeout.
     """
 
     header: rpc.PushHeader
@@ -39,6 +40,7 @@ class Push:
     absent: list[int]
     resent: bool = False
     overlapped: OverlappedPush | None = None
+    timeout_seconds: float | None = None
 
 
 class Answer(NamedTuple):

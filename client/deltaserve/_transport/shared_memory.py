@@ -72,7 +72,7 @@ class SharedMemoryTransport:
             self._connection.check_usable()  # in a forked child the memory is the parent's
             exchange = _Exchange(self._connection, self.memory, push, weights)
             try:
-                return self._connection.receive("StreamStep", exchange.start, exchange.take)
+                return self._connection.receive("StreamStep", exchange.start, exchange.take, push.timeout_seconds)
             except (RequestError, OSError) as problem:  # OSError: the weights cannot be mapped
                 if isinstance(problem, RequestError) and problem.reason != "SHARED_MEMORY_UNAVAILABLE":
                     raise

@@ -44,7 +44,7 @@ class StreamTransport:
             write_chunks(chunks, self.wire, weights)
             return Answer(answer.result, answer.position)
 
-        return self._connection.receive("StreamStep", start, take)
+        return self._connection.receive("StreamStep", start, take, push.timeout_seconds)
 
     def begin(self, overlapped: OverlappedPush, header: rpc.PushHeader, size: int) -> bool:
         """As in `Transport`: chunks travel as soon as their tensors have a gradient."""

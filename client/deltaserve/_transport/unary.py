@@ -24,7 +24,7 @@ class UnaryTransport:
         push.header.shared_memory = False
         parts = [part for _, parts in push.gradient.chunks(push.absent) for part in parts]
         request = rpc.StepRequest(header=push.header, gradient=b"".join(self.wire.encoded(parts)))
-        answer = self._connection.call("Step", request)
+        answer = self._connection.call("Step", request, timeout_seconds=push.timeout_seconds)
         failpoint("worker.acknowledged")
         weights.begin(answer.position)
         write_chunks([Chunk("weights", 0, memoryview(answer.weights))], self.wire, weights)

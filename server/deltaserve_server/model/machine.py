@@ -332,8 +332,10 @@ class Machine(VersionedModel):
 
     def lose_sessions(self) -> None:
         """Ends all sessions, because they may know versions of the model that are lost."""
-        for session in self.sessions.live():
-            self.sessions.remove(session)
+        live = self.sessions.live()
+        for session in live:
+            # None of them leaves the history: each worker asks it what became of its last push.
+            self.sessions.remove(session, len(self.sessions.ended) + len(live))
 
 
 def _checked_count(field: str, count: int | None, total: int) -> int:

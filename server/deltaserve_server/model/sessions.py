@@ -226,10 +226,10 @@ class Sessions:
             _keep(self.fenced, older.id, older.worker, _MAX_NAMES)
         self._by_id[session.id] = self._by_name[session.worker] = session
 
-    def remove(self, session: Session) -> None:
-        """Ends a live session."""
+    def remove(self, session: Session, history: int = _MAX_ENDED) -> None:
+        """Ends a live session; `history` limits how many ended ones are kept."""
         del self._by_id[session.id], self._by_name[session.worker]
-        _keep(self.ended, session.id, session, _MAX_ENDED)
+        _keep(self.ended, session.id, session, history)
 
     def end(self, ids: Iterable[bytes]) -> None:
         """Ends the sessions that are live among these."""
@@ -268,7 +268,7 @@ class Sessions:
 
 
 def _keep(table: OrderedDict[_K, _V], key: _K, value: _V, limit: int) -> None:
-    """Adds an entry, and drops the oldest ones over the limit."""
+    """Adds an entry; drops the oldest one if the table is over the limit."""
     table[key] = value
-    while len(table) > limit:
+    if len(table) > limit:
         table.popitem(last=False)
