@@ -162,6 +162,7 @@ class Server:
             listens = _bind(self._grpc, self.config.bind, self._credentials)
         except OSError:
             self._catalog.stop()
+            self._stopped.set()
             raise
         self._health.set_services(self._services, serving=False)
         self._grpc.start()  # before the recovery, so that clients hear how long it takes
@@ -170,8 +171,10 @@ class Server:
         try:
             self._catalog.restore(check)
         except BaseException as error:
-            saved = self._stop_models()
-            self._stop_grpc(0.0)
+            try:
+                saved = self._stop_models()
+            finally:
+                self._stop_grpc(0.0)
             if saved or isinstance(error, DataDirectoryError):
                 raise
             raise DataDirectoryError(
@@ -203,11 +206,10 @@ class Server:
             # Rounds that are open may still close; their workers get their answers before the models end.
             while any(engine.waiting for engine in self._catalog.all()) and monotonic() < deadline:
                 sleep(_POLL_SECONDS)
-            saved = self._stop_models()
-            self._stop_grpc(max(deadline - monotonic(), _GRPC_GRACE_SECONDS))
-            _log.info("stopped")
-            self._stopped.set()
-            return saved
+            try:
+                return self._stop_models()
+            finally:
+                self._stop_grpc(max(deadline - monotonic(), _GRPC_GRACE_SECONDS))
 
     def __enter__(self) -> Self:
         self.start()
@@ -235,6 +237,8 @@ class Server:
             saved.set_exception(error)
 
     def _stop_grpc(self, grace_seconds: float) -> None:
+        if self._stopped.is_set():  # a second call of stop
+            return
         if not self._grpc.stop(grace_seconds).wait(grace_seconds + _GIVE_UP_SECONDS):
             self.abandoned.append("calls that did not end when they were cancelled")
         # Without this the interpreter would wait for these threads when it exits, and without a limit.
@@ -246,6 +250,8 @@ class Server:
                 self.abandoned.append(f"threads of {what}")
         for what in self.abandoned:
             _log.error("stopping: gave up waiting for %s", what)
+        _log.info("stopped")
+        self._stopped.set()
 
     def _add_services(self) -> list[str]:
         """Adds the services to gRPC's server; returns the names whose health is the server's own."""

@@ -44,7 +44,7 @@ _READ_BYTES = 4 << 20
 _SECTOR = 512
 """Bytes that a disk writes whole or not at all."""
 
-_MAGIC = b"deltaserve journal 1\n"
+_MAGIC = b"deltaserve journal 2\n"
 _FILE_HEADER = struct.Struct("<21s3x8sI")
 _HEADER = struct.Struct("<8sQQIIQI")
 _CHECKSUM = struct.Struct("<I")

@@ -131,6 +131,8 @@ def recover(
     if loss.refusal and not accept_data_loss:
         raise loss.refusal
     if loss.possible:
+        if replayer.error:
+            _log.error("%s; the journal is set aside from there on", replayer.error)
         _log.warning(
             "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end",
             machine.name,

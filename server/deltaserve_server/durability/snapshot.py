@@ -25,7 +25,7 @@ from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout
 from deltaserve_server.model.state import MachineState
 
-_FORMAT = "deltaserve snapshot 1"
+_FORMAT = "deltaserve snapshot 2"
 _PART_BYTES = 4 << 20
 """Bytes per read or write call: the checksum of a part is computed while the part is in the processor's cache."""
 
@@ -36,6 +36,12 @@ VECTORS = ("weights", "square_avg", "acc_delta")
 
 Progress = Callable[[int], None]
 """Receives the number of bytes read since the last call."""
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """The part of a manifest that every version of deltaserve can read."""
+
+    format: str
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,9 +156,12 @@ def read_manifest(files: Files, number: int) -> Manifest:
     where = str(files.folder / name)
     with unreadable_is_corrupt(where):
         content = files.read(name)
+    found = unpacked(content, _Format, where).format
+    if found != _FORMAT:
+        raise CorruptError(where, f"another version of deltaserve wrote it: its format is {found}, not {_FORMAT}")
     manifest = unpacked(content, Manifest, where)
-    if manifest.format != _FORMAT or manifest.number != number:
-        raise CorruptError(where, f"expected {_FORMAT}, number {number}")
+    if manifest.number != number:
+        raise CorruptError(where, f"it is the manifest of snapshot {manifest.number}")
     try:
         check_model(manifest.model)
     except InvalidRecord as error:

@@ -149,7 +149,7 @@ class ModelCatalog:
                     with _refused_by_disk():
                         self._directory.remove(name)
                 del self._models[name]
-                self._observers.emit(ModelDeleted(model=name))
+                self._observers.emit(ModelDeleted(model=name))  # under the lock: before a new model of this name
             engine.lose(gone)  # after it is out of the catalog, so that no new call finds an ended model
         engine.release()
         _log.info("model %s deleted", name)
@@ -211,12 +211,14 @@ class ModelCatalog:
             return self._all_saved
         self._stopped = True
         self._leases.stop()  # first, so that no lease ends while models do
-        for engine in self.all():
+        with self._lock:  # a model that is being created is in the list, or is refused
+            engines = self.all()
+        for engine in engines:
             engine.end(Refused("DRAINING", DRAIN_RETRY_SECONDS))
         if self._snapshots:
             self._snapshots.stop()
         # After all have ended, so that no model waits for another's disk with its workers.
-        for engine in self.all():
+        for engine in engines:
             self._close(engine)
         if self._copies:
             self._copies.close(_COPIES_SECONDS)

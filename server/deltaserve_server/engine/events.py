@@ -124,7 +124,7 @@ class ModelServed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDeleted:
-    """A client deleted a model."""
+    """A client deleted a model, and all its sessions ended. Events of pushes under way may still follow."""
 
     model: str
 

@@ -89,7 +89,7 @@ class ModelEvents:
     def snapshot_taken(self, entry: Entry) -> None:
         """A snapshot is on disk; one snapshot may answer several requests, and is one event."""
         with self._lock:  # several threads may wait for the same snapshot
-            new, self._snapshot = entry.number > self._snapshot, entry.number
+            new, self._snapshot = entry.number > self._snapshot, max(entry.number, self._snapshot)
         if new and self._observers.wants(SnapshotTaken):
             number, version, size = entry.number, entry.version, entry.bytes
             self._observers.emit(SnapshotTaken(model=self._machine.name, number=number, version=version, bytes=size))
