@@ -4,7 +4,7 @@ import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
 from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.model import BumpVersion, Sync
+from deltaserve_server.model import Async, BumpVersion, Sync
 
 LONG = 1000.0
 
@@ -222,3 +222,12 @@ def test_below_min_workers_without_a_timeout_a_round_waits(quorum: int | None) -
     driver.push(driver.open("b", 1e9))
     driver.tick(1e6)
     assert (driver.version, driver.given_up) == (0, {})
+
+
+def test_sessions_that_end_with_a_loss_all_stay_known() -> None:
+    driver = Driver(Async())
+    sessions = [driver.open(f"worker {number}") for number in range(1100)]
+    for session in sessions:
+        driver.push(session)
+    driver.machine.lose_sessions()
+    assert all(driver.machine.push_status(session.id, 1).state == "applied" for session in sessions)
