@@ -133,22 +133,17 @@ def recover(
     if loss.possible:
         if replayer.error:
             _log.error("%s; the journal is set aside from there on", replayer.error)
-        _log.warning(
-            "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end",
-            machine.name,
-            machine.version,
-        )
+        text = "model %s: continues from version %d; later versions, if there were any, are lost, and all sessions end"
+        _log.warning(text, machine.name, machine.version)
         # Before any repair: a start that finds the repaired files after a crash must know of the loss as well.
         folder.write_head(head.mark_uncertain())
         machine.lose_sessions()
     elif head.inode not in (None, folder.inode):
-        _log.warning(
+        text = (
             "model %s: %s is a copy, perhaps restored from a backup; the model continues from version %d, and workers "
-            "that have later versions of the original get RolledBackError",
-            machine.name,
-            folder.files.folder,
-            machine.version,
+            "that have later versions of the original get RolledBackError"
         )
+        _log.warning(text, machine.name, folder.files.folder, machine.version)
     _repair(folder, replayer, found.corrupt, sync=sync)
     stored = StoredModel(
         head=head.next_lineage(machine.version, lost_at=replayer.index if loss.possible else None),
