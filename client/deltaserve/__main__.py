@@ -21,8 +21,9 @@ def main() -> int:
     try:
         from deltaserve_server.cli import main as run
     except ModuleNotFoundError as error:
+        # The missing module may be within its package, as `grpc_health.v1`.
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        if extra is None:  # something else is broken: an extra would not help
             raise
         print(f"deltaserve: the command line needs an extra: pip install 'deltaserve[{extra}]'", file=sys.stderr)
         return 2

@@ -109,6 +109,7 @@ class Client:
             ConflictError: A model of this name exists and differs; the message says how.
             UnavailableError: The server has no memory left for the model.
         """
+        # Converted once, and not again for each attempt.
         arrays = {key: contiguous(value) for key, value in tensors.items()}
         single = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
         specs = tensor_specs(arrays, group_of)
@@ -119,6 +120,7 @@ class Client:
             policy=from_policy(Async() if policy is None else policy),
         )
         kind, weights = model_service_pb2.CreateModelRequest, {"weights": list(arrays.values())}
+        # A function, because each attempt needs a stream from its beginning.
         answer = self._connection.send("CreateModel", lambda: vector_messages(kind, config, weights))
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
         known = info.groups[: len(config.groups)]  # another worker may have extended the model since

@@ -36,16 +36,16 @@ _KEEPALIVE_MS = 20_000
 _STREAM_SECONDS = 86_400
 """The deadline of a stream without an end, since no call is without a deadline."""
 
-_MIN_ATTEMPT_SECONDS = 0.001
+_MIN_ATTEMPT_SECONDS = 0.001  # with no time left gRPC would not even start the call
 
 _QUIET_RETRIES = 3
 """The retry after these is logged as a warning: the user learns once that the client waits for a server."""
 
 _OPTIONS = [
-    ("grpc.enable_retries", 0),
+    ("grpc.enable_retries", 0),  # `retry` knows the reasons and the caller's budget, gRPC does not
     ("grpc.max_receive_message_length", 64 * _MIB),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.max_frame_size", 4 * _MIB),
+    ("grpc.max_send_message_length", -1),  # the server's limit decides
+    ("grpc.http2.max_frame_size", 4 * _MIB),  # a vector travels in few frames
     ("grpc.experimental.tcp_read_chunk_size", 4 * _MIB),
     # A stopped peer is found only if all of these are set.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
@@ -95,8 +95,9 @@ class Connection:
         _check_timeout(timeout_seconds)
         self.target = target
         self.timeout_seconds = timeout_seconds
+        # A session renews its lease while it exists: nothing here keeps it.
         self.sessions: WeakSet[_Closable] = WeakSet()
-        self._process = os.getpid()
+        self._process = os.getpid()  # gRPC does not survive a fork
         self._channel: grpc.Channel | None = (credentials or Plaintext()).open_channel(target, _OPTIONS)
         self._stubs: dict[str, Any] = {}
 
@@ -135,6 +136,7 @@ class Connection:
             )
             path = f"/{descriptor.containing_service.full_name}/{method}"
             make = getattr(channel, f"{sends}_{receives}")
+            # Bytes both ways: a request is serialized once for all attempts, and chunks are never parsed by protobuf.
             self._stubs[method] = make(path, request_serializer=None, response_deserializer=None)
         return self._stubs[method]
 

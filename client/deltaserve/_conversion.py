@@ -114,7 +114,7 @@ def to_model_event(message: model_service_pb2.WatchModelResponse) -> ModelEvent:
         version=message.position.version,
         contributions=tuple(_same_fields(Contribution, contribution) for contribution in update.contributions),
         hyperparameters=to_groups(update.hyperparameters),
-        update_norm=update.update_norm if message.HasField("update") else None,
+        update_norm=update.update_norm if message.HasField("update") else None,  # an imported state makes a version too
         missed=message.missed,
     )
 

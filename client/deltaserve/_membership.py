@@ -54,7 +54,7 @@ class Membership:
         size = sum(prod(spec.shape) for spec in tensors)
         self._open_transport = partial(open_transport, connection, size=size, name=transport, wire=wire)
         self.session = self._open()
-        self._finalize = weakref.finalize(self, self.session.close)
+        self._finalize = weakref.finalize(self, self.session.close)  # at exit too, so that no round waits for the lease
         opened = self.session.opened
         self.lineage = opened.lineage
         self._ancestors = list(opened.ancestors)
@@ -64,7 +64,7 @@ class Membership:
         self._succeeding = False  # a new session may have been opened that has not replaced this one
         try:
             self._transport: Transport = self._open_transport(session=self.session.id)
-        except (Error, OSError):
+        except (Error, OSError):  # the caller gets no worker that could be closed
             self.session.close()
             raise
 

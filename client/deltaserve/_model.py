@@ -267,7 +267,9 @@ def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None
 
 def worker_name() -> str:
     """Returns a unique worker name: host, process id and random digits."""
+    # A name has 128 characters at most, of this charset, and begins with a letter or a digit.
     host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64].lstrip("._-") or "worker"
+    # A process may have several workers, and its id may come again.
     return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
@@ -287,7 +289,7 @@ def _take_state(header: model_service_pb2.PullStateHeader, chunks: Iterable[Chun
     vectors: dict[str, dict[str, Array]] = {}
     flat: dict[str, FlatVector] = {}
     for chunk in chunks:
-        if chunk.vector not in vectors:
+        if chunk.vector not in vectors:  # the optimizer state comes only if it was requested
             vectors[chunk.vector] = {spec.name: np.empty(spec.shape, np.float32) for spec in specs}
             flat[chunk.vector] = FlatVector(list(vectors[chunk.vector].values()))
         flat[chunk.vector].write(chunk.offset, chunk.data)

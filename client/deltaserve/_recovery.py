@@ -52,6 +52,7 @@ def compare(
         last_applied: The number of the session's last push that the server knows as applied; 0 for none. None if the
             server does not know the session.
     """
+    # The newest lineage in common: in it the two histories part.
     lineage = next((lineage for lineage in reversed(list(worker)) if lineage in server), None)
     if lineage is None:
         return None

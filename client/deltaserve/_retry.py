@@ -60,5 +60,7 @@ class RetryPolicy:
         if delivered and not self.repeats_uncertain and reason in _FATE_UNKNOWN:
             return None
         limit = self.max_reconnect_seconds if reason in _RESTARTING else self.max_backoff_seconds
+        # Without the limit of doublings, a long outage would overflow the float.
         backoff = min(self.first_backoff_seconds * 2 ** min(repeats, _MAX_DOUBLINGS), limit)
+        # Random, so that workers that lost the same server do not all come back at the same moment.
         return max(failed.retry_after_seconds, random.uniform(0, backoff))  # noqa: S311

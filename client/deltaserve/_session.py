@@ -16,7 +16,7 @@ from deltaserve.v1 import worker_service_pb2 as rpc
 
 _log = logging.getLogger("deltaserve")
 
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 2.0  # short, because the lease ends the session anyway
 
 
 class Session:
@@ -68,9 +68,9 @@ class Session:
         self._ended = False
         self._closed: SimpleQueue[None] = SimpleQueue()
         connection.sessions.add(self)
-        renewal = weakref.ref(self), self._closed, self.opened.lease_seconds / 3
+        renewal = weakref.ref(self), self._closed, self.opened.lease_seconds / 3  # two attempts may fail
         thread = threading.Thread(target=_renew, args=renewal, name=f"lease of {worker}", daemon=True)
-        BackgroundCall(thread.start).run()
+        BackgroundCall(thread.start).run()  # an interrupt within `start` could leave a lock held
 
     @property
     def last_sent(self) -> int:
@@ -103,7 +103,7 @@ class Session:
 
     def _stop_renewing(self) -> None:
         self._renewing = False
-        self._closed.put(None)
+        self._closed.put(None)  # wakes the thread, which may otherwise sleep for a third of the lease
 
     def renew(self, timeout_seconds: float) -> bool:
         """Renews the lease from the background thread; returns whether to renew it again."""
@@ -132,4 +132,4 @@ def _renew(reference: "weakref.ref[Session]", closed: "SimpleQueue[None]", secon
         session = reference()
         if not (session and session.renew(seconds)):
             return None
-        del session
+        del session  # the thread must not keep the session alive while it sleeps

@@ -50,8 +50,10 @@ class StreamCodec(Generic[M]):
     def chunk(self, vector: str, offset: int, parts: Sequence[memoryview]) -> bytes:
         """Returns the message of a chunk: the bytes of `parts` joined; `offset` in elements."""
         size = sum(part.nbytes for part in parts)
+        # Protobuf leaves out a field whose value is 0.
         inner = (bytes([_OFFSET_TAG]) + _varint(offset) if offset else b"") + bytes([_DATA_TAG]) + _varint(size)
         tag = self._numbers[vector] << 3 | _LENGTH_DELIMITED
+        # gRPC takes nothing but bytes, so this copies the vector once.
         return b"".join([bytes([tag]), _varint(len(inner) + size), inner, *parts])
 
     def decode(self, message: bytes) -> Any:
@@ -60,6 +62,7 @@ class StreamCodec(Generic[M]):
         Raises:
             DecodeError: The bytes are not a message of this stream, or no field is set.
         """
+        # Nearly all bytes are chunks in our own form, which protobuf would copy; other languages may write other forms.
         return self._chunk(message) or self._parsed(message)
 
     def _chunk(self, message: bytes) -> Chunk | None:
@@ -68,6 +71,7 @@ class StreamCodec(Generic[M]):
         if vector is None:
             return None
         size, at = _read_varint(message, 1, _LENGTH_BYTES)
+        # A further field follows, or the message is cut off: protobuf decides.
         if at + size != len(message) or at == len(message):
             return None
         offset = 0

@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 WireType = Literal["float32", "bfloat16", "float16"]
 """The type of a vector's elements in messages. On the server they are always float32."""
 
-_BLOCK = 1 << 14
+_BLOCK = 1 << 14  # 64 KiB of float32
 
 _HALF = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -61,13 +61,14 @@ def _to_bfloat16(source: Array, target: NDArray[Any]) -> None:
     for start in range(0, source.size, _BLOCK):
         values = source[start : start + _BLOCK]
         bits = values.view(np.uint32)
+        # Adds half of what is cut off, and one more if the last bit that stays is odd: ties go to even.
         rounded = bits >> _SHIFT
         rounded &= _ONE
         rounded += _HALF
         rounded += bits
         rounded >>= _SHIFT
         target[start : start + _BLOCK] = rounded
-        nan = np.isnan(values)
+        nan = np.isnan(values)  # the rounding may have made a NaN infinite, or carried it into the sign
         if nan.any():
             target[start : start + _BLOCK][nan] = (bits[nan] >> _SHIFT).astype(np.uint16) | _QUIET
 

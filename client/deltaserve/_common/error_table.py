@@ -150,7 +150,7 @@ def to_status(reason: str, metadata: Mapping[str, str], retry_seconds: float | N
     status = status_pb2.Status(code=code_pb2.Code.Value(row.code.name), message=row.text.format_map(metadata))
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=dict(metadata))
     status.details.add().Pack(info)
-    if "field" in row.keys and row.code is _INVALID:
+    if "field" in row.keys and row.code is _INVALID:  # google.rpc's standard detail, which generic tools show
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=metadata["field"], description=f"expected {metadata['allowed']}"
         )
@@ -177,11 +177,12 @@ def from_call(error: grpc.RpcError, target: str, seconds: float) -> tuple[Error,
         status = rpc_status.from_call(error)
         for detail in status.details if status else ():
             if detail.Unpack(info):
-                found = info.domain == DOMAIN
+                found = info.domain == DOMAIN  # a proxy may send reasons of its own
             elif detail.Unpack(retry):
                 retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
     if not found:
         return _transport_error(error, target, seconds)
+    # A newer server may have reasons that this client does not know.
     kind = TABLE[info.reason].exception if info.reason in TABLE else Error
     return kind(str(error.details()), reason=info.reason, metadata=info.metadata), retry_seconds
 
@@ -190,7 +191,7 @@ def _transport_error(error: grpc.RpcError, target: str, seconds: float) -> tuple
     code, details = error.code(), error.details()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"{target} did not answer within {seconds:g} s"), 0.0
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # a server that stops cancels calls
         return UnavailableError(f"cannot reach a server at {target}: is it running there? ({details})"), 0.0
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Error(f"the server at {target} does not speak deltaserve.v1: is it the right port?"), None

@@ -99,9 +99,10 @@ def failpoint(name: str) -> None:
         return
     if name not in NAMES:
         raise ValueError(f"failpoint {name} is not in the list of names")
-    with _lock:
+    with _lock:  # threads share the counts, and @3 must act once
         due = [armed for armed in _armed.get(name, ()) if armed.due()]
     for armed in due:
+        # Before the action, which may be the end.
         _log(f"{monotonic_ns()} {os.getpid()} {name} {armed.action} {armed.reached}\n")
         armed.act()
 
@@ -155,7 +156,7 @@ def _action(name: str, action: str, seconds: str | None) -> Callable[[], None]:
 def _log(line: str) -> None:
     """Adds a line to the log in one write, which survives the death of the process."""
     if _log_path:
-        log = os.open(_log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        log = os.open(_log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)  # several processes write to it
         try:
             os.write(log, line.encode())
         finally:

@@ -27,7 +27,7 @@ def contiguous(values: ArrayLike) -> Array:
         TypeError: The values are not real numbers.
     """
     array = np.asarray(values)
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub":  # numpy would drop imaginary parts, and parse text
         raise TypeError(f"expected real numbers, got {array.dtype}")
     return np.asarray(array, dtype="<f4", order="C")
 
@@ -41,6 +41,7 @@ class FlatVector:
 
     def __init__(self, arrays: Sequence[Array]) -> None:
         self.offsets = list(accumulate((array.size for array in arrays), initial=0))
+        # An empty array cannot be cast.
         self._bytes = [array.data.cast("B") if array.size else memoryview(b"") for array in arrays]
 
     @property
@@ -74,7 +75,7 @@ class FlatVector:
         while start < stop:
             first = start - self.offsets[index]
             last = min(stop, self.offsets[index + 1]) - self.offsets[index]
-            if first < last:
+            if first < last:  # empty arrays have no bytes
                 yield self._bytes[index][first * ELEMENT_BYTES : last * ELEMENT_BYTES]
             start = self.offsets[index] + last
             index += 1

@@ -81,12 +81,13 @@ def from_policy(policy: Policy) -> common_pb2.Policy:
         raise TypeError(f"policy: expected Sync(...), Async(...) or Bounded(...), got {policy!r}")
     message = common_pb2.Policy()
     part = getattr(message, type(policy).__name__.lower())
-    part.SetInParent()
+    part.SetInParent()  # selects the policy, even if all its fields keep their defaults
     for field in fields(policy):
         value = getattr(policy, field.name)
         if field.name == "reduction":
             if value not in _REDUCTIONS:
                 raise ValueError(f"reduction: expected mean, trimmed_mean or median, got {value!r}")
+            # Enum values share one namespace in protobuf, hence the prefix.
             part.reduction = common_pb2.Reduction.Value(f"REDUCTION_{value.upper()}")
         elif value is not None and value != field.default:
             try:

@@ -91,6 +91,7 @@ class OverlappedPush:
         while self._first_missing in self._added or self._first_missing in self._unsent:
             self._first_missing += 1
         if self._first_missing > before:
+            # The last element stays back until `take` has compared the values: without it the push is not whole.
             self._may_send.put(min(self._vector.offsets[self._first_missing], self._last))
 
     def end(self) -> None:

@@ -24,8 +24,8 @@ class StreamTransport:
     def step(self, push: Push, weights: LocalWeights) -> Answer:
         """As in `Transport`."""
         push.header.gradient_type = push.header.weights_type = self.wire.data_type
-        push.header.shared_memory = False
-        overlapped, push.overlapped = push.overlapped, None
+        push.header.shared_memory = False  # an attempt through shared memory may have set it
+        overlapped, push.overlapped = push.overlapped, None  # taken over once: sent again, it begins anew
 
         def start(attempt: int, seconds: float) -> Any:
             if attempt:

@@ -21,7 +21,7 @@ class UnaryTransport:
     def step(self, push: Push, weights: LocalWeights) -> Answer:
         """As in `Transport`."""
         push.header.gradient_type = push.header.weights_type = self.wire.data_type
-        push.header.shared_memory = False
+        push.header.shared_memory = False  # an attempt through shared memory may have set it
         parts = [part for _, parts in push.gradient.chunks(push.absent) for part in parts]
         request = rpc.StepRequest(header=push.header, gradient=b"".join(self.wire.encoded(parts)))
         answer = self._connection.call("Step", request, timeout_seconds=push.timeout_seconds)
