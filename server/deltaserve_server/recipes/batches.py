@@ -63,11 +63,12 @@ class BatchPlan:
 
     def batches(self) -> Iterator[WorkerBatch]:
         """Yields this worker's slice of every batch."""
-        random = np.random.default_rng(self.seed)
+        random = np.random.default_rng(self.seed)  # workers with one seed agree on the order without a message
         size = self.batch_size * self.workers
         for _ in range(self.epochs):
             order = random.permutation(self.examples)
             for start in range(0, self.examples, size):
                 batch = order[start : start + size]
+                # The examples of the last, smaller batch are shared out evenly; some workers may get none.
                 rows = np.array_split(batch, self.workers)[self.worker]
                 yield WorkerBatch(rows=rows, batch_examples=len(batch))

@@ -52,6 +52,7 @@ def load_digits() -> tuple[Examples, Examples]:
         raise MissingPackageError("scikit-learn", "train") from error
     bunch = datasets.load_digits()
     features, labels = (bunch.data / 16.0).astype(np.float32), bunch.target.astype(np.int64)
+    # Always the same split: accuracies of two runs can be compared, and a seed changes only the training.
     train, test = model_selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
     )
@@ -67,25 +68,21 @@ def load_airfoil(file: Path) -> Examples:
     Raises:
         DataError: The file cannot be read, or does not have the format of the airfoil data.
     """
-    table = _read_table(file)
-    spread = table.std(axis=0)
-    if not spread.all():
-        raise DataError(f"{file} is not the airfoil data: a column has one value in all rows")
-    table = ((table - table.mean(axis=0)) / spread)[:AIRFOIL_EXAMPLES]
-    return Examples(features=np.ascontiguousarray(table[:, :-1]), labels=np.ascontiguousarray(table[:, -1]))
-
-
-def _read_table(file: Path) -> NDArray[np.float32]:
     try:
         lines = file.read_text(encoding="ascii").splitlines()
         table = np.array([line.split("\t") for line in lines], dtype=np.float32)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except ValueError as error:  # not numbers, or rows of different lengths
         raise DataError(f"{file} is not the airfoil data: expected 6 columns of numbers, separated by tabs") from error
     if table.shape != (len(lines), AIRFOIL_COLUMNS) or not np.isfinite(table).all():
         raise DataError(f"{file} is not the airfoil data: expected 6 columns of finite numbers")
-    return table
+    spread = table.std(axis=0)
+    if not spread.all():  # the next line would divide by 0
+        raise DataError(f"{file} is not the airfoil data: a column has one value in all rows")
+    table = ((table - table.mean(axis=0)) / spread)[:AIRFOIL_EXAMPLES]
+    # A batch of rows is gathered at every step, which is slower from a view with gaps.
+    return Examples(features=np.ascontiguousarray(table[:, :-1]), labels=np.ascontiguousarray(table[:, -1]))
 
 
 def find_airfoil(given: Path | None, cache: Path, url: str = AIRFOIL_URL) -> Path:
@@ -100,17 +97,23 @@ def find_airfoil(given: Path | None, cache: Path, url: str = AIRFOIL_URL) -> Pat
         DataError: The given file does not exist, the download failed, or its checksum is wrong.
     """
     if given is not None:
-        return _given_file(given)
+        # Its checksum is not checked: the user may have a file of the same format.
+        file = given / AIRFOIL_FILE if given.is_dir() else given
+        if not file.is_file():
+            raise DataError(f"no such file: {file}; {GIVE_THE_FILE}")
+        return file
     file = cache / AIRFOIL_FILE
-    if not (file.is_file() and _is_airfoil(file.read_bytes())):
-        _write_whole(file, _download(url))
-    return file
-
-
-def _given_file(given: Path) -> Path:
-    file = given / AIRFOIL_FILE if given.is_dir() else given
-    if not file.is_file():
-        raise DataError(f"no such file: {file}; {GIVE_THE_FILE}")
+    if file.is_file() and _is_airfoil(file.read_bytes()):  # a damaged file in the cache is replaced
+        return file
+    content = _download(url)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent)  # renamed, so that no other run reads half a file
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        Path(temporary).replace(file)
+    except OSError as error:
+        raise DataError(f"cannot write to the cache {file.parent}: {error.strerror}; {GIVE_THE_FILE}") from error
     return file
 
 
@@ -121,21 +124,9 @@ def _is_airfoil(content: bytes) -> bool:
 def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310  a constant address
-            content: bytes = response.read(1 << 20)
+            content: bytes = response.read(1 << 20)  # the file has 60 KB; a wrong server may send without an end
     except (OSError, ValueError) as error:
         raise DataError(f"cannot download the airfoil data ({AIRFOIL_FILE}): {GIVE_THE_FILE}") from error
     if not _is_airfoil(content):
         raise DataError(f"the downloaded {AIRFOIL_FILE} has a wrong checksum: {GIVE_THE_FILE}")
     return content
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Writes a temporary file and renames it, so that another run never reads half a file."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        Path(temporary).replace(file)
-    except OSError as error:
-        raise DataError(f"cannot write to the cache {file.parent}: {error.strerror}; {GIVE_THE_FILE}") from error

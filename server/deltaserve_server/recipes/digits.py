@@ -12,12 +12,7 @@ from deltaserve_server.recipes.recipe import Vector, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(NumpyRecipe):
-    """Handwritten digits.
-
-    Attributes:
-        test: The test examples.
-        hidden: Width of the hidden layer.
-    """
+    """Handwritten digits; `hidden` is the width of the hidden layer."""
 
     test: Examples
     name: str = "digits"

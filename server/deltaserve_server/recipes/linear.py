@@ -6,9 +6,8 @@ For x of shape (n, d), w (d, 1), b (1,) and y (n,):
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vector = NDArray[np.float32]
+from deltaserve_server.recipes.recipe import Vector
 
 
 def initial_weights(inputs: int, seed: int) -> dict[str, Vector]:
@@ -26,7 +25,7 @@ def errors(w: Vector, b: Vector, x: Vector, y: Vector) -> Vector:
 @np.errstate(invalid="ignore")  # OpenBLAS may set the flag for stale data in its buffers
 def gradients(w: Vector, b: Vector, x: Vector, y: Vector) -> dict[str, Vector]:
     """Returns the gradient of the loss: `w`, shape (d, 1), and `b`, shape (1,); 0 without examples."""
-    error = errors(w, b, x, y) / np.float32(max(len(y), 1))
+    error = errors(w, b, x, y) / np.float32(max(len(y), 1))  # a worker of a synchronous run may have no examples
     return {"w": (x.T @ error).reshape(w.shape), "b": error.sum(keepdims=True)}
 
 

@@ -35,7 +35,7 @@ def draw(curve: Sequence[tuple[float, float]], epochs: int, file: Path) -> None:
     Raises:
         TrainingError: The file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
     figure = Figure(figsize=(3.5, 2.5), dpi=200, layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="loss", xlim=(0, epochs), ylim=(0.22, 0.35))

@@ -5,13 +5,10 @@ For x of shape (n, inputs) and y of shape (n,), which holds class numbers:
     h = max(0, x W1 + b1),  z = h W2 + b2,  loss = mean(-log softmax(z)[y])
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.float32]
-Weights = Mapping[str, Vector]
+from deltaserve_server.recipes.recipe import Vector, Weights
 
 
 def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[str, Vector]:
@@ -21,6 +18,7 @@ def initial_weights(inputs: int, hidden: int, classes: int, seed: int) -> dict[s
     def layer(rows: int, columns: int, variance: float) -> Vector:
         return np.float32(variance**0.5) * random.standard_normal((rows, columns), np.float32)
 
+    # Half of the ReLU's inputs are negative: twice the variance keeps the scale of the activations (He et al., 2015).
     return {
         "hidden.weight": layer(inputs, hidden, 2 / inputs),
         "hidden.bias": np.zeros(hidden, np.float32),
@@ -63,6 +61,7 @@ def gradients(weights: Weights, x: Vector, y: NDArray[np.int64]) -> dict[str, Ve
 def loss(weights: Weights, x: Vector, y: NDArray[np.int64]) -> float:
     """Returns the mean cross-entropy, in nats."""
     probability = softmax(forward(weights, x)[1])[np.arange(len(y)), y]
+    # A probability may underflow to 0, whose logarithm is infinite.
     return float(-np.log(np.maximum(probability, np.finfo(np.float32).tiny)).mean())
 
 

@@ -35,12 +35,12 @@ class NumpyLearner:
 
     def __init__(self, recipe: NumpyRecipe, join: JoinOptions) -> None:
         self._recipe = recipe
-        with ExitStack() as opened:
+        with ExitStack() as opened:  # a failure halfway closes what is open
             client = opened.enter_context(deltaserve.connect(join.target, timeout_seconds=join.timeout_seconds))
             settings = asdict(recipe.hyperparameters())
             self.model = client.create_model(join.model, recipe.initial_weights(), policy=join.policy, **settings)
             self._worker = opened.enter_context(self.model.worker())
-            self._worker.pull()
+            self._worker.pull()  # now, because the trainer counts rounds from the version of these weights
             self._close = opened.pop_all().close
 
     @property

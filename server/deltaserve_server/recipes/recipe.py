@@ -20,14 +20,7 @@ Policy = deltaserve.Sync | deltaserve.Async | deltaserve.Bounded
 
 @dataclass(frozen=True, kw_only=True)
 class JoinOptions:
-    """How a worker joins its model.
-
-    Attributes:
-        target: The server's address, HOST:PORT or unix:PATH.
-        model: The model's name.
-        policy: The policy that the model has, or is created with.
-        timeout_seconds: The limit of each call, its retries included.
-    """
+    """How a worker joins its model; the model must have the policy, or is created with it."""
 
     target: str
     model: str

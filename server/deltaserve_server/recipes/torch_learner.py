@@ -4,9 +4,7 @@ import logging
 from contextlib import ExitStack
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import deltaserve
@@ -20,14 +18,14 @@ class TorchLearner:
     """A worker with a linear layer in this process and its optimizer on the server."""
 
     def __init__(self, examples: Examples, seed: int, join: JoinOptions) -> None:
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
+        torch.set_num_threads(1)  # the workers of a run share the machine's cores
+        torch.manual_seed(seed)  # whichever worker comes first creates the model, so all draw the same weights
         self._features = torch.from_numpy(examples.features)
         self._labels = torch.from_numpy(examples.labels).reshape(-1, 1)
         self._net = nn.Linear(self._features.shape[1], 1)
         nn.init.normal_(self._net.weight, std=0.01)
         self._loss = nn.MSELoss(reduction="sum")  # the mean over an empty batch would be NaN
-        with ExitStack() as opened:
+        with ExitStack() as opened:  # a failure halfway closes what is open
             self._optimizer = RemoteAdadelta(
                 self._net.named_parameters(),
                 join.target,
@@ -53,7 +51,7 @@ class TorchLearner:
     @property
     def weights(self) -> Weights:
         """Weight and bias."""
-        return {name: _array(parameter) for name, parameter in self._net.named_parameters()}
+        return {name: parameter.detach().numpy() for name, parameter in self._net.named_parameters()}
 
     def step(self, batch: WorkerBatch) -> bool:
         """Runs the loop body that a local optimizer would have."""
@@ -76,8 +74,3 @@ class TorchLearner:
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
     """Drops RemoteAdadelta's warnings about stale gradients: the run counts them and reports the number."""
     return not (record.module == "_remote" and "gradient" in str(record.msg))
-
-
-def _array(parameter: nn.Parameter) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = parameter.detach().numpy()
-    return array

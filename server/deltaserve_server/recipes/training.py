@@ -87,7 +87,9 @@ def run(
             Job(recipe=recipe, join=join, worker=worker, workers=workers, elastic=elastic) for worker in range(workers)
         ]
         results = _run_workers(jobs, observer or (lambda progress: None))
+        # After the last worker: its updates are in, which no worker's own weights promise.
         state = client.model(join.model).pull_state(optimizer_state=False)
+    # Results come in the order in which workers finish; only worker 0 measures the loss.
     first = min(results, key=lambda result: result.worker)
     seconds = max(result.ended for result in results) - min(result.started for result in results)
     return RunResult(
@@ -123,7 +125,7 @@ def _run_workers(jobs: Sequence[Job], observer: Observer) -> list[WorkerResult]:
 
 
 def _start(name: str) -> tuple[Pipe, SpawnProcess]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     pipe, workers_end = context.Pipe()
     process = context.Process(target=main, args=(workers_end,), name=name, daemon=True)
     process.start()
@@ -146,7 +148,12 @@ def _follow(processes: Mapping[Pipe, SpawnProcess], observer: Observer) -> list[
     while len(results) < len(processes):
         for pipe in wait([pipe for pipe in processes if pipe not in results]):
             assert isinstance(pipe, Connection)
-            message = _receive(pipe, processes[pipe])
+            try:
+                message = pipe.recv()
+            except (EOFError, ConnectionResetError):  # all that the pipe knows of the worker's death
+                raise _death(processes[pipe]) from None
+            if isinstance(message, WorkerFailure):
+                raise WorkerError(f"{processes[pipe].name}: {message.text}")
             if isinstance(message, WorkerResult):
                 results[pipe] = message
                 continue
@@ -160,19 +167,9 @@ def _follow(processes: Mapping[Pipe, SpawnProcess], observer: Observer) -> list[
     return list(results.values())
 
 
-def _receive(pipe: Pipe, process: SpawnProcess) -> Progress | WorkerResult:
-    try:
-        message = pipe.recv()
-    except (EOFError, ConnectionResetError):
-        raise _death(process) from None
-    if isinstance(message, WorkerFailure):
-        raise WorkerError(f"{process.name}: {message.text}")
-    return message
-
-
 def _death(process: SpawnProcess) -> WorkerError:
     """Returns the error for a worker that ended without a message."""
-    process.join(LEAVE_SECONDS)
+    process.join(LEAVE_SECONDS)  # the pipe closes before the exit status is known
     code = process.exitcode
     if code is not None and code < 0:
         how = f"was ended by signal {-code} ({signal.strsignal(-code)})"
@@ -187,6 +184,7 @@ def _stop(processes: Mapping[Pipe, SpawnProcess]) -> None:
         process.terminate()
     deadline = time.monotonic() + LEAVE_SECONDS
     for pipe, process in processes.items():
+        # One deadline for all: many workers that hang cost no more time than one.
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
         process.join()

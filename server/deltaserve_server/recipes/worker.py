@@ -15,7 +15,7 @@ import deltaserve
 from deltaserve_server.recipes.batches import BatchPlan, WorkerBatch
 from deltaserve_server.recipes.recipe import JoinOptions, Learner, Recipe
 
-REPORT_SECONDS = 0.05
+REPORT_SECONDS = 0.05  # a step may take less than a millisecond: a report of each would slow it down
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class Job:
     """The work of one worker.
 
     Attributes:
-        recipe: What to train.
-        join: How to join the model.
         worker: Index of this worker in its run, from 0.
-        workers: Number of workers in this run.
         elastic: This worker is the only one of its run and trains beside workers of other runs. Its rank then decides
             the order of its examples, so that two workers do not compute the same gradients.
     """
@@ -54,6 +51,7 @@ class Job:
             examples=len(recipe.train),
             batch_size=recipe.batch_size,
             epochs=recipe.epochs,
+            # + 1, because numpy draws the same numbers from (seed, 0) as from (seed,).
             seed=(recipe.seed, rank + 1) if self.elastic else (recipe.seed,),
             worker=self.worker,
             workers=self.workers,
@@ -65,9 +63,7 @@ class Progress:
     """How far a worker is.
 
     Attributes:
-        worker: Index of the worker in its run.
-        step: Number of steps that are done.
-        steps: Number of steps in all.
+        step: Number of steps that are done, of `steps` in all.
         loss: The loss that was measured last; None before the first measurement and for workers that do not measure.
         late: Number of batches that do not count because this worker was too slow.
     """
@@ -84,7 +80,6 @@ class WorkerResult:
     """What a worker did; its last message.
 
     Attributes:
-        worker: Index of the worker in its run.
         started: When the first step started, in seconds of the monotonic clock, which all processes share.
         ended: When the last step ended, on the same clock.
         training_seconds: The time between the two, without the measurements of the loss.
@@ -108,11 +103,7 @@ class WorkerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailure:
-    """Why a worker gave up; its last message.
-
-    Attributes:
-        text: One line for the user.
-    """
+    """Why a worker gave up, in one line for the user; its last message."""
 
     text: str
 
@@ -125,7 +116,6 @@ class LossRecorder:
     """Measures the loss now and then, and the time spent on everything else.
 
     Attributes:
-        recipe: Defines the loss.
         epoch_examples: Number of examples in an epoch.
         measures: Whether this worker measures the loss; one worker of a run is enough.
         seen: Number of examples in the batches so far, of all workers.
@@ -145,6 +135,7 @@ class LossRecorder:
         """Counts a batch, and measures the loss if it is due or the batch is the last one."""
         before, self.seen = self.seen, self.seen + batch.batch_examples
         every = self.recipe.evaluate_every or self.epoch_examples
+        # A batch may step over a multiple of `every`, so the remainder is rarely 0.
         if self.measures and (last or before // every != self.seen // every):
             self.seconds += time.monotonic() - self._since
             self.curve.append((self.seen / self.epoch_examples, self.recipe.loss(learner.weights)))
@@ -178,23 +169,23 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._first_version = self.learner.version
+        # Workers of other runs start at other versions: for them a version does not tell the batch.
         self._follows_rounds = self.job.synchronous and not self.job.elastic
 
     def take(self, step: int, batch: WorkerBatch) -> None:
         """Runs step number `step`, counted from 1, or skips its batch."""
-        if self._follows_rounds and self.learner.version - self._first_version >= step and self._is_still_sync():
-            self.skipped += 1
-        elif len(batch.rows) or self.job.synchronous:
+        if self._follows_rounds and self.learner.version - self._first_version >= step:
+            # Asked only now, because it is a call: under a policy that somebody has chosen meanwhile no rounds count.
+            self._follows_rounds = isinstance(self.learner.model.info().policy, deltaserve.Sync)
+            if self._follows_rounds:
+                self.skipped += 1
+                return
+        if len(batch.rows) or self.job.synchronous:
             self.pushes += 1
             if self._push(batch):
                 self.samples += len(batch.rows)
             else:
                 self.late += 1
-
-    def _is_still_sync(self) -> bool:
-        """Whether versions still count rounds: somebody may have changed the policy meanwhile."""
-        self._follows_rounds = isinstance(self.learner.model.info().policy, deltaserve.Sync)
-        return self._follows_rounds
 
     def _push(self, batch: WorkerBatch) -> bool:
         """Makes the step, and repeats it while its round fails for lack of workers; returns whether it counts."""
@@ -203,6 +194,7 @@ class Trainer:
             try:
                 return self.learner.step(batch)
             except deltaserve.UnavailableError as error:
+                # A worker of this run may still be on its way. Any other reason has outlived the client's own retries.
                 if error.reason != "ROUND_FAILED" or time.monotonic() > deadline:
                     raise
 
@@ -221,7 +213,7 @@ def train(job: Job, report: Callable[[Message], None], begin: Callable[[], objec
     with job.recipe.learner(job.join) as learner:
         plan = job.plan(learner.rank)
         report(Progress(worker=job.worker, step=0, steps=plan.steps, loss=None))
-        begin()
+        begin()  # the clock starts after it: imports of the other workers are no training
         reported = started = time.monotonic()
         trainer, recorder = Trainer(job, learner), LossRecorder(job.recipe, plan.examples, measures=job.worker == 0)
         for step, batch in enumerate(plan.batches(), start=1):
@@ -250,7 +242,7 @@ def train(job: Job, report: Callable[[Message], None], begin: Callable[[], objec
 def main(pipe: "Connection[Message, Job | Begin]") -> None:
     """Runs a worker's process, which gets its job over the pipe; exits with status 0 if the job is done, else 1."""
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # SIGKILL leaves the parent no time to stop workers
     try:
         job = pipe.recv()
         assert isinstance(job, Job)
@@ -275,12 +267,13 @@ def _failure(job: Job, report: Callable[[Message], None], begin: Callable[[], ob
             join = job.join
             text += f": choose another --model, or delete that one: deltaserve delete {join.model} "
             text += f"--target {join.target}"
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent's end of the pipe, for `main`
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
     else:
         return None
+    # An exception itself may not survive the pipe: it may hold what cannot be pickled.
     return WorkerFailure(text=" ".join(text.split()))
 
 
@@ -296,4 +289,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # an exception in the main thread, which closes the session
