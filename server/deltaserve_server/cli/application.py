@@ -14,18 +14,14 @@ Try it with [bold]deltaserve train digits[/]. Start a server with [bold]deltaser
 
 def command() -> Any:
     """Returns the command line as a click command."""
-    return typer.main.get_command(typer_application())
-
-
-def typer_application() -> typer.Typer:
-    """Returns the command line as a typer application."""
     application = typer.Typer(
         help=HELP,
         rich_markup_mode="rich",
-        add_completion=False,
-        pretty_exceptions_enable=False,
+        add_completion=False,  # keeps --install-completion and --show-completion out of the help
+        pretty_exceptions_enable=False,  # errors are one line, see `cli.run`
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    # The help lists the commands in this order.
     application.callback(invoke_without_command=True)(start)
     application.command()(serve.serve)
     application.add_typer(train.application, name="train")
@@ -36,7 +32,7 @@ def typer_application() -> typer.Typer:
     application.command()(models.delete)
     for function in (health.health, doctor.doctor):
         application.command()(function)
-    return application
+    return typer.main.get_command(application)
 
 
 def start(

@@ -25,17 +25,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Formats rows as columns, each as wide as its widest cell; numbers are right-aligned."""
     cells = [list(header), *([str(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [
-        bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))
-    ]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    numeric = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+    pads = [str.rjust if right and rows else str.ljust for right in numeric]  # `all` of no rows is true
+    # Spaces at the end of a line would make narrow terminals wrap it.
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
+        for row in cells
+    )
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

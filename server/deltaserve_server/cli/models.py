@@ -43,7 +43,7 @@ def delete(
     """Delete a model and its sessions."""
     with connected(target) as client:
         info = client.model(model).info()
-        if info.sessions and not force:
+        if info.sessions and not force:  # the next call of each would fail
             raise CommandError(
                 f"{model} has {len(info.sessions)} live sessions: stop its workers, or delete it with --force"
             )
@@ -61,7 +61,7 @@ def _server_status(client: "deltaserve.Client", target: str) -> str:
             ("server", f"{target}, deltaserve {info.version}, up {format_seconds(info.uptime_seconds)}"),
             ("device", device(info)),
             ("memory", f"{free} of {whole} free"),
-            ("durable", DURABILITY.get(info.durability, info.durability)),
+            ("durable", DURABILITY.get(info.durability, info.durability)),  # a newer server may have others
             ("models", f"{len(summaries)} of {limits.models}"),
             ("sessions", f"{sessions} of {limits.sessions}"),
         ]
@@ -80,12 +80,9 @@ DURABILITY = {
 
 def device(info: "deltaserve.ServerInfo") -> str:
     """Describes the device of a server."""
+    # On a GPU the number of threads is 0.
     threads = f", {info.threads} thread{'s' * (info.threads != 1)}" if info.device_kind == "cpu" else ""
     return f"{info.device_kind}: {info.device_name}{threads}"
-
-
-def _durable(version: int | None) -> int | str:
-    return "none" if version is None else version
 
 
 def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
@@ -97,7 +94,7 @@ def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
             model.tensor_count,
             model.session_count,
             model.version,
-            _durable(model.durable_version),
+            "none" if model.durable_version is None else model.durable_version,
             format_policy(model.policy),
         )
         for model in summaries
@@ -108,34 +105,20 @@ def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
 def _model_status(model: "deltaserve.Model") -> str:
     info = model.info()
     elements = sum(math.prod(tensor.shape) for tensor in model.tensors)
+    durable = "none" if info.durable_version is None else info.durable_version  # version 0 may be durable
     head = facts(
         [
             ("model", model.name),
-            ("version", f"{info.version}, durable: {_durable(info.durable_version)}"),
+            ("version", f"{info.version}, durable: {durable}"),
             ("policy", format_policy(model.policy)),
             ("weights", f"{elements} float32 elements, {format_bytes(4 * elements)}"),
         ]
     )
-    parts = [head, group_table(model), _tensor_table(model), _session_table(info)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def group_table(model: "deltaserve.Model") -> str:
-    """Formats the hyperparameters, one line per parameter group."""
-    rows = [
-        (index, group.lr, group.rho, group.eps, group.weight_decay, "yes" if group.maximize else "no")
-        for index, group in enumerate(model.groups)
+    tensors = [
+        (tensor.name, " x ".join(map(str, tensor.shape)) or "scalar", tensor.group)  # a scalar has an empty shape
+        for tensor in model.tensors
     ]
-    return table(("GROUP", "LR", "RHO", "EPS", "WEIGHT_DECAY", "MAXIMIZE"), rows)
-
-
-def _tensor_table(model: "deltaserve.Model") -> str:
-    rows = [(tensor.name, " x ".join(map(str, tensor.shape)) or "scalar", tensor.group) for tensor in model.tensors]
-    return table(("TENSOR", "SHAPE", "GROUP"), rows)
-
-
-def _session_table(info: "deltaserve.ModelInfo") -> str:
-    rows = [
+    sessions = [
         (
             session.worker,
             session.rank,
@@ -146,4 +129,15 @@ def _session_table(info: "deltaserve.ModelInfo") -> str:
         )
         for session in info.sessions
     ]
-    return table(("WORKER", "RANK", "EPOCH", "PUSHES", "LEASE LEFT", "WAITING"), rows) if rows else "no sessions"
+    header = ("WORKER", "RANK", "EPOCH", "PUSHES", "LEASE LEFT", "WAITING")
+    workers = table(header, sessions) if sessions else "no sessions"
+    return "\n\n".join([head, group_table(model), table(("TENSOR", "SHAPE", "GROUP"), tensors), workers])
+
+
+def group_table(model: "deltaserve.Model") -> str:
+    """Formats the hyperparameters, one line per parameter group."""
+    rows = [
+        (index, group.lr, group.rho, group.eps, group.weight_decay, "yes" if group.maximize else "no")
+        for index, group in enumerate(model.groups)
+    ]
+    return table(("GROUP", "LR", "RHO", "EPS", "WEIGHT_DECAY", "MAXIMIZE"), rows)

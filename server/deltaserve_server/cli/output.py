@@ -53,18 +53,21 @@ def encode(tensors: "Mapping[str, Array]", metadata: Mapping[str, str]) -> bytes
 
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file whole or not at all: to a temporary file in the same directory, fsync, rename."""
+    # A rename works only within a file system. The dot hides the file from patterns such as *.safetensors.
     descriptor, name = tempfile.mkstemp(dir=file.absolute().parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(
+                stream.fileno()
+            )  # before the rename: after a power failure the name must not lead to an empty file
         # mkstemp creates files that only their owner can read; this one gets the usual permissions.
-        umask = os.umask(0)
+        umask = os.umask(0)  # it can only be read by setting it
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
         Path(name).replace(file)
-    except BaseException:
+    except BaseException:  # Ctrl+C leaves nothing behind either
         with contextlib.suppress(FileNotFoundError):
             Path(name).unlink()
         raise

@@ -43,7 +43,10 @@ def parse_policy(text: str) -> PolicyText:
         typer.BadParameter: The text is not a policy. The server checks the ranges of the numbers.
     """
     name, colon, settings_text = text.strip().partition(":")
-    kinds = _kinds()
+    from deltaserve import Async, Bounded, Sync
+    from deltaserve.v1 import common_pb2
+
+    kinds: dict[str, type[Policy]] = {"sync": Sync, "async": Async, "bounded": Bounded}  # the names of the protocol
     if name not in kinds:
         raise typer.BadParameter(f"expected a policy, {_or(kinds)}, as in sync:min_workers=4, got {name!r}")
     types, settings = get_type_hints(kinds[name]), dict[str, Any]()
@@ -53,8 +56,12 @@ def parse_policy(text: str) -> PolicyText:
             raise typer.BadParameter(f"{name} has no setting {setting!r}; its settings are {', '.join(types)}")
         if not equals or setting in settings:
             raise typer.BadParameter(f"{setting}: expected {setting}=VALUE, once")
-        settings[setting] = _parse_value(setting, value, types[setting])
-        _check_size(name, setting, settings[setting])
+        settings[setting] = parsed = _parse_value(setting, value, types[setting])
+        if isinstance(parsed, int):
+            try:  # no server can check a number that does not fit into the message
+                setattr(getattr(common_pb2.Policy(), name), setting, parsed)
+            except ValueError:
+                raise typer.BadParameter(f"{setting}: {parsed} is too large") from None
     return PolicyText(kinds[name], settings)
 
 
@@ -66,13 +73,6 @@ def format_policy(policy: "Policy") -> str:
     return f"{name}:{','.join(settings)}" if settings else name
 
 
-def _kinds() -> "dict[str, type[Policy]]":
-    """Returns the classes by the names of the protocol."""
-    from deltaserve import Async, Bounded, Sync
-
-    return {"sync": Sync, "async": Async, "bounded": Bounded}
-
-
 def _parse_value(setting: str, text: str, hint: Any) -> Any:
     """Parses the value of a setting whose type is `hint`; an optional setting cannot be set to None."""
     value: Any
@@ -82,6 +82,7 @@ def _parse_value(setting: str, text: str, hint: Any) -> Any:
     elif kind is bool:
         allowed, value = _or(BOOLEANS), BOOLEANS.get(text)
     elif kind is int:
+        # int() also takes signs, blanks and underscores, and refuses thousands of digits with an error of its own.
         allowed, value = "a whole number", int(text) if re.fullmatch(r"\d{1,99}", text, re.ASCII) else None
     else:
         allowed, value = "a number", _number(text)
@@ -97,20 +98,10 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _check_size(name: str, setting: str, value: Any) -> None:
-    """Raises typer.BadParameter for a number that the protocol's message cannot hold, which no server can check."""
-    from deltaserve.v1 import common_pb2
-
-    if isinstance(value, int):
-        try:
-            setattr(getattr(common_pb2.Policy(), name), setting, value)
-        except ValueError:
-            raise typer.BadParameter(f"{setting}: {value} is too large") from None
-
-
 def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return next(word for word, meaning in BOOLEANS.items() if meaning is value)
+    # 2.0 reads better as 2; a large number would be printed with hundreds of digits.
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 

@@ -12,13 +12,12 @@ Observer = Callable[["Progress"], None]
 LINES_PER_WORKER = 4
 
 
-def shown(workers: int) -> contextlib.AbstractContextManager[Observer]:
-    """Returns a context manager that yields an observer, which shows progress on standard error."""
-    return _bars(workers) if sys.stderr.isatty() else contextlib.nullcontext(_lines())
-
-
 @contextlib.contextmanager
-def _bars(workers: int) -> Iterator[Observer]:
+def shown(workers: int) -> Iterator[Observer]:
+    """Yields an observer, which shows progress on standard error: standard output is for the result."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
     from rich import progress as rich
     from rich.console import Console
 
@@ -30,6 +29,7 @@ def _bars(workers: int) -> Iterator[Observer]:
         rich.TextColumn("{task.fields[notes]}"),
     ]
     with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        # The first report tells the number of steps; without a total the bar only says that something goes on.
         tasks = [bars.add_task(f"worker {worker}", total=None, notes="starting") for worker in range(workers)]
 
         def show(progress: "Progress") -> None:
@@ -48,7 +48,7 @@ def _lines() -> Observer:
         if printed.get(progress.worker) != part:
             printed[progress.worker] = part
             text = ", ".join([f"step {progress.step} of {progress.steps}", *_notes(progress)])
-            print(f"worker {progress.worker}: {text}", file=sys.stderr, flush=True)
+            print(f"worker {progress.worker}: {text}", file=sys.stderr, flush=True)  # at once, in a log file too
 
     return show
 

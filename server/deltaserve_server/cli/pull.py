@@ -13,7 +13,7 @@ def pull(model: ModelArgument, output: Output, target: Target = DEFAULT_TARGET, 
 
     deltaserve export writes the optimizer state too.
     """
-    check(output, force)
+    check(output, force)  # first, because the transfer may take minutes
     with connected(target, TRANSFER_SECONDS) as client:
         pulled = client.model(model).pull_state(optimizer_state=False)
     content = encode(pulled.weights, {"model": model, "version": str(pulled.version)})

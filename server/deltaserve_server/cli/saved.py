@@ -37,15 +37,7 @@ MAX_UPDATES = (1 << 63) - 1
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """The content of a file.
-
-    Attributes:
-        name: The model's name.
-        tensors: Its layout.
-        groups: Its hyperparameters by parameter group.
-        policy: Its policy.
-        state: Its weights and optimizer state.
-    """
+    """The content of a file: a model's name, layout, hyperparameters by parameter group, policy and state."""
 
     name: str
     tensors: tuple[TensorSpec, ...]
@@ -54,6 +46,7 @@ class SavedModel:
     state: ModelState
 
 
+# Unknown fields are refused: a newer version may have written them, and dropping them would change the model.
 class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     group: int
@@ -85,7 +78,7 @@ def encode(info: ModelInfo, state: ModelState) -> bytes:
     """
     vectors = {key: getattr(state, key) for key in PREFIXES}
     tensors = {prefix + name: array for key, prefix in PREFIXES.items() for name, array in vectors[key].items()}
-    if len(tensors) != len(PREFIXES) * len(state.weights):
+    if len(tensors) != len(PREFIXES) * len(state.weights):  # a tensor "square_avg/w" beside a tensor "w"
         raise CommandError(
             f"the tensors of {info.name} have names that export uses for optimizer state: only pull can write it"
         )
@@ -126,7 +119,7 @@ def _decode(opened: Any) -> SavedModel:
     try:
         config = msgspec.json.decode(_text(metadata, "config"), type=_Config)
         policy = parse_policy(config.policy).policy()
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError) as error:  # RecursionError: very many nested brackets
         raise CommandError(f"config: {error}") from error
     except typer.BadParameter as error:
         raise CommandError(f"config: policy: {error.message}") from error
@@ -137,7 +130,14 @@ def _decode(opened: Any) -> SavedModel:
     for name, group in group_of.items():
         if group not in range(len(groups)):
             raise CommandError(f"config: tensor {name!r} is in group {group}, but there are {len(groups)} groups")
-    state = _decode_state(opened, metadata, group_of)
+    # The vectors come last: whatever is wrong with the metadata costs no reading of gigabytes.
+    version = _count(metadata, "version")
+    counts = {name: _count(metadata, COUNT_PREFIX + name) for name in group_of}
+    _check_tensors(opened, group_of)
+    vectors: dict[str, dict[str, Array]] = {
+        key: {name: _tensor(opened, prefix + name) for name in group_of} for key, prefix in PREFIXES.items()
+    }
+    state = ModelState(version=version, update_counts=counts, **vectors)
     tensors = tuple(TensorSpec(name, state.weights[name].shape, group) for name, group in group_of.items())
     return SavedModel(name=_text(metadata, "model"), tensors=tensors, groups=groups, policy=policy, state=state)
 
@@ -150,20 +150,10 @@ def _text(metadata: Mapping[str, str], key: str) -> str:
 
 def _count(metadata: Mapping[str, str], key: str) -> int:
     text = _text(metadata, key)
+    # int() also takes signs, blanks and underscores.
     if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or int(text) > MAX_UPDATES:
         raise CommandError(f"{key!r}: expected a whole number of at most {MAX_UPDATES}, got {text!r}")
     return int(text)
-
-
-def _decode_state(opened: Any, metadata: Mapping[str, str], names: Collection[str]) -> ModelState:
-    """Reads the vectors, after all checks that are possible without them."""
-    version = _count(metadata, "version")
-    counts = {name: _count(metadata, COUNT_PREFIX + name) for name in names}
-    _check_tensors(opened, names)
-    vectors: dict[str, dict[str, Array]] = {
-        key: {name: _tensor(opened, prefix + name) for name in names} for key, prefix in PREFIXES.items()
-    }
-    return ModelState(version=version, update_counts=counts, **vectors)
 
 
 def _check_tensors(opened: Any, names: Collection[str]) -> None:
@@ -176,6 +166,7 @@ def _check_tensors(opened: Any, names: Collection[str]) -> None:
         if keys:
             raise CommandError(f"{wrong} tensor {min(keys)!r}")
     for key, name in expected.items():
+        # A slice tells type and shape before anything of it is read.
         found, weights = opened.get_slice(key), opened.get_slice(name)
         if found.get_dtype() != "F32":
             raise CommandError(f"tensor {key!r}: expected type F32, got {found.get_dtype()}")

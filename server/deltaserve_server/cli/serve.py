@@ -21,14 +21,14 @@ from deltaserve_server.cli.errors import INTERRUPTED, CommandError, UsageError
 from deltaserve_server.cli.options import parse_address, parse_bytes, parse_folder
 
 if TYPE_CHECKING:
-    from deltaserve_server import Server, ServerConfig
+    from deltaserve_server import Server
 
 log = logging.getLogger("deltaserve")
 
 _POLL_SECONDS = 0.5
 
 _EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
-"""The exit status of a server that was stopped by a signal."""
+"""The exit status of a server that was stopped by a signal. SIGTERM is how systemd and Kubernetes stop a service."""
 
 
 class Device(StrEnum):
@@ -173,6 +173,7 @@ CopyToOption = Annotated[
         show_default="no copies",
     ),
 ]
+# No environment variable: the option is for one start, and must not stay in a service's configuration.
 AcceptDataLossOption = Annotated[
     bool,
     typer.Option(
@@ -211,33 +212,35 @@ def serve(
     """
     from deltaserve_server import Server, ServerConfig
 
-    config = _make_config(
-        ServerConfig,
-        bind=bind,
-        device=device.value,
-        threads=threads,
-        memory_bytes=memory_bytes,
-        message_bytes=message_bytes,
-        models=models,
-        sessions=sessions,
-        shared_memory=shared_memory,
-        data_dir=data_dir,
-        durability=durability.value if durability else None,
-        snapshot_updates=snapshot_updates,
-        snapshot_seconds=snapshot_seconds or None,
-        copy_to=copy_to,
-        accept_data_loss=accept_data_loss,
-    )
+    try:
+        config = ServerConfig(
+            bind=bind,
+            device=device.value,
+            threads=threads,
+            memory_bytes=memory_bytes,
+            message_bytes=message_bytes,
+            models=models,
+            sessions=sessions,
+            shared_memory=shared_memory,
+            data_dir=data_dir,
+            durability=durability.value if durability else None,
+            snapshot_updates=snapshot_updates,
+            snapshot_seconds=snapshot_seconds or None,
+            copy_to=copy_to,
+            accept_data_loss=accept_data_loss,
+        )
+    except ValueError as error:  # settings that contradict each other, which typer cannot check
+        raise UsageError(str(error)) from error
     _check_bind(bind)
-    _start_log(log_level)
-    _log_settings(context)
-    signals = _StopSignals()
+    _start_log(log_level, context)
+    signals = _StopSignals()  # before the start: recovery of large models takes long, and must end at a signal
     server = _start(lambda: Server(config), signals.check)
     typer.echo(_welcome(server))
-    sys.stdout.flush()
+    sys.stdout.flush()  # a script that waits for these lines reads them from a pipe
     number = signals.wait()
     then = "" if config.effective_durability == "none" else ", then takes last snapshots"
     log.info("%s: stopping; waits at most %g s for open rounds%s", number.name, grace_seconds, then)
+    # Without its last snapshot a model may come back older: whoever stops the server must see that.
     saved = server.stop(grace_seconds=grace_seconds)
     status = _EXIT_STATUS[number] if saved else 1
     _exit_if_stuck(server, status)
@@ -247,16 +250,9 @@ def serve(
 def _exit_if_stuck(server: "Server | None", status: int) -> None:
     """Ends the process at once if a thread of the server hangs: the interpreter would wait for it."""
     if server and server.abandoned:
-        logging.shutdown()
+        logging.shutdown()  # os._exit flushes nothing
         sys.stdout.flush()
         os._exit(status)
-
-
-def _make_config(kind: "type[ServerConfig]", **settings: Any) -> "ServerConfig":
-    try:
-        return kind(**settings)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _start(make: "Callable[[], Server]", check: Callable[[], None]) -> "Server":
@@ -289,9 +285,10 @@ def _check_bind(bind: str) -> None:
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: an earlier server's connections that still time out do not keep the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            probe.listen()
+            probe.listen()  # fails where bind does not: another socket with SO_REUSEADDR may be bound to the port too
     except OSError as error:
         reasons = {
             errno.EADDRINUSE: "the port is in use",
@@ -305,15 +302,15 @@ def _welcome(server: "Server") -> str:
     from deltaserve import __version__
 
     device, host, port = server.device, server.config.bind.rpartition(":")[0], server.target.rpartition(":")[2]
+    # Port 0 has become a port. The host stays as given: 0.0.0.0 says more than the target's localhost.
     address = server.target if server.target.startswith("unix:") else f"{host}:{port}"
     threads = f", {device.threads} thread{'s' * (device.threads != 1)}" if device.kind == "cpu" else ""
     config = server.config
     durability = config.effective_durability
-    durable = [f"durable  {durability} in {config.data_dir}"] if durability != "none" else []
     lines = [
         f"deltaserve {__version__} listens on {address}",
         f"device   {device.kind}: {device.name}{threads}",
-        *durable,
+        *([f"durable  {durability} in {config.data_dir}"] if durability != "none" else []),
         f'connect  deltaserve.connect("{server.target}")',
         f"try      deltaserve train digits --workers 2 --target {server.target}",
     ]
@@ -345,21 +342,18 @@ class _StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received:
-            os._exit(128 + number)
+            os._exit(128 + number)  # not sys.exit, which waits for threads: the user has waited long enough
         self._received.append(signal.Signals(number))
         self._wake.put(None)
 
 
-def _start_log(level: LogLevel) -> None:
+def _start_log(level: LogLevel, context: typer.Context) -> None:
+    """Starts the log with each setting that is not a default: from a flag, which wins, or from the environment."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
+    formatter.converter = time.gmtime  # the Z in the format says UTC
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def _log_settings(context: typer.Context) -> None:
-    """Logs each setting that is not a default, and whether a flag or the environment set it; flags win."""
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)  # an import may have set up the log
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         value = context.params.get(str(parameter.name))

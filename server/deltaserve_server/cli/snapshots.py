@@ -1,16 +1,13 @@
 """`deltaserve snapshots`: lists the snapshots of a model, and takes one."""
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.display import format_bytes, table
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
-
-if TYPE_CHECKING:
-    import deltaserve
 
 Save = Annotated[bool, typer.Option("--save", help="Take a snapshot first.")]
 Timeout = Annotated[
@@ -28,9 +25,7 @@ def snapshots(
         if save:
             chosen.save_snapshot()
         listed = chosen.snapshots()
-    typer.echo(table(("SNAPSHOT", "VERSION", "SIZE", "TAKEN AT"), [_row(snapshot) for snapshot in listed]))
-
-
-def _row(snapshot: "deltaserve.SnapshotInfo") -> tuple[int, int, str, str]:
-    taken = datetime.fromtimestamp(snapshot.taken_at, UTC)
-    return snapshot.number, snapshot.version, format_bytes(snapshot.bytes), f"{taken:%Y-%m-%d %H:%M:%S} UTC"
+    # UTC, because the server may run in another time zone.
+    taken = [f"{datetime.fromtimestamp(snapshot.taken_at, UTC):%Y-%m-%d %H:%M:%S} UTC" for snapshot in listed]
+    rows = [(one.number, one.version, format_bytes(one.bytes), when) for one, when in zip(listed, taken, strict=True)]
+    typer.echo(table(("SNAPSHOT", "VERSION", "SIZE", "TAKEN AT"), rows))

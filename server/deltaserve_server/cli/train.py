@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -98,7 +99,7 @@ def digits(
     from deltaserve_server.recipes.data import load_digits
     from deltaserve_server.recipes.digits import Digits
 
-    chosen = _policy(policy, workers, alone=target is None)
+    chosen = _policy(policy, workers, alone=target is None)  # first: wrong usage shows before data is loaded
     train, test = load_digits()
     _train(Digits(train=train, test=test, seed=seed), workers, chosen, target, model, timeout)
 
@@ -121,12 +122,13 @@ def airfoil(
     from deltaserve_server.recipes import loss_figure
     from deltaserve_server.recipes.airfoil import AirfoilConcise, AirfoilScratch
     from deltaserve_server.recipes.data import find_airfoil, load_airfoil
+    from deltaserve_server.recipes.errors import MissingPackageError
 
     chosen = _policy(policy, workers, alone=target is None)
     if plot is not None:
-        loss_figure.check(plot)
-    if recipe is AirfoilRecipe.CONCISE:
-        _check_torch()
+        loss_figure.check(plot)  # what would prevent the figure shows before the training, not after it
+    if recipe is AirfoilRecipe.CONCISE and find_spec("torch") is None:  # each worker's import would fail instead
+        raise MissingPackageError("torch", "torch")
     examples = load_airfoil(find_airfoil(data, cache_folder()))
     kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
     result = _train(kind(train=examples, seed=seed), workers, chosen, target, model, timeout)
@@ -137,18 +139,9 @@ def airfoil(
 
 def cache_folder() -> Path:
     """Returns this platform's directory for downloads that can be repeated."""
-    if sys.platform == "darwin":
+    if sys.platform == "darwin":  # elsewhere the XDG base directory specification
         return Path.home() / "Library" / "Caches" / "deltaserve"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaserve"
-
-
-def _check_torch() -> None:
-    from importlib.util import find_spec
-
-    from deltaserve_server.recipes.errors import MissingPackageError
-
-    if find_spec("torch") is None:
-        raise MissingPackageError("torch", "torch")
 
 
 def _train(
@@ -170,12 +163,19 @@ def _train(
                 model=model,
                 workers=workers,
                 policy=policy,
-                elastic=target is not None and workers == 1,
+                elastic=target is not None and workers == 1,  # nobody else can join a server inside this command
                 timeout_seconds=timeout,
                 observer=observer,
             )
-    _print(result)
-    if target is not None:
+    if result.accuracy is not None:
+        typer.echo(f"test accuracy: {result.accuracy:.3f}")
+    typer.echo(f"loss: {result.loss:.3f}, {result.epoch_seconds:.3f} sec/epoch")  # as the book prints it
+    typer.echo(f"updates applied: {result.updates} (the model is at version {result.version})")
+    if result.late or result.skipped:
+        skipped = f"; {result.skipped} batches were skipped to catch up" if result.skipped else ""
+        typer.echo(f"late gradients: {result.late} of {result.pushes}{skipped}")
+    typer.echo(f"samples/s: {result.samples_per_second:.0f}")
+    if target is not None:  # a server inside this command is gone now, with its model
         name = model or recipe.name
         typer.echo(f"get the weights: deltaserve pull {name} --target {target} -o {name}.safetensors")
     return result
@@ -186,7 +186,7 @@ def _exit_on_sigterm() -> Iterator[None]:
     """Turns SIGTERM into an exception, which stops workers and server; process 1 of a container would ignore it."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        sys.exit(128 + number)  # as shells report a signal
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -216,13 +216,8 @@ def _server(target: str | None, timeout: float) -> "Iterator[str]":
 def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
     """Returns the policy; the default of sync's `min_workers` is the quorum, or the number of workers without one.
 
-    Args:
-        parsed: The policy on the command line.
-        workers: Number of workers of this run.
-        alone: Whether no workers of other runs can join.
-
     Raises:
-        UsageError: A round would never close.
+        UsageError: A round would never close, because `alone` says that no workers of other runs can join.
     """
     import deltaserve
 
@@ -234,14 +229,3 @@ def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
         needed = policy.min_workers
         raise UsageError(f"a round of {needed} workers never closes with {workers}: add --workers {needed}")
     return policy
-
-
-def _print(result: "RunResult") -> None:
-    if result.accuracy is not None:
-        typer.echo(f"test accuracy: {result.accuracy:.3f}")
-    typer.echo(f"loss: {result.loss:.3f}, {result.epoch_seconds:.3f} sec/epoch")
-    typer.echo(f"updates applied: {result.updates} (the model is at version {result.version})")
-    if result.late or result.skipped:
-        skipped = f"; {result.skipped} batches were skipped to catch up" if result.skipped else ""
-        typer.echo(f"late gradients: {result.late} of {result.pushes}{skipped}")
-    typer.echo(f"samples/s: {result.samples_per_second:.0f}")

@@ -31,7 +31,7 @@ def export(model: ModelArgument, output: Output, target: Target = DEFAULT_TARGET
     """
     from deltaserve_server.cli import saved
 
-    check(output, force)
+    check(output, force)  # first, because the transfer may take minutes
     with connected(target, TRANSFER_SECONDS) as client:
         exported = client.model(model)
         state = exported.pull_state()
@@ -58,6 +58,7 @@ def import_(file: File, model: Name = None, target: Target = DEFAULT_TARGET, rep
     typer.echo(f"imported {name} from {file}, exported at version {content.state.version}")
 
 
+# Two steps, because no RPC creates a model with a state.
 def _create(client: "deltaserve.Client", name: str, content: "SavedModel") -> None:
     import deltaserve
 
@@ -72,7 +73,7 @@ def _create(client: "deltaserve.Client", name: str, content: "SavedModel") -> No
         )
     except deltaserve.ConflictError as error:
         raise exists from error
-    if not new.created:
+    if not new.created:  # it equals the file's model in all but its state, which `put_state` would overwrite
         raise exists
     try:
         new.put_state(content.state)

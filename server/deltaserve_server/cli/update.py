@@ -63,12 +63,14 @@ def update(
     """
     given = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
     changes = {name: value for name, value in given.items() if value is not None}
+    # Checked before a call, so that a slip of the fingers gets its answer without a server.
     if group is not None and not changes:
         raise UsageError("--group needs a hyperparameter to change: add --lr, --rho, --eps or --weight-decay")
     if policy is None and not changes:
         raise UsageError("nothing to change: give --policy, --lr, --rho, --eps or --weight-decay")
     with connected(target) as client:
         changed = client.model(model)
+        # One call for both: no update may use the new policy with the old hyperparameters.
         version = changed.update(
             groups=_changed(changed, group, changes) if changes else None,
             policy=None if policy is None else policy.policy(),

@@ -45,28 +45,22 @@ def watch(model: ModelArgument, count: Count = None, as_json: Json = False, targ
             if as_json:
                 typer.echo(json.dumps(asdict(event)))
             else:
-                typer.echo(_lines(event) if number else _head(event, watched))
+                first = f"{model} is at version {event.version}, {format_policy(watched.policy)}\n{HEADER}"
+                typer.echo(_lines(event) if number else first)  # the first event is the present version, not an update
+            # A version without an update does not count: it is not what the user waits for.
             if left is not None and event.update_norm is not None:
                 left -= 1
                 if not left:
                     break
 
 
-def _head(event: "deltaserve.ModelEvent", model: "deltaserve.Model") -> str:
-    return f"{model.name} is at version {event.version}, {format_policy(model.policy)}\n{HEADER}"
-
-
 def _lines(event: "deltaserve.ModelEvent") -> str:
     """Formats an event as a line, after a line about the events that were missed before it."""
     missed = f"{'...':>9}  {event.missed} events missed: they came too fast\n" if event.missed else ""
-    return missed + _line(event)
-
-
-def _line(event: "deltaserve.ModelEvent") -> str:
     if event.update_norm is None:
-        return f"{event.version:>9}  no update: a state was imported, or late workers joined"
+        return f"{missed}{event.version:>9}  no update: a state was imported, or late workers joined"
     pushes = event.contributions
-    return COLUMNS.format(
+    return missed + COLUMNS.format(
         event.version,
         _range(group.lr for group in event.hyperparameters),
         f"{event.update_norm:.3g}",
@@ -79,6 +73,7 @@ def _line(event: "deltaserve.ModelEvent") -> str:
 def _range(values: Iterable[float]) -> str:
     """Formats the range of some numbers, or one number if both ends look the same."""
     ordered = sorted(values)
+    # The keys of a dict: duplicates fall out, the order stays.
     return "..".join(dict.fromkeys(f"{value:.3g}" for value in (ordered[0], ordered[-1])))
 
 
