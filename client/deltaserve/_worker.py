@@ -142,7 +142,7 @@ class Worker:
 
         Raises:
             ValueError: A tensor is missing, unknown or has another shape.
-            TypeError: A gradient does not consist of real numbers.
+            TypeError: `gradients` is not a mapping, or a gradient does not consist of real numbers.
             RequestError: A value is not finite, or a hyperparameter is out of range; nothing was changed.
             StaleGradientError: The gradient was computed on weights that are too old for the round or for
                 `max_staleness`, or on weights that had arrived only in part. Newer weights are in place now.
@@ -395,6 +395,8 @@ class Worker:
 
     def _gradients(self, gradients: Mapping[str, ArrayLike | None]) -> tuple[FlatVector, list[int]]:
         """Returns the gradient as a flat vector, and the indices of tensors without a gradient."""
+        if not isinstance(gradients, Mapping):
+            raise TypeError(f"gradients: expected a mapping of tensor names to arrays, got {type(gradients).__name__}")
         unknown = gradients.keys() - {spec.name for spec in self.tensors}
         if unknown:
             raise ValueError(f"the model has no tensor named {min(unknown)}")

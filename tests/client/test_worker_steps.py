@@ -59,6 +59,7 @@ def test_a_gradient_of_any_layout_and_real_type_is_accepted(client: Client, grad
         ({"w": np.ones((3, 1))}, ValueError, r"has shape \(3, 1\), not \(3,\)"),
         ({"w": np.ones(3, complex)}, TypeError, "expected real numbers, got complex128"),
         ({"w": ["1", "2", "3"]}, TypeError, "expected real numbers"),
+        ([np.ones(3)], TypeError, "gradients: expected a mapping of tensor names to arrays, got list"),
         ({"w": [1, np.nan, 3]}, deltaserve.RequestError, "NaN or infinity in tensor w at element 1"),
         ({"w": [1, 2, 1e30]}, deltaserve.RequestError, "tensor w at element 2 is too large"),
     ],
