@@ -70,7 +70,8 @@ class Ledger:
         self.unanswered: set[Key] = set()
         self._reduced: list[tuple[Key, float]] = []
         self._trim: int | None = None
-        self._closed = self._most_slack = 0
+        self._closed = 0
+        self._most_slack = policy.slack if isinstance(policy, Bounded) else 0
         self._takes: dict[type, Callable[[Any, Iterator[Said]], None]] = {
             Fold: self._folded,
             Combine: self._combined,
