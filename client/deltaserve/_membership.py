@@ -134,19 +134,15 @@ class Membership:
             return self.rejoin()
         except Error as error:
             raise self.explained(error) from None
-        if kept.lineage:
-            lineage, ancestors = kept.lineage, list(kept.ancestors)
-        else:  # a server that keeps its lineage over a restart does not repeat it
-            lineage, ancestors = self.lineage, self._ancestors
-        server = history(ancestors, lineage, kept.position.version)
+        server = history(kept.ancestors, kept.lineage, kept.position.version)
         owed = self._loss(server, session.sequence - 1, kept.last_applied_sequence)
         if owed:
             return self._replace_session(self._open_session(), owed)
-        if refused and lineage == self.lineage:
+        if refused and kept.lineage == self.lineage:
             raise refused
         _log.info("worker %s: the server was restarted, and nothing is lost", self._worker)
         self.weights.position = kept.position
-        self.lineage, self._ancestors = lineage, ancestors
+        self.lineage, self._ancestors = kept.lineage, list(kept.ancestors)
         self._renew_transport = True
         return None
 

@@ -428,7 +428,7 @@ class Worker:
     def _address(self, header: rpc.PushHeader) -> None:
         """Makes it the header of the session's next push."""
         session, lineage = self._session, self._membership.lineage
-        header.MergeFrom(rpc.PushHeader(**session.id, sequence=session.sequence, lineage=lineage or None))
+        header.MergeFrom(rpc.PushHeader(**session.id, sequence=session.sequence, lineage=lineage))
 
     @property
     def _session(self) -> Session:

@@ -12,7 +12,7 @@ from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.memory import shared_memory
 from deltaserve_server.model import Refused
 from deltaserve_server.service import admission, conversion
-from deltaserve_server.service.conversion import from_position, from_result
+from deltaserve_server.service.conversion import from_ancestors, from_position, from_result
 from deltaserve_server.service.element_types import element_type_of
 from deltaserve_server.service.method_handlers import wait
 from deltaserve_server.service.push_handler import PushHandler
@@ -65,7 +65,7 @@ class WorkerServicer:
                 tensor_count=session.tensor_count,
                 position=from_position(engine.position),
                 lineage=engine.head.lineage,
-                ancestors=conversion.from_ancestors(engine.head),
+                ancestors=from_ancestors(engine.head),
             )
 
     def KeepSession(self, request: rpc.KeepSessionRequest, _: grpc.ServicerContext) -> rpc.KeepSessionResponse:
@@ -78,7 +78,7 @@ class WorkerServicer:
                 last_accepted_sequence=session.last_accepted,
                 position=from_position(engine.position),
                 lineage=engine.head.lineage,
-                ancestors=conversion.from_ancestors(engine.head),
+                ancestors=from_ancestors(engine.head),
             )
 
     def CloseSession(self, request: rpc.CloseSessionRequest, _: grpc.ServicerContext) -> rpc.CloseSessionResponse:
@@ -162,7 +162,7 @@ class WorkerServicer:
             return rpc.GetPushResponse(
                 last_applied_sequence=session.last_applied if session else 0,
                 lineage=engine.head.lineage,
-                ancestors=conversion.from_ancestors(engine.head),
+                ancestors=from_ancestors(engine.head),
                 state=_STATES[status.state],
                 final=status.final,
                 result=from_result(status.result) if status.result else None,
