@@ -14,7 +14,7 @@ from benchmarks.local import COMPILED, FOREACH, local_optimizers, notes_on_local
 from benchmarks.models import SHAPES_A, Array, Shape, elements, gradients_of, weights_of
 from benchmarks.results import Timings
 from benchmarks.timing import REST_SECONDS, by_turns
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.config import usable_threads
 from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
@@ -90,7 +90,7 @@ def kernel_alone(gradients: Sequence[Array]) -> Iterator[Run]:
 
 def gpu(size: int, rounds: int) -> Timings:
     """Times one update of `size` elements on the GPU, from its launch to its completion."""
-    from deltaserve_server.adadelta import cuda
+    from deltaserve_server.optimizers import cuda
 
     weights, new_weights, gradient = (torch.randn(size, device="cuda") for _ in range(3))
     square_avg, acc_delta = (torch.zeros(size, device="cuda") for _ in range(2))

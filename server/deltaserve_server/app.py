@@ -387,6 +387,6 @@ def _processor() -> str:
 def _load_kernels() -> None:
     """Compiles or loads the CPU kernels, in the background: this takes longer than the rest of a server's start."""
     started = monotonic()
-    from deltaserve_server.adadelta import cpu, values  # noqa: F401
+    from deltaserve_server.optimizers import cpu, values  # noqa: F401
 
     _log.info("kernels ready after %.1f s", monotonic() - started)

@@ -10,8 +10,8 @@ from history import History, Update
 from scenarios import GROUPS, Gradient, GradientName, Push, Scenario, Vector
 
 from deltaserve import Async, Contribution, Hyperparameters, ModelState, Sync
-from deltaserve_server.adadelta import Hyperparameters as Applied
-from deltaserve_server.adadelta import cpu, robust
+from deltaserve_server.optimizers import Hyperparameters as Applied
+from deltaserve_server.optimizers import cpu, robust
 
 
 @dataclass(frozen=True)

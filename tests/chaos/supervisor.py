@@ -26,7 +26,7 @@ _DESCRIPTORS = 4096
 
 _LOADED = (
     *("deltaserve", "google.rpc.error_details_pb2", "grpc_status.rpc_status"),
-    *("deltaserve_server.app", "deltaserve_server.adadelta.cpu", "deltaserve_server.adadelta.values"),
+    *("deltaserve_server.app", "deltaserve_server.optimizers.cpu", "deltaserve_server.optimizers.values"),
 )
 """Modules that programs need beside their own imports."""
 

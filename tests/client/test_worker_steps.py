@@ -7,8 +7,8 @@ import pytest
 
 import deltaserve
 from deltaserve import Client, Hyperparameters
-from deltaserve_server.adadelta import reference
-from deltaserve_server.adadelta.hyperparameters import Hyperparameters as Kernel
+from deltaserve_server.optimizers import reference
+from deltaserve_server.optimizers.hyperparameters import Hyperparameters as Kernel
 
 SMALL, LARGE = 5, 700_000
 """Sizes of a model that fits into one message, and of one that uses a stream of three."""

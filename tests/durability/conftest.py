@@ -24,7 +24,7 @@ sys.path += [str(_HERE / "scene"), str(_HERE.parent / "simulation")]
 
 # numba compiles on import, from a cache that it unpickles: before a test forbids that.
 for _module in ("cpu", "float16", "robust", "values"):
-    importlib.import_module(f"deltaserve_server.adadelta.{_module}")
+    importlib.import_module(f"deltaserve_server.optimizers.{_module}")
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.deep)], ids=["sample", "many"])

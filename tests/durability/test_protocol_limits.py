@@ -23,7 +23,7 @@ from deltaserve.v1.model_service_pb2 import (
     SaveSnapshotRequest,
 )
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from deltaserve_server.durability.model_storage import ModelStorage
 
 SIZE = 4

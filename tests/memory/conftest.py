@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory import Budget, Staging, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector

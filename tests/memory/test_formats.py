@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.formats import HalfPrecision, widened
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import HalfPrecision, widened
 from deltaserve_server.memory import Budget, Range, Staging, Store
 from deltaserve_server.memory.store import Vector
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.shared_memory import Handle

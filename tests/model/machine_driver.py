@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import (
     Answer,
     BumpVersion,

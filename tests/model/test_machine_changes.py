@@ -3,7 +3,7 @@
 import pytest
 from machine_driver import Driver, contribution, contributions, refused
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Async, Bounded, Key, Policy, Sync, Tensor
 
 SLOW = Hyperparameters(lr=0.25)

@@ -3,7 +3,7 @@
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Async, BumpVersion, Sync
 
 LONG = 1000.0

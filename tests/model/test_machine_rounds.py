@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Sync, Tensor
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from wire import Snapshot, Vector
 
-from deltaserve_server.adadelta import Hyperparameters, cpu
+from deltaserve_server.optimizers import Hyperparameters, cpu
 
 
 def gradient(seed: int, size: int) -> Vector:

@@ -10,7 +10,7 @@ from wire import Session, Wire, asynchronous, bounded, eventually, floats, refus
 
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
 from deltaserve.v1.worker_service_pb2 import PUSH_STATE_APPLIED, StepRequest
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 
 SIZE = 5
 

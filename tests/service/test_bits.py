@@ -12,7 +12,7 @@ from wire import Snapshot, Vector, Wire, cut, push, streamed, sync
 
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.adadelta import Hyperparameters, reference
+from deltaserve_server.optimizers import Hyperparameters, reference
 
 NAMES = ("Zoe", "0.a_-", "b" * 128)
 SHAPES = {"w": (40, 7), "b": (20,)}

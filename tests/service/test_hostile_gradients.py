@@ -14,7 +14,7 @@ from wire import Session, Snapshot, Vector, Wire, asynchronous, bounded, cut, fl
 
 from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Hyperparameters, Policy
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
+from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 GRADIENTS = 10_000
 SIZE = 128

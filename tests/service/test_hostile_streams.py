@@ -116,7 +116,7 @@ def test_the_smallest_chunks_take_no_more_memory_than_the_largest() -> None:
 
 
 def _resident_bytes() -> int:
-    from deltaserve_server.adadelta import cpu, values  # noqa: F401  else the server's thread may load them meanwhile
+    from deltaserve_server.optimizers import cpu, values  # noqa: F401  else the server's thread may load them meanwhile
 
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -6,7 +6,7 @@ from wire import Wire, cut, floats, push, streamed, sync, unchanged
 
 from deltaserve.v1.common_pb2 import Hyperparameters
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
+from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 SIZE, CHUNK = 1000, 64
 SHAPES = {"a": (300,), "none": (0,), "b": (7, 100)}

@@ -6,7 +6,7 @@ from wire import Snapshot, Vector, Wire, floats, push, streamed, sync, unchanged
 
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.adadelta import Hyperparameters, reference
+from deltaserve_server.optimizers import Hyperparameters, reference
 
 SHAPES = {"a": (3,), "empty": (0, 5), "b": (2, 2), "c": ()}
 A, B, C = slice(0, 3), slice(3, 7), slice(7, 8)

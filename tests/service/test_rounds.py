@@ -26,7 +26,7 @@ from wire import (
 
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer
-from deltaserve_server.adadelta import Hyperparameters, reference
+from deltaserve_server.optimizers import Hyperparameters, reference
 from deltaserve_server.memory.host import HostStore
 
 

@@ -26,7 +26,7 @@ from deltaserve.v1.common_pb2 import REDUCTION_MEAN, REDUCTION_MEDIAN, REDUCTION
 from deltaserve.v1.common_pb2 import Hyperparameters as Sent
 from deltaserve.v1.model_service_pb2 import PutStateHeader, PutStateRequest, WatchModelResponse
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 
 SIZE = 5
 MEDIAN = sync(3, reduction=REDUCTION_MEDIAN)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from planted_defects import FoldedByArrival
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.model import (

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from deltaserve.v1 import optimizers_pb2 as deltaserve_dot_v1_dot_optimizers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/common.proto\x12\rdeltaserve.v1\"d\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataType\"\xad\x01\n\x0fHyperparameters\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03rho\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\x08maximize\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x05\n\x03_lrB\x06\n\x04_rhoB\x06\n\x04_epsB\x0f\n\r_weight_decayB\x0b\n\t_maximize\"\xb1\x02\n\nSyncPolicy\x12\x18\n\x0bmin_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06quorum\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rgrace_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\"\n\x15round_timeout_seconds\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12+\n\treduction\x18\x05 \x01(\x0e\x32\x18.deltaserve.v1.Reduction\x12\x11\n\x04trim\x18\x06 \x01(\rH\x04\x88\x01\x01\x12\x16\n\tclip_norm\x18\x07 \x01(\x01H\x05\x88\x01\x01\x42\x0e\n\x0c_min_workersB\t\n\x07_quorumB\x10\n\x0e_grace_secondsB\x18\n\x16_round_timeout_secondsB\x07\n\x05_trimB\x0c\n\n_clip_norm\"]\n\x0b\x41syncPolicy\x12\x1a\n\rmax_staleness\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x64\x61mping\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_max_stalenessB\n\n\x08_damping\"-\n\rBoundedPolicy\x12\x12\n\x05slack\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_slack\"\x9b\x01\n\x06Policy\x12)\n\x04sync\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.SyncPolicyH\x00\x12+\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x1a.deltaserve.v1.AsyncPolicyH\x00\x12/\n\x07\x62ounded\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.BoundedPolicyH\x00\x42\x08\n\x06policy\"\x9e\x01\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.deltaserve.v1.TensorSpec\x12.\n\x06groups\x18\x03 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12%\n\x06policy\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Policy\"g\n\rModelPosition\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1c\n\x0f\x64urable_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_durable_version\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03*l\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x1a\n\x16REDUCTION_TRIMMED_MEAN\x10\x02\x12\x14\n\x10REDUCTION_MEDIAN\x10\x03*\x84\x01\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x17\n\x13\x44URABILITY_SNAPSHOT\x10\x02\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x03\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x04\x42\x39\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/common.proto\x12\rdeltaserve.v1\x1a\x1e\x64\x65ltaserve/v1/optimizers.proto\"d\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05group\x18\x03 \x01(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataType\"\xb1\x02\n\nSyncPolicy\x12\x18\n\x0bmin_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06quorum\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rgrace_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\"\n\x15round_timeout_seconds\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12+\n\treduction\x18\x05 \x01(\x0e\x32\x18.deltaserve.v1.Reduction\x12\x11\n\x04trim\x18\x06 \x01(\rH\x04\x88\x01\x01\x12\x16\n\tclip_norm\x18\x07 \x01(\x01H\x05\x88\x01\x01\x42\x0e\n\x0c_min_workersB\t\n\x07_quorumB\x10\n\x0e_grace_secondsB\x18\n\x16_round_timeout_secondsB\x07\n\x05_trimB\x0c\n\n_clip_norm\"]\n\x0b\x41syncPolicy\x12\x1a\n\rmax_staleness\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x64\x61mping\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_max_stalenessB\n\n\x08_damping\"-\n\rBoundedPolicy\x12\x12\n\x05slack\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_slack\"\x9b\x01\n\x06Policy\x12)\n\x04sync\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.SyncPolicyH\x00\x12+\n\x05\x61sync\x18\x02 \x01(\x0b\x32\x1a.deltaserve.v1.AsyncPolicyH\x00\x12/\n\x07\x62ounded\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.BoundedPolicyH\x00\x42\x08\n\x06policy\"\x98\x01\n\x0bModelConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.deltaserve.v1.TensorSpec\x12(\n\x06groups\x18\x03 \x03(\x0b\x32\x18.deltaserve.v1.Optimizer\x12%\n\x06policy\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Policy\"g\n\rModelPosition\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1c\n\x0f\x64urable_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_durable_version\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03*l\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x1a\n\x16REDUCTION_TRIMMED_MEAN\x10\x02\x12\x14\n\x10REDUCTION_MEDIAN\x10\x03*\x84\x01\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x17\n\x13\x44URABILITY_SNAPSHOT\x10\x02\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x03\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x04\x42\x39\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,28 +33,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve.v1.common_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\021dev.deltaserve.v1P\001Z\"deltaserve.dev/api/v1;deltaservev1'
-  _globals['_DATATYPE']._serialized_start=1236
-  _globals['_DATATYPE']._serialized_end=1343
-  _globals['_REDUCTION']._serialized_start=1345
-  _globals['_REDUCTION']._serialized_end=1453
-  _globals['_DURABILITY']._serialized_start=1456
-  _globals['_DURABILITY']._serialized_end=1588
-  _globals['_TENSORSPEC']._serialized_start=45
-  _globals['_TENSORSPEC']._serialized_end=145
-  _globals['_HYPERPARAMETERS']._serialized_start=148
-  _globals['_HYPERPARAMETERS']._serialized_end=321
-  _globals['_SYNCPOLICY']._serialized_start=324
-  _globals['_SYNCPOLICY']._serialized_end=629
-  _globals['_ASYNCPOLICY']._serialized_start=631
-  _globals['_ASYNCPOLICY']._serialized_end=724
-  _globals['_BOUNDEDPOLICY']._serialized_start=726
-  _globals['_BOUNDEDPOLICY']._serialized_end=771
-  _globals['_POLICY']._serialized_start=774
-  _globals['_POLICY']._serialized_end=929
-  _globals['_MODELCONFIG']._serialized_start=932
-  _globals['_MODELCONFIG']._serialized_end=1090
-  _globals['_MODELPOSITION']._serialized_start=1092
-  _globals['_MODELPOSITION']._serialized_end=1195
-  _globals['_CHUNK']._serialized_start=1197
-  _globals['_CHUNK']._serialized_end=1234
+  _globals['_DATATYPE']._serialized_start=1086
+  _globals['_DATATYPE']._serialized_end=1193
+  _globals['_REDUCTION']._serialized_start=1195
+  _globals['_REDUCTION']._serialized_end=1303
+  _globals['_DURABILITY']._serialized_start=1306
+  _globals['_DURABILITY']._serialized_end=1438
+  _globals['_TENSORSPEC']._serialized_start=77
+  _globals['_TENSORSPEC']._serialized_end=177
+  _globals['_SYNCPOLICY']._serialized_start=180
+  _globals['_SYNCPOLICY']._serialized_end=485
+  _globals['_ASYNCPOLICY']._serialized_start=487
+  _globals['_ASYNCPOLICY']._serialized_end=580
+  _globals['_BOUNDEDPOLICY']._serialized_start=582
+  _globals['_BOUNDEDPOLICY']._serialized_end=627
+  _globals['_POLICY']._serialized_start=630
+  _globals['_POLICY']._serialized_end=785
+  _globals['_MODELCONFIG']._serialized_start=788
+  _globals['_MODELCONFIG']._serialized_end=940
+  _globals['_MODELPOSITION']._serialized_start=942
+  _globals['_MODELPOSITION']._serialized_end=1045
+  _globals['_CHUNK']._serialized_start=1047
+  _globals['_CHUNK']._serialized_end=1084
 # @@protoc_insertion_point(module_scope)

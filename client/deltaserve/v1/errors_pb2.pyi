@@ -177,6 +177,19 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     with the new lineage. Otherwise the weights on which the gradient was computed no longer exist: pull, compute the
     gradient again, and push it.
     """
+    ERROR_REASON_OPTIMIZER_UNKNOWN: _ErrorReason.ValueType  # 35
+    """INVALID_ARGUMENT {field, allowed}: no optimizer is set in `field`, or one that this server does not know. `allowed`
+    lists the kinds that it knows. Use one of them, or a newer server.
+    """
+    ERROR_REASON_OPTIMIZER_MISMATCH: _ErrorReason.ValueType  # 36
+    """FAILED_PRECONDITION {model, expected, got}: the model has the optimizer `expected`, and the request has another
+    kind, or differs in what a model fixes when it is created, such as amsgrad. Use the model's optimizer, or another
+    model.
+    """
+    ERROR_REASON_STATE_MISMATCH: _ErrorReason.ValueType  # 37
+    """INVALID_ARGUMENT {expected, got}: PutStateHeader.slots is not the list of the model's vectors of optimizer state.
+    Both values are lists of names. Send the state of the model's optimizer.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons. Each comment begins with the gRPC status code and, in braces, the metadata keys."""
@@ -322,5 +335,18 @@ restarted since the worker learned it. This call has applied nothing. Call KeepS
 described in OpenSessionResponse.lineage. If nothing that the worker relies on was lost, send the same push again
 with the new lineage. Otherwise the weights on which the gradient was computed no longer exist: pull, compute the
 gradient again, and push it.
+"""
+ERROR_REASON_OPTIMIZER_UNKNOWN: ErrorReason.ValueType  # 35
+"""INVALID_ARGUMENT {field, allowed}: no optimizer is set in `field`, or one that this server does not know. `allowed`
+lists the kinds that it knows. Use one of them, or a newer server.
+"""
+ERROR_REASON_OPTIMIZER_MISMATCH: ErrorReason.ValueType  # 36
+"""FAILED_PRECONDITION {model, expected, got}: the model has the optimizer `expected`, and the request has another
+kind, or differs in what a model fixes when it is created, such as amsgrad. Use the model's optimizer, or another
+model.
+"""
+ERROR_REASON_STATE_MISMATCH: ErrorReason.ValueType  # 37
+"""INVALID_ARGUMENT {expected, got}: PutStateHeader.slots is not the list of the model's vectors of optimizer state.
+Both values are lists of names. Send the state of the model's optimizer.
 """
 global___ErrorReason = ErrorReason

@@ -6,6 +6,7 @@ Operations on models: create, extend, inspect, change, read, replace, watch, sna
 import builtins
 import collections.abc
 import deltaserve.v1.common_pb2
+import deltaserve.v1.optimizers_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
@@ -88,8 +89,8 @@ class ExtendModelHeader(google.protobuf.message.Message):
         """The new tensors. Their group indices count all groups, existing and new."""
 
     @property
-    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
-        """The new parameter groups. May be empty."""
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.optimizers_pb2.Optimizer]:
+        """The new parameter groups, with the model's optimizer. May be empty."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class ExtendModelHeader(google.protobuf.message.Message):
         tensor_count: builtins.int = ...,
         group_count: builtins.int = ...,
         tensors: collections.abc.Iterable[deltaserve.v1.common_pb2.TensorSpec] | None = ...,
-        groups: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        groups: collections.abc.Iterable[deltaserve.v1.optimizers_pb2.Optimizer] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["group_count", b"group_count", "groups", b"groups", "model", b"model", "tensor_count", b"tensor_count", "tensors", b"tensors"]) -> None: ...
 
@@ -272,6 +273,7 @@ class ModelSummary(google.protobuf.message.Message):
     SESSION_COUNT_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    OPTIMIZER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The model's name."""
     element_count: builtins.int
@@ -280,6 +282,8 @@ class ModelSummary(google.protobuf.message.Message):
     """The number of tensors."""
     session_count: builtins.int
     """The number of live sessions."""
+    optimizer: builtins.str
+    """The kind of the model's optimizer: the name of a member of Optimizer.kind, such as adadelta."""
     @property
     def policy(self) -> deltaserve.v1.common_pb2.Policy:
         """When a push becomes an update."""
@@ -297,9 +301,10 @@ class ModelSummary(google.protobuf.message.Message):
         session_count: builtins.int = ...,
         policy: deltaserve.v1.common_pb2.Policy | None = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
+        optimizer: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy", "position", b"position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["element_count", b"element_count", "name", b"name", "policy", b"policy", "position", b"position", "session_count", b"session_count", "tensor_count", b"tensor_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["element_count", b"element_count", "name", b"name", "optimizer", b"optimizer", "policy", b"policy", "position", b"position", "session_count", b"session_count", "tensor_count", b"tensor_count"]) -> None: ...
 
 global___ModelSummary = ModelSummary
 
@@ -335,9 +340,9 @@ class UpdateModelRequest(google.protobuf.message.Message):
     model: builtins.str
     """The model's name."""
     @property
-    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
-        """The new hyperparameters, one entry per parameter group. Unset fields keep their value. Empty changes none. Pushes
-        that carry hyperparameters of their own continue to use those.
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.optimizers_pb2.Optimizer]:
+        """The new hyperparameters, one entry per parameter group, with the model's optimizer. Unset fields keep their value.
+        Empty changes none. Pushes that carry hyperparameters of their own continue to use those.
         """
 
     @property
@@ -348,7 +353,7 @@ class UpdateModelRequest(google.protobuf.message.Message):
         self,
         *,
         model: builtins.str = ...,
-        groups: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        groups: collections.abc.Iterable[deltaserve.v1.optimizers_pb2.Optimizer] | None = ...,
         policy: deltaserve.v1.common_pb2.Policy | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
@@ -439,7 +444,7 @@ class PullStateRequest(google.protobuf.message.Message):
     model: builtins.str
     """The model's name."""
     optimizer_state: builtins.bool
-    """Whether to send square_avg and acc_delta after the weights."""
+    """Whether to send the optimizer state after the weights."""
     def __init__(
         self,
         *,
@@ -459,6 +464,7 @@ class PullStateHeader(google.protobuf.message.Message):
     CONFIG_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
     UPDATE_COUNTS_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
     @property
     def config(self) -> deltaserve.v1.common_pb2.ModelConfig:
         """The model's config, with all defaults filled in."""
@@ -471,55 +477,53 @@ class PullStateHeader(google.protobuf.message.Message):
     def update_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """For each tensor, in the order of the layout: how many updates its optimizer state has had. torch calls this `step`."""
 
+    @property
+    def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the vectors of optimizer state that follow the weights, in order, such as exp_avg and exp_avg_sq. They
+        are those of torch; see the messages of the optimizers. Empty if the optimizer has no state, or if it was not
+        requested.
+        """
+
     def __init__(
         self,
         *,
         config: deltaserve.v1.common_pb2.ModelConfig | None = ...,
         position: deltaserve.v1.common_pb2.ModelPosition | None = ...,
         update_counts: collections.abc.Iterable[builtins.int] | None = ...,
+        slots: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config", "position", b"position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "position", b"position", "update_counts", b"update_counts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "position", b"position", "slots", b"slots", "update_counts", b"update_counts"]) -> None: ...
 
 global___PullStateHeader = PullStateHeader
 
 @typing.final
 class PullStateResponse(google.protobuf.message.Message):
-    """A message of PullState's response stream: the header first, then weights, square_avg and acc_delta, each whole."""
+    """A message of PullState's response stream: the header first, then the weights and the optimizer state."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
-    WEIGHTS_FIELD_NUMBER: builtins.int
-    SQUARE_AVG_FIELD_NUMBER: builtins.int
-    ACC_DELTA_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> global___PullStateHeader:
         """The first message."""
 
     @property
-    def weights(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the weights, float32."""
-
-    @property
-    def square_avg(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the running average of squared gradients, float32."""
-
-    @property
-    def acc_delta(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the running average of squared updates, float32."""
+    def state(self) -> deltaserve.v1.common_pb2.Chunk:
+        """A chunk of the vectors, float32, laid end to end: the weights, then each of `slots`. With n elements in the model,
+        element i of slot k, counted from 1, is at k * n + i. No chunk extends across two vectors.
+        """
 
     def __init__(
         self,
         *,
         header: global___PullStateHeader | None = ...,
-        weights: deltaserve.v1.common_pb2.Chunk | None = ...,
-        square_avg: deltaserve.v1.common_pb2.Chunk | None = ...,
-        acc_delta: deltaserve.v1.common_pb2.Chunk | None = ...,
+        state: deltaserve.v1.common_pb2.Chunk | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acc_delta", b"acc_delta", "header", b"header", "message", b"message", "square_avg", b"square_avg", "weights", b"weights"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acc_delta", b"acc_delta", "header", b"header", "message", b"message", "square_avg", b"square_avg", "weights", b"weights"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "weights", "square_avg", "acc_delta"] | None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "message", b"message", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "message", b"message", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "state"] | None: ...
 
 global___PullStateResponse = PullStateResponse
 
@@ -531,61 +535,57 @@ class PutStateHeader(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     UPDATE_COUNTS_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name."""
     @property
     def update_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """For each tensor, in the order of the layout: how many updates its optimizer state has had. Empty means 0 for all."""
 
+    @property
+    def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the vectors of optimizer state that follow the weights, in order: exactly those of the model, as
+        PullStateHeader.slots lists them. Any other list is refused with STATE_MISMATCH.
+        """
+
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         update_counts: collections.abc.Iterable[builtins.int] | None = ...,
+        slots: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "update_counts", b"update_counts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "slots", b"slots", "update_counts", b"update_counts"]) -> None: ...
 
 global___PutStateHeader = PutStateHeader
 
 @typing.final
 class PutStateRequest(google.protobuf.message.Message):
-    """A message of PutState's request stream: the header first, then weights, square_avg and acc_delta, each whole. All
-    values must be finite; those of square_avg and acc_delta must be >= 0.
+    """A message of PutState's request stream: the header first, then the weights and the optimizer state. All values must be
+    finite. Those of an average or a sum of squares must be >= 0.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
-    WEIGHTS_FIELD_NUMBER: builtins.int
-    SQUARE_AVG_FIELD_NUMBER: builtins.int
-    ACC_DELTA_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> global___PutStateHeader:
         """The first message."""
 
     @property
-    def weights(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the weights, float32."""
-
-    @property
-    def square_avg(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the running average of squared gradients, float32."""
-
-    @property
-    def acc_delta(self) -> deltaserve.v1.common_pb2.Chunk:
-        """A chunk of the running average of squared updates, float32."""
+    def state(self) -> deltaserve.v1.common_pb2.Chunk:
+        """A chunk of the vectors, float32, laid end to end as in PullStateResponse.state."""
 
     def __init__(
         self,
         *,
         header: global___PutStateHeader | None = ...,
-        weights: deltaserve.v1.common_pb2.Chunk | None = ...,
-        square_avg: deltaserve.v1.common_pb2.Chunk | None = ...,
-        acc_delta: deltaserve.v1.common_pb2.Chunk | None = ...,
+        state: deltaserve.v1.common_pb2.Chunk | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acc_delta", b"acc_delta", "header", b"header", "message", b"message", "square_avg", b"square_avg", "weights", b"weights"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acc_delta", b"acc_delta", "header", b"header", "message", b"message", "square_avg", b"square_avg", "weights", b"weights"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "weights", "square_avg", "acc_delta"] | None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header", "message", b"message", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "message", b"message", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "state"] | None: ...
 
 global___PutStateRequest = PutStateRequest
 
@@ -682,7 +682,7 @@ class UpdateEvent(google.protobuf.message.Message):
         """The pushes of the update, sorted by worker name."""
 
     @property
-    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
+    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.optimizers_pb2.Optimizer]:
         """The hyperparameters that the update used, one entry per parameter group, with all fields set. lr is the value after
         damping.
         """
@@ -691,7 +691,7 @@ class UpdateEvent(google.protobuf.message.Message):
         self,
         *,
         contributions: collections.abc.Iterable[global___Contribution] | None = ...,
-        hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        hyperparameters: collections.abc.Iterable[deltaserve.v1.optimizers_pb2.Optimizer] | None = ...,
         update_norm: builtins.float = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["contributions", b"contributions", "hyperparameters", b"hyperparameters", "update_norm", b"update_norm"]) -> None: ...

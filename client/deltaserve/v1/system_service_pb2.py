@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from deltaserve.v1 import common_pb2 as deltaserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/system_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\"\x16\n\x14GetServerInfoRequest\"\xf4\x01\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06models\x18\x02 \x01(\r\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cstaged_bytes\x18\x06 \x01(\x04\x12\x19\n\x11lease_seconds_min\x18\x07 \x01(\x01\x12\x19\n\x11lease_seconds_max\x18\x08 \x01(\x01\x12\x1d\n\x15lease_seconds_default\x18\t \x01(\x01\x12\x10\n\x08watchers\x18\n \x01(\r\"5\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\xd2\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x15.deltaserve.v1.Device\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Limits\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12-\n\ndurability\x18\x06 \x01(\x0e\x32\x19.deltaserve.v1.Durability2k\n\rSystemService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseB9\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/system_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\"\x16\n\x14GetServerInfoRequest\"\xf4\x01\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06models\x18\x02 \x01(\r\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cstaged_bytes\x18\x06 \x01(\x04\x12\x19\n\x11lease_seconds_min\x18\x07 \x01(\x01\x12\x19\n\x11lease_seconds_max\x18\x08 \x01(\x01\x12\x1d\n\x15lease_seconds_default\x18\t \x01(\x01\x12\x10\n\x08watchers\x18\n \x01(\r\"5\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\xe6\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06\x64\x65vice\x18\x03 \x01(\x0b\x32\x15.deltaserve.v1.Device\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.deltaserve.v1.Limits\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12-\n\ndurability\x18\x06 \x01(\x0e\x32\x19.deltaserve.v1.Durability\x12\x12\n\noptimizers\x18\x07 \x03(\t2k\n\rSystemService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseB9\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEVICE']._serialized_start=352
   _globals['_DEVICE']._serialized_end=405
   _globals['_GETSERVERINFORESPONSE']._serialized_start=408
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=618
-  _globals['_SYSTEMSERVICE']._serialized_start=620
-  _globals['_SYSTEMSERVICE']._serialized_end=727
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=638
+  _globals['_SYSTEMSERVICE']._serialized_start=640
+  _globals['_SYSTEMSERVICE']._serialized_end=747
 # @@protoc_insertion_point(module_scope)

@@ -10,8 +10,10 @@ grpc.reflection.v1alpha.
 """
 
 import builtins
+import collections.abc
 import deltaserve.v1.common_pb2
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
 
@@ -123,6 +125,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: builtins.int
     DURABILITY_FIELD_NUMBER: builtins.int
+    OPTIMIZERS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the deltaserve package."""
     incarnation: builtins.str
@@ -139,6 +142,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def limits(self) -> global___Limits:
         """What the server accepts."""
 
+    @property
+    def optimizers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The kinds of optimizers that the server has: names of members of Optimizer.kind."""
+
     def __init__(
         self,
         *,
@@ -148,8 +155,9 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         uptime_seconds: builtins.float = ...,
         durability: deltaserve.v1.common_pb2.Durability.ValueType = ...,
+        optimizers: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device", b"device", "limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "durability", b"durability", "incarnation", b"incarnation", "limits", b"limits", "uptime_seconds", b"uptime_seconds", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "durability", b"durability", "incarnation", b"incarnation", "limits", b"limits", "optimizers", b"optimizers", "uptime_seconds", b"uptime_seconds", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from deltaserve.v1 import common_pb2 as deltaserve_dot_v1_dot_common__pb2
+from deltaserve.v1 import optimizers_pb2 as deltaserve_dot_v1_dot_optimizers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/worker_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\"\xd9\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x1a\n\rlease_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctensor_count\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bgroup_count\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07lineage\x18\x06 \x01(\x0cH\x03\x88\x01\x01\x42\x10\n\x0e_lease_secondsB\x0f\n\r_tensor_countB\x0e\n\x0c_group_countB\n\n\x08_lineage\"\xf7\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x15\n\rfirst_version\x18\x05 \x01(\x04\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12.\n\x08position\x18\x07 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07lineage\x18\x08 \x01(\x0c\x12*\n\tancestors\x18\t \x03(\x0b\x32\x17.deltaserve.v1.Ancestor\";\n\x08\x41ncestor\x12\x0f\n\x07lineage\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05lossy\x18\x03 \x01(\x08\"F\n\x12KeepSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xd8\x01\n\x13KeepSessionResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15last_applied_sequence\x18\x02 \x01(\x04\x12.\n\x08position\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1e\n\x16last_accepted_sequence\x18\x04 \x01(\x04\x12\x0f\n\x07lineage\x18\x05 \x01(\x0c\x12*\n\tancestors\x18\x06 \x03(\x0b\x32\x17.deltaserve.v1.Ancestor\"G\n\x13\x43loseSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"F\n\x14\x43loseSessionResponse\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\x85\x03\n\nPushHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x06 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x16\n\x0e\x61\x62sent_tensors\x18\x07 \x03(\r\x12\x13\n\x06weight\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12.\n\rgradient_type\x18\t \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12-\n\x0cweights_type\x18\n \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12\x15\n\rshared_memory\x18\x0b \x01(\x08\x12\x14\n\x07lineage\x18\x0c \x01(\x0cH\x02\x88\x01\x01\x42\x0f\n\r_base_versionB\t\n\x07_weightB\n\n\x08_lineage\"X\n\x0cSharedMemory\x12\x12\n\nprocess_id\x18\x01 \x01(\x04\x12\x17\n\x0f\x66ile_descriptor\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"K\n\x17OpenSharedMemoryRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"y\n\x18OpenSharedMemoryResponse\x12-\n\x08gradient\x18\x01 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\x93\x02\n\nPushResult\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12\x16\n\tstaleness\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0c\x63ontributors\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x37\n\x0fhyperparameters\x18\x05 \x03(\x0b\x32\x1e.deltaserve.v1.Hyperparameters\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bupdate_norm\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0c\n\n_stalenessB\x0f\n\r_contributorsB\x10\n\x0e_gradient_normB\x0e\n\x0c_update_norm\"J\n\x0bStepRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeader\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"z\n\x0cStepResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"u\n\x11StreamStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeaderH\x00\x12(\n\x08gradient\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\x9b\x01\n\x10StreamStepHeader\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12,\n\x07weights\x18\x03 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\"{\n\x12StreamStepResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.deltaserve.v1.StreamStepHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\xa7\x01\n\x0bPullRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\nnewer_than\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10wait_for_version\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12-\n\x0cweights_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataTypeB\r\n\x0b_newer_thanB\x13\n\x11_wait_for_version\"i\n\nPullHeader\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12\x15\n\relement_count\x18\x03 \x01(\x04\"o\n\x0cPullResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PullHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"E\n\x0eGetPushRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"\x80\x02\n\x0fGetPushResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.deltaserve.v1.PushState\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x04 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1d\n\x15last_applied_sequence\x18\x05 \x01(\x04\x12\x0f\n\x07lineage\x18\x06 \x01(\x0c\x12*\n\tancestors\x18\x07 \x03(\x0b\x32\x17.deltaserve.v1.Ancestor*t\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUSH_STATE_NOT_ACCEPTED\x10\x01\x12\x16\n\x12PUSH_STATE_WAITING\x10\x02\x12\x16\n\x12PUSH_STATE_APPLIED\x10\x03\x32\x9e\x05\n\rWorkerService\x12T\n\x0bOpenSession\x12!.deltaserve.v1.OpenSessionRequest\x1a\".deltaserve.v1.OpenSessionResponse\x12T\n\x0bKeepSession\x12!.deltaserve.v1.KeepSessionRequest\x1a\".deltaserve.v1.KeepSessionResponse\x12W\n\x0c\x43loseSession\x12\".deltaserve.v1.CloseSessionRequest\x1a#.deltaserve.v1.CloseSessionResponse\x12?\n\x04Step\x12\x1a.deltaserve.v1.StepRequest\x1a\x1b.deltaserve.v1.StepResponse\x12U\n\nStreamStep\x12 .deltaserve.v1.StreamStepRequest\x1a!.deltaserve.v1.StreamStepResponse(\x01\x30\x01\x12\x63\n\x10OpenSharedMemory\x12&.deltaserve.v1.OpenSharedMemoryRequest\x1a\'.deltaserve.v1.OpenSharedMemoryResponse\x12\x41\n\x04Pull\x12\x1a.deltaserve.v1.PullRequest\x1a\x1b.deltaserve.v1.PullResponse0\x01\x12H\n\x07GetPush\x12\x1d.deltaserve.v1.GetPushRequest\x1a\x1e.deltaserve.v1.GetPushResponseB9\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"deltaserve/v1/worker_service.proto\x12\rdeltaserve.v1\x1a\x1a\x64\x65ltaserve/v1/common.proto\x1a\x1e\x64\x65ltaserve/v1/optimizers.proto\"\xd9\x01\n\x12OpenSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x1a\n\rlease_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctensor_count\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0bgroup_count\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07lineage\x18\x06 \x01(\x0cH\x03\x88\x01\x01\x42\x10\n\x0e_lease_secondsB\x0f\n\r_tensor_countB\x0e\n\x0c_group_countB\n\n\x08_lineage\"\xf7\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x15\n\rfirst_version\x18\x05 \x01(\x04\x12\x14\n\x0ctensor_count\x18\x06 \x01(\r\x12.\n\x08position\x18\x07 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07lineage\x18\x08 \x01(\x0c\x12*\n\tancestors\x18\t \x03(\x0b\x32\x17.deltaserve.v1.Ancestor\";\n\x08\x41ncestor\x12\x0f\n\x07lineage\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05lossy\x18\x03 \x01(\x08\"F\n\x12KeepSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xd8\x01\n\x13KeepSessionResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15last_applied_sequence\x18\x02 \x01(\x04\x12.\n\x08position\x18\x03 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1e\n\x16last_accepted_sequence\x18\x04 \x01(\x04\x12\x0f\n\x07lineage\x18\x05 \x01(\x0c\x12*\n\tancestors\x18\x06 \x03(\x0b\x32\x17.deltaserve.v1.Ancestor\"G\n\x13\x43loseSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"F\n\x14\x43loseSessionResponse\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\xff\x02\n\nPushHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x31\n\x0fhyperparameters\x18\x06 \x03(\x0b\x32\x18.deltaserve.v1.Optimizer\x12\x16\n\x0e\x61\x62sent_tensors\x18\x07 \x03(\r\x12\x13\n\x06weight\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12.\n\rgradient_type\x18\t \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12-\n\x0cweights_type\x18\n \x01(\x0e\x32\x17.deltaserve.v1.DataType\x12\x15\n\rshared_memory\x18\x0b \x01(\x08\x12\x14\n\x07lineage\x18\x0c \x01(\x0cH\x02\x88\x01\x01\x42\x0f\n\r_base_versionB\t\n\x07_weightB\n\n\x08_lineage\"X\n\x0cSharedMemory\x12\x12\n\nprocess_id\x18\x01 \x01(\x04\x12\x17\n\x0f\x66ile_descriptor\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"K\n\x17OpenSharedMemoryRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"y\n\x18OpenSharedMemoryResponse\x12-\n\x08gradient\x18\x01 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\"\x8d\x02\n\nPushResult\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12\x16\n\tstaleness\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0c\x63ontributors\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x31\n\x0fhyperparameters\x18\x05 \x03(\x0b\x32\x18.deltaserve.v1.Optimizer\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bupdate_norm\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0c\n\n_stalenessB\x0f\n\r_contributorsB\x10\n\x0e_gradient_normB\x0e\n\x0c_update_norm\"J\n\x0bStepRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeader\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"z\n\x0cStepResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"u\n\x11StreamStepRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushHeaderH\x00\x12(\n\x08gradient\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\x9b\x01\n\x10StreamStepHeader\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x02 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12,\n\x07weights\x18\x03 \x01(\x0b\x32\x1b.deltaserve.v1.SharedMemory\"{\n\x12StreamStepResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.deltaserve.v1.StreamStepHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"\xa7\x01\n\x0bPullRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\nnewer_than\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10wait_for_version\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12-\n\x0cweights_type\x18\x04 \x01(\x0e\x32\x17.deltaserve.v1.DataTypeB\r\n\x0b_newer_thanB\x13\n\x11_wait_for_version\"i\n\nPullHeader\x12.\n\x08position\x18\x01 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12\x15\n\relement_count\x18\x03 \x01(\x04\"o\n\x0cPullResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.deltaserve.v1.PullHeaderH\x00\x12\'\n\x07weights\x18\x02 \x01(\x0b\x32\x14.deltaserve.v1.ChunkH\x00\x42\t\n\x07message\"E\n\x0eGetPushRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"\x80\x02\n\x0fGetPushResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.deltaserve.v1.PushState\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x19.deltaserve.v1.PushResult\x12.\n\x08position\x18\x04 \x01(\x0b\x32\x1c.deltaserve.v1.ModelPosition\x12\x1d\n\x15last_applied_sequence\x18\x05 \x01(\x04\x12\x0f\n\x07lineage\x18\x06 \x01(\x0c\x12*\n\tancestors\x18\x07 \x03(\x0b\x32\x17.deltaserve.v1.Ancestor*t\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUSH_STATE_NOT_ACCEPTED\x10\x01\x12\x16\n\x12PUSH_STATE_WAITING\x10\x02\x12\x16\n\x12PUSH_STATE_APPLIED\x10\x03\x32\x9e\x05\n\rWorkerService\x12T\n\x0bOpenSession\x12!.deltaserve.v1.OpenSessionRequest\x1a\".deltaserve.v1.OpenSessionResponse\x12T\n\x0bKeepSession\x12!.deltaserve.v1.KeepSessionRequest\x1a\".deltaserve.v1.KeepSessionResponse\x12W\n\x0c\x43loseSession\x12\".deltaserve.v1.CloseSessionRequest\x1a#.deltaserve.v1.CloseSessionResponse\x12?\n\x04Step\x12\x1a.deltaserve.v1.StepRequest\x1a\x1b.deltaserve.v1.StepResponse\x12U\n\nStreamStep\x12 .deltaserve.v1.StreamStepRequest\x1a!.deltaserve.v1.StreamStepResponse(\x01\x30\x01\x12\x63\n\x10OpenSharedMemory\x12&.deltaserve.v1.OpenSharedMemoryRequest\x1a\'.deltaserve.v1.OpenSharedMemoryResponse\x12\x41\n\x04Pull\x12\x1a.deltaserve.v1.PullRequest\x1a\x1b.deltaserve.v1.PullResponse0\x01\x12H\n\x07GetPush\x12\x1d.deltaserve.v1.GetPushRequest\x1a\x1e.deltaserve.v1.GetPushResponseB9\n\x11\x64\x65v.deltaserve.v1P\x01Z\"deltaserve.dev/api/v1;deltaservev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,52 +34,52 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve.v1.worker_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\021dev.deltaserve.v1P\001Z\"deltaserve.dev/api/v1;deltaservev1'
-  _globals['_PUSHSTATE']._serialized_start=3330
-  _globals['_PUSHSTATE']._serialized_end=3446
-  _globals['_OPENSESSIONREQUEST']._serialized_start=82
-  _globals['_OPENSESSIONREQUEST']._serialized_end=299
-  _globals['_OPENSESSIONRESPONSE']._serialized_start=302
-  _globals['_OPENSESSIONRESPONSE']._serialized_end=549
-  _globals['_ANCESTOR']._serialized_start=551
-  _globals['_ANCESTOR']._serialized_end=610
-  _globals['_KEEPSESSIONREQUEST']._serialized_start=612
-  _globals['_KEEPSESSIONREQUEST']._serialized_end=682
-  _globals['_KEEPSESSIONRESPONSE']._serialized_start=685
-  _globals['_KEEPSESSIONRESPONSE']._serialized_end=901
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=903
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=974
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=976
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1046
-  _globals['_PUSHHEADER']._serialized_start=1049
-  _globals['_PUSHHEADER']._serialized_end=1438
-  _globals['_SHAREDMEMORY']._serialized_start=1440
-  _globals['_SHAREDMEMORY']._serialized_end=1528
-  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=1530
-  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=1605
-  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=1607
-  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_end=1728
-  _globals['_PUSHRESULT']._serialized_start=1731
-  _globals['_PUSHRESULT']._serialized_end=2006
-  _globals['_STEPREQUEST']._serialized_start=2008
-  _globals['_STEPREQUEST']._serialized_end=2082
-  _globals['_STEPRESPONSE']._serialized_start=2084
-  _globals['_STEPRESPONSE']._serialized_end=2206
-  _globals['_STREAMSTEPREQUEST']._serialized_start=2208
-  _globals['_STREAMSTEPREQUEST']._serialized_end=2325
-  _globals['_STREAMSTEPHEADER']._serialized_start=2328
-  _globals['_STREAMSTEPHEADER']._serialized_end=2483
-  _globals['_STREAMSTEPRESPONSE']._serialized_start=2485
-  _globals['_STREAMSTEPRESPONSE']._serialized_end=2608
-  _globals['_PULLREQUEST']._serialized_start=2611
-  _globals['_PULLREQUEST']._serialized_end=2778
-  _globals['_PULLHEADER']._serialized_start=2780
-  _globals['_PULLHEADER']._serialized_end=2885
-  _globals['_PULLRESPONSE']._serialized_start=2887
-  _globals['_PULLRESPONSE']._serialized_end=2998
-  _globals['_GETPUSHREQUEST']._serialized_start=3000
-  _globals['_GETPUSHREQUEST']._serialized_end=3069
-  _globals['_GETPUSHRESPONSE']._serialized_start=3072
-  _globals['_GETPUSHRESPONSE']._serialized_end=3328
-  _globals['_WORKERSERVICE']._serialized_start=3449
-  _globals['_WORKERSERVICE']._serialized_end=4119
+  _globals['_PUSHSTATE']._serialized_start=3350
+  _globals['_PUSHSTATE']._serialized_end=3466
+  _globals['_OPENSESSIONREQUEST']._serialized_start=114
+  _globals['_OPENSESSIONREQUEST']._serialized_end=331
+  _globals['_OPENSESSIONRESPONSE']._serialized_start=334
+  _globals['_OPENSESSIONRESPONSE']._serialized_end=581
+  _globals['_ANCESTOR']._serialized_start=583
+  _globals['_ANCESTOR']._serialized_end=642
+  _globals['_KEEPSESSIONREQUEST']._serialized_start=644
+  _globals['_KEEPSESSIONREQUEST']._serialized_end=714
+  _globals['_KEEPSESSIONRESPONSE']._serialized_start=717
+  _globals['_KEEPSESSIONRESPONSE']._serialized_end=933
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=935
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1006
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1008
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1078
+  _globals['_PUSHHEADER']._serialized_start=1081
+  _globals['_PUSHHEADER']._serialized_end=1464
+  _globals['_SHAREDMEMORY']._serialized_start=1466
+  _globals['_SHAREDMEMORY']._serialized_end=1554
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=1556
+  _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=1631
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=1633
+  _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_end=1754
+  _globals['_PUSHRESULT']._serialized_start=1757
+  _globals['_PUSHRESULT']._serialized_end=2026
+  _globals['_STEPREQUEST']._serialized_start=2028
+  _globals['_STEPREQUEST']._serialized_end=2102
+  _globals['_STEPRESPONSE']._serialized_start=2104
+  _globals['_STEPRESPONSE']._serialized_end=2226
+  _globals['_STREAMSTEPREQUEST']._serialized_start=2228
+  _globals['_STREAMSTEPREQUEST']._serialized_end=2345
+  _globals['_STREAMSTEPHEADER']._serialized_start=2348
+  _globals['_STREAMSTEPHEADER']._serialized_end=2503
+  _globals['_STREAMSTEPRESPONSE']._serialized_start=2505
+  _globals['_STREAMSTEPRESPONSE']._serialized_end=2628
+  _globals['_PULLREQUEST']._serialized_start=2631
+  _globals['_PULLREQUEST']._serialized_end=2798
+  _globals['_PULLHEADER']._serialized_start=2800
+  _globals['_PULLHEADER']._serialized_end=2905
+  _globals['_PULLRESPONSE']._serialized_start=2907
+  _globals['_PULLRESPONSE']._serialized_end=3018
+  _globals['_GETPUSHREQUEST']._serialized_start=3020
+  _globals['_GETPUSHREQUEST']._serialized_end=3089
+  _globals['_GETPUSHRESPONSE']._serialized_start=3092
+  _globals['_GETPUSHRESPONSE']._serialized_end=3348
+  _globals['_WORKERSERVICE']._serialized_start=3469
+  _globals['_WORKERSERVICE']._serialized_end=4139
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ Operations of a worker: open a session, push gradients, pull weights, keep the s
 import builtins
 import collections.abc
 import deltaserve.v1.common_pb2
+import deltaserve.v1.optimizers_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
@@ -380,10 +381,11 @@ class PushHeader(google.protobuf.message.Message):
     check it.
     """
     @property
-    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
+    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.optimizers_pb2.Optimizer]:
         """Hyperparameters for the update that this push becomes part of, one entry for each parameter group that the session
-        knows. Unset fields take the model's values at the moment when the header arrives. Empty means the model's own
-        hyperparameters. Under SyncPolicy, all pushes of a round that carry hyperparameters must carry the same.
+        knows, with the model's optimizer. Unset fields take the model's values at the moment when the header arrives. Empty
+        means the model's own hyperparameters. Under SyncPolicy, all pushes of a round that carry hyperparameters must carry
+        the same.
         """
 
     @property
@@ -402,7 +404,7 @@ class PushHeader(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         sequence: builtins.int = ...,
         base_version: builtins.int | None = ...,
-        hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        hyperparameters: collections.abc.Iterable[deltaserve.v1.optimizers_pb2.Optimizer] | None = ...,
         absent_tensors: collections.abc.Iterable[builtins.int] | None = ...,
         weight: builtins.float | None = ...,
         gradient_type: deltaserve.v1.common_pb2.DataType.ValueType = ...,
@@ -539,7 +541,7 @@ class PushResult(google.protobuf.message.Message):
     update_norm: builtins.float
     """The L2 norm of the change of the weights by the update. Unset if the result is no longer kept."""
     @property
-    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.common_pb2.Hyperparameters]:
+    def hyperparameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[deltaserve.v1.optimizers_pb2.Optimizer]:
         """The hyperparameters that the update used, one entry per parameter group, with all fields set. lr is the value after
         damping. Empty if the result is no longer kept.
         """
@@ -551,7 +553,7 @@ class PushResult(google.protobuf.message.Message):
         duplicate: builtins.bool = ...,
         staleness: builtins.int | None = ...,
         contributors: builtins.int | None = ...,
-        hyperparameters: collections.abc.Iterable[deltaserve.v1.common_pb2.Hyperparameters] | None = ...,
+        hyperparameters: collections.abc.Iterable[deltaserve.v1.optimizers_pb2.Optimizer] | None = ...,
         gradient_norm: builtins.float | None = ...,
         update_norm: builtins.float | None = ...,
     ) -> None: ...

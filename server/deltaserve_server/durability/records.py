@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.model import Tensor, UpdateSummary
 from deltaserve_server.model.state import SessionState, Settings
 

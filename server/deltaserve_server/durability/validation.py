@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.durability.records import (
     Changed,
     Extended,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltaserve_server.adadelta import Hyperparameters, cuda
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers import Hyperparameters, cuda
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,

@@ -12,9 +12,9 @@ from operator import itemgetter
 import numpy as np
 
 from deltaserve._common.failpoints import failpoint
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.adadelta.robust import trimmed_mean
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import Values
+from deltaserve_server.optimizers.robust import trimmed_mean
 from deltaserve_server.memory import shared_memory
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.parallel import run_parallel
@@ -71,7 +71,7 @@ class HostStaging(Staging):
 
     def scaled(self, start: int, factor: float, out: Vector) -> None:
         """Writes `factor` times the elements from `start` on to `out`, rounded to float32, and 0 for missing ones."""
-        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
+        from deltaserve_server.optimizers import cpu  # imports numba, which a server without updates does not need
 
         stop = start + out.size
         out.fill(0)
@@ -283,7 +283,7 @@ class HostStore(Store):
         before.retire()
 
     def _add(self, total: Vector, staging: HostStaging, factor: float) -> None:
-        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
+        from deltaserve_server.optimizers import cpu  # imports numba, which a server without updates does not need
 
         def add_piece(piece: tuple[int, Values]) -> None:
             offset, values = piece
@@ -304,7 +304,7 @@ class HostStore(Store):
 
     def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
         """Updates one portion on the calling thread; returns the sum of the squares of its change."""
-        from deltaserve_server.adadelta import cpu  # imports numba, which a server without updates does not need
+        from deltaserve_server.optimizers import cpu  # imports numba, which a server without updates does not need
 
         start, stop, gradient, hyperparameters = work
         for target, current in zip(averages, (self._square_avg, self._acc_delta), strict=True):

@@ -9,8 +9,8 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory.budget import ReaderBudget, Reservation
 
 Vector = NDArray[np.float32]

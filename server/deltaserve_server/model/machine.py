@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, Decision
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.policies import Policy

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 
 Key = tuple[bytes, int]
 """Identifies a push: session id and sequence number."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
 from deltaserve_server.model.policies import Async, Bounded, Policy, Sync

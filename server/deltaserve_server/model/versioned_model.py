@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, BumpVersion, Refuse, Update
 from deltaserve_server.model.layout import Layout
 from deltaserve_server.model.push import Key, PushResult, UpdateSummary

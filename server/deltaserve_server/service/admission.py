@@ -10,7 +10,7 @@ from deltaserve._common.codec import Chunk
 from deltaserve._common.element_types import FLOAT32, ElementType
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.flat_vector import CHUNK_ELEMENTS, chunk_elements
-from deltaserve_server.adadelta.formats import Values, widened
+from deltaserve_server.optimizers.formats import Values, widened
 from deltaserve_server.memory import Staging, State
 from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
@@ -95,7 +95,7 @@ class ValueChecker:
 
     def __init__(self, layout: Layout) -> None:
         # Imports numba, which a server without pushes does without.
-        from deltaserve_server.adadelta import values as kernel
+        from deltaserve_server.optimizers import values as kernel
 
         self._kernel = kernel
         self._layout = layout

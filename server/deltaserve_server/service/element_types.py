@@ -11,7 +11,7 @@ from deltaserve_server.model import Refused
 
 
 def _narrow(values: NDArray[np.float32], out: NDArray[Any]) -> None:
-    from deltaserve_server.adadelta.float16 import narrow  # imports numba, which float32 does without
+    from deltaserve_server.optimizers.float16 import narrow  # imports numba, which float32 does without
 
     narrow(values, out)
 

@@ -13,7 +13,7 @@ import grpc
 from deltaserve._common.codec import Chunk
 from deltaserve._common.failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.events import Position
 from deltaserve_server.memory import BudgetExceeded, Reservation, Staging

@@ -7,7 +7,7 @@ import numpy as np
 from histories import ASYNC, BOUNDED, CARRIED, GROUPS, SYNC
 from model_host import MEMORY, Clock
 
-from deltaserve_server.adadelta.formats import Values
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Policy, Push, Refused, Session, Tensor

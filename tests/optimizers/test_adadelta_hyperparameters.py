@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaserve_server.adadelta import Hyperparameters
-from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, scalars
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, scalars
 
 # The midpoint between the largest float32 and 2**128: values from here on round to infinity.
 TOO_LARGE = FLOAT32_MAX + 2.0**103

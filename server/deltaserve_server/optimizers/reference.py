@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deltaserve_server.adadelta.hyperparameters import Hyperparameters
+from deltaserve_server.optimizers.hyperparameters import Hyperparameters
 
 Vector = NDArray[np.float64]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from deltaserve_server.adadelta import Hyperparameters, reference
+from deltaserve_server.optimizers import Hyperparameters, reference
 
 
 def test_the_reference_equals_torch_in_double_precision() -> None:

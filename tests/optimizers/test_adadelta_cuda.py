@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from deltaserve_server.adadelta import Hyperparameters
+from deltaserve_server.optimizers import Hyperparameters
 
 triton = pytest.importorskip("triton", reason="Triton has no package for this platform")
 pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has no compiler for NVIDIA GPUs")
 
-from deltaserve_server.adadelta import cuda  # noqa: E402
+from deltaserve_server.optimizers import cuda  # noqa: E402
 
 
 @functools.cache

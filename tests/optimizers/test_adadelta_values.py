@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta import values as kernel
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
+from deltaserve_server.optimizers import values as kernel
+from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 Vector = NDArray[np.float32]
 

@@ -13,10 +13,10 @@ import numba
 import numpy as np
 import pytest
 
-import deltaserve_server.adadelta
-from deltaserve_server.adadelta import Hyperparameters, _compiled, cpu, values
+import deltaserve_server.optimizers
+from deltaserve_server.optimizers import Hyperparameters, _compiled, cpu, values
 
-ROOM = Path(deltaserve_server.adadelta.__file__).parent
+ROOM = Path(deltaserve_server.optimizers.__file__).parent
 
 
 # Loads the package adadelta alone, without the server's package around it.
@@ -28,7 +28,7 @@ sys.modules["deltaserve_server"] = package
 """
 COMPUTES = """
 import numpy as np
-from deltaserve_server.adadelta import Hyperparameters, cpu, values
+from deltaserve_server.optimizers import Hyperparameters, cpu, values
 made = [np.zeros(3, np.float32) for _ in range(3)]
 cpu.update(np.ones(3, np.float32), 1, made[0], made[1], np.ones(3, np.float32), made[2], Hyperparameters())
 print(np.concatenate(made).tobytes().hex(), values.inspect(np.ones(3, np.float32), 0, 0, values.lanes(3)))
@@ -180,8 +180,8 @@ def test_an_error_of_the_function_itself_is_raised() -> None:
 PLAIN_PROCESSOR = """
 import sys
 import numpy as np
-from deltaserve_server.adadelta import float16
-from deltaserve_server.adadelta import Hyperparameters, cpu, values
+from deltaserve_server.optimizers import float16
+from deltaserve_server.optimizers import Hyperparameters, cpu, values
 rng = np.random.default_rng(0)
 size = 1003
 bits = rng.integers(0, 1 << 16, size, np.uint16)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, scalars
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, scalars
 
 _FLOAT32_MIN, _FLOAT32_MAX = tl.constexpr(-FLOAT32_MAX), tl.constexpr(FLOAT32_MAX)
 _MAGNITUDE_MIN, _MAGNITUDE_MAX = tl.constexpr(-MAGNITUDE_MAX), tl.constexpr(MAGNITUDE_MAX)

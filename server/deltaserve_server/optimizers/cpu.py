@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
-from deltaserve_server.adadelta._vectors import DOUBLES, Accumulator, Floats, Memory, each_group, splat, zeros
-from deltaserve_server.adadelta.float16 import FORMATS, as_bits
-from deltaserve_server.adadelta.formats import Values
-from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
+from deltaserve_server.optimizers._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
+from deltaserve_server.optimizers._vectors import DOUBLES, Accumulator, Floats, Memory, each_group, splat, zeros
+from deltaserve_server.optimizers.float16 import FORMATS, as_bits
+from deltaserve_server.optimizers.formats import Values
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
 
 Vector = NDArray[np.float32]
 

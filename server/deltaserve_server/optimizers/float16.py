@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta._compiled import compiled, intrinsic, readable, types, writable
-from deltaserve_server.adadelta._vectors import Bits, Memory, each_group
-from deltaserve_server.adadelta.formats import HalfPrecision, Values
+from deltaserve_server.optimizers._compiled import compiled, intrinsic, readable, types, writable
+from deltaserve_server.optimizers._vectors import Bits, Memory, each_group
+from deltaserve_server.optimizers.formats import HalfPrecision, Values
 
 FORMATS = (types.float32, types.int16, types.uint16)
 """Numba's types for float32, float16 and bfloat16. It has no arithmetic for the latter two, so they are integers."""

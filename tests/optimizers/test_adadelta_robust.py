@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta.hyperparameters import MAGNITUDE_MAX
-from deltaserve_server.adadelta.robust import comparators, trimmed_mean
+from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
+from deltaserve_server.optimizers.robust import comparators, trimmed_mean
 
 Rows = NDArray[np.float32]
 

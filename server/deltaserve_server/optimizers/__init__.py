@@ -1,6 +1,6 @@
-"""The mathematics: one Adadelta update (Zeiler, 2012, arXiv:1212.5701), stated once and implemented three times.
+"""The mathematics: the update of one element, stated once and evaluated by kernels for the CPU and for the GPU.
 
-    reference   numpy, float64: reads like the equations
+    reference   numpy, float64: one function for each optimizer, in the letters of its paper
     cpu         numba, float32: one fused pass over host memory
     cuda        torch tensors and one fused Triton kernel, float32: the same bits as `cpu`
     values      numba: validates a gradient, fingerprints it and measures its norm, in one pass
@@ -8,10 +8,8 @@
     float16     numba: float16 and bfloat16 in the kernels, and weights rounded to them
     robust      numpy: the trimmed mean, which a few malicious gradients cannot move far
 
+The definitions of the optimizers are in `deltaserve._common.optimizers`, because clients need them too.
+
 The package imports none of these modules by itself: a CPU server loads neither torch nor Triton, and code that needs
-only `Hyperparameters` does not load numba.
+no kernels does not load numba.
 """
-
-from deltaserve_server.adadelta.hyperparameters import Hyperparameters
-
-__all__ = ["Hyperparameters"]

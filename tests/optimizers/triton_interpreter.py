@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 @functools.cache
 def cuda() -> ModuleType:
     """Returns a second copy of the module `cuda` whose kernels the interpreter runs, on CPU tensors."""
-    spec = importlib.util.find_spec("deltaserve_server.adadelta.cuda")
+    spec = importlib.util.find_spec("deltaserve_server.optimizers.cuda")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta import Hyperparameters, cpu, reference
-from deltaserve_server.adadelta.formats import widened
-from deltaserve_server.adadelta.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
+from deltaserve_server.optimizers import Hyperparameters, cpu, reference
+from deltaserve_server.optimizers.formats import widened
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 
 Vector = NDArray[Any]
 
@@ -99,7 +99,7 @@ def make(name: str) -> Implementation:
     if name == "cuda-interpreter":
         module = importlib.import_module("triton_interpreter").cuda()
         return Implementation(functools.partial(update_triton, module, "cpu"), np.float32, sample=20_000)
-    module = importlib.import_module("deltaserve_server.adadelta.cuda")
+    module = importlib.import_module("deltaserve_server.optimizers.cuda")
     return Implementation(functools.partial(update_triton, module, "cuda"), np.float32)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from llvmlite import ir
 
-from deltaserve_server.adadelta._compiled import cgutils, types
+from deltaserve_server.optimizers._compiled import cgutils, types
 
 LANES = 16
 """Elements in a group: as many float32 as the longest vectors of any processor hold."""

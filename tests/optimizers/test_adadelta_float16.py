@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaserve_server.adadelta import cpu, float16, values
-from deltaserve_server.adadelta.formats import HalfPrecision, Values, widened
+from deltaserve_server.optimizers import cpu, float16, values
+from deltaserve_server.optimizers.formats import HalfPrecision, Values, widened
 
 TORCHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16}

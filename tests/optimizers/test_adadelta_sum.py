@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaserve_server.adadelta import cpu
+from deltaserve_server.optimizers import cpu
 
 
 @given(

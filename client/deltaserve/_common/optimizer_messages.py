@@ -1,0 +1,36 @@
+"""Conversion between optimizers and their messages, by the names of kinds and hyperparameters."""
+
+from dataclasses import replace
+
+from deltaserve._common.optimizers import OPTIMIZERS, Optimizer
+from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve.v1 import optimizers_pb2
+
+
+def to_message(optimizer: Optimizer) -> optimizers_pb2.Optimizer:
+    """Returns the message of an optimizer, with all fields set.
+
+    Raises:
+        TypeError: `optimizer` is not an optimizer, or a hyperparameter is not a number.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected an optimizer, such as Adadelta(...) or AdamW(...), got {optimizer!r}")
+    message = optimizers_pb2.Optimizer()
+    fields = getattr(message, optimizer.kind)
+    for name in hyperparameters(optimizer):
+        setattr(fields, name, getattr(optimizer, name))
+    return message
+
+
+def from_message(message: optimizers_pb2.Optimizer, unset: Optimizer | None = None) -> Optimizer | None:
+    """Returns the optimizer of a message, or None if the message has none. Hyperparameters are not checked.
+
+    Args:
+        message: The message.
+        unset: An optimizer of the same kind, whose values unset fields take; None means the defaults of the kind.
+    """
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    given = {field.name: value for field, value in getattr(message, kind).ListFields()}
+    return replace(unset or OPTIMIZERS[kind](), **given)  # type: ignore[type-var]
