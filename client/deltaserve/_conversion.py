@@ -56,10 +56,11 @@ def to_groups(messages: Iterable[optimizers_pb2.Optimizer]) -> tuple[Optimizer, 
 def _to_group(message: optimizers_pb2.Optimizer) -> Optimizer:
     optimizer = from_message(message)
     if optimizer is None:
-        numbers = ", ".join(str(unknown.field_number) for unknown in UnknownFieldSet(message)) or "none"
+        unknown = UnknownFieldSet(message)
+        number = unknown[0].field_number if len(unknown) else "none"
         raise Error(
             f"deltaserve {__version__} does not know the model's optimizer, which a newer version does: expected "
-            f"{', '.join(OPTIMIZERS)}, got field {numbers} of deltaserve.v1.Optimizer"
+            f"{', '.join(OPTIMIZERS)}, got field {number} of deltaserve.v1.Optimizer"
         )
     return optimizer
 
