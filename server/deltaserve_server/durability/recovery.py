@@ -36,7 +36,7 @@ from deltaserve_server.durability.records import (
 )
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
 from deltaserve_server.durability.validation import InvalidRecord, check_record
-from deltaserve_server.memory import State, Store
+from deltaserve_server.memory import Range, State, Store, initial_state
 from deltaserve_server.model import Layout, Machine
 
 _log = logging.getLogger(__name__)
@@ -290,8 +290,8 @@ class JournalReplayer:
                 self._store.fold(staging, 1.0)
                 machine.replay_update(summary, event.absent, event.sources, self._now)
                 # With the counts that include this update, as at first: some optimizers depend on them.
-                ranges = machine.layout.ranges(event.absent, summary.hyperparameters, machine.update_counts)
-                self._store.update([Range(*range_) for range_ in ranges], event.divisor, summary.version)
+                parts = machine.layout.ranges(event.absent, summary.hyperparameters, machine.update_counts)
+                self._store.update([Range(*part) for part in parts], event.divisor, summary.version)
             case Opened(session):
                 machine.sessions.restore(session.session({}, self._now))
             case Ended(ids):
@@ -306,8 +306,9 @@ class JournalReplayer:
                 machine.put_state(counts)
                 self._store.put(State(weights, tuple(slots)), machine.version)
             case Extended(tensors, groups):
-                self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
+                weights = np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)])
                 machine.extend(tensors, groups)
+                self._store.extend(initial_state(weights, Layout(tensors), machine.groups))
 
 
 # --- the decision

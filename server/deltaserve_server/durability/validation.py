@@ -66,7 +66,7 @@ def check_model(model: MachineState) -> None:
 def check_record(record: Record, machine: Machine) -> None:
     """Raises InvalidRecord unless the record can follow the model's present state."""
     event, pieces, layout = record.event, record.pieces, machine.layout
-    structure, slots = machine.groups[0].structure, machine.groups[0].slots
+    structure, slots = machine.groups[0].structure, machine.slots
     match event:
         case Updated():
             _require(event.summary.version == machine.version + 1, "version")
