@@ -62,7 +62,7 @@ class ModelServicer:
         layout = extension.machine.layout.extended(extension.tensors)
         start = extension.machine.layout.size
         with ExitStack() as undo:
-            slot_count = len(extension.machine.groups[0].slots)
+            slot_count = len(extension.machine.slots)
             reservation = undo.enter_context(self._catalog.quotas.reserve_model(layout.size - start, slot_count))
             weights = admission.admit_weights(messages, layout, start)
             with engine.lock:
@@ -114,7 +114,7 @@ class ModelServicer:
         with ExitStack() as resources:
             # The vectors do not change while they are sent: they are those of one version, or copies.
             with engine.lock:
-                slots = engine.machine.groups[0].slots if request.optimizer_state else ()
+                slots = engine.machine.slots if request.optimizer_state else ()
                 header = rpc.PullStateHeader(
                     config=conversion.from_machine(engine.machine),
                     position=from_position(engine.position),
@@ -137,7 +137,7 @@ class ModelServicer:
         header = _header(messages, rpc.PutStateHeader)
         engine = self._catalog.get(header.model)
         layout = engine.machine.layout  # immutable; compared again below, after the vectors have arrived
-        slots = engine.machine.groups[0].slots
+        slots = engine.machine.slots
         optimizers.check_slots(header.slots, slots)
         counts = list(header.update_counts) or [0] * len(layout.tensors)
         vector_count = (1 + len(slots)) * (2 if engine.journals else 1)  # the journal writes a copy
