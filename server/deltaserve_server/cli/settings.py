@@ -40,11 +40,7 @@ class Parsed(Generic[T]):
         return self.kind(**{**defaults, **self.settings})
 
 
-PolicyText: TypeAlias = "Parsed[Policy]"
-OptimizerText: TypeAlias = "Parsed[Optimizer]"
-
-
-def parse_policy(text: str) -> PolicyText:
+def parse_policy(text: str) -> "Parsed[Policy]":
     """Parses a policy: `sync`, `async:max_staleness=8,damping=true`.
 
     Raises:
@@ -64,7 +60,7 @@ def parse_policy(text: str) -> PolicyText:
     return parsed
 
 
-def parse_optimizer(text: str) -> OptimizerText:
+def parse_optimizer(text: str) -> "Parsed[Optimizer]":
     """Parses an optimizer: `adam`, `sgd:lr=0.05,momentum=0.9`; `momentum` is another name of `sgd`.
 
     Raises:

@@ -10,15 +10,14 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaserve_server.cli.errors import UsageError
 from deltaserve_server.cli.options import POLICY_HELP, parse_address
 from deltaserve_server.cli.settings import (
-    OptimizerText,
-    PolicyText,
+    Parsed,
     format_optimizer,
     format_policy,
     parse_optimizer,
@@ -53,7 +52,7 @@ Workers = Annotated[
     int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Number of worker processes.")
 ]
 PolicyOption = Annotated[
-    PolicyText,
+    Parsed[Any],
     typer.Option(
         "--policy",
         metavar="POLICY",
@@ -62,7 +61,7 @@ PolicyOption = Annotated[
     ),
 ]
 OptimizerOption = Annotated[
-    OptimizerText,
+    Parsed[Any],
     typer.Option(
         "--optimizer",
         metavar="OPTIMIZER",
@@ -240,12 +239,12 @@ def _server(target: str | None, timeout: float) -> "Iterator[str]":
         yield server.target
 
 
-def _optimizer(parsed: OptimizerText, recipe: "type[Recipe]") -> "Optimizer":
+def _optimizer(parsed: "Parsed[Optimizer]", recipe: "type[Recipe]") -> "Optimizer":
     """Returns the recipe's optimizer of this name, with the settings of the text in the place of the recipe's."""
     return replace(recipe.optimizers[parsed.name], **parsed.settings)  # type: ignore[type-var]
 
 
-def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
+def _policy(parsed: "Parsed[Policy]", workers: int, alone: bool) -> "Policy":
     """Returns the policy; the default of sync's `min_workers` is the quorum, or the number of workers without one.
 
     Raises:

@@ -1,7 +1,7 @@
 """`deltaserve update`: changes the policy or hyperparameters of a model while workers train it."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,13 +10,13 @@ from deltaserve_server.cli.display import facts
 from deltaserve_server.cli.errors import UsageError
 from deltaserve_server.cli.models import group_table
 from deltaserve_server.cli.options import DEFAULT_TARGET, POLICY_HELP, ModelArgument, Target
-from deltaserve_server.cli.settings import PolicyText, format_policy, parse_policy, parse_settings
+from deltaserve_server.cli.settings import Parsed, format_policy, parse_policy, parse_settings
 
 if TYPE_CHECKING:
     import deltaserve
 
 Policy = Annotated[
-    PolicyText | None,
+    Parsed[Any] | None,
     typer.Option(
         "--policy",
         metavar="POLICY",

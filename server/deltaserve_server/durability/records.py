@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.model import Tensor, UpdateSummary
 from deltaserve_server.model.state import SessionState, Settings
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import Values
 
 Piece = tuple[int, Values]
 """A slice of the flat vector: the offset of its first element, and its values."""

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.durability.records import (
     Changed,
     Extended,
@@ -23,6 +22,7 @@ from deltaserve_server.durability.records import (
 )
 from deltaserve_server.model import Async, Bounded, Machine, Sync, Tensor, UpdateSummary
 from deltaserve_server.model.state import MachineState, SessionState, Settings
+from deltaserve_server.optimizers import Hyperparameters
 
 _UINT64_END = 1 << 64
 """Above every number that a message of the protocol can hold."""

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltaserve_server.optimizers import Hyperparameters, cuda
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,
@@ -28,6 +26,8 @@ from deltaserve_server.memory.store import (
     check_combine,
     root_of_sum,
 )
+from deltaserve_server.optimizers import Hyperparameters, cuda
+from deltaserve_server.optimizers.formats import Values
 
 _PART = 1 << 22
 """Elements that are updated, and then copied down, at a time: 16 MiB, enough to keep both streams busy."""

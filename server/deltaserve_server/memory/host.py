@@ -12,9 +12,6 @@ from operator import itemgetter
 import numpy as np
 
 from deltaserve._common.failpoints import failpoint
-from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.optimizers.robust import trimmed_mean
 from deltaserve_server.memory import shared_memory
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.parallel import run_parallel
@@ -33,6 +30,9 @@ from deltaserve_server.memory.store import (
     root_of_sum,
     zeros_like,
 )
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import Values
+from deltaserve_server.optimizers.robust import trimmed_mean
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaserve_server.memory.budget import ReaderBudget, Reservation
 from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.memory.budget import ReaderBudget, Reservation
 
 Vector = NDArray[np.float32]
 """A flat vector in host memory: float32, one dimension, contiguous."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, Decision
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.policies import Policy
@@ -12,6 +11,7 @@ from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.round import PendingPush
 from deltaserve_server.model.sessions import Session
 from deltaserve_server.model.versioned_model import VersionedModel
+from deltaserve_server.optimizers import Hyperparameters
 
 Settings = tuple[tuple[Hyperparameters, ...], Policy]
 """Hyperparameters by group, and the policy."""

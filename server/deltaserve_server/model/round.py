@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.push import Contribution, Push
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
+from deltaserve_server.optimizers import Hyperparameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
 from deltaserve_server.model.policies import Async, Bounded, Policy, Sync
 from deltaserve_server.model.push import PushResult, UpdateSummary
 from deltaserve_server.model.sessions import Record, Session
+from deltaserve_server.optimizers import Hyperparameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

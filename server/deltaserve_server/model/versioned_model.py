@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, BumpVersion, Refuse, Update
 from deltaserve_server.model.layout import Layout
 from deltaserve_server.model.push import Key, PushResult, UpdateSummary
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.round import PendingPush, Round
 from deltaserve_server.model.sessions import Sessions
+from deltaserve_server.optimizers import Hyperparameters
 
 
 class VersionedModel:

@@ -10,11 +10,11 @@ from deltaserve._common.codec import Chunk
 from deltaserve._common.element_types import FLOAT32, ElementType
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.flat_vector import CHUNK_ELEMENTS, chunk_elements
-from deltaserve_server.optimizers.formats import Values, widened
 from deltaserve_server.memory import Staging, State
 from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
+from deltaserve_server.optimizers.formats import Values, widened
 
 _BLOCKS = 4
 """How many of the kernel's blocks a thread checks in one call. Each block has its own sum of squares."""

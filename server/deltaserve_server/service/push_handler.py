@@ -13,12 +13,12 @@ import grpc
 from deltaserve._common.codec import Chunk
 from deltaserve._common.failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.events import Position
 from deltaserve_server.memory import BudgetExceeded, Reservation, Staging
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused, Sync
+from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.service import admission, conversion
 from deltaserve_server.service.admission import ChunkValidator, ValueChecker
 from deltaserve_server.service.element_types import element_type_of
