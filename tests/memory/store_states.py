@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from deltaserve._common.optimizers import SGD, Adadelta, Adam, Optimizer
 from deltaserve_server.memory import Budget, Range, Staging, State, Store, initial_state
@@ -17,6 +18,14 @@ PLAIN = Adadelta()
 
 OPTIMIZERS: tuple[Optimizer, ...] = (SGD(), SGD(momentum=0.9), PLAIN, Adam(amsgrad=True))
 """An optimizer for each number of slots, from none on."""
+
+
+def named(optimizer: Optimizer) -> str:
+    """Returns the name of a test's parameter."""
+    return f"{optimizer.kind}-{len(optimizer.slots)}"
+
+
+for_each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=named)
 
 
 def random(size: int, seed: int) -> Vector:

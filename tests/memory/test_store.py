@@ -7,7 +7,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from store_states import OPTIMIZERS, PLAIN, MakeStore, Stage, assert_same_state, bits, fresh, other, random, whole
+from store_states import (
+    OPTIMIZERS,
+    PLAIN,
+    MakeStore,
+    Stage,
+    assert_same_state,
+    bits,
+    for_each_optimizer,
+    fresh,
+    named,
+    other,
+    random,
+    whole,
+)
 
 from deltaserve._common.optimizers import SGD, Adagrad, Adam, Optimizer
 from deltaserve_server.memory import Budget, BudgetExceeded, Range, State, Store, initial_state
@@ -33,7 +46,7 @@ class Oracle:
         np.testing.assert_array_equal(store.current.weights, self.state.weights)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 @pytest.mark.parametrize("size", [1, 5, 1000, 300_001])
 def test_an_update_is_the_kernels(make_store: MakeStore, stage: Stage, size: int, optimizer: Optimizer) -> None:
     state, half, second = fresh(random(size, 0), optimizer), size // 2, other(optimizer)
@@ -61,7 +74,7 @@ def test_a_round_applies_the_mean_summed_in_the_order_of_folds(make_store: MakeS
     oracle.check(store)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 def test_elements_outside_the_ranges_do_not_change(make_store: MakeStore, stage: Stage, optimizer: Optimizer) -> None:
     size, kept = 300_000, slice(100, 200_000)
     state, gradient = fresh(random(size, 0), optimizer), random(size, 1)
@@ -71,8 +84,8 @@ def test_elements_outside_the_ranges_do_not_change(make_store: MakeStore, stage:
     store.update(ranges, 1.0, 1)
     for before, after in zip(state.vectors, store.state().vectors, strict=True):
         np.testing.assert_array_equal(after[kept], before[kept])
-        assert (after[:100] != before[:100]).all()
-        assert (after[200_000:] != before[200_000:]).all()
+        for changed in slice(0, 100), slice(200_000, size):  # a step may be too small for a few
+            assert np.mean(after[changed] != before[changed]) > 0.9
 
 
 def test_missing_values_of_one_push_count_as_zero(make_store: MakeStore, stage: Stage) -> None:
@@ -89,7 +102,7 @@ def test_missing_values_of_one_push_count_as_zero(make_store: MakeStore, stage: 
     oracle.check(store)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 @pytest.mark.parametrize("chunk", [1, 7, 262_144])
 def test_chunks_do_not_change_a_bit(make_store: MakeStore, stage: Stage, chunk: int, optimizer: Optimizer) -> None:
     size = 3_000 if chunk < 10 else 600_000
@@ -101,7 +114,7 @@ def test_chunks_do_not_change_a_bit(make_store: MakeStore, stage: Stage, chunk: 
     assert_same_state(*stores)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 def test_any_split_into_ranges_gives_the_same_bits(make_store: MakeStore, stage: Stage, optimizer: Optimizer) -> None:
     size = 300_001
     weights, cuts = random(size, 0), [0, 1, 17, 1000, 262_144, 262_145, 300_000, size]
@@ -156,7 +169,7 @@ def test_a_second_acquired_version_is_reserved_once(make_store: MakeStore, stage
     assert budget.available == 4000
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 def test_put_replaces_all_vectors(make_store: MakeStore, stage: Stage, optimizer: Optimizer) -> None:
     store = make_store(fresh(random(100, 0), optimizer), Budget(1 << 20))
     state = State(random(100, 1), tuple(random(100, 2 + k) ** 2 for k in range(len(optimizer.slots))))
@@ -170,7 +183,7 @@ def test_put_replaces_all_vectors(make_store: MakeStore, stage: Stage, optimizer
     oracle.check(store)
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, Adagrad(initial_accumulator_value=0.5)], ids=str)
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, Adagrad(initial_accumulator_value=0.5)], ids=named)
 def test_extend_keeps_the_state_and_the_pending_sum(make_store: MakeStore, stage: Stage, optimizer: Optimizer) -> None:
     size, more = 1000, 500
     weights, gradients = random(size, 0), [random(size, 1), random(size, 2), random(size + more, 3)]
@@ -218,7 +231,7 @@ def unaligned(vector: Vector) -> Vector:
 # --- the state before the first update
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@for_each_optimizer
 def test_slots_begin_with_zeros(optimizer: Optimizer) -> None:
     weights = random(10, 0)
     state = initial_state(weights, Layout((Tensor("w", (10,)),)), [optimizer])

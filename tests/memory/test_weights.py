@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from store_states import PLAIN, MakeStore, Stage, assert_same_state, fresh, random, whole
+from store_states import PLAIN, MakeStore, Stage, assert_same_state, for_each_optimizer, fresh, random, whole
 
-from deltaserve._common.optimizers import Adadelta
+from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.optimizers import reference
@@ -78,14 +78,17 @@ def test_zeros_in_a_sum_lose_their_sign(make_store: MakeStore, stage: Stage) -> 
     assert np.signbit(store.current.weights).all()
 
 
+@for_each_optimizer
 @pytest.mark.parametrize("weight", [1e-9, 1.0, 65536e9])
-def test_any_weight_keeps_the_state_finite(make_store: MakeStore, stage: Stage, weight: float) -> None:
+def test_any_weight_keeps_the_state_finite(
+    make_store: MakeStore, stage: Stage, weight: float, optimizer: Optimizer
+) -> None:
     largest = np.full(1000, (2.0 - 2.0**-23) * 2.0**63, np.float32)
-    store = make_store(fresh(random(1000, 0)), Budget(1 << 20))
+    store = make_store(fresh(random(1000, 0), optimizer), Budget(1 << 20))
     for number in range(1, 4):
         for _ in range(number):
             store.fold(stage(store, largest), 1e9)
-        assert np.isfinite(store.update(whole(1000), weight, number))
+        assert np.isfinite(store.update(whole(1000, optimizer, number), weight, number))
         assert all(np.isfinite(vector).all() for vector in store.state().vectors)
 
 
