@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaserve._common.optimizers import OPTIMIZERS, SGD, Adadelta, Adam, Optimizer
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, Optimizer
 from deltaserve_server.model import Layout, Tensor
 
 TENSORS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=8)
@@ -36,7 +36,7 @@ def test_runs_cover_what_is_present_once(parts: list[tuple[int, int]], data: st.
     assert all(left[1] < right[0] for left, right in pairwise(runs))
 
 
-@pytest.mark.parametrize("optimizer", [*(kind() for kind in OPTIMIZERS.values()), SGD(momentum=0.9)], ids=str)
+@pytest.mark.parametrize("optimizer", [Adadelta(), SGD(), SGD(momentum=0.9), Adagrad(), Adagrad(lr_decay=0.1), Adam()])
 @given(parts=TENSORS, data=st.data())
 def test_ranges_say_how_each_element_is_updated(
     optimizer: Optimizer, parts: list[tuple[int, int]], data: st.DataObject
@@ -52,9 +52,9 @@ def test_ranges_say_how_each_element_is_updated(
         for _ in range(size)
     ]
     got: list[tuple[Optimizer, int] | None] = [None] * len(expected)
-    for start, stop, *use in ranges:
+    for start, stop, used, count in ranges:
         assert got[start:stop] == [None] * (stop - start)
-        got[start:stop] = [(use[0], use[1])] * (stop - start)
+        got[start:stop] = [(used, count)] * (stop - start)
     assert got == expected
     assert all(left[1] < right[0] or left[2:] != right[2:] for left, right in pairwise(ranges)), "not merged"
     assert all(left[1] <= right[0] for left, right in pairwise(ranges))

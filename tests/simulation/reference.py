@@ -418,7 +418,8 @@ class Reference:
             contribution = worker.name, worker.epoch, push.sequence, self.version - one.base, push.weight, push.norm
             parts.append(Part(push.key, factor, *contribution))
         used = [(carried(sent, group) or [model])[0] for group, model in enumerate(self.groups)]
-        used = [replace(group, lr=group.lr / divisor) for group in used] if divisor > 1 else used
+        if divisor > 1:
+            used = [replace(group, lr=group.lr / divisor) for group in used]  # type: ignore[type-var]
         absent = [k for k in range(self.tensors) if all(k in s.push.absent or k >= s.worker.tensors for s in sent)]
         self.version += 1
         self.counts = tuple([count + (k not in absent) for k, count in enumerate(self.counts)])
