@@ -34,10 +34,7 @@ class Twins:
         self._path, self._through = path, through
         self._host = ModelHost(path / "data")
         self.engine = self._host.create(machine(optimizer=optimizer))
-        self._session = self.engine.open_session("a", 100.0)
-
-    def push(self, sequence: int, absent: Collection[int] = (), engine: ModelEngine | None = None) -> None:
-        push(engine or self.engine, self._session, sequence, absent)
+        self.session = self.engine.open_session("a", 100.0)
 
     def check(self) -> None:
         """Recovers the second model, and fails unless it is the same, now and after a further update."""
@@ -48,8 +45,9 @@ class Twins:
         assert twin.storage
         assert (twin.storage.last.version == twin.machine.version) == (self._through == "snapshot")
         check_comes_back(seen(twin), self.engine)
+        sequence = self.session.last_applied + 1
         for engine in (self.engine, twin):
-            self.push(self._session.last_applied + 1, engine=engine)
+            push(engine, self.session, sequence)
         check_comes_back(seen(twin), self.engine)
         host.die()
         self._host.die()
@@ -70,15 +68,15 @@ def push(engine: ModelEngine, session: Session, sequence: int, absent: Collectio
 def test_it_comes_back_after_absent_tensors_and_an_extension(quick: Path, optimizer: Any, through: str) -> None:
     """Each tensor has had another number of updates, and the new ones begin with their own group's initial slots."""
     twins = Twins(quick, optimizer, through)
-    twins.push(1, absent={0})
-    twins.push(2)
+    push(twins.engine, twins.session, 1, absent={0})
+    push(twins.engine, twins.session, 2)
     group = replace(optimizer, lr=optimizer.lr / 3)
     if optimizer.kind == "adagrad":
         group = replace(group, initial_accumulator_value=3.0)
     tensors = [Tensor("x", (5,), 0), Tensor("y", (3, 2), 1), Tensor("z", (2,), 1)]
     twins.engine.extend(tensors, [group], random(13, 3), MEMORY.reserve(0))
-    twins._session = twins.engine.open_session("a", 100.0)
-    twins.push(1, absent={2, 5})
+    twins.session = twins.engine.open_session("a", 100.0)
+    push(twins.engine, twins.session, 1, absent={2, 5})
     assert twins.engine.machine.update_counts == (2, 3, 2, 1, 1, 0)
     twins.check()
 
@@ -86,11 +84,11 @@ def test_it_comes_back_after_absent_tensors_and_an_extension(quick: Path, optimi
 @matrix
 def test_it_comes_back_after_its_state_was_put(quick: Path, optimizer: Optimizer, through: str) -> None:
     twins = Twins(quick, optimizer, through)
-    twins.push(1)
+    push(twins.engine, twins.session, 1)
     before = twins.engine.state()
     slots = tuple(slot + np.float32(0.25) for slot in before.slots)
     twins.engine.put_state(State(before.weights + 1, slots), [0, 7, 1_000_000])
-    twins.push(2)
-    twins.push(3, absent={0})
+    push(twins.engine, twins.session, 2)
+    push(twins.engine, twins.session, 3, absent={0})
     assert twins.engine.machine.update_counts == (1, 9, 1_000_002)
     twins.check()
