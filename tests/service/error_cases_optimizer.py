@@ -177,4 +177,4 @@ def another_number_of_the_same_optimizer(scene: Scene) -> Request:
 def a_state_for_an_optimizer_without_state(scene: Scene) -> Request:
     scene.wire.create("other", groups=[optimizer("sgd")])
     scene.models.append("other")
-    return "PutState", replacement("other", [[0.0] * 5] * 2, slots=["momentum_buffer"])
+    return "PutState", [*replacement("other", [[0.0] * 5] * 2, slots=["momentum_buffer"])]

@@ -47,7 +47,7 @@ def _expected(rounds: int = 3) -> list[Vector]:
     """Returns the weights and the optimizer state, computed in float64."""
     parts = []
     for own, part in zip(GROUPS, (slice(0, 280), slice(280, 300)), strict=True):
-        slots, weights = [np.zeros(SIZE)[part]] * 2, _gradient(99)[part].astype(np.float64)
+        slots, weights = (np.zeros(SIZE)[part],) * 2, _gradient(99)[part].astype(np.float64)
         for number in range(1, rounds + 1):
             mean = np.mean([_gradient(k + 10 * number)[part] for k in range(3)], axis=0, dtype=np.float64)
             slots, weights = reference.update(own, mean, slots, weights, number)
@@ -159,7 +159,7 @@ def test_rounds_are_close_to_the_reference(wire: Wire) -> None:
 def test_a_hundred_steps_are_close_to_the_reference(wire: Wire) -> None:
     wire.create("m", SHAPES, groups=SENT, group_of=[0, 0])
     session = wire.open("m", "a")
-    slots, weights = [np.zeros(SIZE)] * 2, np.zeros(SIZE)
+    slots, weights = (np.zeros(SIZE),) * 2, np.zeros(SIZE)
     for number in range(1, 101):
         gradient = np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)
         wire.step(session.header(number), gradient)
