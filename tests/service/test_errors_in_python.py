@@ -137,8 +137,7 @@ def model_not_found(stage: Stage) -> Callable[[], object]:
 
 @case(ConflictError, model="m", difference="lr of group 0 is 1.0, not 0.5")
 def model_mismatch(stage: Stage) -> Callable[[], object]:
-    tensors = {"w": np.zeros(2), "b": np.float32(0)}
-    return lambda: stage.client.create_model("m", tensors, optimizer=Adadelta(lr=0.5))
+    return lambda: stage.client.create_model("m", {"w": np.zeros(2), "b": np.zeros(())}, optimizer=Adadelta(lr=0.5))
 
 
 @case(ConflictError, model="m", expected="adadelta", got="adam with amsgrad")
