@@ -196,8 +196,14 @@ def gradient_of(rng: np.random.Generator, kind: str) -> Vector:
 
 
 @over_cases
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.deep) for kind in ("float16", "bfloat16"))]
+)
 def test_bits_of_the_cpu_kernel(kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer) -> None:
+    compare(kernels, kind, optimizer)
+
+
+def compare(kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer) -> None:
     module, device = kernels
     rng = np.random.default_rng(len(kind))
     for number, divisor in ((1, 1.0), (7, 3.0)):
@@ -219,6 +225,11 @@ def test_bits_of_the_cpu_kernel(kernels: tuple[ModuleType, str], kind: str, opti
             np.testing.assert_array_equal(made.cpu().numpy().view(np.uint32), vector.view(np.uint32), err_msg=name)
         np.testing.assert_array_equal(old.cpu().numpy(), weights)
         np.testing.assert_allclose(squares.sum().item(), total, rtol=1e-12)
+
+
+def test_bits_of_the_cpu_kernel_from_16_bits(kernels: tuple[ModuleType, str]) -> None:
+    for kind in ("float16", "bfloat16"):
+        compare(kernels, kind, Adadelta())
 
 
 @pytest.mark.parametrize("place", range(5))
