@@ -13,10 +13,10 @@ from benchmarks.local import local_optimizers, notes_on_local
 from benchmarks.models import SHAPES_A, Array, Shape, elements, gradients_of, weights_of
 from benchmarks.results import Timings
 from benchmarks.timing import REST_SECONDS, by_turns
+from deltaserve._common.optimizers import Adadelta
 from deltaserve_server.config import usable_threads
-from deltaserve_server.memory import Budget, Range
+from deltaserve_server.memory import Budget, Range, State
 from deltaserve_server.memory.host import HostStore
-from deltaserve_server.optimizers import Hyperparameters
 
 LIMIT = "limit: the same 28 bytes a parameter"
 """The bytes of an update, read and written in place with little arithmetic."""
@@ -43,9 +43,11 @@ def cpu(rounds: int, shapes: Sequence[Shape] = SHAPES_A) -> Timings:
 
 def host_update(gradients: Sequence[Array], executor: ThreadPoolExecutor, threads: int) -> Run:
     """Returns an update as the server makes it, with the gradient as one chunk."""
+    optimizer = Adadelta()
     gradient = np.concatenate([array.ravel() for array in gradients])
-    store = HostStore(np.zeros(gradient.size, np.float32), 0, Budget(1 << 40), executor, threads)
-    ranges = [Range(0, gradient.size, Hyperparameters())]
+    weights, *slots = (np.zeros(gradient.size, np.float32) for _ in range(1 + len(optimizer.slots)))
+    store = HostStore(State(weights, tuple(slots)), 0, Budget(1 << 40), executor, threads)
+    ranges = [Range(0, gradient.size, optimizer, optimizer.relevant_count(100))]
 
     def update() -> None:
         staging = store.stage()
