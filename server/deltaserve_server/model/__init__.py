@@ -4,7 +4,6 @@ This room is pure: no I/O, no threads, no clock, no gRPC. Events go in as method
 come out as values, and the engine carries them out. Start with `Machine`.
 """
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, BumpVersion, Combine, Decision, Fold, Refuse, Update
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.layout import Layout, Tensor
@@ -13,6 +12,7 @@ from deltaserve_server.model.policies import Async, Bounded, Policy, Reduction, 
 from deltaserve_server.model.push import Contribution, Key, Push, PushResult, PushStatus, UpdateSummary
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
+from deltaserve_server.optimizers import Hyperparameters
 
 __all__ = [
     "Answer",
@@ -23,7 +23,6 @@ __all__ = [
     "Contribution",
     "Decision",
     "Fold",
-    "Hyperparameters",
     "Key",
     "Layout",
     "Machine",
