@@ -71,7 +71,7 @@ def _optimizer_of(torch_class: type[torch.optim.Optimizer], group: Mapping[str, 
 def _readers(definition: type[Optimizer]) -> list[tuple[str, int | None, type[float]]]:
     """Returns, for each hyperparameter, its key in a group, its position in the value there, and its type."""
     keys: dict[str, tuple[str, int | None]] = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
-    types = {field.name: type(field.default) for field in fields(definition)}  # type: ignore[arg-type]
+    types: dict[str, Any] = {field.name: type(field.default) for field in fields(definition)}  # type: ignore[arg-type]
     return [(*keys.get(name, (name, None)), types[name]) for name in hyperparameters(definition)]
 
 
@@ -91,12 +91,17 @@ def torch_defaults(torch_class: type[torch.optim.Optimizer], arguments: Mapping[
     Raises:
         ValueError: torch refuses an argument.
     """
-    return torch_class([torch.zeros(1, device="cpu")], **arguments).defaults
+    return _dummy(torch_class, arguments).defaults
 
 
 def complete_groups(torch_class: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> None:
     """Adds what the groups of a state dict of an older version of torch lack, as torch does."""
-    torch_class([torch.zeros(1, device="cpu")]).__setstate__({"state": {}, "param_groups": groups})
+    _dummy(torch_class, {}).__setstate__({"state": {}, "param_groups": groups})
+
+
+def _dummy(torch_class: Any, arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = torch_class([torch.zeros(1, device="cpu")], **arguments)
+    return optimizer
 
 
 def check_group(

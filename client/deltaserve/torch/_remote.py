@@ -195,10 +195,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         torch_class, state = torch_class_of(optimizer), model_state_of(optimizer)
         remote_class: Any = next(c for c in RemoteOptimizer.__subclasses__() if c._torch_class is torch_class)
-        groups, arguments = (
-            [dict(group) for group in optimizer.param_groups],
-            arguments_of(torch_class, optimizer.defaults),
-        )
+        groups = [dict(group) for group in optimizer.param_groups]
+        arguments = arguments_of(torch_class, optimizer.defaults)
         remote: RemoteOptimizer = remote_class(groups, target, model=model, **arguments, **options)
         if remote._model.created:
             try:
