@@ -91,7 +91,9 @@ def target() -> Iterator[str]:
         yield server.target
 
 
-@pytest.mark.parametrize("page", [*RUNNABLE, *(pytest.param(page, marks=pytest.mark.deep) for page in TORCH)], ids=_name)
+@pytest.mark.parametrize(
+    "page", [*RUNNABLE, *(pytest.param(page, marks=pytest.mark.deep) for page in TORCH)], ids=_name
+)
 def test_examples_run(page: Path, target: str) -> None:
     """The Python blocks of a page run in order, in one namespace, against a real server."""
     blocks = PYTHON_BLOCK.findall(page.read_text())

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 from crowd import POLICIES, Crowd
-from model_host import MEMORY, Clock, ModelHost, check_comes_back, copied, machine, optimizer_of, random, recovered, seen
+from model_host import (
+    MEMORY,
+    Clock,
+    ModelHost,
+    check_comes_back,
+    copied,
+    machine,
+    optimizer_of,
+    random,
+    recovered,
+    seen,
+)
 
 from deltaserve_server.durability import folder
 from deltaserve_server.durability.commits import Journaled
