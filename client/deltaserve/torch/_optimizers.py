@@ -324,7 +324,7 @@ class RemoteAdam(RemoteOptimizer):
         ...     with RemoteAdam([weight], server.target, model="line", lr=0.5) as optimizer:
         ...         weight.grad = torch.full((1,), 8.0)
         ...         optimizer.step()
-        >>> weight.item()
+        >>> round(weight.item(), 6)
         0.5
     """
 
@@ -395,7 +395,7 @@ class RemoteAdamW(RemoteOptimizer):
         ...     with RemoteAdamW([weight], server.target, model="line", lr=0.5, weight_decay=0.5) as optimizer:
         ...         weight.grad = torch.full((1,), 8.0)
         ...         optimizer.step()
-        >>> weight.item()
+        >>> round(weight.item(), 6)
         0.25
     """
 
