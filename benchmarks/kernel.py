@@ -14,10 +14,10 @@ from benchmarks.local import COMPILED, FOREACH, local_optimizers, notes_on_local
 from benchmarks.models import SHAPES_A, Array, Shape, elements, gradients_of, weights_of
 from benchmarks.results import Timings
 from benchmarks.timing import REST_SECONDS, by_turns
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.config import usable_threads
 from deltaserve_server.memory import Budget, Range
 from deltaserve_server.memory.host import HostStore
+from deltaserve_server.optimizers import Hyperparameters
 
 LIMIT = "limit: the same 28 bytes a parameter"
 """The bytes of an update: on the CPU read and written in place with little arithmetic, on a GPU copied."""

@@ -12,6 +12,7 @@ from model_host import copied
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from wire import Session, Shapes, Snapshot, Wire, asynchronous, bounded, pieces, sync
 
 from deltaserve.v1.common_pb2 import Hyperparameters, Policy, TensorSpec
@@ -23,7 +24,6 @@ from deltaserve.v1.model_service_pb2 import (
     SaveSnapshotRequest,
 )
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from deltaserve_server.durability.model_storage import ModelStorage
 
 SIZE = 4

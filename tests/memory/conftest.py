@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory import Budget, Staging, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers.formats import Values
 
 
 def _cuda() -> bool:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
+
 from deltaserve_server.memory import Budget, Range, Staging, Store
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters
 
 MakeStore = Callable[[Vector, Budget], Store]
 Stage = Callable[..., Staging]

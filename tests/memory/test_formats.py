@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.formats import HalfPrecision, widened
 from deltaserve_server.memory import Budget, Range, Staging, Store
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters
+from deltaserve_server.optimizers.formats import HalfPrecision, widened
 
 MakeStore = Callable[[Vector, Budget], Store]
 Stage = Callable[..., Staging]

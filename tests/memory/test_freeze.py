@@ -8,10 +8,10 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, Staging, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters
 
 MakeStore = Callable[[Vector, Budget], Store]
 Stage = Callable[..., Staging]

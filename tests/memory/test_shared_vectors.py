@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters
 
 FUTURE_WRITE = 0x10
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deltaserve_server.optimizers import Hyperparameters, reference
 from deltaserve_server.memory import Budget, BudgetExceeded, Range, Staging, State, Store
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters, reference
 
 MakeStore = Callable[[Vector, Budget], Store]
 Stage = Callable[..., Staging]

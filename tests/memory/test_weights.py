@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters, reference
 from deltaserve_server.memory import Budget, Range, Staging, Store
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
+from deltaserve_server.optimizers import Hyperparameters, reference
 
 MakeStore = Callable[[Vector, Budget], Store]
 Stage = Callable[..., Staging]

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import (
     Answer,
     BumpVersion,
@@ -25,6 +24,7 @@ from deltaserve_server.model import (
     Tensor,
     Update,
 )
+from deltaserve_server.optimizers import Hyperparameters
 
 LEASE = 10.0
 

@@ -3,8 +3,8 @@
 import pytest
 from machine_driver import LEASE, Driver, contribution, refused
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Async, Bounded, Session, Tensor
+from deltaserve_server.optimizers import Hyperparameters
 
 
 class TestMaxStaleness:

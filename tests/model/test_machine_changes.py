@@ -3,8 +3,8 @@
 import pytest
 from machine_driver import Driver, contribution, contributions, refused
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Async, Bounded, Key, Policy, Sync, Tensor
+from deltaserve_server.optimizers import Hyperparameters
 
 SLOW = Hyperparameters(lr=0.25)
 

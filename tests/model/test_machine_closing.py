@@ -3,8 +3,8 @@
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Async, BumpVersion, Sync
+from deltaserve_server.optimizers import Hyperparameters
 
 LONG = 1000.0
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model import Sync, Tensor
+from deltaserve_server.optimizers import Hyperparameters
 
 
 def test_a_round_closes_when_all_have_pushed() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from error_scene import LARGE, Request, Scene, case, opened, step, stream
-from wire import Session, creation, eventually, sync
+from wire import Session, adadelta, creation, eventually, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -86,12 +86,12 @@ def fewer_tensors(scene: Scene) -> Request:
 
 @case("MODEL_MISMATCH", model="m", difference="it has 1 parameter groups, not 2")
 def more_groups(scene: Scene) -> Request:
-    return "CreateModel", list(creation("m", groups=[pb.Hyperparameters()] * 2))
+    return "CreateModel", list(creation("m", groups=[adadelta()] * 2))
 
 
 @case("MODEL_MISMATCH", model="m", difference="rho of group 0 is 0.9, not 0.95")
 def another_hyperparameter(scene: Scene) -> Request:
-    return "CreateModel", list(creation("m", groups=[pb.Hyperparameters(rho=0.95)]))
+    return "CreateModel", list(creation("m", groups=[adadelta(rho=0.95)]))
 
 
 @case("MODEL_MISMATCH", model="m")
@@ -283,14 +283,14 @@ def a_push_of_one_who_joins_at_the_next_round(scene: Scene) -> Request:
     return step(scene.wire.open("s", "c").header(1), *[1.0] * 4)
 
 
-@case("HYPERPARAMETER_CONFLICT", field="groups[0].lr", round="0.5", got="0.25")
+@case("HYPERPARAMETER_CONFLICT", field="groups[0].adadelta.lr", round="0.5", got="0.25")
 def two_learning_rates_in_one_round(scene: Scene) -> Request:
     scene.other("s", policy=sync(2))
     first, second = scene.wire.open("s", "a"), scene.wire.open("s", "b")
-    header = first.header(1, hyperparameters=[pb.Hyperparameters(lr=0.5)])
+    header = first.header(1, hyperparameters=[adadelta(lr=0.5)])
     scene.calls.append(scene.wire.start(*step(header, *[1.0] * 4)))
     eventually(lambda: any(s.waiting for s in scene.wire.model("s").sessions), "the push does not wait")
-    return step(second.header(1, hyperparameters=[pb.Hyperparameters(lr=0.25)]), *[1.0] * 4)
+    return step(second.header(1, hyperparameters=[adadelta(lr=0.25)]), *[1.0] * 4)
 
 
 # --- limits

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from planted_defects import FoldedByArrival
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.memory import Budget, Range, Staging
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.model import (
@@ -25,6 +24,7 @@ from deltaserve_server.model import (
     Update,
     versioned_model,
 )
+from deltaserve_server.optimizers import Hyperparameters
 
 ORDERS = [range(1, 60), pytest.param(range(60, 1000), marks=pytest.mark.deep)]
 """Seeds of orders, by test."""

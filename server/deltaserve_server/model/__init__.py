@@ -12,7 +12,6 @@ from deltaserve_server.model.policies import Async, Bounded, Policy, Reduction, 
 from deltaserve_server.model.push import Contribution, Key, Push, PushResult, PushStatus, UpdateSummary
 from deltaserve_server.model.refused import Refused
 from deltaserve_server.model.sessions import Session
-from deltaserve_server.optimizers import Hyperparameters
 
 __all__ = [
     "Answer",
@@ -23,7 +22,6 @@ __all__ = [
     "Contribution",
     "Decision",
     "Fold",
-    "Hyperparameters",
     "Key",
     "Layout",
     "Machine",

@@ -6,6 +6,7 @@
     values      numba: validates a gradient, fingerprints it and measures its norm, in one pass
     formats     numpy: the element types that values arrive in, float32 and two of 16 bits
     float16     numba: float16 and bfloat16 in the kernels, and weights rounded to them
+    trace       the update of an optimizer as a list of operations, for text that is generated from it
     robust      numpy: the trimmed mean, which a few malicious gradients cannot move far
 
 The definitions of the optimizers are in `deltaserve._common.optimizers`, because clients need them too.

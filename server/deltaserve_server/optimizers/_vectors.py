@@ -74,9 +74,11 @@ class Floats(_Lanes):
     __mul__ = _operator("fmul")
     __truediv__ = _operator("fdiv")
 
-    def compared(self, operator: str, other: Any) -> Any:
-        """Returns the mask of the lanes for which the comparison holds; an operand of NaN makes it false."""
-        return self.builder.fcmp_ordered(operator, self.value, self.splatted(other).value)
+    def __lt__(self, other: Any) -> Any:
+        return self._compared("<", other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compared(">", other)
 
     def fused(self, factor: Any, summand: Any) -> "Floats":
         """Returns self * factor + summand, rounded once (fused multiply-add)."""
@@ -86,18 +88,9 @@ class Floats(_Lanes):
         """Returns the square root."""
         return self._intrinsic("sqrt")
 
-    def at_most(self, limit: float) -> Self:
-        """Clips values above the limit; NaN stays NaN."""
-        return self.splatted(limit).where(self.compared(">", limit), self)
-
-    def bounded(self, limit: float) -> Self:
-        """Clips values to [-limit, limit]; NaN stays NaN."""
-        clipped = self.at_most(limit)
-        return self.splatted(-limit).where(clipped.compared("<", -limit), clipped)
-
     def nan_to_zero(self) -> Self:
         """Replaces NaN by 0."""
-        return self.where(self.compared("ord", self), 0.0)
+        return self.where(self._compared("ord", self), 0.0)
 
     def doubles(self) -> "Floats":
         """Converts float32 to float64."""
@@ -107,9 +100,17 @@ class Floats(_Lanes):
         """Reinterprets float32 as their bits."""
         return Bits(self.builder, self.builder.bitcast(self.value, WORDS))
 
+    def first(self) -> Any:
+        """Returns LLVM's value of the first lane."""
+        return self.builder.extract_element(self.value, ir.Constant(_I32, 0))
+
     def total(self) -> Any:
         """Adds the upper half to the lower half until one sum is left; returns LLVM's value of it."""
         return _reduce(self.builder, self.value, self.builder.fadd)
+
+    def _compared(self, operator: str, other: Any) -> Any:
+        """Returns the mask of the lanes for which the comparison holds; an operand of NaN makes it false."""
+        return self.builder.fcmp_ordered(operator, self.value, self.splatted(other).value)
 
     def _intrinsic(self, name: str, *operands: Any) -> "Floats":
         lanes = self.value.type
@@ -117,6 +118,23 @@ class Floats(_Lanes):
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{_SUFFIXES[lanes]}")
         values = [operand.value for operand in operands]
         return Floats(self.builder, self.builder.call(function, [self.value, *values]))
+
+
+class FloatOperations:
+    """The operations of the optimizers' definitions, on `Floats`."""
+
+    def fma(self, a: Floats, b: Any, c: Any) -> Floats:
+        """Returns a * b + c, rounded once."""
+        return a.fused(b, c)
+
+    def sqrt(self, x: Floats) -> Floats:
+        """Returns the square root."""
+        return x.root()
+
+    def where(self, condition: Any, x: Any, y: Any) -> Floats:
+        """Returns x where the condition holds, else y; one of them may be a plain number."""
+        chosen: Floats = (x if isinstance(x, Floats) else y.splatted(x)).where(condition, y)
+        return chosen
 
 
 class Bits(_Lanes):
@@ -184,6 +202,19 @@ class Accumulator:
     @lanes.setter
     def lanes(self, lanes: _Lanes) -> None:
         self._builder.store(lanes.value, self._slot)
+
+
+def branched(builder: Any, condition: Any, then: Callable[[], _AnyLanes], otherwise: Callable[[], _AnyLanes]) -> Any:
+    """Generates a branch on one condition for all lanes; returns the lanes that the taken side computes."""
+    with builder.if_else(condition) as sides:
+        with sides[0]:
+            first, first_block = then(), builder.block
+        with sides[1]:
+            second, second_block = otherwise(), builder.block
+    merged = builder.phi(first.value.type)
+    merged.add_incoming(first.value, first_block)
+    merged.add_incoming(second.value, second_block)
+    return type(first)(builder, merged)
 
 
 def zeros(kind: Any) -> Any:
@@ -256,6 +287,11 @@ class Memory:
             function = self._masked("load", self._type, [place.type, _I32, mask.type, self._type])
             loaded = self._builder.call(function, [place, align, mask, zeros(self._type)])
         return self._widen(Bits(self._builder, loaded)) if self._widen else Floats(self._builder, loaded)
+
+    def splats(self, count: int) -> list[Floats]:
+        """Returns the first elements of a vector of float32, each in all 16 lanes."""
+        places = (self._builder.gep(self._data, [_long(k)]) for k in range(count))
+        return [Floats(self._builder, splat(self._builder, self._builder.load(place))) for place in places]
 
     def store(self, at: Any, values: _Lanes, mask: Any) -> None:
         """Stores 16 values from element `at` on, without the lanes that a mask excludes."""

@@ -1,83 +1,125 @@
-"""Adadelta in numba, float32, for vectors in host memory: one fused pass of 28 bytes an element, limited by memory.
+"""The optimizers in numba, float32, for vectors in host memory: one fused pass over all vectors, limited by memory.
 
-The arithmetic is that of `torch.optim.Adadelta`, operation for operation: a product and the addition that follows it
-are fused, that is, rounded once, as in torch's own vector code. The code below states each operation and leaves none to
-the compiler, so an element gets the same bits at any position of a vector, in any split of a vector into ranges, on any
-processor, and from `cuda`. Square roots are correctly rounded, which torch's are not everywhere.
+A kernel evaluates the definition of its optimizer, operation for operation and 16 lanes at a time, within steps that all
+optimizers share. Each operation is stated and none is left to the compiler, so an element gets the same bits at any
+position of a vector, in any split of a vector into ranges, on any processor, and from `cuda`. Square roots are
+correctly rounded, which torch's are not everywhere.
 
-The averages stay finite for any input:
+The shared steps, in this order:
 
-- A gradient that is NaN after the division counts as 0. Admission refuses NaN, but a gradient in memory shared with its
-  worker may change after that check.
-- A gradient, after division and weight decay, and a step are clipped at `MAGNITUDE_MAX`. Beyond it torch's square is
-  infinite, and its coordinate never moves again. With the clip no average exceeds the largest float32, even where the
-  rounded rho and 1 - rho add up to more than 1.
-- Two more clips keep an eps near the largest float32, or near 0, from making the roots infinite.
+1. The gradient is divided by the divisor, and negated with `maximize`.
+2. NaN becomes 0. Admission refuses NaN, but a gradient in memory shared with its worker may change after that check.
+3. A coupled weight decay adds weight_decay times the weight. A decoupled one multiplies the weight by
+   1 - lr * weight_decay, which is computed in float64, and clips it at `FLOAT32_MAX`.
+4. The gradient is clipped at `MAGNITUDE_MAX`. Beyond it torch's square is infinite, and its coordinate never moves
+   again.
+5. The definition gives the new slots and the new weight, and the new weight is clipped at `FLOAT32_MAX`.
 
-A processor without fused multiply-add (x86 from before 2013) gets the same bits from the C library, several times
-slower. Importing this module imports numba, and compiles the kernels the first time.
+A kernel is compiled when it is first needed, one for each structure of an optimizer and element type of the gradient,
+and loaded from numba's cache on disk in later processes. A processor without fused multiply-add (x86 from before 2013)
+gets the same bits from the C library, several times slower.
 """
 
+import functools
+import hashlib
+import math
+import threading
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaserve._common.optimizers import Optimizer, definition
+from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, bounded
+from deltaserve_server.optimizers import _vectors
 from deltaserve_server.optimizers._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
-from deltaserve_server.optimizers._vectors import DOUBLES, Accumulator, Floats, Memory, each_group, splat, zeros
+from deltaserve_server.optimizers._vectors import (
+    DOUBLES,
+    Accumulator,
+    FloatOperations,
+    Floats,
+    Memory,
+    branched,
+    each_group,
+    splat,
+    zeros,
+)
 from deltaserve_server.optimizers.float16 import FORMATS, as_bits
 from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, Hyperparameters, Scalars, scalars
+from deltaserve_server.optimizers.trace import traced
 
 Vector = NDArray[np.float32]
+
+_NUMPY_FORMATS = dict(zip(map(np.dtype, (np.float32, np.int16, np.uint16)), FORMATS, strict=True))
+
+_compiling = threading.Lock()
+_kernels: dict[tuple[object, ...], Any] = {}
+"""The kernels so far, by structure and element type of the gradient."""
+
+_definitions: dict[str, Optimizer] = {}
+"""For each kernel's name an optimizer of its structure: code that is being compiled finds its definition here."""
 
 
 def update(
     gradient: Values,
     divisor: float,
-    square_avg: Vector,
-    acc_delta: Vector,
+    slots: Sequence[Vector],
     weights: Vector,
     new_weights: Vector,
-    hyperparameters: Hyperparameters,
+    optimizer: Optimizer,
+    count: int,
     *,
     streaming: bool = False,
 ) -> float:
     """Applies one update to a range, on the calling thread and without the GIL.
 
-    If the weights are finite, the averages stay finite for any gradient and hyperparameters. The weights stay finite as
-    long as their sum with lr times `MAGNITUDE_MAX` is finite. Denormal numbers are not flushed to zero.
+    If the weights are finite, the slots and the new weights are finite for any gradient and hyperparameters. Denormal
+    numbers are not flushed to zero.
 
     Args:
         gradient: The sum of a round's gradients, [n], contiguous, of any type in `formats`. It may be read-only and
             start at any byte. A NaN in it counts as 0.
         divisor: The sum of the gradients' weights, > 0; rounded to float32.
-        square_avg: The leaky average of squared gradients, float32 [n], >= 0 and finite; updated in place.
-        acc_delta: The leaky average of squared steps, float32 [n], >= 0 and finite; updated in place.
+        slots: The optimizer's state in the order of `optimizer.slots`, each float32 [n], finite and not below the
+            slot's minimum; updated in place.
         weights: The parameters, float32 [n]; read only.
         new_weights: Output, the new parameters, float32 [n].
-        hyperparameters: Hyperparameters in range, whose `problem()` is None.
+        optimizer: An optimizer whose `problem()` is None.
+        count: Its `relevant_count` of the number of updates of the range's tensors, this one included.
         streaming: Store the new weights around the caches, which is faster where the vector does not fit in them. It
             takes effect if they start at a multiple of 64 bytes, and never changes the bits.
 
     Returns:
         The sum of (new_weights - weights)**2, with differences in float32 and squares and sums in float64. It is
-        infinite only where a weight moved by more than the largest float32, which takes an lr above 1e19. Each of the
-        16 lanes has its own sum first, so the bits are the same on any processor and depend only on the range's values.
-        A different split of a vector into ranges may change the last bits of the total.
+        infinite only where a weight moved by more than the largest float32. Each of the 16 lanes has its own sum first,
+        so the bits are the same on any processor and depend only on the range's values. A different split of a vector
+        into ranges may change the last bits of the total.
 
     Raises:
-        ValueError: The lengths differ.
+        ValueError: The lengths differ, or the number of slots is not the optimizer's.
         TypeError: A vector has another type or is not contiguous, or an output is read-only or not aligned.
     """
-    if not gradient.size == square_avg.size == acc_delta.size == weights.size == new_weights.size:
-        sizes = [vector.size for vector in (gradient, square_avg, acc_delta, weights, new_weights)]
-        raise ValueError(f"expected five vectors of one length, got lengths {sizes}")
-    squares: float = _update(
-        as_bits(gradient), square_avg, acc_delta, weights, new_weights, streaming, divisor, *scalars(hyperparameters)
-    )
+    sizes = [vector.size for vector in (gradient, *slots, weights, new_weights)]
+    if len(set(sizes)) > 1 or len(slots) != len(optimizer.slots):
+        raise ValueError(f"expected {3 + len(optimizer.slots)} vectors of one length, got lengths {sizes}")
+    bits = as_bits(gradient)
+    factor, divides = _scale(divisor, optimizer.maximize)
+    numbers = _rounded(factor, _decay(optimizer), *optimizer.scalars(count).values())
+    kernel = _kernel(optimizer, _NUMPY_FORMATS[bits.dtype])
+    squares: float = kernel(bits, tuple(slots), weights, new_weights, streaming, divides, numbers)
     return squares
+
+
+def prepare(optimizer: Optimizer) -> None:
+    """Compiles or loads the kernels of an optimizer's structure, for all element types; from any thread.
+
+    `update` does so itself for what it needs, if nobody has.
+    """
+    for gradient in FORMATS:
+        _kernel(optimizer, gradient)
 
 
 def add(total: Vector, values: Values, factor: float) -> None:
@@ -97,41 +139,104 @@ def add(total: Vector, values: Values, factor: float) -> None:
     _add(total, as_bits(values), factor)
 
 
-def _updated(g: Floats, s: Floats, acc: Floats, w: Floats, numbers: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
-    """Generates the code of one update; returns square_avg, acc_delta and the new weights."""
-    divisor, minus_lr, rho, one_minus_rho, eps, weight_decay, sign = numbers
-    g = (sign * (g / divisor)).nan_to_zero()
-    # As in torch, 0 skips the addition, which could change the sign of a zero gradient.
-    g = weight_decay.fused(w, g).where(weight_decay.compared("!=", 0.0), g)
-    g = g.bounded(MAGNITUDE_MAX)
-    s = (one_minus_rho * g).fused(g, s * rho)
-    rate = ((acc + eps).root() / (s + eps).at_most(FLOAT32_MAX).root()).at_most(FLOAT32_MAX)
-    step = (rate * g).bounded(MAGNITUDE_MAX)
-    acc = (one_minus_rho * step).fused(step, acc * rho)
-    return s, acc, minus_lr.fused(step, w).bounded(FLOAT32_MAX)
+def _scale(divisor: float, maximize: bool) -> tuple[float, bool]:
+    """Returns the signed divisor and True, or where that gives the same bits, its reciprocal and False."""
+    (rounded,) = _rounded(-divisor if maximize else divisor).tolist()
+    # The reciprocal of a power of two is exact, if it is in float32's range. A product takes a fraction of the time.
+    is_exact = math.frexp(abs(rounded))[0] == 0.5 and abs(rounded) > 2.0**-128
+    return (1 / rounded, False) if is_exact else (rounded, True)
 
 
-def _type_update(_context: Any, vectors: Any, streaming: Any, numbers: Any) -> Any:
+def _decay(optimizer: Optimizer) -> float:
+    """Returns the factor of the weight: in the gradient, or of the weight itself where weight decay is decoupled."""
+    if not optimizer.decoupled:
+        return optimizer.weight_decay
+    return max(1 - optimizer.lr * optimizer.weight_decay, -FLOAT32_MAX)
+
+
+def _rounded(*numbers: float) -> Vector:
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float32)
+
+
+def _kernel(optimizer: Optimizer, gradient: Any) -> Any:
+    key = *optimizer.structure, gradient
+    if key not in _kernels:
+        with _compiling:
+            if key not in _kernels:
+                _kernels[key] = _compiled_kernel(optimizer, gradient)
+    return _kernels[key]
+
+
+def _compiled_kernel(optimizer: Optimizer, gradient: Any) -> Any:
+    name = f"update_{optimizer.kind}_{gradient}_{_digest(optimizer)}"
+    _definitions[name] = optimizer
+    slots = types.Tuple([writable(types.float32)] * len(optimizer.slots))
+    vectors = received(gradient), slots, readable(types.float32), writable(types.float32)
+    signature = types.float64(*vectors, types.boolean, types.boolean, readable(types.float32))
+    return compiled([signature], _update_range(name))
+
+
+def _digest(optimizer: Optimizer) -> str:
+    """Returns a digest of what the code of an optimizer's kernel follows from."""
+    parts = [repr((traced(optimizer), optimizer.decoupled)).encode(), *_sources()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+@functools.cache
+def _sources() -> list[bytes]:
+    return [Path(file).read_bytes() for file in (__file__, str(_vectors.__file__), str(definition.__file__))]
+
+
+def _updated(
+    builder: Any, optimizer: Optimizer, g: Floats, w: Floats, slots: Sequence[Floats], divides: Any, numbers: Any
+) -> tuple[Floats, Sequence[Floats]]:
+    """Generates the code of one update; returns the new weights and slots."""
+    op = FloatOperations()
+    scale, decay, *scalars = numbers
+    g = branched(builder, divides, lambda: g / scale, lambda: g * scale).nan_to_zero()
+    if optimizer.decoupled:
+        w = bounded(op, w * decay, FLOAT32_MAX)
+    else:
+        # As in torch, 0 skips the addition, which could change the sign of a zero gradient.
+        decays = builder.fcmp_ordered("!=", decay.first(), decay.first().type(0.0))
+        undecayed = g
+        g = branched(builder, decays, lambda: decay.fused(w, undecayed), lambda: undecayed)
+    h = SimpleNamespace(**dict(zip(optimizer.scalars(optimizer.relevant_count(1)), scalars, strict=True)))
+    new, slots = optimizer.update(op, bounded(op, g, MAGNITUDE_MAX), w, slots, h)
+    return bounded(op, new, FLOAT32_MAX), slots
+
+
+def _type_update(
+    _context: Any, name: Any, gradient: Any, slots: Any, weights: Any, new_weights: Any, streaming: Any, divides: Any,
+    numbers: Any,
+) -> Any:  # fmt: skip
+    optimizer = _definitions[name.literal_value]
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = zip(signature.args[0], cgutils.unpack_tuple(builder, arguments[0]), strict=True)
-        gradient, square_avg, acc_delta, weights, new_weights = (Memory(context, builder, *array) for array in arrays)
-        lanes = [Floats(builder, splat(builder, x)) for x in cgutils.unpack_tuple(builder, arguments[2])]
+        def memory(kind: Any, array: Any) -> Memory:
+            return Memory(context, builder, kind, array)
+
+        gradient, weights, new_weights = (memory(signature.args[k], arguments[k]) for k in (1, 3, 4))
+        slots = list(map(memory, signature.args[2], cgutils.unpack_tuple(builder, arguments[2])))
+        count = 2 + len(optimizer.scalars(optimizer.relevant_count(1)))
+        lanes = memory(signature.args[7], arguments[7]).splats(count)
         squares = Accumulator(Floats(builder, zeros(DOUBLES)))
-        streamed = builder.and_(arguments[1], new_weights.starts_at_cache_line())
+        streamed = builder.and_(arguments[5], new_weights.starts_at_cache_line())
 
         def step(at: Any, mask: Any) -> None:
-            g, s, acc, old = (memory.load(at, mask) for memory in (gradient, square_avg, acc_delta, weights))
-            s, acc, new = _updated(g, s, acc, old, lanes)
-            square_avg.store(at, s, mask)
-            acc_delta.store(at, acc, mask)
+            g, old, *values = (vector.load(at, mask) for vector in (gradient, weights, *slots))
+            new, new_values = _updated(builder, optimizer, g, old, values, arguments[6], lanes)
+            for slot, value in zip(slots, new_values, strict=True):
+                slot.store(at, value, mask)
             # Lanes outside the mask are 0 here. A square of a float32 is exact in float64: only the sum rounds.
             change = (new - old).doubles()
             squares.lanes = change.fused(change, squares.lanes)
             if mask is not None:
                 new_weights.store(at, new, mask)
                 return
-            for memory in (gradient, square_avg, acc_delta, weights):
-                memory.prefetch(at)
+            for vector in (gradient, weights, *slots):
+                vector.prefetch(at)
             with builder.if_else(streamed) as (then, otherwise):
                 with then:
                     new_weights.stream(at, new)
@@ -144,7 +249,8 @@ def _type_update(_context: Any, vectors: Any, streaming: Any, numbers: Any) -> A
             builder.fence("seq_cst")
         return squares.lanes.total()
 
-    return types.float64(vectors, streaming, numbers), generate
+    arguments = name, gradient, slots, weights, new_weights, streaming, divides, numbers
+    return types.float64(*arguments), generate
 
 
 def _type_add(_context: Any, total: Any, values: Any, factor: Any) -> Any:
@@ -161,40 +267,25 @@ def _type_add(_context: Any, total: Any, values: Any, factor: Any) -> Any:
     return types.void(total, values, factor), generate
 
 
-_update_vectors: Any = intrinsic(_type_update)
+_update_vectors: Any = intrinsic(prefer_literal=True)(_type_update)
 _add_vectors: Any = intrinsic(_type_add)
 
 
-def _update_range(
-    gradient: Any, square_avg: Any, acc_delta: Any, weights: Any, new_weights: Any, streaming: Any, divisor: Any,
-    minus_lr: Any, rho: Any, one_minus_rho: Any, eps: Any, weight_decay: Any, sign: Any,
-) -> Any:  # fmt: skip
-    return _update_vectors(
-        (gradient, square_avg, acc_delta, weights, new_weights),
-        streaming,
-        (divisor, minus_lr, rho, one_minus_rho, eps, weight_decay, sign),
-    )
+def _update_range(name: str) -> Any:
+    """Returns the kernel of a name in `_definitions`, before its compilation."""
+
+    def kernel(
+        gradient: Any, slots: Any, weights: Any, new_weights: Any, streaming: Any, divides: Any, numbers: Any
+    ) -> Any:
+        return _update_vectors(name, gradient, slots, weights, new_weights, streaming, divides, numbers)
+
+    # The name of its files in the cache. Two processes that fill one file at the same time must write the same code.
+    kernel.__qualname__ = name
+    return kernel
 
 
 def _add_scaled(total: Any, values: Any, factor: Any) -> None:
     _add_vectors(total, values, factor)
 
 
-_number = types.float32
-_add = compiled([types.void(writable(_number), received(kind), _number) for kind in FORMATS], _add_scaled)
-_update = compiled(
-    [
-        types.float64(
-            received(kind),
-            writable(_number),
-            writable(_number),
-            readable(_number),
-            writable(_number),
-            types.boolean,
-            _number,
-            *[_number] * len(Scalars._fields),
-        )
-        for kind in FORMATS
-    ],
-    _update_range,
-)
+_add = compiled([types.void(writable(types.float32), received(kind), types.float32) for kind in FORMATS], _add_scaled)

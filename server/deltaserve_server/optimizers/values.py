@@ -7,6 +7,7 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
 from deltaserve_server.optimizers._compiled import compiled, intrinsic, received, types
 from deltaserve_server.optimizers._vectors import (
     DOUBLES,
@@ -23,7 +24,6 @@ from deltaserve_server.optimizers._vectors import (
 )
 from deltaserve_server.optimizers.float16 import FORMATS, as_bits
 from deltaserve_server.optimizers.formats import Values, widened
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 BLOCK = 1 << 18
 """Elements of the flat vector in a block; each block has its own sums of squares."""

@@ -10,6 +10,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -105,9 +106,9 @@ class Optimizer(ABC):
     """An optimizer with its hyperparameters, which are named as in torch: one value for each parameter group.
 
     The gradient that `update` gets is the mean gradient after the steps that all optimizers share, in torch's order:
-    NaN becomes 0, `maximize` negates it, a coupled `weight_decay` adds `weight_decay` times the weight, and it is
-    clipped at `MAGNITUDE_MAX`. A decoupled one instead multiplies the weight by 1 - lr * weight_decay. The new weight is
-    clipped at `FLOAT32_MAX` afterwards.
+    `maximize` negates it, NaN becomes 0, a coupled `weight_decay` adds `weight_decay` times the weight, and it is
+    clipped at `MAGNITUDE_MAX`. A decoupled one instead multiplies the weight by 1 - lr * weight_decay. The new weight
+    is clipped at `FLOAT32_MAX` afterwards.
 
     Attributes:
         kind: The optimizer's name in messages, files and texts; a dataclass field, so that encoders write it.
@@ -184,7 +185,12 @@ class Optimizer(ABC):
 
 def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
     """Returns the names of an optimizer's hyperparameters, options included, in order."""
-    return tuple(f.name for f in fields(optimizer) if f.init)  # type: ignore[arg-type]
+    return _names(optimizer if isinstance(optimizer, type) else type(optimizer))
+
+
+@cache  # every push that carries hyperparameters asks for them
+def _names(kind: type[Optimizer]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.init)  # type: ignore[arg-type]
 
 
 def at_most(op: Operations, x: Any, limit: float) -> Any:
