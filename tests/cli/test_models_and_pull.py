@@ -82,7 +82,11 @@ def test_status_of_a_model_shows_its_workers(command: Command, target: str, trai
         (deltaserve.Adagrad(), "LR  LR_DECAY  WEIGHT_DECAY  INITIAL_ACCUMULATOR_VALUE  EPS  MAXIMIZE", "0.01"),
         (deltaserve.RMSprop(), "LR  ALPHA  EPS  WEIGHT_DECAY  MOMENTUM  CENTERED  MAXIMIZE", "0.01  0.99"),
         (deltaserve.Adam(), "LR  BETA1  BETA2  EPS  WEIGHT_DECAY  AMSGRAD  MAXIMIZE", "0.001  0.9  0.999"),
-        (deltaserve.AdamW(), "LR  BETA1  BETA2  EPS  WEIGHT_DECAY  AMSGRAD  MAXIMIZE", "0.001  0.9  0.999  1e-08  0.01"),
+        (
+            deltaserve.AdamW(),
+            "LR  BETA1  BETA2  EPS  WEIGHT_DECAY  AMSGRAD  MAXIMIZE",
+            "0.001  0.9  0.999  1e-08  0.01",
+        ),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )

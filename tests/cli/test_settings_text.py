@@ -41,7 +41,10 @@ policies = st.one_of(
 optimizers = st.one_of(
     st.builds(
         kind,
-        **{name: st.booleans() if isinstance(getattr(kind(), name), bool) else numbers for name in hyperparameters(kind)},
+        **{
+            name: st.booleans() if isinstance(getattr(kind(), name), bool) else numbers
+            for name in hyperparameters(kind)
+        },
     )
     for kind in OPTIMIZERS.values()
 )
@@ -135,8 +138,10 @@ def test_errors_say_what_was_expected(text: str, message: str) -> None:
         (
             parse_optimizer,
             "muon",
-            "expected an optimizer, adadelta, sgd, adagrad, rmsprop, adam, adamw or momentum, "
-            "as in adamw:lr=1e-3,weight_decay=0.01, got 'muon'",
+            (
+                "expected an optimizer, adadelta, sgd, adagrad, rmsprop, adam, adamw or momentum, "
+                "as in adamw:lr=1e-3,weight_decay=0.01, got 'muon'"
+            ),
         ),
         (
             parse_optimizer,
@@ -153,8 +158,10 @@ def test_errors_say_what_was_expected(text: str, message: str) -> None:
         (
             lambda text: parse_settings("adagrad", deltaserve.Adagrad, text),
             "lr=1,momentum=2",
-            "adagrad has no setting 'momentum'; its settings are "
-            "lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize",
+            (
+                "adagrad has no setting 'momentum'; its settings are "
+                "lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize"
+            ),
         ),
     ],
 )
