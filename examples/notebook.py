@@ -19,7 +19,10 @@ print("server:", server.target)
 WORKERS = 2
 client = deltaserve.connect(server.target)
 model = client.create_model(
-    "parabola", {"x": np.full(4, 3.0, np.float32)}, eps=1e-4, policy=deltaserve.Sync(min_workers=WORKERS)
+    "parabola",
+    {"x": np.full(4, 3.0, np.float32)},
+    optimizer=deltaserve.Adadelta(eps=1e-4),
+    policy=deltaserve.Sync(min_workers=WORKERS),
 )
 print("created:", model.created, "policy:", model.policy)
 
@@ -39,10 +42,10 @@ with ThreadPoolExecutor(WORKERS) as threads:
 
 # %% Look at the model's state: the weights and Adadelta's two running averages, all of one version.
 state = model.pull_state()
-assert state.square_avg is not None
+assert state.slots is not None
 print("version:", state.version)
 print("weights:", state.weights["x"])
-print("square_avg:", state.square_avg["x"])
+print("square_avg:", state.slots["square_avg"]["x"])
 
 # %% Stop.
 client.close()

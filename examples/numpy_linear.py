@@ -21,7 +21,8 @@ def train(target: str) -> float:
     random = np.random.default_rng()
     initial = {"w": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)}
     with deltaserve.connect(target) as client:
-        model = client.create_model("line", initial, rho=0.9, eps=1e-4)  # creates the model or joins it
+        optimizer = deltaserve.Adadelta(rho=0.9, eps=1e-4)  # or SGD, Adagrad, RMSprop, Adam, AdamW
+        model = client.create_model("line", initial, optimizer=optimizer)  # creates the model or joins it
         with model.worker() as worker:
             weights = worker.pull()
             for _ in range(2000):

@@ -12,6 +12,7 @@ Example:
 """
 
 from deltaserve._client import Client, connect
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from deltaserve._common.policies import Async, Bounded, Sync
 from deltaserve._errors import (
     ConflictError,
@@ -27,7 +28,6 @@ from deltaserve._errors import (
 from deltaserve._model import Model
 from deltaserve._types import (
     Contribution,
-    Hyperparameters,
     Limits,
     ModelEvent,
     ModelInfo,
@@ -44,20 +44,26 @@ from deltaserve._version import __version__
 from deltaserve._worker import Worker
 
 __all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Async",
     "Bounded",
     "Client",
     "ConflictError",
     "Contribution",
     "Error",
-    "Hyperparameters",
     "Limits",
     "Model",
     "ModelEvent",
     "ModelInfo",
     "ModelState",
     "ModelSummary",
+    "Optimizer",
     "PushStatus",
+    "RMSprop",
     "RequestError",
     "RolledBackError",
     "ServerError",

@@ -7,12 +7,13 @@ from typing import Self
 from numpy.typing import ArrayLike
 
 from deltaserve._common.flat_vector import contiguous
+from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve._common.policies import Async, Policy, from_policy
 from deltaserve._connection import Connection
 from deltaserve._conversion import from_groups, from_tensors, to_model_info, to_model_summary, to_server_info
 from deltaserve._credentials import Credentials
 from deltaserve._model import Model, tensor_specs, vector_messages
-from deltaserve._types import Hyperparameters, ModelSummary, ServerInfo
+from deltaserve._types import ModelSummary, ServerInfo
 from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2
 
 
@@ -79,12 +80,8 @@ class Client:
         name: str,
         tensors: Mapping[str, ArrayLike],
         *,
-        lr: float = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        groups: Sequence[Hyperparameters] | None = None,
+        optimizer: Optimizer | None = None,
+        groups: Sequence[Optimizer] | None = None,
         group_of: Mapping[str, int] | None = None,
         policy: Policy | None = None,
     ) -> Model:
@@ -93,35 +90,34 @@ class Client:
         Args:
             name: 1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit.
             tensors: Initial weights by tensor name, converted to float32. Their order is the layout.
-            lr: Factor of the update, for a model with one parameter group.
-            rho: Decay of both leaky averages, for a model with one parameter group.
-            eps: Added to both averages, for a model with one parameter group.
-            weight_decay: L2 penalty, for a model with one parameter group.
-            maximize: Ascend instead of descend, for a model with one parameter group.
-            groups: Hyperparameters by parameter group; they replace the five arguments before.
+            optimizer: The optimizer of a model with one parameter group; None means `Adadelta()`.
+            groups: The optimizer by parameter group, for a model with several: of one kind, each with its
+                hyperparameters.
             group_of: Index of a tensor's parameter group, by tensor name; 0 for tensors that it leaves out.
             policy: When a push becomes an update; None means `Async()`.
 
         Raises:
-            TypeError: `policy` is not a policy, or a tensor does not consist of real numbers.
-            ValueError: `group_of` names a tensor that `tensors` lacks.
-            RequestError: A name, a shape or a hyperparameter is not allowed.
+            TypeError: `policy` is not a policy, `optimizer` or a group is not an optimizer, or a tensor does not
+                consist of real numbers.
+            ValueError: `optimizer` and `groups` are both given, or `group_of` names a tensor that `tensors` lacks.
+            RequestError: A name, a shape or a hyperparameter is not allowed, or the server lacks the optimizer.
             ConflictError: A model of this name exists and differs; the message says how.
             UnavailableError: The server has no memory left for the model.
         """
+        if optimizer is not None and groups is not None:
+            raise ValueError("optimizer, groups: give one of them")
         # Converted once, and not again for each attempt.
         arrays = {key: contiguous(value) for key, value in tensors.items()}
-        single = Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize)
         specs = tensor_specs(arrays, group_of)
         config = common_pb2.ModelConfig(
             name=name,
             tensors=from_tensors(specs),
-            groups=from_groups(groups if groups is not None else (single,)),
+            groups=from_groups(groups or (Adadelta() if optimizer is None else optimizer,)),
             policy=from_policy(Async() if policy is None else policy),
         )
-        kind, weights = model_service_pb2.CreateModelRequest, {"weights": list(arrays.values())}
+        kind, weights = model_service_pb2.CreateModelRequest, list(arrays.values())
         # A function, because each attempt needs a stream from its beginning.
-        answer = self._connection.send("CreateModel", lambda: vector_messages(kind, config, weights))
+        answer = self._connection.send("CreateModel", lambda: vector_messages(kind, config, [weights]))
         info = to_model_info(self._connection.call("GetModel", model_service_pb2.GetModelRequest(model=name)))
         known = info.groups[: len(config.groups)]  # another worker may have extended the model since
         return Model(self._connection, name, specs, known, info.policy, answer.created)

@@ -5,11 +5,14 @@ from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
+from deltaserve._common.optimizer_messages import from_message, to_message
+from deltaserve._common.optimizers import OPTIMIZERS, Optimizer
 from deltaserve._common.policies import to_policy
+from deltaserve._errors import Error
 from deltaserve._types import (
     Contribution,
-    Hyperparameters,
     Limits,
     ModelEvent,
     ModelInfo,
@@ -21,7 +24,8 @@ from deltaserve._types import (
     StepResult,
     TensorSpec,
 )
-from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, worker_service_pb2
+from deltaserve._version import __version__
+from deltaserve.v1 import common_pb2, model_service_pb2, optimizers_pb2, system_service_pb2, worker_service_pb2
 
 T = TypeVar("T")
 
@@ -31,20 +35,34 @@ _STATES: Mapping[int, Literal["waiting", "applied"]] = {
 }
 
 
-def from_groups(groups: Iterable[Hyperparameters]) -> list[common_pb2.Hyperparameters]:
-    """Returns the messages of hyperparameters."""
-    return [
-        common_pb2.Hyperparameters(lr=g.lr, rho=g.rho, eps=g.eps, weight_decay=g.weight_decay, maximize=g.maximize)
-        for g in groups
-    ]
+def from_groups(groups: Iterable[Optimizer]) -> list[optimizers_pb2.Optimizer]:
+    """Returns the messages of parameter groups.
+
+    Raises:
+        TypeError: A group is not an optimizer, or a hyperparameter is not a number.
+    """
+    return [to_message(group) for group in groups]
 
 
-def to_groups(messages: Sequence[common_pb2.Hyperparameters]) -> tuple[Hyperparameters, ...]:
-    """Returns the hyperparameters of messages whose fields are all set."""
-    return tuple(
-        Hyperparameters(lr=m.lr, rho=m.rho, eps=m.eps, weight_decay=m.weight_decay, maximize=m.maximize)
-        for m in messages
-    )
+def to_groups(messages: Iterable[optimizers_pb2.Optimizer]) -> tuple[Optimizer, ...]:
+    """Returns the parameter groups of messages whose fields are all set.
+
+    Raises:
+        Error: The server is newer than this client, and uses an optimizer that the client does not have.
+    """
+    return tuple(_to_group(message) for message in messages)
+
+
+def _to_group(message: optimizers_pb2.Optimizer) -> Optimizer:
+    optimizer = from_message(message)
+    if optimizer is None:
+        unknown = UnknownFieldSet(message)
+        number = unknown[0].field_number if len(unknown) else "none"
+        raise Error(
+            f"deltaserve {__version__} does not know the model's optimizer, which a newer version does: expected "
+            f"{', '.join(OPTIMIZERS)}, got field {number} of deltaserve.v1.Optimizer"
+        )
+    return optimizer
 
 
 def from_tensors(specs: Sequence[TensorSpec]) -> list[common_pb2.TensorSpec]:
@@ -77,6 +95,7 @@ def to_model_summary(message: model_service_pb2.ModelSummary) -> ModelSummary:
         element_count=message.element_count,
         tensor_count=message.tensor_count,
         session_count=message.session_count,
+        optimizer=message.optimizer,
         policy=to_policy(message.policy),
         version=message.position.version,
         durable_version=_optional(message.position, "durable_version"),
@@ -129,6 +148,7 @@ def to_server_info(message: system_service_pb2.GetServerInfoResponse) -> ServerI
         threads=message.device.threads,
         limits=_same_fields(Limits, message.limits),
         durability=common_pb2.Durability.Name(message.durability).removeprefix("DURABILITY_").lower(),
+        optimizers=tuple(message.optimizers),
         uptime_seconds=message.uptime_seconds,
     )
 

@@ -6,6 +6,7 @@ import secrets
 import socket
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike
 from deltaserve._common.codec import Chunk, StreamCodec
 from deltaserve._common.element_types import ELEMENT_TYPES, Array, ElementType, WireType, named
 from deltaserve._common.flat_vector import FlatVector, contiguous
+from deltaserve._common.optimizers import Optimizer
 from deltaserve._common.policies import Policy, from_policy, to_policy
 from deltaserve._connection import Connection
 from deltaserve._conversion import (
@@ -28,11 +30,9 @@ from deltaserve._conversion import (
     to_tensors,
 )
 from deltaserve._transport.protocol import TransportName, check_transport
-from deltaserve._types import Hyperparameters, ModelEvent, ModelInfo, ModelState, SnapshotInfo, TensorSpec
+from deltaserve._types import ModelEvent, ModelInfo, ModelState, SnapshotInfo, TensorSpec
 from deltaserve._worker import Worker
 from deltaserve.v1 import model_service_pb2
-
-_VECTORS = ("weights", "square_avg", "acc_delta")
 
 
 class Model:
@@ -41,7 +41,7 @@ class Model:
     Attributes:
         name: The model's name.
         tensors: The layout.
-        groups: The hyperparameters by parameter group.
+        groups: The optimizer by parameter group: of one kind, each with its hyperparameters.
         policy: When a push becomes an update.
         created: Whether `Client.create_model` created it, and did not join an existing one.
     """
@@ -51,7 +51,7 @@ class Model:
         connection: Connection,
         name: str,
         tensors: tuple[TensorSpec, ...],
-        groups: tuple[Hyperparameters, ...],
+        groups: tuple[Optimizer, ...],
         policy: Policy,
         created: bool,
     ) -> None:
@@ -105,40 +105,45 @@ class Model:
         """Returns the model's weights and state, all of one version.
 
         Args:
-            optimizer_state: Whether to include `square_avg` and `acc_delta`.
+            optimizer_state: Whether to include `slots`.
         """
         request = model_service_pb2.PullStateRequest(model=self.name, optimizer_state=optimizer_state)
 
         def start(attempt: int, seconds: float) -> Any:
             return self._connection.stub("PullState")(request.SerializeToString(), timeout=seconds)
 
-        return self._connection.receive("PullState", start, _take_state)
+        return self._connection.receive("PullState", start, partial(_take_state, optimizer_state=optimizer_state))
 
     def put_state(self, state: ModelState) -> None:
         """Replaces the model's weights and state, for all its workers. This makes a new version.
 
         Args:
-            state: A state as from `pull_state`. Without optimizer state, the model's becomes zero.
+            state: A state as from `pull_state`. Without `slots`, the optimizer state becomes that before the first
+                update.
 
         Raises:
-            ValueError: A tensor is missing, or has another shape.
-            RequestError: A value is not finite, or a leaky average is negative.
+            ValueError: A slot or a tensor is missing or unknown, or has another shape. Nothing was sent.
+            RequestError: A value is not finite, or an average or a sum of squares is negative.
             UnavailableError: The state may be in place; `info().version` tells. It is not sent again, because workers
                 may have gone on from it.
         """
-        vectors = {name: self._arrays(getattr(state, name), name) for name in _VECTORS}
+        slots = [slot.name for slot in self.groups[0].slots]
+        if state.slots is not None and state.slots.keys() != set(slots):
+            raise ValueError(f"slots: expected {', '.join(slots) or 'none'}, got {', '.join(state.slots) or 'none'}")
+        vectors = [self._arrays(state.weights, "weights"), *self._slots(state.slots)]
+        self._check_names(state.update_counts, "update_counts")
         counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
-        header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts)
+        header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts, slots=slots)
         kind = model_service_pb2.PutStateRequest
         self._connection.send("PutState", lambda: vector_messages(kind, header, vectors), repeats_uncertain=False)
 
-    def update(self, *, groups: Sequence[Hyperparameters] | None = None, policy: Policy | None = None) -> int:
+    def update(self, *, groups: Sequence[Optimizer] | None = None, policy: Policy | None = None) -> int:
         """Changes the hyperparameters, the policy or both, for all workers, from the next update on.
 
         Pushes that carry their own hyperparameters, such as those of `RemoteAdadelta`, still use those.
 
         Args:
-            groups: Hyperparameters for every parameter group; None changes none.
+            groups: The model's optimizer with new hyperparameters, for every parameter group; None changes none.
             policy: The new policy; None keeps the present one.
 
         Returns:
@@ -147,6 +152,7 @@ class Model:
 
         Raises:
             RequestError: A setting is out of range.
+            ConflictError: `groups` has another optimizer than the model, or differs in what a model fixes.
         """
         request = model_service_pb2.UpdateModelRequest(
             model=self.name,
@@ -181,14 +187,14 @@ class Model:
         self,
         tensors: Mapping[str, ArrayLike],
         *,
-        groups: Sequence[Hyperparameters] = (),
+        groups: Sequence[Optimizer] = (),
         group_of: Mapping[str, int] | None = None,
     ) -> bool:
         """Adds tensors at the end of the layout. Open workers go on without them.
 
         Args:
             tensors: Initial weights by tensor name, converted to float32.
-            groups: Parameter groups to add.
+            groups: Parameter groups to add, with the model's optimizer.
             group_of: Index of a tensor's group among all groups, by tensor name; 0 for tensors that it leaves out.
 
         Returns:
@@ -196,7 +202,7 @@ class Model:
 
         Raises:
             ValueError: `group_of` names a tensor that `tensors` lacks.
-            ConflictError: The layout has changed in another way.
+            ConflictError: The layout has changed in another way, or a group has another optimizer.
             RequestError: A name or a shape is not allowed.
         """
         arrays = {key: contiguous(value) for key, value in tensors.items()}
@@ -209,7 +215,7 @@ class Model:
             groups=from_groups(groups),
         )
         kind, start = model_service_pb2.ExtendModelRequest, sum(prod(spec.shape) for spec in self.tensors)
-        weights = {"weights": list(arrays.values())}
+        weights = [list(arrays.values())]
         answer = self._connection.send("ExtendModel", lambda: vector_messages(kind, header, weights, start))
         extended, all_groups = bool(answer.extended), self.groups + tuple(groups)
         # No call from here on, so no interrupt comes between: `RemoteAdadelta` takes a group back if this call fails.
@@ -239,9 +245,17 @@ class Model:
         """Deletes the model; its workers' next calls fail."""
         self._connection.call("DeleteModel", model_service_pb2.DeleteModelRequest(model=self.name))
 
-    def _arrays(self, values: Mapping[str, Array] | None, what: str) -> list[Array]:
-        if values is None:
-            return [np.zeros(spec.shape, np.float32) for spec in self.tensors]
+    def _slots(self, slots: Mapping[str, Mapping[str, Array]] | None) -> Iterator[list[Array]]:
+        """Yields each vector of optimizer state; None means the state before the first update."""
+        for index, slot in enumerate(self.groups[0].slots):
+            if slots is not None:
+                yield self._arrays(slots[slot.name], slot.name)
+            else:
+                initial = [self.groups[spec.group].slots[index].initial for spec in self.tensors]
+                yield [_filled(spec.shape, value) for spec, value in zip(self.tensors, initial, strict=True)]
+
+    def _arrays(self, values: Mapping[str, Array], what: str) -> list[Array]:
+        self._check_names(values, what)
         arrays = []
         for spec in self.tensors:
             if spec.name not in values:
@@ -250,6 +264,18 @@ class Model:
             if arrays[-1].shape != spec.shape:
                 raise ValueError(f"{what}: tensor {spec.name} has shape {arrays[-1].shape}, not {spec.shape}")
         return arrays
+
+    def _check_names(self, values: Mapping[str, Any], what: str) -> None:
+        unknown = values.keys() - {spec.name for spec in self.tensors}
+        if unknown:
+            raise ValueError(f"{what}: the model has no tensor named {min(unknown)}")
+
+
+def _filled(shape: tuple[int, ...], value: float) -> Array:
+    array = np.zeros(shape, np.float32)
+    if value:  # zeros are not written, so that they take no memory
+        array.fill(value)
+    return array
 
 
 def tensor_specs(arrays: Mapping[str, Array], group_of: Mapping[str, int] | None) -> tuple[TensorSpec, ...]:
@@ -274,29 +300,29 @@ def worker_name() -> str:
 
 
 def vector_messages(
-    kind: type[Message], header: Message, vectors: Mapping[str, Sequence[Array]], start: int = 0
+    kind: type[Message], header: Message, vectors: Iterable[Sequence[Array]], start: int = 0
 ) -> Iterator[bytes]:
-    """Yields the header of a stream, then its vectors by name, in chunks whose offsets count from `start`."""
-    codec = StreamCodec(kind)
+    """Yields the header of a stream, then its vectors end to end, in chunks whose offsets count from `start`."""
+    codec, name = StreamCodec(kind), kind.DESCRIPTOR.fields_by_number[2].name
     yield codec.header(header)
-    for name, arrays in vectors.items():
-        for offset, parts in FlatVector(arrays).chunks():
+    for arrays in vectors:
+        vector = FlatVector(arrays)
+        for offset, parts in vector.chunks():
             yield codec.chunk(name, start + offset, parts)
+        start += vector.size
 
 
-def _take_state(header: model_service_pb2.PullStateHeader, chunks: Iterable[Chunk]) -> ModelState:
+def _take_state(
+    header: model_service_pb2.PullStateHeader, chunks: Iterable[Chunk], *, optimizer_state: bool
+) -> ModelState:
     specs = to_tensors(header.config)
-    vectors: dict[str, dict[str, Array]] = {}
-    flat: dict[str, FlatVector] = {}
+    weights, *slots = ({spec.name: np.empty(spec.shape, np.float32) for spec in specs} for _ in ("", *header.slots))
+    vectors = FlatVector([array for vector in (weights, *slots) for array in vector.values()])
     for chunk in chunks:
-        if chunk.vector not in vectors:  # the optimizer state comes only if it was requested
-            vectors[chunk.vector] = {spec.name: np.empty(spec.shape, np.float32) for spec in specs}
-            flat[chunk.vector] = FlatVector(list(vectors[chunk.vector].values()))
-        flat[chunk.vector].write(chunk.offset, chunk.data)
+        vectors.write(chunk.offset, chunk.data)
     return ModelState(
         version=header.position.version,
-        weights=vectors["weights"],
-        square_avg=vectors.get("square_avg"),
-        acc_delta=vectors.get("acc_delta"),
+        weights=weights,
+        slots=dict(zip(header.slots, slots, strict=True)) if optimizer_state else None,
         update_counts=dict(zip((spec.name for spec in specs), header.update_counts, strict=True)),
     )

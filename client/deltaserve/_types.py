@@ -5,26 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltaserve._common.element_types import Array
+from deltaserve._common.optimizers import Optimizer
 from deltaserve._common.policies import Policy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hyperparameters:
-    """Adadelta's hyperparameters (Zeiler, 2012), with the names and defaults of `torch.optim.Adadelta`.
-
-    Attributes:
-        lr: Factor of the update, >= 0.
-        rho: Decay of both leaky averages, in [0, 1].
-        eps: Added to both averages before their square root, > 0.
-        weight_decay: L2 penalty, >= 0.
-        maximize: Ascend instead of descend.
-    """
-
-    lr: float = 1.0
-    rho: float = 0.9
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    maximize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +46,7 @@ class ModelInfo:
     Attributes:
         name: The model's name.
         tensors: The layout.
-        groups: The hyperparameters by parameter group.
+        groups: The optimizer by parameter group: of one kind, each with its hyperparameters.
         policy: When a push becomes an update.
         version: The number of its updates.
         durable_version: The newest version that survives the death of the server; None if none does.
@@ -73,7 +55,7 @@ class ModelInfo:
 
     name: str
     tensors: tuple[TensorSpec, ...]
-    groups: tuple[Hyperparameters, ...]
+    groups: tuple[Optimizer, ...]
     policy: Policy
     version: int
     durable_version: int | None
@@ -89,6 +71,7 @@ class ModelSummary:
         element_count: The number of elements of all its tensors.
         tensor_count: The number of its tensors.
         session_count: The number of its live sessions.
+        optimizer: The kind of its optimizer, such as "adadelta".
         policy: When a push becomes an update.
         version: The number of its updates.
         durable_version: The newest version that survives the death of the server; None if none does.
@@ -98,6 +81,7 @@ class ModelSummary:
     element_count: int
     tensor_count: int
     session_count: int
+    optimizer: str
     policy: Policy
     version: int
     durable_version: int | None
@@ -110,15 +94,15 @@ class ModelState:
     Attributes:
         version: The version.
         weights: The parameters by tensor name, float32.
-        square_avg: The leaky average of squared gradients by tensor name, float32; None if it was not requested.
-        acc_delta: The leaky average of squared updates by tensor name, float32; None if it was not requested.
+        slots: The optimizer state by the name that torch has for it and by tensor name, float32, such as
+            `slots["square_avg"]["w"]`. From `pull_state`, None means that it was not requested; for `put_state`, the
+            state before the first update.
         update_counts: The number of updates of a tensor's state, which torch calls `step`, by tensor name.
     """
 
     version: int
     weights: Mapping[str, Array]
-    square_avg: Mapping[str, Array] | None
-    acc_delta: Mapping[str, Array] | None
+    slots: Mapping[str, Mapping[str, Array]] | None
     update_counts: Mapping[str, int]
 
 
@@ -151,7 +135,7 @@ class StepResult:
         contributors: The number of pushes in the update; None if the server no longer knows.
         gradient_norm: The L2 norm of the push's gradient before clipping; None if the server no longer knows.
         update_norm: The L2 norm of the change of the weights; None if the server no longer knows.
-        hyperparameters: The hyperparameters of the update by group; lr after damping.
+        hyperparameters: The optimizer of the update by group; lr after damping.
     """
 
     version: int
@@ -160,7 +144,7 @@ class StepResult:
     contributors: int | None
     gradient_norm: float | None
     update_norm: float | None
-    hyperparameters: tuple[Hyperparameters, ...]
+    hyperparameters: tuple[Optimizer, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +191,14 @@ class ModelEvent:
         version: The version.
         contributions: The pushes of its update, by worker name. Empty if no update made the version, and in the first
             event of a connection.
-        hyperparameters: The hyperparameters of the update by group; lr after damping. Empty if `contributions` is.
+        hyperparameters: The optimizer of the update by group; lr after damping. Empty if `contributions` is.
         update_norm: The L2 norm of the change of the weights; None if `contributions` is empty.
         missed: The number of events before this one that were dropped because the reader was too slow.
     """
 
     version: int
     contributions: tuple[Contribution, ...]
-    hyperparameters: tuple[Hyperparameters, ...]
+    hyperparameters: tuple[Optimizer, ...]
     update_norm: float | None
     missed: int
 
@@ -260,6 +244,7 @@ class ServerInfo:
         threads: The number of threads of an update; 0 on a GPU.
         limits: The limits of the server.
         durability: What survives the server's death: "none", "snapshot", "journal" or "fsync".
+        optimizers: The kinds of optimizers that it has.
         uptime_seconds: Time since it began to serve.
     """
 
@@ -270,4 +255,5 @@ class ServerInfo:
     threads: int
     limits: Limits
     durability: str
+    optimizers: tuple[str, ...]
     uptime_seconds: float

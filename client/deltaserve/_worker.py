@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from deltaserve._common.element_types import Array, ElementType
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.flat_vector import FlatVector, contiguous
+from deltaserve._common.optimizers import Optimizer
 from deltaserve._connection import Connection
 from deltaserve._conversion import from_groups, to_push_status, to_step_result
 from deltaserve._errors import ConflictError, Error, SessionError, StaleGradientError, UnavailableError
@@ -22,7 +23,7 @@ from deltaserve._session import Session
 from deltaserve._transport.overlapped import OverlappedPush
 from deltaserve._transport.protocol import Answer, Push, TransportName
 from deltaserve._transport.pull import pull
-from deltaserve._types import Hyperparameters, PushStatus, StepResult, TensorSpec
+from deltaserve._types import PushStatus, StepResult, TensorSpec
 from deltaserve._weights import ServerRestartedError
 from deltaserve.v1 import worker_service_pb2 as rpc
 
@@ -123,7 +124,7 @@ class Worker:
         self,
         gradients: Mapping[str, ArrayLike | None],
         *,
-        hyperparameters: Sequence[Hyperparameters] | None = None,
+        hyperparameters: Sequence[Optimizer] | None = None,
         weight: float = 1.0,
         out: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
@@ -136,7 +137,8 @@ class Worker:
         Args:
             gradients: By tensor name, of the tensor's shape, converted to float32. None for a tensor without a
                 gradient: it keeps its weights and state, unless another worker of the round has a gradient for it.
-            hyperparameters: For this update, by parameter group; None means the model's own.
+            hyperparameters: The model's optimizer with the hyperparameters of this update, by parameter group; None
+                means the model's own.
             weight: The push's weight in the mean of its round, for instance its number of samples; 1e-9 to 1e9.
             out: C-contiguous float32 arrays to write the weights to, by tensor name; None means the worker's memory.
 
@@ -148,7 +150,7 @@ class Worker:
                 `max_staleness`, or on weights that had arrived only in part. Newer weights are in place now.
             RolledBackError: The gradient was computed on weights that a restart of the server has lost; the error says
                 which pushes are lost too. The current weights are in place.
-            ConflictError: Workers of one round pushed different hyperparameters.
+            ConflictError: Workers of one round pushed different hyperparameters, or the model has another optimizer.
             SessionError: The session is over: a newer one of this name was opened, or it was closed. A note says what
                 became of the last push.
             StateLostError: The server restarted without the model.
@@ -223,7 +225,7 @@ class Worker:
     # --- a push that begins during backward, for `RemoteAdadelta(overlap=True)`
 
     def _begin(
-        self, push: OverlappedPush, absent: list[int], hyperparameters: Sequence[Hyperparameters], weight: float
+        self, push: OverlappedPush, absent: list[int], hyperparameters: Sequence[Optimizer], weight: float
     ) -> bool:
         """Starts to send the next push, from any thread, while its gradient is still being computed.
 
@@ -413,9 +415,7 @@ class Worker:
             arrays.append(contiguous(gradient))
         return FlatVector(arrays), absent
 
-    def _header(
-        self, absent: list[int], hyperparameters: Sequence[Hyperparameters] | None, weight: float
-    ) -> rpc.PushHeader:
+    def _header(self, absent: list[int], hyperparameters: Sequence[Optimizer] | None, weight: float) -> rpc.PushHeader:
         header = rpc.PushHeader(
             base_version=self._weights.version,
             absent_tensors=absent,

@@ -65,7 +65,7 @@ async function train(data, session, weights, version) {
 
 async function main() {
   const data = airfoil.examples(file), tensors = [{ name: 'w', shape: [5, 1] }, { name: 'b', shape: [1] }];
-  await createOrJoin({ name: model, tensors, groups: [{ lr: 1, rho: 0.9, eps: 1e-5 }] }, airfoil.initial());
+  await createOrJoin({ name: model, tensors, groups: [{ adadelta: { rho: 0.9, eps: 1e-5 } }] }, airfoil.initial());
   const opened = await call(workers, 'openSession', { model, worker: `node-${process.pid}-${Date.now()}` });
   const session = { model, session_id: opened.session_id, epoch: opened.epoch };
   setInterval(() => call(workers, 'keepSession', session).catch(() => {}), opened.lease_seconds * 333).unref();

@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve.v1 import (
     errors_pb2,  # noqa: F401  reflection serves what is imported
     model_service_pb2,
@@ -37,11 +38,11 @@ from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.errors import DataDirectoryError
 from deltaserve_server.durability.model_storage import Durability, Schedule
-from deltaserve_server.engine.catalog import MakeStore, ModelCatalog
+from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.clock import SYSTEM_CLOCK, Clock
 from deltaserve_server.engine.events import LogObserver, Observer, Observers
 from deltaserve_server.engine.quotas import Quotas
-from deltaserve_server.memory import heap
+from deltaserve_server.memory import Budget, MakeStore, State, Store, heap
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.service.method_handlers import handler
 from deltaserve_server.service.servicers.health_service import HealthServicer
@@ -167,7 +168,7 @@ class Server:
         self._health.set_services(self._services, serving=False)
         self._grpc.start()  # before the recovery, so that clients hear how long it takes
         # Before the recovery, which needs the kernels too: it applies journaled updates again.
-        threading.Thread(target=_load_kernels, name="kernels", daemon=True).start()
+        _load_kernels(Adadelta())
         try:
             self._catalog.restore(check)
         except BaseException as error:
@@ -355,14 +356,19 @@ def _place(kind: DeviceKind, executor: ThreadPoolExecutor, threads: int) -> tupl
     memory_bytes = usable_memory_bytes()
     if not _wants_gpu(kind):
         device = Device(kind="cpu", name=_processor(), threads=threads)
-        return device, memory_bytes, lambda weights, budget: HostStore(weights, 0, budget, executor, threads)
+
+        def make_store(state: State, optimizer: Optimizer, budget: Budget) -> Store:
+            _load_kernels(optimizer)
+            return HostStore(state, 0, budget, executor, threads)
+
+        return device, memory_bytes, make_store
     try:
         from deltaserve_server.memory.device import DeviceStore, device_memory_bytes, device_name
     except ModuleNotFoundError as error:
         raise RuntimeError(f"device cuda: {error.name} is not installed: pip install 'deltaserve[cuda]'") from None
     device = Device(kind="cuda", name=device_name(), threads=0)
     memory_bytes = min(memory_bytes, device_memory_bytes())
-    return device, memory_bytes, lambda weights, budget: DeviceStore(weights, 0, budget)
+    return device, memory_bytes, lambda state, _, budget: DeviceStore(state, 0, budget)
 
 
 def _wants_gpu(kind: DeviceKind) -> bool:
@@ -384,9 +390,14 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _load_kernels() -> None:
-    """Compiles or loads the CPU kernels, in the background: this takes longer than the rest of a server's start."""
-    started = monotonic()
-    from deltaserve_server.optimizers import cpu, values  # noqa: F401
+def _load_kernels(optimizer: Optimizer) -> None:
+    """Compiles or loads an optimizer's CPU kernels, in the background: this takes longer than a server's start."""
 
-    _log.info("kernels ready after %.1f s", monotonic() - started)
+    def load() -> None:
+        started = monotonic()
+        from deltaserve_server.optimizers import cpu, values  # noqa: F401
+
+        cpu.prepare(optimizer)
+        _log.info("kernels of %s ready after %.1f s", optimizer.kind, monotonic() - started)
+
+    threading.Thread(target=load, name="kernels", daemon=True).start()

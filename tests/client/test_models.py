@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.states import assert_same_state
 
 import deltaserve
-from deltaserve import Async, Client, Hyperparameters, Sync, TensorSpec
+from deltaserve import Adadelta, Async, Client, Sync, TensorSpec
 
 WEIGHTS: dict[str, Any] = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -16,16 +17,18 @@ WEIGHTS: dict[str, Any] = {
 
 
 def test_a_model_is_created_and_described(client: Client) -> None:
-    model = client.create_model("m", WEIGHTS, lr=0.5, rho=0.95, eps=1e-4, weight_decay=0.01, maximize=True)
+    optimizer = Adadelta(lr=0.5, rho=0.95, eps=1e-4, weight_decay=0.01, maximize=True)
+    model = client.create_model("m", WEIGHTS, optimizer=optimizer)
     assert model.created
     assert model.tensors == (TensorSpec("w", (2, 3)), TensorSpec("b", ()), TensorSpec("none", (0, 4)))
-    assert model.groups == (Hyperparameters(lr=0.5, rho=0.95, eps=1e-4, weight_decay=0.01, maximize=True),)
+    assert model.groups == (optimizer,)
     assert model.policy == Async()
     info = model.info()
     assert (info.name, info.tensors, info.groups, info.policy) == ("m", model.tensors, model.groups, model.policy)
     assert (info.version, info.durable_version, info.sessions) == (0, None, ())
     (summary,) = client.models()
-    assert (summary.name, summary.element_count, summary.tensor_count, summary.session_count) == ("m", 7, 3, 0)
+    assert (summary.name, summary.optimizer, summary.element_count, summary.tensor_count) == ("m", "adadelta", 7, 3)
+    assert (summary.session_count, summary.policy, summary.version) == (0, Async(), 0)
     found = client.model("m")
     assert not found.created
     assert (found.tensors, found.groups, found.policy) == (model.tensors, model.groups, model.policy)
@@ -42,10 +45,10 @@ def test_a_second_creator_joins_and_the_weights_stay(client: Client) -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"lr": 0.1}, "lr of group 0 is 1.0, not 0.1"),
+        ({"optimizer": Adadelta(lr=0.1)}, "lr of group 0 is 1.0, not 0.1"),
         ({"policy": Sync()}, "policy"),
         ({"tensors": {"w": np.zeros((3, 2))}}, "tensor 0 is w [2, 3] in group 0, not w [3, 2] in group 0"),
-        ({"groups": [Hyperparameters()] * 2}, "it has 1 parameter groups, not 2"),
+        ({"groups": [Adadelta()] * 2}, "it has 1 parameter groups, not 2"),
     ],
 )
 def test_a_mismatch_says_what_differs(client: Client, change: dict[str, object], difference: str) -> None:
@@ -58,7 +61,7 @@ def test_a_mismatch_says_what_differs(client: Client, change: dict[str, object],
 
 
 def test_groups_have_their_own_hyperparameters(client: Client) -> None:
-    groups = [Hyperparameters(lr=1.0), Hyperparameters(lr=0.0)]
+    groups = [Adadelta(lr=1.0), Adadelta(lr=0.0)]
     model = client.create_model("m", {"a": np.ones(2), "b": np.ones(2)}, groups=groups, group_of={"b": 1})
     assert [spec.group for spec in model.tensors] == [0, 1]
     with model.worker() as worker:
@@ -69,7 +72,7 @@ def test_groups_have_their_own_hyperparameters(client: Client) -> None:
 
 def test_a_group_for_an_unknown_tensor_is_refused(client: Client) -> None:
     with pytest.raises(ValueError, match="group_of: there is no tensor named bias"):
-        client.create_model("m", {"b": np.ones(2)}, groups=[Hyperparameters()] * 2, group_of={"bias": 1})
+        client.create_model("m", {"b": np.ones(2)}, groups=[Adadelta()] * 2, group_of={"bias": 1})
     model = client.create_model("m", {"b": np.ones(2)})
     with pytest.raises(ValueError, match="group_of: there is no tensor named bias"):
         model.extend({"c": np.ones(2)}, group_of={"bias": 0})
@@ -87,8 +90,10 @@ def test_an_object_that_is_no_policy_is_refused(client: Client, policy: object) 
     ("arguments", "reason"),
     [
         ({"name": "no spaces"}, "NAME_INVALID"), ({"name": ""}, "NAME_INVALID"), ({"tensors": {}}, "SHAPE_INVALID"),
-        ({"tensors": {"w": np.zeros(0)}}, "SHAPE_INVALID"), ({"eps": 0.0}, "HYPERPARAMETER_INVALID"),
-        ({"rho": 1.1}, "HYPERPARAMETER_INVALID"), ({"lr": -1.0}, "HYPERPARAMETER_INVALID"),
+        ({"tensors": {"w": np.zeros(0)}}, "SHAPE_INVALID"),
+        ({"optimizer": Adadelta(eps=0.0)}, "HYPERPARAMETER_INVALID"),
+        ({"optimizer": Adadelta(rho=1.1)}, "HYPERPARAMETER_INVALID"),
+        ({"optimizer": Adadelta(lr=-1.0)}, "HYPERPARAMETER_INVALID"),
         ({"policy": Sync(min_workers=0)}, "POLICY_INVALID"), ({"tensors": {"w": [np.inf]}}, "VALUE_NOT_FINITE"),
         ({"tensors": {"w": [1e20]}}, "VALUE_TOO_LARGE"),
     ],
@@ -116,10 +121,8 @@ def test_the_state_is_pulled_and_put_back(client: Client) -> None:
     assert (kept.version, kept.update_counts) == (3, {"w": 3, "b": 3, "none": 3})
     assert (again.version, again.update_counts) == (5, kept.update_counts)
     repeated = model.pull_state()
-    for name in ("weights", "square_avg", "acc_delta"):
-        for tensor in WEIGHTS:
-            np.testing.assert_array_equal(getattr(again, name)[tensor], getattr(kept, name)[tensor])
-            np.testing.assert_array_equal(getattr(repeated, name)[tensor], getattr(further, name)[tensor])
+    assert_same_state(again, kept)
+    assert_same_state(repeated, further)
 
 
 def test_without_optimizer_state_it_is_not_pulled_and_becomes_zero(client: Client) -> None:
@@ -127,12 +130,11 @@ def test_without_optimizer_state_it_is_not_pulled_and_becomes_zero(client: Clien
     with model.worker() as worker:
         worker.step({key: np.ones_like(value) for key, value in WEIGHTS.items()})
     state = model.pull_state(optimizer_state=False)
-    assert state.square_avg is None
-    assert state.acc_delta is None
+    assert state.slots is None
     model.put_state(state)
-    square_avg = model.pull_state().square_avg
-    assert square_avg is not None
-    assert not any(values.any() for values in square_avg.values())
+    slots = model.pull_state().slots
+    assert slots is not None
+    assert not any(values.any() for tensors in slots.values() for values in tensors.values())
 
 
 def test_a_state_that_does_not_fit_is_refused(client: Client) -> None:
@@ -140,7 +142,7 @@ def test_a_state_that_does_not_fit_is_refused(client: Client) -> None:
     good = model.pull_state()
 
     def state(weights: dict[str, Any]) -> deltaserve.ModelState:
-        return deltaserve.ModelState(version=0, weights=weights, square_avg=None, acc_delta=None, update_counts={})
+        return deltaserve.ModelState(version=0, weights=weights, slots=None, update_counts={})
 
     with pytest.raises(ValueError, match="weights: tensor b is missing"):
         model.put_state(state({"w": WEIGHTS["w"]}))
@@ -158,7 +160,7 @@ def test_a_worker_continues_after_its_model_was_extended(client: Client) -> None
     model = client.create_model("m", {"a": np.zeros(2)})
     with model.worker("old") as old:
         old.step({"a": np.ones(2)})
-        assert model.extend({"b": np.ones(3)}, groups=[Hyperparameters(lr=0.1)], group_of={"b": 1})
+        assert model.extend({"b": np.ones(3)}, groups=[Adadelta(lr=0.1)], group_of={"b": 1})
         assert model.tensors == (TensorSpec("a", (2,)), TensorSpec("b", (3,), 1))
         assert not client.model("m").extend({})
         assert set(old.step({"a": np.ones(2)})) == {"a"}
@@ -166,7 +168,7 @@ def test_a_worker_continues_after_its_model_was_extended(client: Client) -> None
         with model.worker("new") as new:
             new.step({"a": np.ones(2), "b": np.ones(3)})
     assert model.pull_state().update_counts == {"a": 3, "b": 1}
-    assert client.model("m").groups == (Hyperparameters(), Hyperparameters(lr=0.1))
+    assert client.model("m").groups == (Adadelta(), Adadelta(lr=0.1))
 
 
 def test_the_same_extension_is_made_once(client: Client) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import Async, Bounded, Client, Hyperparameters, Model, StaleGradientError, Sync, Worker
+from deltaserve import Adadelta, Async, Bounded, Client, Model, StaleGradientError, Sync, Worker
 
 if TYPE_CHECKING:
     from tests.client.conftest import Eventually
@@ -237,12 +237,12 @@ def test_a_gradient_beyond_max_staleness_is_left_out_and_the_newer_weights_are_i
 
 
 def test_the_result_shows_the_damped_lr(client: Client) -> None:
-    model = client.create_model("m", gradient(0.0), lr=0.8, policy=Async(damping=True))
+    model = client.create_model("m", gradient(0.0), optimizer=Adadelta(lr=0.8), policy=Async(damping=True))
     with model.worker("a") as a, model.worker("b") as b:
         b.pull()
         for value in (1.0, 2.0, 3.0):
             a.step(gradient(value))
-        b.step(gradient(4.0), hyperparameters=[Hyperparameters(lr=0.4)])
+        b.step(gradient(4.0), hyperparameters=[Adadelta(lr=0.4)])
         assert a.last_result is not None
         assert b.last_result is not None
         assert (a.last_result.hyperparameters[0].lr, b.last_result.hyperparameters[0].lr) == (0.8, 0.1)
@@ -337,7 +337,7 @@ def test_there_is_no_last_result_after_a_refusal(client: Client, kind: str) -> N
         elif kind == "failed":
             model.update(policy=Sync(min_workers=3, round_timeout_seconds=0.1))
         elif kind == "hyperparameters":
-            arguments["hyperparameters"] = [Hyperparameters(rho=2.0)]
+            arguments["hyperparameters"] = [Adadelta(rho=2.0)]
         elif kind == "weight":
             arguments["weight"] = 0.0
         with pytest.raises(deltaserve.Error):
@@ -356,14 +356,14 @@ def test_a_change_affects_all_workers_from_the_returned_version(client: Client) 
     model, other = create(client, Async()), client.model("m")
     with model.worker() as worker:
         worker.step(gradient(1.0))
-        assert model.update(groups=[Hyperparameters(lr=0.25)]) == 2
-        assert model.groups == (Hyperparameters(lr=0.25),)
-        assert (other.groups, other.info().groups) == ((Hyperparameters(),), (Hyperparameters(lr=0.25),))
+        assert model.update(groups=[Adadelta(lr=0.25)]) == 2
+        assert model.groups == (Adadelta(lr=0.25),)
+        assert (other.groups, other.info().groups) == ((Adadelta(),), (Adadelta(lr=0.25),))
         worker.step(gradient(1.0))
         assert worker.last_result is not None
-        assert worker.last_result.hyperparameters == (Hyperparameters(lr=0.25),)
+        assert worker.last_result.hyperparameters == (Adadelta(lr=0.25),)
         assert other.update(policy=Bounded(slack=4)) == 3
-        assert (other.groups, other.policy) == ((Hyperparameters(lr=0.25),), Bounded(slack=4))
+        assert (other.groups, other.policy) == ((Adadelta(lr=0.25),), Bounded(slack=4))
         assert other.update() == 3
 
 
@@ -382,10 +382,10 @@ def test_a_change_answers_waiting_workers(
 
 
 def test_a_model_is_joined_with_its_initial_or_current_settings(client: Client) -> None:
-    create(client, Sync(min_workers=2)).update(groups=[Hyperparameters(lr=0.5)], policy=Async(damping=True))
+    create(client, Sync(min_workers=2)).update(groups=[Adadelta(lr=0.5)], policy=Async(damping=True))
     assert not create(client, Sync(min_workers=2)).created
-    joined = client.create_model("m", gradient(0.0), lr=0.5, policy=Async(damping=True))
+    joined = client.create_model("m", gradient(0.0), optimizer=Adadelta(lr=0.5), policy=Async(damping=True))
     assert not joined.created
     with pytest.raises(deltaserve.ConflictError, match="differs") as caught:
-        client.create_model("m", gradient(0.0), lr=0.25, policy=Async(damping=True))
+        client.create_model("m", gradient(0.0), optimizer=Adadelta(lr=0.25), policy=Async(damping=True))
     assert caught.value.reason == "MODEL_MISMATCH"

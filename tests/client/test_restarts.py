@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.support.states import assert_same_state
 
 import deltaserve
 from deltaserve import Model, RolledBackError, Sync, Worker
@@ -34,11 +35,7 @@ def steps(worker: Worker, start: Mapping[str, Any], numbers: range) -> None:
 
 def same(one: Model, other: Model) -> None:
     """Asserts that the states of two models have the same bits."""
-    mine, theirs = one.pull_state(), other.pull_state()
-    assert mine.update_counts == theirs.update_counts
-    for vector in ("weights", "square_avg", "acc_delta"):
-        for name, values in getattr(mine, vector).items():
-            np.testing.assert_array_equal(values, getattr(theirs, vector)[name], f"{vector} of {name}")
+    assert_same_state(one.pull_state(), other.pull_state())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import Client, Hyperparameters, Sync
+from deltaserve import Adadelta, Client, Sync
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def test_a_refused_second_push_leaves_the_first_uncertain(model: deltaserve.Mode
     give_up(a, ONE)
     with a, model.worker("b") as b:
         with pytest.raises(deltaserve.RequestError, match="lr"):
-            a.step(TWO, hyperparameters=[Hyperparameters(lr=-1.0)])
+            a.step(TWO, hyperparameters=[Adadelta(lr=-1.0)])
         b.step(ONE)
         with pytest.raises(deltaserve.ConflictError, match="compute again"):
             a.step(TWO)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import deltaserve
-from deltaserve import Async, Client, Contribution, Hyperparameters, Model, ModelEvent, Sync
+from deltaserve import Adadelta, Async, Client, Contribution, Model, ModelEvent, Sync
 from deltaserve_server import LocalServer, ServerConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def watching(model: Model) -> Iterator[Iterator[ModelEvent]]:
 
 
 def test_an_event_is_a_value(client: Client) -> None:
-    model = client.create_model("m", gradient(0), lr=0.5, policy=Async(damping=True))
+    model = client.create_model("m", gradient(0), optimizer=Adadelta(lr=0.5), policy=Async(damping=True))
     with model.worker("a") as a, model.worker("b") as b, watching(model) as events:
         b.pull()
         assert next(events) == ModelEvent(version=0, contributions=(), hyperparameters=(), update_norm=None, missed=0)
@@ -53,7 +53,7 @@ def test_an_event_is_a_value(client: Client) -> None:
                         gradient_norm=result.gradient_norm,
                     ),
                 ),
-                hyperparameters=(Hyperparameters(lr=0.5 / version),),
+                hyperparameters=(Adadelta(lr=0.5 / version),),
                 update_norm=result.update_norm,
                 missed=0,
             )
@@ -64,7 +64,7 @@ def test_a_change_is_visible_in_the_returned_version(client: Client) -> None:
     with model.worker() as worker, watching(model) as events:
         next(events)
         worker.step(gradient(1))
-        first_version = model.update(groups=[Hyperparameters(lr=0.125)])
+        first_version = model.update(groups=[Adadelta(lr=0.125)])
         worker.step(gradient(1))
         rates = {event.version: event.hyperparameters[0].lr for event in islice(events, 2)}
         assert rates == {first_version - 1: 1.0, first_version: 0.125}

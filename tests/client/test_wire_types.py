@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.support.states import assert_same_state
 
 import deltaserve
 from deltaserve import Async, Client, Sync
@@ -157,9 +158,7 @@ def test_a_push_applies_the_rounded_gradient_and_returns_rounded_weights(
         out = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
         narrow.pull(out=out)
         check_equal(out, rounded(name, expected))
-    states = [model.pull_state() for model in models]
-    for vector in ("weights", "square_avg", "acc_delta"):
-        check_equal(*(getattr(state, vector) for state in states))
+    assert_same_state(*(model.pull_state() for model in models))
 
 
 @every_half
@@ -184,8 +183,7 @@ def test_a_round_of_mixed_types_applies_the_rounded_gradients(
             for worker in workers:
                 worker.close()
         states.append(model.pull_state())
-    for vector in ("weights", "square_avg", "acc_delta"):
-        check_equal(*(getattr(state, vector) for state in states))
+    assert_same_state(*states)
 
 
 @every_size

@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 RUNNABLE = [README, DOCS / "getting-started.md", DOCS / "numpy.md"]
-TORCH = DOCS / "torch.md"  # torch alone takes seconds to import
+TORCH = [DOCS / "torch.md", DOCS / "optimizers.md"]  # torch alone takes seconds to import
 
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -91,7 +91,9 @@ def target() -> Iterator[str]:
         yield server.target
 
 
-@pytest.mark.parametrize("page", [*RUNNABLE, pytest.param(TORCH, marks=pytest.mark.deep)], ids=_name)
+@pytest.mark.parametrize(
+    "page", [*RUNNABLE, *(pytest.param(page, marks=pytest.mark.deep) for page in TORCH)], ids=_name
+)
 def test_examples_run(page: Path, target: str) -> None:
     """The Python blocks of a page run in order, in one namespace, against a real server."""
     blocks = PYTHON_BLOCK.findall(page.read_text())

@@ -22,9 +22,18 @@ from deltaserve_server.durability import journal
 _HERE = Path(__file__).parent
 sys.path += [str(_HERE / "scene"), str(_HERE.parent / "simulation")]
 
-# numba compiles on import, from a cache that it unpickles: before a test forbids that.
-for _module in ("cpu", "float16", "robust", "values"):
-    importlib.import_module(f"deltaserve_server.optimizers.{_module}")
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Loads the kernels: numba unpickles its cache, before a test forbids that."""
+    for module in ("float16", "robust", "values"):
+        importlib.import_module(f"deltaserve_server.optimizers.{module}")
+    from model_host import OPTIMIZERS
+
+    from deltaserve_server.optimizers import cpu
+
+    for optimizer in OPTIMIZERS:
+        cpu.prepare(optimizer)
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.deep)], ids=["sample", "many"])

@@ -18,7 +18,7 @@ import pytest
 from boots import Boots
 from crowd import Crowd
 from disk import BROKEN, Disk, Op, RecordedFiles, RecordedPath, Recorder
-from model_host import Clock, ModelHost, Seen, awaited, machine
+from model_host import Clock, ModelHost, Seen, awaited, machine, optimizer_of
 
 from deltaserve_server.durability import directory
 from deltaserve_server.durability.errors import CorruptError
@@ -62,7 +62,8 @@ class Story:
         self._clock, self._seed = clock, seed
 
     def create(self) -> None:
-        self._begin(self.host.create(machine(policy=Async())))
+        optimizer = optimizer_of(f"{self.durability} {self._seed}")
+        self._begin(self.host.create(machine(policy=Async(), optimizer=optimizer)))
         self.act(self.crowd.open)
 
     def restore(self, states: dict[int, Seen]) -> None:
@@ -421,7 +422,8 @@ def test_a_dropped_last_record_is_logged_after_a_power_failure(
     """A flipped bit in a record with zeros looks like a torn write."""
     story = Story(quick / "data", "fsync", Clock(monkeypatch))
     story.create()
-    story.act(lambda: story.engine.put_state(State(*(np.zeros(117, np.float32) for _ in range(3))), [0, 0, 0]))
+    slots = tuple(np.zeros(117, np.float32) for _ in story.engine.machine.slots)
+    story.act(lambda: story.engine.put_state(State(np.zeros(117, np.float32), slots), [0, 0, 0]))
     story.host.die()
     journal = max((quick / "data" / "models" / "m").glob("journal-*"))
     content = bytearray(journal.read_bytes())

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from crc32c import crc32c
 from crowd import Crowd
-from model_host import TENSORS, Clock, ModelHost, copied, machine
+from model_host import TENSORS, Clock, ModelHost, copied, machine, read
 
+from deltaserve._common.optimizers import SGD, Adam, AdamW
 from deltaserve_server.durability import journal, snapshot
 from deltaserve_server.durability.checked import packed, unpacked
 from deltaserve_server.durability.errors import CorruptError
@@ -43,7 +44,7 @@ for _ in range(3000):
 def past(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data directory with every kind of record in its journal, and sessions and settings in its snapshot."""
     clock, host = Clock(monkeypatch), ModelHost(quick / "past")
-    crowd = Crowd(host.create(machine(policy=Sync())), 11, clock)
+    crowd = Crowd(host.create(machine(policy=Sync(), optimizer=Adam())), 11, clock)
     for _ in range(3):
         crowd.open()
     _push_all(crowd)
@@ -117,7 +118,7 @@ def outcome(left: Path, clock: Clock) -> str:
                 call()
         for _ in range(25):
             crowd.act()
-        assert all(np.isfinite(vector).all() for vector in (engine.state().weights, engine.state().square_avg))
+        assert all(np.isfinite(vector).all() for vector in engine.state().vectors)
         return "of use"
     except CorruptError as error:
         if str(left) not in error.where:
@@ -208,6 +209,16 @@ def records(past: Path) -> tuple[str, int, list[tuple[int, Any, bytes]]]:
     return name, manifest.index, found
 
 
+def rewrite(left: Path, name: str, content: list[tuple[int, Any, bytes]]) -> None:
+    """Replaces a journal by one with arbitrary records."""
+    folder = left / "models" / "m"
+    (folder / name).unlink()
+    forged = Forged(Files(folder), int(name[8:]))
+    for record in content:
+        forged.forge(*record)
+    forged.close()
+
+
 def test_a_record_of_any_content(
     quick: Path, past: Path, monkeypatch: pytest.MonkeyPatch, many: bool, full: bool
 ) -> None:
@@ -219,11 +230,10 @@ def test_a_record_of_any_content(
     places = [(number, *path) for number, (_, header, _) in enumerate(good) for path in leaves(header)]
 
     def write(left: Path, path: Any, evil: Any) -> None:
-        (left / "models" / "m" / name).unlink()
-        forged = Forged(Files(left / "models" / "m"), int(name[8:]))
-        for number, (index, header, vector) in enumerate(good):
-            forged.forge(index, changed(header, path[1:], evil) if number == path[0] else header, vector)
-        forged.close()
+        made = list(good)
+        index, header, vector = made[path[0]]
+        made[path[0]] = index, changed(header, path[1:], evil), vector
+        rewrite(left, name, made)
 
     counts = sweep(quick, past, clock, places, write, trials(many, full, 60))
     assert counts["refused"]
@@ -258,14 +268,84 @@ def test_pieces_that_do_not_match_an_update(
     index, header, whole = good[number]
     header["event"]["absent"] = []
     whole = np.ones(size, "<f4").tobytes()
-    (past / "models" / "m" / name).unlink()
-    forged = Forged(Files(past / "models" / "m"), int(name[8:]))
-    for earlier in good[:number]:
-        forged.forge(*earlier)
     header["pieces"] = [[0, size, "<f4"]]
-    forged.forge(index, header | change, 2 * whole if vector == "twice" else whole if vector is None else vector)
-    forged.close()
+    given = 2 * whole if vector == "twice" else whole if vector is None else vector
+    rewrite(past, name, [*good[:number], (index, header | change, given)])
     assert outcome(past, clock) == "refused"
+
+
+ADAM = json.loads(msgspec.json.encode(Adam()))
+FORGED_OPTIMIZERS: dict[str, Any] = {
+    "of an unknown kind": ADAM | {"kind": "muon"},
+    "of a kind that is no text": ADAM | {"kind": ["adam"]},
+    "without a kind": {name: value for name, value in ADAM.items() if name != "kind"},
+    "without a hyperparameter": {name: value for name, value in ADAM.items() if name != "beta1"},
+    "with one hyperparameter more": ADAM | {"rho": 0.5},
+    "with a text for a number": ADAM | {"lr": "0.1"},
+    "with a truth value for a number": ADAM | {"lr": True},
+    "with a number for a truth value": ADAM | {"maximize": 0},
+    "with a number that is too large": ADAM | {"lr": 10**400},
+    "out of range": ADAM | {"beta1": 1.0},
+    "of another kind": json.loads(msgspec.json.encode(SGD())),
+    "of a kind with the same hyperparameters": json.loads(msgspec.json.encode(AdamW())),
+    "of another structure": ADAM | {"amsgrad": True},
+    "that is a list": list(ADAM.values()),
+    "that is nothing": None,
+}
+GROUPS_OF_RECORDS = {
+    "update": ("event", "summary", "hyperparameters"),
+    "settings": ("event", "settings", "groups"),
+    "extension": ("event", "groups"),
+}
+
+
+@pytest.mark.parametrize("what", FORGED_OPTIMIZERS)
+@pytest.mark.parametrize("kind", GROUPS_OF_RECORDS)
+def test_an_optimizer_that_is_not_the_models_in_a_record(past: Path, kind: str, what: str) -> None:
+    name, _, good = records(past)
+    number = next(k for k, (_, header, _) in enumerate(good) if header["event"]["type"] == kind)
+    index, header, vector = good[number]
+    for optimizer, accepted in ((ADAM, True), (FORGED_OPTIMIZERS[what], False)):
+        forged = changed(header, GROUPS_OF_RECORDS[kind], [optimizer])
+        rewrite(past, name, [*good[:number], (index, forged, vector)])
+        with nullcontext() if accepted else pytest.raises(CorruptError, match=name):
+            read(past)
+
+
+@pytest.mark.parametrize("what", FORGED_OPTIMIZERS)
+@pytest.mark.parametrize("place", ["settings", "initial_settings", "updates"])
+def test_an_optimizer_that_is_not_the_models_in_a_manifest(past: Path, place: str, what: str) -> None:
+    folder = past / "models" / "m"
+    name = max(folder.glob("snapshot-*.json")).name
+    for older in list(folder.glob("snapshot-*")):
+        if older.stem != name.removesuffix(".json"):
+            older.unlink()
+    good = json.loads((folder / name).read_bytes()[:-10])
+    path = ("updates", 0, "hyperparameters", 0) if place == "updates" else (place, "groups", 0)
+    for optimizer, accepted in ((ADAM, True), (FORGED_OPTIMIZERS[what], False)):
+        (folder / name).write_bytes(signed(changed(good, ("model", *path), optimizer)))
+        with nullcontext() if accepted else pytest.raises(CorruptError, match=name):
+            read(past)
+
+
+@pytest.mark.parametrize("wrong", ["negative", "NaN", "infinite", "one vector fewer", "one vector more"])
+def test_a_state_that_the_optimizer_cannot_have(past: Path, wrong: str) -> None:
+    name, _, good = records(past)
+    number = next(k for k, (_, header, _) in enumerate(good) if header["event"]["type"] == "state")
+    index, header, vector = good[number]
+    size = header["pieces"][0][1]
+    vectors = np.frombuffer(vector, "<f4").reshape(3, size).copy()
+    vectors[1] = -1.0  # a moment may be negative, a second moment may not
+    rewrite(past, name, [*good[:number], (index, header, vectors.tobytes())])
+    assert read(past)
+    count = {"one vector fewer": 2, "one vector more": 4}.get(wrong, 3)
+    vectors = np.resize(vectors, (count, size))
+    if count == 3:
+        vectors[2, 5] = {"negative": -1e-30, "NaN": np.nan, "infinite": np.inf}[wrong]
+    pieces = {"pieces": [[0, size, "<f4"]] * count}
+    rewrite(past, name, [*good[:number], (index, header | pieces, vectors.tobytes())])
+    with pytest.raises(CorruptError, match=name):
+        read(past)
 
 
 @pytest.mark.parametrize("kind", ["snapshot-00000009.json", HEAD])
@@ -313,7 +393,7 @@ def test_a_manifest_that_claims_huge_tensors(quick: Path, past: Path, monkeypatc
     good["model"]["tensors"] = [{"name": "w", "shape": [1 << 20, 1 << 15], "group": 0}]
     good["model"]["update_counts"] = [0]
     head = snapshot._tensors_header(unpacked(signed(good), Manifest, "m").model, good["index"])
-    good["bytes"] = len(head) + 3 * 4 * (1 << 35)
+    good["bytes"] = len(head) + (1 + len(Adam().slots)) * 4 * (1 << 35)
     (folder / name).write_bytes(signed(good))
     assert outcome(past, clock) == "refused", "the file is not as long"
 

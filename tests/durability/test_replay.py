@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 from crowd import POLICIES, Crowd
-from model_host import MEMORY, Clock, ModelHost, check_comes_back, copied, machine, random, recovered, seen
+from model_host import (
+    MEMORY,
+    Clock,
+    ModelHost,
+    check_comes_back,
+    copied,
+    machine,
+    optimizer_of,
+    random,
+    recovered,
+    seen,
+)
 
 from deltaserve_server.durability import folder
 from deltaserve_server.durability.commits import Journaled
@@ -18,7 +29,8 @@ def test_a_crash_after_any_call_recovers_the_same_state(
     quick: Path, monkeypatch: pytest.MonkeyPatch, seed: int, full: bool
 ) -> None:
     clock, host = Clock(monkeypatch), ModelHost(quick / "data")
-    crowd = Crowd(host.create(machine(policy=POLICIES[seed % len(POLICIES)])), seed, clock)
+    summary = machine(policy=POLICIES[seed % len(POLICIES)], optimizer=optimizer_of(f"after any call {seed}"))
+    crowd = Crowd(host.create(summary), seed, clock)
     for _ in range(800 if full else 100):
         crowd.act()
         check_comes_back(recovered(copied(quick / "data", quick / "copy")), crowd.engine)
@@ -31,7 +43,7 @@ def test_a_model_survives_many_crashes(
     quick: Path, monkeypatch: pytest.MonkeyPatch, seed: int, durability: str, full: bool
 ) -> None:
     clock, host = Clock(monkeypatch), ModelHost(quick / "data", durability)
-    crowd = Crowd(host.create(), seed + 100, clock)
+    crowd = Crowd(host.create(machine(optimizer=optimizer_of(f"{durability} {seed}"))), seed + 100, clock)
     lives = 0
     for _ in range(2000 if full else 250):
         crowd.act()

@@ -68,7 +68,7 @@ def test_it_reaches_the_loss_of_the_book_on_the_real_file(target: str) -> None:
 def test_python_and_node_take_turns_on_one_model(target: str) -> None:
     first = {"w": np.zeros((5, 1), np.float32), "b": np.zeros(1, np.float32)}
     with deltaserve.connect(target, timeout_seconds=10.0) as client:
-        model = client.create_model("shared", first, eps=1e-5)
+        model = client.create_model("shared", first, optimizer=deltaserve.Adadelta(eps=1e-5))
         with model.worker() as worker:
             worker.step({"w": np.ones((5, 1), np.float32), "b": np.ones(1, np.float32)})
             loss(work(target, "", "shared"))

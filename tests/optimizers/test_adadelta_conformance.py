@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.optimizers import Hyperparameters, cpu, reference
 from deltaserve_server.optimizers.formats import widened
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 
 Vector = NDArray[Any]
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, scalars
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX, scalars
 
 # The midpoint between the largest float32 and 2**128: values from here on round to infinity.
 TOO_LARGE = FLOAT32_MAX + 2.0**103

@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.optimizers import Hyperparameters, cpu, reference, values
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 
 Vector = NDArray[np.float32]
 

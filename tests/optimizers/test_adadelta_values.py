@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaserve_server.optimizers import values as kernel
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 Vector = NDArray[np.float32]
 

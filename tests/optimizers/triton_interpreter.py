@@ -17,6 +17,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
+from deltaserve._common.optimizers import Optimizer
+
 
 @functools.cache
 def cuda() -> ModuleType:
@@ -25,9 +27,15 @@ def cuda() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
+    make = module._kernel
+
+    def make_interpreted(optimizer: Optimizer) -> Any:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            return make(optimizer)
+
+    module._kernel = make_interpreted  # type: ignore[attr-defined]
     return module
 
 

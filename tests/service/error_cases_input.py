@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from error_scene import CASES, Case, Request, Scene, case, opened, put, step, stream, whole
-from wire import creation, pieces, sync
+from wire import adadelta, creation, floats, pieces, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -31,7 +31,7 @@ def _bad_tensor(*specs: pb.TensorSpec) -> Callable[[Scene], Request]:
 
 def _bad_group(**fields: Any) -> Callable[[Scene], Request]:
     def prepare(scene: Scene) -> Request:
-        return "CreateModel", list(creation("new", groups=[pb.Hyperparameters(**fields)]))
+        return "CreateModel", list(creation("new", groups=[adadelta(**fields)]))
 
     prepare.__name__ = f"group_{fields}"
     return prepare
@@ -79,7 +79,7 @@ def _many() -> Iterator[Case]:
         for value in values:
             yield Case("HYPERPARAMETER_INVALID", _bad_group(**{name: value}), {"field": name}, False)
             given: dict[str, Any] = {name: value}
-            groups = [pb.Hyperparameters(**given)]
+            groups = [adadelta(**given)]
             yield Case("HYPERPARAMETER_INVALID", _bad_push(hyperparameters=groups), {"field": name}, False)
     for seconds in (0.0, -1.0, 0.2, 1e9, float("nan"), float("inf")):
         yield Case("POLICY_INVALID", _bad_lease(seconds), {"field": "lease_seconds", "allowed": "0.25 to 3600"}, False)
@@ -141,19 +141,19 @@ def a_group_that_is_not_there(scene: Scene) -> Request:
 
 @case("HYPERPARAMETER_INVALID", field="hyperparameters", allowed="1 groups")
 def a_push_for_more_groups_than_there_are(scene: Scene) -> Request:
-    return _bad_push(hyperparameters=[pb.Hyperparameters()] * 2)(scene)
+    return _bad_push(hyperparameters=[adadelta()] * 2)(scene)
 
 
 @case("HYPERPARAMETER_INVALID", field="hyperparameters", allowed="2 groups")
 def a_push_for_fewer_groups_than_there_are(scene: Scene) -> Request:
-    scene.wire.create("two", {"w": (4,)}, groups=[pb.Hyperparameters()] * 2)
+    scene.wire.create("two", {"w": (4,)}, groups=[adadelta()] * 2)
     scene.models.append("two")
-    return step(scene.wire.open("two", "a").header(1, hyperparameters=[pb.Hyperparameters()]), *[1.0] * 4)
+    return step(scene.wire.open("two", "a").header(1, hyperparameters=[adadelta()]), *[1.0] * 4)
 
 
 @case("HYPERPARAMETER_INVALID", field="groups")
 def more_groups_than_a_model_may_have(scene: Scene) -> Request:
-    return "CreateModel", list(creation("new", groups=[pb.Hyperparameters()] * 5000))
+    return "CreateModel", list(creation("new", groups=[adadelta()] * 5000))
 
 
 @case("POLICY_INVALID", field="policy.sync.min_workers", allowed="1 to 65536")
@@ -219,9 +219,7 @@ def an_extension_without_messages(scene: Scene) -> Request:
 
 @case("MESSAGE_INVALID")
 def a_state_with_a_header_at_its_end(scene: Scene) -> Request:
-    method, messages = put(
-        whole("weights", *[0.0] * 5), whole("square_avg", *[0.0] * 5), whole("acc_delta", *[0.0] * 5)
-    )
+    method, messages = put(whole(0, *[0.0] * 5), whole(1, *[0.0] * 5), whole(2, *[0.0] * 5))
     return method, [*messages, messages[0]]
 
 
@@ -290,14 +288,24 @@ def a_step_with_a_part_of_an_element(scene: Scene) -> Request:
     return "Step", [workers.StepRequest(header=scene.a.header(3), gradient=b"\0" * 23)]
 
 
-@case("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
+@case("CHUNK_SEQUENCE", expected="no further element", got="offset 0")
 def weights_after_the_end(scene: Scene) -> Request:
     return "CreateModel", [*creation("new"), *creation("new")[1:]]
 
 
-@case("CHUNK_SEQUENCE", expected="weights from offset 0", got="a chunk of acc_delta")
+@case("CHUNK_SEQUENCE", expected="offset 0", got="offset 10")
 def the_wrong_vector(scene: Scene) -> Request:
-    return put(whole("acc_delta", *[0.0] * 5))
+    return put(whole(2, *[0.0] * 5))
+
+
+@case("CHUNK_SEQUENCE", expected="at most 2 elements from offset 3", got="3 elements")
+def a_chunk_across_two_vectors_of_a_state(scene: Scene) -> Request:
+    return put(pb.Chunk(data=floats([0.0] * 3)), pb.Chunk(offset=3, data=floats([0.0] * 3)))
+
+
+@case("CHUNK_SEQUENCE", expected="no further element", got="offset 15")
+def a_vector_more_than_the_state_has(scene: Scene) -> Request:
+    return put(*(whole(index, *[0.0] * 5) for index in range(4)))
 
 
 @case("PUSH_INCOMPLETE", expected="5", got="4")
@@ -315,9 +323,9 @@ def a_config_without_weights(scene: Scene) -> Request:
     return "CreateModel", [creation("new")[0]]
 
 
-@case("PUSH_INCOMPLETE", expected="5", got="0")
+@case("PUSH_INCOMPLETE", expected="15", got="5")
 def a_state_without_averages(scene: Scene) -> Request:
-    return put(whole("weights", *[1.0] * 5))
+    return put(whole(0, *[1.0] * 5))
 
 
 @case("PUSH_INCOMPLETE", expected="3", got="1")
@@ -358,7 +366,7 @@ def a_nan_in_new_weights(scene: Scene) -> Request:
 
 @case("VALUE_NOT_FINITE", tensor="w", index="1")
 def an_infinity_in_an_average(scene: Scene) -> Request:
-    return put(whole("weights", *[0.0] * 5), whole("square_avg", 0, float("inf"), 0, 0, 0))
+    return put(whole(0, *[0.0] * 5), whole(1, 0, float("inf"), 0, 0, 0))
 
 
 @case("VALUE_TOO_LARGE", tensor="w", index="2")
@@ -368,7 +376,7 @@ def a_value_whose_square_overflows(scene: Scene) -> Request:
 
 @case("VALUE_TOO_LARGE", tensor="b", index="0")
 def a_weight_whose_square_overflows(scene: Scene) -> Request:
-    return put(whole("weights", 0, 0, 0, 0, -3e38))
+    return put(whole(0, 0, 0, 0, 0, -3e38))
 
 
 # --- what does not fit the model
@@ -426,4 +434,4 @@ def a_state_with_a_count_that_the_next_update_overflows(scene: Scene) -> Request
 
 @case("PUSH_INVALID", field="square_avg of tensor b at element 0", allowed=">= 0")
 def a_negative_average(scene: Scene) -> Request:
-    return put(whole("weights", *[0.0] * 5), whole("square_avg", 0, 0, 0, 0, -1))
+    return put(whole(0, *[0.0] * 5), whole(1, 0, 0, 0, 0, -1))

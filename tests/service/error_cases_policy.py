@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from error_scene import CASES, Case, Request, Scene, case, step, stream
-from wire import Watch, asynchronous, bounded, creation, eventually, sync
+from wire import Watch, adadelta, asynchronous, bounded, creation, eventually, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -55,7 +55,7 @@ def _created(fields: dict[str, Any]) -> Callable[[Scene], Request]:
 
 def _updated(fields: dict[str, Any]) -> Callable[[Scene], Request]:
     def prepare(scene: Scene) -> Request:
-        groups = [pb.Hyperparameters(lr=0.5)]  # good, and yet not to be taken
+        groups = [adadelta(lr=0.5)]  # good, and yet not to be taken
         return "UpdateModel", [models.UpdateModelRequest(model="m", groups=groups, policy=sync(**fields))]
 
     prepare.__name__ = f"updated_{fields}"
@@ -73,7 +73,7 @@ def _weighed(weight: float, streamed: bool) -> Callable[[Scene], Request]:
 
 def _regrouped(**fields: float) -> Callable[[Scene], Request]:
     def prepare(scene: Scene) -> Request:
-        groups = [pb.Hyperparameters(**fields)]  # type: ignore[arg-type]
+        groups = [adadelta(**fields)]
         return "UpdateModel", [models.UpdateModelRequest(model="m", groups=groups, policy=sync(2))]
 
     prepare.__name__ = f"regrouped_{fields}"
@@ -143,28 +143,28 @@ def changing_what_is_not_there(scene: Scene) -> Request:
 
 @case("HYPERPARAMETER_INVALID", field="groups", allowed="1 groups")
 def a_change_of_more_groups_than_there_are(scene: Scene) -> Request:
-    return "UpdateModel", [models.UpdateModelRequest(model="m", groups=[pb.Hyperparameters(lr=0.5)] * 2)]
+    return "UpdateModel", [models.UpdateModelRequest(model="m", groups=[adadelta(lr=0.5)] * 2)]
 
 
 @case("HYPERPARAMETER_INVALID", field="groups", allowed="2 groups")
 def a_change_of_fewer_groups_than_there_are(scene: Scene) -> Request:
-    scene.wire.create("two", {"w": (4,)}, groups=[pb.Hyperparameters()] * 2)
+    scene.wire.create("two", {"w": (4,)}, groups=[adadelta()] * 2)
     scene.models.append("two")
-    return "UpdateModel", [models.UpdateModelRequest(model="two", groups=[pb.Hyperparameters(lr=0.5)])]
+    return "UpdateModel", [models.UpdateModelRequest(model="two", groups=[adadelta(lr=0.5)])]
 
 
 @case("HYPERPARAMETER_INVALID", field="rho")
 def a_change_whose_last_group_is_bad(scene: Scene) -> Request:
-    scene.wire.create("two", {"w": (4,)}, groups=[pb.Hyperparameters()] * 2)
+    scene.wire.create("two", {"w": (4,)}, groups=[adadelta()] * 2)
     scene.models.append("two")
-    groups = [pb.Hyperparameters(lr=0.5), pb.Hyperparameters(rho=2.0)]
+    groups = [adadelta(lr=0.5), adadelta(rho=2.0)]
     return "UpdateModel", [models.UpdateModelRequest(model="two", groups=groups)]
 
 
 @case("MODEL_MISMATCH", model="m", difference="lr of group 0 is 0.5, not 0.75")
 def a_model_as_it_never_was(scene: Scene) -> Request:
-    scene.wire.update("m", [pb.Hyperparameters(lr=0.5)])
-    return "CreateModel", list(creation("m", groups=[pb.Hyperparameters(lr=0.75)]))
+    scene.wire.update("m", [adadelta(lr=0.5)])
+    return "CreateModel", list(creation("m", groups=[adadelta(lr=0.75)]))
 
 
 @case("MODEL_MISMATCH", model="m")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from error_scene import LARGE, Request, Scene, case, opened, step, stream
-from wire import Session, creation, eventually, sync
+from wire import ADADELTA_SLOTS, Session, adadelta, creation, eventually, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -86,12 +86,12 @@ def fewer_tensors(scene: Scene) -> Request:
 
 @case("MODEL_MISMATCH", model="m", difference="it has 1 parameter groups, not 2")
 def more_groups(scene: Scene) -> Request:
-    return "CreateModel", list(creation("m", groups=[pb.Hyperparameters()] * 2))
+    return "CreateModel", list(creation("m", groups=[adadelta()] * 2))
 
 
 @case("MODEL_MISMATCH", model="m", difference="rho of group 0 is 0.9, not 0.95")
 def another_hyperparameter(scene: Scene) -> Request:
-    return "CreateModel", list(creation("m", groups=[pb.Hyperparameters(rho=0.95)]))
+    return "CreateModel", list(creation("m", groups=[adadelta(rho=0.95)]))
 
 
 @case("MODEL_MISMATCH", model="m")
@@ -287,10 +287,10 @@ def a_push_of_one_who_joins_at_the_next_round(scene: Scene) -> Request:
 def two_learning_rates_in_one_round(scene: Scene) -> Request:
     scene.other("s", policy=sync(2))
     first, second = scene.wire.open("s", "a"), scene.wire.open("s", "b")
-    header = first.header(1, hyperparameters=[pb.Hyperparameters(lr=0.5)])
+    header = first.header(1, hyperparameters=[adadelta(lr=0.5)])
     scene.calls.append(scene.wire.start(*step(header, *[1.0] * 4)))
     eventually(lambda: any(s.waiting for s in scene.wire.model("s").sessions), "the push does not wait")
-    return step(second.header(1, hyperparameters=[pb.Hyperparameters(lr=0.25)]), *[1.0] * 4)
+    return step(second.header(1, hyperparameters=[adadelta(lr=0.25)]), *[1.0] * 4)
 
 
 # --- limits
@@ -324,7 +324,7 @@ def more_pushes_than_may_be_staged(scene: Scene) -> Request:
 @case("MEMORY_BUDGET", needed=str(12 * LARGE))
 def a_state_larger_than_what_may_be_staged(scene: Scene) -> Request:
     scene.other("large", (LARGE,))
-    return "PutState", [models.PutStateRequest(header=models.PutStateHeader(model="large"))]
+    return "PutState", [models.PutStateRequest(header=models.PutStateHeader(model="large", slots=ADADELTA_SLOTS))]
 
 
 @case("MEMORY_BUDGET", needed="24000000")

@@ -1,14 +1,13 @@
 """The scene of a refused request: a server with a model that must not change."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from wire import Session, Wire, cut, eventually, floats, push
+from wire import ADADELTA_SLOTS, Session, Wire, cut, eventually, floats, push
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -118,16 +117,16 @@ def stream(header: workers.PushHeader, *chunks: tuple[int, object]) -> Request:
     return "StreamStep", list(push(header, chunks))  # type: ignore[arg-type]
 
 
-def put(*chunks: dict[str, Any], counts: tuple[int, ...] = ()) -> Request:
+def put(*chunks: pb.Chunk, counts: Sequence[int] = (), slots: Sequence[str] = ADADELTA_SLOTS) -> Request:
     """A PutState of model "m"."""
     kind = models.PutStateRequest
-    header = models.PutStateHeader(model="m", update_counts=counts)
-    return "PutState", [kind(header=header), *(kind(**chunk) for chunk in chunks)]
+    header = models.PutStateHeader(model="m", update_counts=counts, slots=slots)
+    return "PutState", [kind(header=header), *(kind(state=chunk) for chunk in chunks)]
 
 
-def whole(vector: str, *values: float) -> dict[str, Any]:
-    """A vector of a PutState in one chunk."""
-    return {vector: pb.Chunk(data=floats(values))}
+def whole(index: int, *values: float) -> pb.Chunk:
+    """A vector of a PutState in one chunk: the weights have index 0."""
+    return pb.Chunk(offset=5 * index, data=floats(values))
 
 
 def opened(scene: Scene, worker: str = "z", **fields: object) -> Request:

@@ -6,11 +6,10 @@ import grpc
 import numpy as np
 import pytest
 from expected import Twin, gradient
-from wire import Session, Wire, asynchronous, bounded, eventually, floats, refusal, streamed, unchanged
+from wire import Session, Wire, adadelta, asynchronous, bounded, eventually, floats, refusal, streamed, unchanged
 
-from deltaserve.v1.common_pb2 import Hyperparameters as Sent
+from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1.worker_service_pb2 import PUSH_STATE_APPLIED, StepRequest
-from deltaserve_server.optimizers import Hyperparameters
 
 SIZE = 5
 
@@ -74,20 +73,20 @@ def test_the_largest_bound_is_none(wire: Wire, largest: int) -> None:
 
 @pytest.mark.parametrize("own", [None, 0.25], ids=["the model's", "the push's own"])
 def test_damping_divides_the_learning_rate_by_one_plus_the_staleness(wire: Wire, own: float | None) -> None:
-    wire.create("m", policy=asynchronous(damping=True), groups=[Sent(lr=0.75, rho=0.8)])
+    wire.create("m", policy=asynchronous(damping=True), groups=[adadelta(lr=0.75, rho=0.8)])
     a, b = wire.open("m", "a"), wire.open("m", "b")
     twin = Twin(np.zeros(SIZE, np.float32))
     for number, base in enumerate((0, 0, 1, 0), start=1):
-        carried = [Sent(lr=own)] if own else []
+        carried = [adadelta(lr=own)] if own else []
         staleness = number - 1 - base
         header = (a if number % 2 else b).header((number + 1) // 2, base_version=base, hyperparameters=carried)
         answer = wire.step(header, gradient(number, SIZE))
         lr = (own or 0.75) / (1 + staleness)
-        (used,) = answer.result.hyperparameters
+        (used,) = (group.adadelta for group in answer.result.hyperparameters)
         assert (answer.result.staleness, used.lr, used.rho) == (staleness, lr, 0.8)
-        twin.update(gradient(number, SIZE), own=Hyperparameters(lr=lr, rho=0.8))
+        twin.update(gradient(number, SIZE), own=Adadelta(lr=lr, rho=0.8))
     twin.check(wire.snapshot("m"))
-    assert wire.model("m").config.groups[0].lr == 0.75, "the model's own is as it was"
+    assert wire.model("m").config.groups[0].adadelta.lr == 0.75, "the model's own is as it was"
 
 
 def test_without_damping_staleness_changes_nothing(wire: Wire) -> None:
@@ -95,7 +94,7 @@ def test_without_damping_staleness_changes_nothing(wire: Wire) -> None:
     a, b = wire.open("m", "a"), wire.open("m", "b")
     _advance(wire, a, 3)
     answer = wire.step(b.header(1, base_version=0), gradient(9, SIZE))
-    assert (answer.result.staleness, answer.result.hyperparameters[0].lr) == (3, 1.0)
+    assert (answer.result.staleness, answer.result.hyperparameters[0].adadelta.lr) == (3, 1.0)
 
 
 def test_the_weight_of_a_single_worker_changes_no_bit(wire: Wire) -> None:

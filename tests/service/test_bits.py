@@ -8,16 +8,19 @@ from itertools import permutations
 import grpc
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from wire import Snapshot, Vector, Wire, cut, push, streamed, sync
 
-from deltaserve.v1.common_pb2 import Hyperparameters as Sent
+from deltaserve._common.optimizer_messages import to_message
+from deltaserve._common.optimizers import Adadelta
 from deltaserve_server import LocalServer, ServerConfig
-from deltaserve_server.optimizers import Hyperparameters, reference
+from deltaserve_server.optimizers import reference
 
 NAMES = ("Zoe", "0.a_-", "b" * 128)
 SHAPES = {"w": (40, 7), "b": (20,)}
 SIZE = 300
-GROUPS = (Hyperparameters(lr=0.5, weight_decay=0.01), Hyperparameters(rho=0.95, eps=1e-4, maximize=True))
+GROUPS = (Adadelta(lr=0.5, weight_decay=0.01), Adadelta(rho=0.95, eps=1e-4, maximize=True))
+SENT = list(map(to_message, GROUPS))
 
 
 def _gradient(seed: int, size: int = SIZE) -> Vector:
@@ -26,14 +29,10 @@ def _gradient(seed: int, size: int = SIZE) -> Vector:
     return (source.standard_normal(size) * 10.0 ** source.integers(-4, 5, size)).astype(np.float32)
 
 
-def _sent() -> list[Sent]:
-    return [Sent(lr=g.lr, rho=g.rho, eps=g.eps, weight_decay=g.weight_decay, maximize=g.maximize) for g in GROUPS]
-
-
 def _train(wire: Wire, model: str, joining: Sequence[str], arriving: Sequence[str], rounds: int = 3) -> Snapshot:
     """Trains with one worker for each name. A name determines its gradients, whatever the order."""
     weights = _gradient(99)
-    wire.create(model, SHAPES, weights=weights, groups=_sent(), group_of=[0, 1], policy=sync(len(NAMES)))
+    wire.create(model, SHAPES, weights=weights, groups=SENT, group_of=[0, 1], policy=sync(len(NAMES)))
     sessions = {name: wire.open(model, name) for name in joining}
     for number in range(1, rounds + 1):
         calls = []
@@ -45,17 +44,17 @@ def _train(wire: Wire, model: str, joining: Sequence[str], arriving: Sequence[st
     return wire.snapshot(model)
 
 
-def _expected(rounds: int = 3) -> tuple[Vector, Vector, Vector]:
-    """Returns square_avg, acc_delta and weights in float64."""
+def _expected(rounds: int = 3) -> list[Vector]:
+    """Returns the weights and the optimizer state, computed in float64."""
     parts = []
     for own, part in zip(GROUPS, (slice(0, 280), slice(280, 300)), strict=True):
-        state = (np.zeros(SIZE)[part], np.zeros(SIZE)[part], _gradient(99)[part].astype(np.float64))
+        weights = _gradient(99)[part].astype(np.float64)
+        slots: Sequence[NDArray[np.float64]] = [np.zeros_like(weights)] * 2
         for number in range(1, rounds + 1):
             mean = np.mean([_gradient(k + 10 * number)[part] for k in range(3)], axis=0, dtype=np.float64)
-            state = reference.update(mean, *state, own)
-        parts.append(state)
-    square_avg, acc_delta, weights = (np.concatenate(vector).astype(np.float32) for vector in zip(*parts, strict=True))
-    return square_avg, acc_delta, weights
+            slots, weights = reference.update(own, mean, slots, weights, number)
+        parts.append((weights, *slots))
+    return [np.concatenate(vector).astype(np.float32) for vector in zip(*parts, strict=True)]
 
 
 def test_the_order_of_these_sums_shows() -> None:
@@ -77,7 +76,7 @@ def test_arrival_and_joining_in_any_order_give_the_same_bits(wire: Wire, orders:
 
 def test_a_late_member_of_the_round_changes_no_bit(wire: Wire) -> None:
     before = _train(wire, "m", NAMES, NAMES, rounds=1)
-    wire.create("late", SHAPES, weights=_gradient(99), groups=_sent(), group_of=[0, 1], policy=sync(3))
+    wire.create("late", SHAPES, weights=_gradient(99), groups=SENT, group_of=[0, 1], policy=sync(3))
     calls = []
     for name in reversed(NAMES):
         session = wire.open("late", name)
@@ -142,7 +141,7 @@ class Storm:
 def test_calls_that_are_cut_doubled_and_tried_again_change_no_bit(wire: Wire) -> None:
     rounds = 12
     calm = _train(wire, "calm", NAMES, NAMES, rounds)
-    wire.create("m", SHAPES, weights=_gradient(99), groups=_sent(), group_of=[0, 1], policy=sync(len(NAMES)))
+    wire.create("m", SHAPES, weights=_gradient(99), groups=SENT, group_of=[0, 1], policy=sync(len(NAMES)))
     workers = [Storm(wire, "m", name) for name in NAMES]
     with ThreadPoolExecutor() as threads:
         for done in [threads.submit(worker.run, rounds) for worker in workers]:
@@ -155,20 +154,20 @@ def test_calls_that_are_cut_doubled_and_tried_again_change_no_bit(wire: Wire) ->
 def test_rounds_are_close_to_the_reference(wire: Wire) -> None:
     """The tolerance has an absolute part because sums of magnitudes that differ by 1e8 lose digits."""
     state = _train(wire, "m", NAMES, NAMES)
-    for got, wanted in zip((state.square_avg, state.acc_delta, state.weights), _expected(), strict=True):
+    for got, wanted in zip(state.arrays, _expected(), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6)
 
 
 def test_a_hundred_steps_are_close_to_the_reference(wire: Wire) -> None:
-    wire.create("m", SHAPES, groups=_sent(), group_of=[0, 0])
+    wire.create("m", SHAPES, groups=SENT, group_of=[0, 0])
     session = wire.open("m", "a")
-    state = (np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE))
+    weights = np.zeros(SIZE)
+    slots: Sequence[NDArray[np.float64]] = [weights] * 2
     for number in range(1, 101):
         gradient = np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)
         wire.step(session.header(number), gradient)
-        state = reference.update(gradient, *state, GROUPS[0])
-    got = wire.snapshot("m")
-    for vector, wanted in zip((got.square_avg, got.acc_delta, got.weights), state, strict=True):
+        slots, weights = reference.update(GROUPS[0], gradient, slots, weights, number)
+    for vector, wanted in zip(wire.snapshot("m").arrays, (weights, *slots), strict=True):
         np.testing.assert_allclose(vector, wanted, rtol=1e-4, atol=1e-7)
 
 
@@ -191,7 +190,7 @@ def test_chunks_of_any_size_give_the_same_bits(wire: Wire, policy: str) -> None:
 
 def test_both_doors_give_the_same_bits(wire: Wire) -> None:
     for name in ("unary", "streamed"):
-        wire.create(name, SHAPES, weights=_gradient(1), groups=_sent(), group_of=[0, 1])
+        wire.create(name, SHAPES, weights=_gradient(1), groups=SENT, group_of=[0, 1])
     unary, chunked = wire.open("unary", "a"), wire.open("streamed", "a")
     for number in range(1, 6):
         left = wire.step(unary.header(number), _gradient(number))

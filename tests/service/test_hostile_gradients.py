@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 import pytest
-from wire import Session, Snapshot, Vector, Wire, asynchronous, bounded, cut, floats, refusal, streamed, sync
+from wire import Session, Snapshot, Vector, Wire, adadelta, asynchronous, bounded, cut, floats, refusal, streamed, sync
 
-from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Hyperparameters, Policy
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
+from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Policy
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 GRADIENTS = 10_000
 SIZE = 128
@@ -95,7 +95,7 @@ class Attack:
     def state(self) -> Snapshot:
         """Returns the model's state, and checks that it is finite."""
         state = self.wire.snapshot("m")
-        for vector in (state.weights, state.square_avg, state.acc_delta):
+        for vector in state.arrays:
             assert np.isfinite(vector).all()
         assert (state.square_avg >= 0).all()
         assert (state.acc_delta >= 0).all()
@@ -141,7 +141,7 @@ def _moves(attack: Attack) -> None:
     policy.CopyFrom(attack.policy)
     if 0 < policy.sync.clip_norm < 0.1:  # which would leave nothing of the gradient
         policy.sync.ClearField("clip_norm")
-    attack.wire.update("m", [Hyperparameters(rho=0.01)], policy)
+    attack.wire.update("m", [adadelta(rho=0.01)], policy)
     for _ in range(20):
         attack.push([np.ones(SIZE, np.float32)] * 3)
     before = attack.state().weights

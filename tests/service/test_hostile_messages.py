@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 from mutations import Messages, Mutator
-from wire import METHODS, Session, Wire, creation, cut, floats, pieces, push, refusal, sync
+from wire import METHODS, Session, Wire, adadelta, creation, cut, floats, pieces, push, refusal, replacement, sync
 
 from deltaserve._common.error_table import TABLE
 from deltaserve.v1 import model_service_pb2 as models
 from deltaserve.v1 import system_service_pb2 as system
 from deltaserve.v1 import worker_service_pb2 as workers
-from deltaserve.v1.common_pb2 import Hyperparameters, TensorSpec
+from deltaserve.v1.common_pb2 import TensorSpec
 from deltaserve_server import LocalServer, ServerConfig
 
 SIZE = 24
 SHAPES = {"w": (4, 5), "none": (0,), "b": (4,)}
-GROUPS = [Hyperparameters(lr=0.5), Hyperparameters(rho=0.8)]
+GROUPS = [adadelta(lr=0.5), adadelta(rho=0.8)]
 CONFIG = ServerConfig(
     bind="127.0.0.1:0", device="cpu", memory_bytes=64 << 20, models=8, sessions=16, lease_seconds=3600
 )
@@ -58,7 +58,6 @@ class Target:
         header = session.header(self._number, base_version=0, hyperparameters=GROUPS, absent_tensors=[1], weight=2.0)
         policy = sync(3, quorum=3, grace_seconds=1.0, round_timeout_seconds=2.0, reduction=2, trim=1, clip_norm=5.0)
         vector = np.linspace(0, 1, SIZE)
-        state = models.PutStateRequest
         kind = workers.StreamStepRequest
         return {
             "CreateModel": creation("new", SHAPES, groups=GROUPS, group_of=[0, 1, 1]),
@@ -74,12 +73,7 @@ class Target:
             "SaveSnapshot": [models.SaveSnapshotRequest(model="m")],
             "ListSnapshots": [models.ListSnapshotsRequest(model="m")],
             "PullState": [models.PullStateRequest(model="m", optimizer_state=True)],
-            "PutState": [
-                state(header=models.PutStateHeader(model="m", update_counts=[1, 2, 3])),
-                *(state(weights=piece) for piece in pieces(vector, size=9)),
-                *(state(square_avg=piece) for piece in pieces(vector)),
-                *(state(acc_delta=piece) for piece in pieces(vector)),
-            ],
+            "PutState": replacement("m", [vector] * 3, counts=[1, 2, 3], chunk=9),
             "OpenSession": [workers.OpenSessionRequest(model="m", worker="a", lease_seconds=30.0)],
             "KeepSession": [workers.KeepSessionRequest(**session.id)],
             "CloseSession": [workers.CloseSessionRequest(**session.id)],

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from wire import Wire, cut, floats, push, streamed, sync, unchanged
+from wire import Wire, adadelta, cut, floats, push, streamed, sync, unchanged
 
-from deltaserve.v1.common_pb2 import Hyperparameters
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 
 SIZE, CHUNK = 1000, 64
 SHAPES = {"a": (300,), "none": (0,), "b": (7, 100)}
@@ -60,12 +59,12 @@ def test_accepted_values_leave_the_state_finite(wire: Wire, scale: float) -> Non
     random = np.random.default_rng(1)
     for own in (
         None,
-        Hyperparameters(rho=0.0),
-        Hyperparameters(rho=1.0),
-        Hyperparameters(eps=1.2e-38),
-        Hyperparameters(eps=3e38),
-        Hyperparameters(weight_decay=3e38),
-        Hyperparameters(lr=0.0, weight_decay=1.0, maximize=True),
+        adadelta(rho=0.0),
+        adadelta(rho=1.0),
+        adadelta(eps=1.2e-38),
+        adadelta(eps=3e38),
+        adadelta(weight_decay=3e38),
+        adadelta(lr=0.0, weight_decay=1.0, maximize=True),
     ):
         for factor in (1.0, -1.0, 0.0, 1e-30):
             number += 1
@@ -74,7 +73,7 @@ def test_accepted_values_leave_the_state_finite(wire: Wire, scale: float) -> Non
             wire.step(header, np.float32(scale) * np.float32(factor) * signs.astype(np.float32))
     state = wire.snapshot("m")
     assert state.version == number
-    for vector in (state.weights, state.square_avg, state.acc_delta):
+    for vector in state.arrays:
         assert np.isfinite(vector).all()
     assert (state.square_avg >= 0).all()
     assert (state.acc_delta >= 0).all()
@@ -91,7 +90,7 @@ def test_the_mean_of_a_round_of_the_largest_values_is_finite(wire: Wire) -> None
 def test_no_learning_rate_makes_weights_infinite(wire: Wire) -> None:
     wire.create("m", {"w": (4,)})
     session = wire.open("m", "w")
-    own = Hyperparameters(lr=3e38, eps=1e38)
+    own = adadelta(lr=3e38, eps=1e38)
     answer = wire.step(session.header(1, hyperparameters=[own]), np.full(4, 1e10))
     assert np.isfinite(answer.weights).all()
 
@@ -100,6 +99,6 @@ def test_denormal_values_are_values(wire: Wire) -> None:
     wire.create("m", {"w": (4,)}, weights=np.zeros(4))
     session = wire.open("m", "w")
     smallest = np.array([1e-45, -1e-45, 1e-39, 0.0], np.float32)
-    own = Hyperparameters(rho=0.0, eps=1e-12, lr=1.0)
+    own = adadelta(rho=0.0, eps=1e-12, lr=1.0)
     answer = wire.step(session.header(1, hyperparameters=[own]), smallest)
     assert np.array_equal(np.sign(answer.weights), [-1, 1, -1, 0])

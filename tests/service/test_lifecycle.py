@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from wire import METHODS, SERVICES, Wire, creation, cut, eventually, push, refusal, sync, unchanged
+from wire import METHODS, SERVICES, Wire, adadelta, creation, cut, eventually, push, refusal, sync, unchanged
 
-from deltaserve.v1.common_pb2 import Hyperparameters, ModelConfig
+from deltaserve.v1.common_pb2 import ModelConfig
 from deltaserve.v1.model_service_pb2 import CreateModelRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest
 from deltaserve_server import LocalServer, ServerConfig
@@ -38,20 +38,20 @@ def test_a_model_is_created_with_every_default_filled_in(wire: Wire) -> None:
         ("e", (0,), 0, 1),
         ("s", (), 0, 1),
     ]
-    default = Hyperparameters(lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False)
+    default = adadelta(lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False)
     assert list(config.groups) == [default]
     assert config.policy.WhichOneof("policy") == "async"
     state = wire.snapshot("m")
     assert np.array_equal(state.weights, np.arange(7, dtype=np.float32))
-    assert not state.square_avg.any()
-    assert not state.acc_delta.any()
+    assert state.slots == ("square_avg", "acc_delta")
+    assert not any(vector.any() for vector in state.arrays[1:])
     assert state.update_counts == (0, 0, 0)
 
 
 def test_creating_a_model_again_joins_it_and_keeps_its_weights(wire: Wire) -> None:
     wire.create("m", weights=np.arange(5), policy=sync(2))
     with unchanged(wire, "m"):
-        joined = wire.create("m", weights=np.full(5, 9.0), groups=[Hyperparameters(lr=1.0)], policy=sync(2))
+        joined = wire.create("m", weights=np.full(5, 9.0), groups=[adadelta(lr=1.0)], policy=sync(2))
         assert not joined.created
         without_weights = wire.one("CreateModel", creation("m", policy=sync(2))[0])
         assert not without_weights.created

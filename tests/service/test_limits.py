@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from reused_server import ReusedServers
 from wire import Session, Wire, creation, cut, eventually, push, refusal, sync, unchanged
 
-from deltaserve.v1.model_service_pb2 import PullStateRequest, PutStateHeader, PutStateRequest
+from deltaserve.v1.model_service_pb2 import PullStateRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer, ServerConfig
 
@@ -201,11 +201,7 @@ class Mixture:
         self._wire.delete(name)
 
     def _put(self) -> None:
-        kind = PutStateRequest
-        chunk = creation("unused", {"w": (SIZE,)})[1].weights  # type: ignore[attr-defined]
-        messages = [kind(header=PutStateHeader(model="fast")), kind(weights=chunk), kind(square_avg=chunk)]
-        messages += [kind(acc_delta=chunk)] * self._random.choice((0, 1, 1, 2))
-        self._wire.call("PutState", *messages)
+        self._wire.put("fast", [np.zeros(SIZE)] * self._random.choice((2, 3, 3, 4)))
 
 
 @pytest.mark.deep

@@ -24,10 +24,11 @@ from wire import (
     unchanged,
 )
 
+from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest
 from deltaserve_server import LocalServer
-from deltaserve_server.optimizers import Hyperparameters, reference
 from deltaserve_server.memory.host import HostStore
+from deltaserve_server.optimizers import reference
 
 
 def _gradient(seed: int) -> Vector:
@@ -36,7 +37,7 @@ def _gradient(seed: int) -> Vector:
 
 def _first_update(gradient: ArrayLike) -> NDArray[np.float32]:
     zeros = np.zeros(5)
-    return reference.update(gradient, zeros, zeros, zeros, Hyperparameters())[2].astype(np.float32)
+    return reference.update(Adadelta(), np.asarray(gradient), [zeros, zeros], zeros, 1)[1].astype(np.float32)
 
 
 def _check(answer: Stepped, version: int, contributors: int) -> None:

@@ -8,9 +8,8 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
-from wire import Stepped, Wire, cut, eventually, floats, push, refusal, streamed, sync, unchanged
+from wire import Stepped, Wire, adadelta, cut, eventually, floats, push, refusal, streamed, sync, unchanged
 
-from deltaserve.v1.common_pb2 import Hyperparameters
 from deltaserve.v1.worker_service_pb2 import CloseSessionRequest, KeepSessionRequest, PushHeader, StepRequest
 
 Door = Callable[[Wire, PushHeader, ArrayLike], Stepped]
@@ -224,10 +223,10 @@ def test_a_duplicate_may_carry_other_hyperparameters(wire: Wire) -> None:
     """A retry may read its learning rate schedule again. It is the same gradient, and is applied once."""
     wire.create("m")
     session = wire.open("m", "a")
-    wire.step(session.header(1, hyperparameters=[Hyperparameters(lr=0.5)]), ONES)
-    again = wire.step(session.header(1, hyperparameters=[Hyperparameters(lr=0.25)]), ONES)
+    wire.step(session.header(1, hyperparameters=[adadelta(lr=0.5)]), ONES)
+    again = wire.step(session.header(1, hyperparameters=[adadelta(lr=0.25)]), ONES)
     assert again.result.duplicate
-    assert again.result.hyperparameters[0].lr == 0.5
+    assert again.result.hyperparameters[0].adadelta.lr == 0.5
 
 
 def test_a_round_s_duplicate_gets_the_round_s_result(wire: Wire, door: Door) -> None:

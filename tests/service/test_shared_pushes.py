@@ -14,11 +14,24 @@ from attach import Sharer, free, mapped, open_memory, path
 from expected import Twin, gradient, norm
 from google.protobuf.message import Message
 from reused_server import ReusedServers
-from wire import Snapshot, Vector, Wire, asynchronous, bounded, cut, eventually, push, refusal, sync, unchanged
+from wire import (
+    Snapshot,
+    Vector,
+    Wire,
+    adadelta,
+    asynchronous,
+    bounded,
+    cut,
+    eventually,
+    push,
+    refusal,
+    sync,
+    unchanged,
+)
 
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve.v1.common_pb2 import Hyperparameters, Policy
+from deltaserve.v1.common_pb2 import Policy
 from deltaserve_server import ServerConfig
 
 SHAPES = {"a": (70_000, 4), "none": (0,), "b": (7, 101)}
@@ -95,7 +108,7 @@ def _trained(wire: Wire, name: str, policy: Policy, shared: tuple[bool, ...]) ->
     results = []
     for number in range(1, 4):
         calls = []
-        own = [Hyperparameters(lr=0.5, rho=0.8, weight_decay=0.01)] if number == 2 else []
+        own = [adadelta(lr=0.5, rho=0.8, weight_decay=0.01)] if number == 2 else []
         for k, worker in enumerate(workers):
             values = gradient(10 * k + number, SIZE)
             absent = [2] if (k, number) == (1, 3) else []

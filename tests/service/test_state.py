@@ -4,33 +4,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from threading import Event
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import ArrayLike
-from wire import Snapshot, Wire, cut, eventually, pieces, pulled, push, streamed, sync, unchanged
+from wire import Snapshot, Wire, adadelta, cut, eventually, pieces, pulled, push, replacement, streamed, sync, unchanged
 
-from deltaserve.v1.common_pb2 import Hyperparameters, TensorSpec
+from deltaserve.v1.common_pb2 import TensorSpec
 from deltaserve.v1.model_service_pb2 import (
     ExtendModelHeader,
     ExtendModelRequest,
     PullStateRequest,
-    PutStateHeader,
-    PutStateRequest,
 )
+from deltaserve.v1.optimizers_pb2 import Optimizer
 from deltaserve.v1.worker_service_pb2 import PullRequest, PullResponse
 
 ONES = np.ones(5, np.float32)
-
-
-def put(wire: Wire, model: str, vectors: Sequence[ArrayLike], counts: Sequence[int] = (), chunk: int = 1 << 18) -> int:
-    """Calls PutState. Returns the version that it made."""
-    messages = [PutStateRequest(header=PutStateHeader(model=model, update_counts=counts))]
-    for name, vector in zip(("weights", "square_avg", "acc_delta"), vectors, strict=True):
-        fields: list[dict[str, Any]] = [{name: piece} for piece in pieces(vector, size=chunk)]
-        messages += [PutStateRequest(**field) for field in fields]
-    return int(wire.one("PutState", *messages).position.version)
 
 
 def extend(
@@ -38,7 +26,7 @@ def extend(
     model: str,
     sizes: dict[str, int],
     at: tuple[int, int, int],
-    groups: Sequence[Hyperparameters] = (),
+    groups: Sequence[Optimizer] = (),
 ) -> bool:
     """Calls ExtendModel with vectors of ones. `at` is the number of tensors, groups and elements before."""
     tensors = [TensorSpec(name=name, shape=[size], group=at[1] if groups else 0) for name, size in sizes.items()]
@@ -75,14 +63,14 @@ def test_a_pull_waits_for_a_version(wire: Wire) -> None:
     assert pulled(call)[0].position.version == 2
     assert wire.pull("m", wait_for_version=2)[0].position.version == 2
     call = wire.start("Pull", [PullRequest(model="m", wait_for_version=3)])
-    put(wire, "m", [ONES] * 3)
+    wire.put("m", [ONES] * 3)
     assert pulled(call)[0].position.version == 3
 
 
 def test_weights_alone_may_be_pulled(wire: Wire) -> None:
     wire.create("m", weights=np.arange(5))
     answer = wire.call("PullState", PullStateRequest(model="m"))
-    assert [message.WhichOneof("message") for message in answer] == ["header", "weights"]
+    assert [message.WhichOneof("message") for message in answer] == ["header", "state"]
 
 
 def test_a_state_pulled_during_updates_is_of_one_version(wire: Wire) -> None:
@@ -108,7 +96,7 @@ def test_a_state_pulled_during_updates_is_of_one_version(wire: Wire) -> None:
         workers = [threads.submit(work, name) for name in "ab"]
         for _ in range(15):
             state = _vectors(wire)
-            assert all(np.ptp(vector) == 0 for vector in (state.weights, state.square_avg, state.acc_delta))
+            assert all(np.ptp(vector) == 0 for vector in state.arrays)
             seen(state.version, state.weights[0])
             assert state.update_counts == (state.version,)
             header, weights = wire.pull("m")
@@ -155,14 +143,14 @@ def test_put_state_replaces_the_whole_state_and_makes_a_version(wire: Wire) -> N
     session = wire.open("m", "a")
     wire.step(session.header(1), ONES)
     vectors = [np.arange(5) - 2, np.arange(5) + 1, np.arange(5) / 8]
-    assert put(wire, "m", vectors, counts=(7, (1 << 63) - 1), chunk=2) == 2
+    assert wire.put("m", vectors, counts=(7, (1 << 63) - 1), chunk=2) == 2
     state = wire.snapshot("m")
     assert (state.version, state.update_counts) == (2, (7, (1 << 63) - 1))
-    for got, wanted in zip((state.weights, state.square_avg, state.acc_delta), vectors, strict=True):
+    for got, wanted in zip(state.arrays, vectors, strict=True):
         assert np.array_equal(got, wanted.astype(np.float32))
     assert wire.step(session.header(2), ONES).result.version == 3
     assert wire.snapshot("m").update_counts == (8, 1 << 63)
-    assert put(wire, "m", vectors) == 4
+    assert wire.put("m", vectors) == 4
     assert wire.snapshot("m").update_counts == (0, 0)
 
 
@@ -172,7 +160,7 @@ def test_a_state_that_is_pulled_and_put_back_goes_on_with_the_same_bits(wire: Wi
     original, copy = wire.open("m", "a"), wire.open("copy", "a")
     wire.step(original.header(1), ONES)
     state = wire.snapshot("m")
-    put(wire, "copy", [state.weights, state.square_avg, state.acc_delta], state.update_counts)
+    wire.put("copy", state.arrays, state.update_counts)
     for number in range(1, 5):
         gradient = np.random.default_rng(number).standard_normal(5)
         left = wire.step(original.header(number + 1), gradient)
@@ -186,7 +174,7 @@ def test_a_push_that_waits_for_its_round_stays_when_a_state_is_put(wire: Wire) -
     wire.create("m", policy=sync(2))
     a, b = wire.open("m", "a"), wire.open("m", "b")
     call = wire.begin(a.header(1), ONES)
-    assert put(wire, "m", [np.full(5, 10.0), np.ones(5), np.ones(5)], counts=(3, 3)) == 1
+    assert wire.put("m", [np.full(5, 10.0), np.ones(5), np.ones(5)], counts=(3, 3)) == 1
     assert wire.waiting("m") == {"a"}
     answer = wire.step(b.header(1, base_version=1), 3 * ONES)
     assert (answer.result.version, answer.result.contributors, answer.result.staleness) == (2, 2, 0)
@@ -204,9 +192,9 @@ def test_a_model_is_extended_and_old_sessions_go_on(wire: Wire) -> None:
     wire.create("m", weights=np.zeros(5))
     old = wire.open("m", "old")
     wire.step(old.header(1), ONES)
-    assert extend(wire, "m", {"new": 3, "none": 0}, (2, 1, 5), [Hyperparameters(lr=0.5)])
+    assert extend(wire, "m", {"new": 3, "none": 0}, (2, 1, 5), [adadelta(lr=0.5)])
     with unchanged(wire, "m"):
-        assert not extend(wire, "m", {"new": 3, "none": 0}, (2, 1, 5), [Hyperparameters(lr=0.5)])
+        assert not extend(wire, "m", {"new": 3, "none": 0}, (2, 1, 5), [adadelta(lr=0.5)])
     state = wire.snapshot("m")
     assert (state.version, state.update_counts) == (1, (1, 1, 0, 0))
     assert np.array_equal(state.weights[5:], [1, 1, 1])
@@ -214,13 +202,13 @@ def test_a_model_is_extended_and_old_sessions_go_on(wire: Wire) -> None:
     assert (old.opened.tensor_count, new.opened.tensor_count) == (2, 4)
     answer = wire.step(old.header(2), ONES)
     assert answer.weights.size == 5
-    assert [group.lr for group in answer.result.hyperparameters] == [1.0, 0.5]
+    assert [group.adadelta.lr for group in answer.result.hyperparameters] == [1.0, 0.5]
     assert wire.snapshot("m").update_counts == (2, 2, 0, 0)
     answer = wire.stream_step(new.header(1), cut(np.ones(8), 3))
     assert answer.weights.size == 8
     assert wire.snapshot("m").update_counts == (3, 3, 1, 1)
-    old_with_its_own = wire.step(old.header(3, hyperparameters=[Hyperparameters(lr=2.0)]), ONES)
-    assert [group.lr for group in old_with_its_own.result.hyperparameters] == [2.0, 0.5]
+    old_with_its_own = wire.step(old.header(3, hyperparameters=[adadelta(lr=2.0)]), ONES)
+    assert [group.adadelta.lr for group in old_with_its_own.result.hyperparameters] == [2.0, 0.5]
 
 
 def test_an_extension_is_idempotent_after_later_extensions_too(wire: Wire) -> None:
@@ -298,17 +286,18 @@ def test_a_push_in_flight_continues_when_its_model_is_extended(wire: Wire) -> No
 def test_half_an_upload_changes_nothing(wire: Wire, cancelled: str) -> None:
     wire.create("m", {"w": (500_000,)})
     stop = Event()
-    header = ExtendModelHeader(
+    extension = ExtendModelHeader(
         model="m", tensor_count=1, group_count=1, tensors=[TensorSpec(name="x", shape=[500_000])]
     )
 
     def feed() -> Iterator[bytes]:
         if cancelled == "ExtendModel":
-            yield ExtendModelRequest(header=header).SerializeToString()
+            yield ExtendModelRequest(header=extension).SerializeToString()
             yield ExtendModelRequest(weights=next(pieces(np.ones(500_000), 500_000))).SerializeToString()
         else:
-            yield PutStateRequest(header=PutStateHeader(model="m")).SerializeToString()
-            yield PutStateRequest(weights=next(pieces(np.ones(500_000)))).SerializeToString()
+            header, chunk, *_ = replacement("m", [np.ones(500_000)] * 3)
+            yield header.SerializeToString()
+            yield chunk.SerializeToString()
         stop.wait(30)
 
     available = wire.info().limits.memory_available_bytes

@@ -11,6 +11,7 @@ from wire import (
     Session,
     Watch,
     Wire,
+    adadelta,
     asynchronous,
     bounded,
     creation,
@@ -22,11 +23,10 @@ from wire import (
     unchanged,
 )
 
-from deltaserve.v1.common_pb2 import REDUCTION_MEAN, REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Chunk, Policy
-from deltaserve.v1.common_pb2 import Hyperparameters as Sent
-from deltaserve.v1.model_service_pb2 import PutStateHeader, PutStateRequest, WatchModelResponse
+from deltaserve._common.optimizers import Adadelta
+from deltaserve.v1.common_pb2 import REDUCTION_MEAN, REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Policy
+from deltaserve.v1.model_service_pb2 import WatchModelResponse
 from deltaserve.v1.worker_service_pb2 import StepRequest
-from deltaserve_server.optimizers import Hyperparameters
 
 SIZE = 5
 MEDIAN = sync(3, reduction=REDUCTION_MEDIAN)
@@ -43,59 +43,58 @@ def _begin(wire: Wire, sessions: Sequence[Session], number: int) -> list[object]
 
 
 def _rates(events: Sequence[WatchModelResponse]) -> list[tuple[int, float]]:
-    return [(event.position.version, event.update.hyperparameters[0].lr) for event in events]
+    return [(event.position.version, event.update.hyperparameters[0].adadelta.lr) for event in events]
 
 
 def _put(wire: Wire) -> None:
     """Replaces the state by zeros."""
-    kind, chunk = PutStateRequest, Chunk(data=bytes(4 * SIZE))
-    header = kind(header=PutStateHeader(model="m"))
-    wire.call("PutState", header, kind(weights=chunk), kind(square_avg=chunk), kind(acc_delta=chunk))
+    wire.put("m", [np.zeros(SIZE)] * 3)
 
 
 # --- hyperparameters
 
 
 def test_hyperparameters_apply_from_the_answered_version_on(wire: Wire) -> None:
-    wire.create("m", groups=[Sent(lr=1.0, rho=0.8)])
+    wire.create("m", groups=[adadelta(lr=1.0, rho=0.8)])
     session, watch = wire.open("m", "a"), _watch(wire)
     twin = Twin(np.zeros(SIZE, np.float32))
     for number, lr in enumerate((1.0, 1.0, 0.5, 0.5, 0.125), start=1):
-        if lr != wire.model("m").config.groups[0].lr:
-            answer = wire.update("m", [Sent(lr=lr)])
+        if lr != wire.model("m").config.groups[0].adadelta.lr:
+            answer = wire.update("m", [adadelta(lr=lr)])
             assert (answer.first_version, answer.position.version) == (number, number - 1)
-            assert (answer.config.groups[0].lr, answer.config.groups[0].rho) == (lr, 0.8)
+            assert (answer.config.groups[0].adadelta.lr, answer.config.groups[0].adadelta.rho) == (lr, 0.8)
             assert answer.config == wire.model("m").config
         wire.step(session.header(number), gradient(number, SIZE))
-        twin.update(gradient(number, SIZE), own=Hyperparameters(lr=lr, rho=0.8))
+        twin.update(gradient(number, SIZE), own=Adadelta(lr=lr, rho=0.8))
     assert _rates(watch.until(5)) == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5), (5, 0.125)]
     watch.cancel()
     twin.check(wire.snapshot("m"))
 
 
 def test_fields_and_groups_that_are_not_set_stay(wire: Wire) -> None:
-    groups = [Sent(lr=0.5, eps=1e-3), Sent(rho=0.8, maximize=True)]
+    groups = [adadelta(lr=0.5, eps=1e-3), adadelta(rho=0.8, maximize=True)]
     wire.create("m", groups=groups, group_of=[0, 1], policy=sync(2))
     before = wire.model("m").config
     assert wire.update("m").config == before
-    assert wire.update("m", [Sent(), Sent()]).config == before
-    answer = wire.update("m", [Sent(), Sent(maximize=False, weight_decay=0.1)])
-    assert [(g.lr, g.rho, g.eps, g.weight_decay, g.maximize) for g in answer.config.groups] == [
+    assert wire.update("m", [adadelta(), adadelta()]).config == before
+    answer = wire.update("m", [adadelta(), adadelta(maximize=False, weight_decay=0.1)])
+    changed = [group.adadelta for group in answer.config.groups]
+    assert [(g.lr, g.rho, g.eps, g.weight_decay, g.maximize) for g in changed] == [
         (0.5, 0.9, 1e-3, 0.0, False),
         (1.0, 0.8, 1e-6, 0.1, False),
     ]
     assert answer.config.policy == before.policy
     answer = wire.update("m", policy=bounded(2))
-    assert (answer.config.policy.bounded.slack, answer.config.groups[0].lr) == (2, 0.5)
+    assert (answer.config.policy.bounded.slack, answer.config.groups[0].adadelta.lr) == (2, 0.5)
 
 
 def test_a_push_that_carries_its_own_goes_on_using_them(wire: Wire) -> None:
     wire.create("m")
     session = wire.open("m", "a")
-    wire.update("m", [Sent(lr=0.25)])
-    own = wire.step(session.header(1, hyperparameters=[Sent(lr=2.0)]), gradient(1, SIZE))
-    assert own.result.hyperparameters[0].lr == 2.0
-    assert wire.step(session.header(2), gradient(2, SIZE)).result.hyperparameters[0].lr == 0.25
+    wire.update("m", [adadelta(lr=0.25)])
+    own = wire.step(session.header(1, hyperparameters=[adadelta(lr=2.0)]), gradient(1, SIZE))
+    assert own.result.hyperparameters[0].adadelta.lr == 2.0
+    assert wire.step(session.header(2), gradient(2, SIZE)).result.hyperparameters[0].adadelta.lr == 0.25
 
 
 def test_hyperparameters_change_for_the_open_round_too(wire: Wire) -> None:
@@ -104,13 +103,13 @@ def test_hyperparameters_change_for_the_open_round_too(wire: Wire) -> None:
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = _watch(wire)
     (call,) = _begin(wire, [a], 1)
-    assert wire.update("m", [Sent(lr=0.25)]).first_version == 1
+    assert wire.update("m", [adadelta(lr=0.25)]).first_version == 1
     wire.step(b.header(1), gradient(1, SIZE))
     streamed(call)  # type: ignore[arg-type]
     assert _rates(watch.until(1)) == [(1, 0.25)]
     watch.cancel()
     twin = Twin(np.zeros(SIZE, np.float32))
-    twin.update(gradient(0, SIZE) + gradient(1, SIZE), 2.0, Hyperparameters(lr=0.25))
+    twin.update(gradient(0, SIZE) + gradient(1, SIZE), 2.0, Adadelta(lr=0.25))
     twin.check(wire.snapshot("m"))
 
 
@@ -141,7 +140,7 @@ def test_max_staleness_and_damping_apply_to_waiting_pushes(wire: Wire) -> None:
     answer = wire.update("m", policy=asynchronous(max_staleness=1, damping=True))
     assert (answer.first_version, answer.position.version) == (1, 2)
     first, second = (streamed(call).result for call in calls[:2])  # type: ignore[arg-type]
-    assert [(r.staleness, r.hyperparameters[0].lr) for r in (first, second)] == [(0, 1.0), (1, 0.5)]
+    assert [(r.staleness, r.hyperparameters[0].adadelta.lr) for r in (first, second)] == [(0, 1.0), (1, 0.5)]
     with pytest.raises(grpc.RpcError) as caught:
         streamed(calls[2])  # type: ignore[arg-type]
     refused = refusal(caught.value)
@@ -233,13 +232,13 @@ def test_a_change_waits_for_a_round_that_is_reduced_in_part(wire: Wire, policy: 
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = _watch(wire)
     (call,) = _begin(wire, [a], 1)
-    answer = wire.update("m", [Sent(lr=0.25)], policy)
+    answer = wire.update("m", [adadelta(lr=0.25)], policy)
     assert (answer.first_version, answer.position.version) == (2, 0)
-    assert answer.config.groups[0].lr == 0.25
+    assert answer.config.groups[0].adadelta.lr == 0.25
     assert answer.config.policy.WhichOneof("policy") == policy.WhichOneof("policy")
     now = wire.model("m").config
     assert (now.policy.sync.min_workers, now.policy.sync.reduction) == (1, REDUCTION_MEAN), "as it still is"
-    assert now.groups[0].lr == 1.0
+    assert now.groups[0].adadelta.lr == 1.0
     other = wire.begin(b.header(1), gradient(1, SIZE))
     assert [streamed(c).result.contributors for c in (call, other)] == [2, 2]  # type: ignore[arg-type]
     assert wire.model("m").config == answer.config
@@ -261,9 +260,9 @@ def test_the_last_of_several_deferred_changes_counts(wire: Wire) -> None:
     a, b = wire.open("m", "a"), wire.open("m", "b")
     _begin(wire, [a], 1)
     assert wire.update("m", policy=MEDIAN).first_version == 2
-    assert wire.update("m", [Sent(lr=0.5)]).first_version == 2, "on top of the one that waits"
+    assert wire.update("m", [adadelta(lr=0.5)]).first_version == 2, "on top of the one that waits"
     answer = wire.update("m", policy=sync(2, reduction=REDUCTION_MEAN))
-    assert answer.config.groups[0].lr == 0.5
+    assert answer.config.groups[0].adadelta.lr == 0.5
     wire.step(b.header(1), gradient(1, SIZE))
     assert wire.model("m").config == answer.config
 
@@ -285,7 +284,7 @@ def test_a_state_that_is_put_while_a_change_waits_makes_a_version_of_its_own(wir
     a, b = wire.open("m", "a"), wire.open("m", "b")
     watch = _watch(wire)
     _begin(wire, [a], 1)
-    assert wire.update("m", [Sent(lr=0.25)], asynchronous()).first_version == 2
+    assert wire.update("m", [adadelta(lr=0.25)], asynchronous()).first_version == 2
     _put(wire)
     wire.step(b.header(1), gradient(1, SIZE))
     wire.step(b.header(2), gradient(2, SIZE))
@@ -299,19 +298,19 @@ def test_a_state_that_is_put_while_a_change_waits_makes_a_version_of_its_own(wir
 
 
 def test_create_model_accepts_the_initial_and_the_current_settings(wire: Wire) -> None:
-    wire.create("m", groups=[Sent(lr=0.5)], policy=sync(2))
-    wire.update("m", [Sent(lr=0.25)], bounded(3))
+    wire.create("m", groups=[adadelta(lr=0.5)], policy=sync(2))
+    wire.update("m", [adadelta(lr=0.25)], bounded(3))
     with unchanged(wire, "m"):
         for lr in (0.5, 0.25):
             for policy in (sync(2), bounded(3)):
-                assert not wire.create("m", groups=[Sent(lr=lr)], policy=policy).created
+                assert not wire.create("m", groups=[adadelta(lr=lr)], policy=policy).created
         for lr, policy in ((0.75, sync(2)), (0.5, bounded(4)), (0.25, asynchronous())):
-            refused = wire.refused("CreateModel", *creation("m", groups=[Sent(lr=lr)], policy=policy))
+            refused = wire.refused("CreateModel", *creation("m", groups=[adadelta(lr=lr)], policy=policy))
             assert refused.reason == "MODEL_MISMATCH"
-    wire.update("m", [Sent(lr=0.125)], asynchronous())
-    assert not wire.create("m", groups=[Sent(lr=0.5)], policy=sync(2)).created
-    assert not wire.create("m", groups=[Sent(lr=0.125)]).created
-    refused = wire.refused("CreateModel", *creation("m", groups=[Sent(lr=0.25)], policy=sync(2)))
+    wire.update("m", [adadelta(lr=0.125)], asynchronous())
+    assert not wire.create("m", groups=[adadelta(lr=0.5)], policy=sync(2)).created
+    assert not wire.create("m", groups=[adadelta(lr=0.125)]).created
+    refused = wire.refused("CreateModel", *creation("m", groups=[adadelta(lr=0.25)], policy=sync(2)))
     assert refused.metadata["difference"] == "lr of group 0 is 0.125, not 0.25", "what it was in between is past"
 
 

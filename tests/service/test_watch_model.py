@@ -3,18 +3,16 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from expected import gradient, norm
 from reused_server import ReusedServers
-from wire import Session, Watch, Wire, asynchronous, bounded, creation, eventually, streamed, sync
+from wire import Session, Watch, Wire, adadelta, asynchronous, bounded, eventually, streamed, sync
 
-from deltaserve.v1.common_pb2 import Hyperparameters as Sent
 from deltaserve.v1.common_pb2 import Policy
-from deltaserve.v1.model_service_pb2 import PutStateHeader, PutStateRequest, WatchModelResponse
+from deltaserve.v1.model_service_pb2 import WatchModelResponse
 from deltaserve_server import LocalServer, ServerConfig
 
 SIZE = 5
@@ -31,11 +29,7 @@ def small(reused_servers: ReusedServers) -> Iterator[Wire]:
 
 def _put(wire: Wire, model: str) -> None:
     """Replaces the state by zeros."""
-    kind, (_, chunk) = PutStateRequest, creation("unused", {"w": (SIZE,)})
-    weights: Any = chunk
-    header = PutStateHeader(model=model)
-    vectors = [kind(**{name: weights.weights}) for name in ("weights", "square_avg", "acc_delta")]
-    wire.call("PutState", kind(header=header), *vectors)
+    wire.put(model, [np.zeros(SIZE)] * 3)
 
 
 def _advance(wire: Wire, session: Session, numbers: Sequence[int]) -> None:
@@ -76,7 +70,7 @@ def test_every_watcher_gets_every_version_once_and_in_order(wire: Wire) -> None:
 
 
 def test_an_event_tells_of_each_push(wire: Wire) -> None:
-    wire.create("m", groups=[Sent(lr=0.5, rho=0.8)], policy=sync(3))
+    wire.create("m", groups=[adadelta(lr=0.5, rho=0.8)], policy=sync(3))
     wire.open("m", "b")
     sessions = {name: wire.open("m", name) for name in ("c", "b", "Z")}
     watch = wire.watch("m")
@@ -97,7 +91,7 @@ def test_an_event_tells_of_each_push(wire: Wire) -> None:
             assert contribution.gradient_norm == pytest.approx(norm(values), rel=1e-6)
         assert event.update.update_norm == results["b"].update_norm > 0
         assert list(event.update.hyperparameters) == list(results["b"].hyperparameters)
-        assert event.update.hyperparameters[0].rho == 0.8
+        assert event.update.hyperparameters[0].adadelta.rho == 0.8
     watch.cancel()
 
 
@@ -113,7 +107,7 @@ def test_an_event_tells_how_stale_a_push_was_and_the_rate_that_was_used(wire: Wi
     wire.step(b.header(1, base_version=0), gradient(1, SIZE))
     last = watch.until(4)[-1]
     assert _contributions(last) == [("b", 1, 1, 3, 1.0)]
-    assert last.update.hyperparameters[0].lr == (0.25 if getattr(policy, "async").damping else 1.0)
+    assert last.update.hyperparameters[0].adadelta.lr == (0.25 if getattr(policy, "async").damping else 1.0)
     watch.cancel()
 
 
@@ -162,7 +156,7 @@ def test_a_version_without_an_update_has_no_update(wire: Wire) -> None:
 @pytest.mark.deep
 def test_a_slow_watcher_loses_the_oldest_events_and_delays_nobody(wire: Wire) -> None:
     """It reads one message, and then nothing until a thousand updates are made."""
-    groups, steps = [Sent()] * 200, 1000
+    groups, steps = [adadelta()] * 200, 1000
     wire.create("m", groups=groups)  # so that messages are of 8 KB, and the connection holds few of them
     session = wire.open("m", "a")
     slow, quick = wire.watch("m"), wire.watch("m")

@@ -20,12 +20,12 @@ from deltaserve.v1 import common_pb2, model_service_pb2, system_service_pb2, wor
 from deltaserve.v1.common_pb2 import (
     AsyncPolicy,
     BoundedPolicy,
-    Hyperparameters,
     ModelConfig,
     Policy,
     SyncPolicy,
     TensorSpec,
 )
+from deltaserve.v1.optimizers_pb2 import Optimizer
 from deltaserve.v1.worker_service_pb2 import PushHeader
 
 Vector = NDArray[np.float32]
@@ -46,6 +46,9 @@ _WATCH_SECONDS = 100.0
 CHUNK = 1 << 18
 """Elements of a chunk unless a test says otherwise."""
 
+ADADELTA_SLOTS = ("square_avg", "acc_delta")
+"""The optimizer state of a model unless a test says otherwise."""
+
 
 def sync(min_workers: int | None = None, **fields: Any) -> Policy:
     """The synchronous policy."""
@@ -61,6 +64,21 @@ def asynchronous(**fields: Any) -> Policy:
 def bounded(slack: int | None = None) -> Policy:
     """The bounded policy."""
     return Policy(bounded=BoundedPolicy(slack=slack))
+
+
+def optimizer(kind: str, **fields: Any) -> Optimizer:
+    """An optimizer of this kind with only these fields set."""
+    message = Optimizer()
+    inner = getattr(message, kind)
+    inner.SetInParent()
+    for name, value in fields.items():
+        setattr(inner, name, value)
+    return message
+
+
+def adadelta(**fields: Any) -> Optimizer:
+    """Adadelta with only these fields set."""
+    return optimizer("adadelta", **fields)
 
 
 def floats(values: ArrayLike) -> bytes:
@@ -117,7 +135,8 @@ class Snapshot:
     version: int
     config: bytes
     update_counts: tuple[int, ...]
-    vectors: tuple[bytes, bytes, bytes]
+    slots: tuple[str, ...]
+    vectors: tuple[bytes, ...]
     sessions: tuple[tuple[str, int, int, int, bool], ...]
 
     @property
@@ -125,15 +144,24 @@ class Snapshot:
         """The parameters."""
         return np.frombuffer(self.vectors[0], "<f4")
 
+    def slot(self, name: str) -> Vector:
+        """A vector of optimizer state."""
+        return np.frombuffer(self.vectors[1 + self.slots.index(name)], "<f4")
+
     @property
     def square_avg(self) -> Vector:
-        """The leaky average of squared gradients."""
-        return np.frombuffer(self.vectors[1], "<f4")
+        """Adadelta's leaky average of squared gradients."""
+        return self.slot("square_avg")
 
     @property
     def acc_delta(self) -> Vector:
-        """The leaky average of squared updates."""
-        return np.frombuffer(self.vectors[2], "<f4")
+        """Adadelta's leaky average of squared updates."""
+        return self.slot("acc_delta")
+
+    @property
+    def arrays(self) -> list[Vector]:
+        """The parameters and all optimizer state."""
+        return [np.frombuffer(vector, "<f4") for vector in self.vectors]
 
 
 @dataclass(frozen=True)
@@ -252,7 +280,7 @@ class Wire:
         shapes: Shapes | None = None,
         *,
         weights: ArrayLike | None = None,
-        groups: Sequence[Hyperparameters] = (),
+        groups: Sequence[Optimizer] = (),
         group_of: Sequence[int] = (),
         policy: Policy | None = None,
     ) -> model_service_pb2.CreateModelResponse:
@@ -274,19 +302,32 @@ class Wire:
     def snapshot(self, name: str) -> Snapshot:
         """PullState and GetModel."""
         header, *rest = self.call("PullState", model_service_pb2.PullStateRequest(model=name, optimizer_state=True))
-        vectors = dict.fromkeys(("weights", "square_avg", "acc_delta"), b"")
-        for message in rest:
-            vectors[message.WhichOneof("message")] += getattr(message, message.WhichOneof("message")).data
+        slots = tuple(header.header.slots)
+        vectors = np.split(_joined([message.state for message in rest]), 1 + len(slots))
         return Snapshot(
             version=header.header.position.version,
             config=header.header.config.SerializeToString(deterministic=True),
             update_counts=tuple(header.header.update_counts),
-            vectors=(vectors["weights"], vectors["square_avg"], vectors["acc_delta"]),
+            slots=slots,
+            vectors=tuple(vector.tobytes() for vector in vectors),
             sessions=tuple((s.worker, s.epoch, s.rank, s.last_sequence, s.waiting) for s in self.model(name).sessions),
         )
 
+    def put(
+        self,
+        name: str,
+        vectors: Sequence[ArrayLike],
+        counts: Sequence[int] = (),
+        slots: Sequence[str] = ADADELTA_SLOTS,
+        chunk: int = CHUNK,
+    ) -> int:
+        """PutState. Returns the version that it made."""
+        messages = replacement(name, vectors, counts, slots, chunk)
+        answer: model_service_pb2.PutStateResponse = self.one("PutState", *messages)
+        return answer.position.version
+
     def update(
-        self, name: str, groups: Sequence[Hyperparameters] = (), policy: Policy | None = None
+        self, name: str, groups: Sequence[Optimizer] = (), policy: Policy | None = None
     ) -> model_service_pb2.UpdateModelResponse:
         """UpdateModel."""
         request = model_service_pb2.UpdateModelRequest(model=name, groups=groups, policy=policy)
@@ -400,7 +441,7 @@ def creation(
     shapes: Shapes | None = None,
     *,
     weights: ArrayLike | None = None,
-    groups: Sequence[Hyperparameters] = (),
+    groups: Sequence[Optimizer] = (),
     group_of: Sequence[int] = (),
     policy: Policy | None = None,
 ) -> list[Message]:
@@ -419,6 +460,23 @@ def creation(
     vector = np.zeros(size, np.float32) if weights is None else np.asarray(weights, np.float32)
     kind = model_service_pb2.CreateModelRequest
     return [kind(config=config), *(kind(weights=piece) for piece in pieces(vector))]
+
+
+def replacement(
+    model: str,
+    vectors: Sequence[ArrayLike],
+    counts: Sequence[int] = (),
+    slots: Sequence[str] = ADADELTA_SLOTS,
+    chunk: int = CHUNK,
+) -> list[Message]:
+    """The messages of a PutState."""
+    kind, start = model_service_pb2.PutStateRequest, 0
+    header = model_service_pb2.PutStateHeader(model=model, update_counts=counts, slots=slots)
+    messages: list[Message] = [kind(header=header)]
+    for vector in vectors:
+        messages += [kind(state=piece) for piece in pieces(vector, start, chunk)]
+        start += np.size(vector)
+    return messages
 
 
 def pieces(vector: ArrayLike, start: int = 0, size: int = CHUNK) -> Iterator[common_pb2.Chunk]:

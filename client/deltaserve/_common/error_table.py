@@ -56,6 +56,13 @@ TABLE: Mapping[str, Row] = {
     "SHAPE_INVALID": Row(_INVALID, RequestError, "shape of tensor {tensor}: expected {allowed}, got {shape}"),
     "DTYPE_UNSUPPORTED": Row(_INVALID, RequestError, "type of tensor {tensor}: expected {allowed}, got {got}"),
     "HYPERPARAMETER_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
+    "OPTIMIZER_UNKNOWN": Row(
+        _INVALID, RequestError, "{field}: no optimizer that this server knows is set; it has {allowed}"
+    ),
+    "OPTIMIZER_MISMATCH": Row(
+        _PRECONDITION, ConflictError, "model {model} has the optimizer {expected}, not {got}, and keeps it"
+    ),
+    "STATE_MISMATCH": Row(_INVALID, RequestError, "optimizer state: expected {expected}, got {got}"),
     "POLICY_INVALID": Row(_INVALID, RequestError, "{field}: expected {allowed}"),
     "CHUNK_SEQUENCE": Row(_INVALID, RequestError, "chunks: expected {expected}, got {got}"),
     "PUSH_INCOMPLETE": Row(_INVALID, RequestError, "the stream ended early: expected {expected} elements, got {got}"),

@@ -1,7 +1,5 @@
 """Conversion between optimizers and their messages, by the names of kinds and hyperparameters."""
 
-from dataclasses import replace
-
 from deltaserve._common.optimizers import OPTIMIZERS, Optimizer
 from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve.v1 import optimizers_pb2
@@ -33,4 +31,6 @@ def from_message(message: optimizers_pb2.Optimizer, unset: Optimizer | None = No
     if kind is None:
         return None
     given = {field.name: value for field, value in getattr(message, kind).ListFields()}
-    return replace(unset or OPTIMIZERS[kind](), **given)  # type: ignore[type-var]
+    if unset is None:
+        return OPTIMIZERS[kind](**given)
+    return type(unset)(**{name: getattr(unset, name) for name in hyperparameters(unset)} | given)

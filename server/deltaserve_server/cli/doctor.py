@@ -125,6 +125,7 @@ def _properties(info: "deltaserve.ServerInfo") -> Iterator[Finding]:
     yield Finding("version", f"server {info.version}, here {ours}", advice)
     yield Finding("device", device(info))
     yield Finding("durable", DURABILITY.get(info.durability, info.durability))
+    yield Finding("optimizers", ", ".join(info.optimizers))
     limits = info.limits
     text = f"{limits.models} models, {limits.sessions} sessions, messages up to {format_bytes(limits.message_bytes)}"
     # Clients send chunks of 1 MiB, in messages that are slightly larger.

@@ -9,7 +9,7 @@ from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.display import facts, format_bytes, format_seconds, table
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
-from deltaserve_server.cli.policy import format_policy
+from deltaserve_server.cli.settings import format_policy
 
 if TYPE_CHECKING:
     import deltaserve
@@ -86,7 +86,7 @@ def device(info: "deltaserve.ServerInfo") -> str:
 
 
 def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
-    header = ("MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "POLICY")
+    header = ("MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "OPTIMIZER", "POLICY")
     rows = [
         (
             model.name,
@@ -95,6 +95,7 @@ def _model_table(summaries: "list[deltaserve.ModelSummary]") -> str:
             model.session_count,
             model.version,
             "none" if model.durable_version is None else model.durable_version,
+            model.optimizer,
             format_policy(model.policy),
         )
         for model in summaries
@@ -110,6 +111,7 @@ def _model_status(model: "deltaserve.Model") -> str:
         [
             ("model", model.name),
             ("version", f"{info.version}, durable: {durable}"),
+            ("optimizer", model.groups[0].kind),
             ("policy", format_policy(model.policy)),
             ("weights", f"{elements} float32 elements, {format_bytes(4 * elements)}"),
         ]
@@ -136,8 +138,12 @@ def _model_status(model: "deltaserve.Model") -> str:
 
 def group_table(model: "deltaserve.Model") -> str:
     """Formats the hyperparameters, one line per parameter group."""
-    rows = [
-        (index, group.lr, group.rho, group.eps, group.weight_decay, "yes" if group.maximize else "no")
-        for index, group in enumerate(model.groups)
-    ]
-    return table(("GROUP", "LR", "RHO", "EPS", "WEIGHT_DECAY", "MAXIMIZE"), rows)
+    from deltaserve._common.optimizers.definition import hyperparameters
+
+    names = hyperparameters(model.groups[0])  # all groups of a model have the same optimizer
+    rows = [(index, *(_shown(getattr(group, name)) for name in names)) for index, group in enumerate(model.groups)]
+    return table(("GROUP", *map(str.upper, names)), rows)
+
+
+def _shown(value: float) -> object:
+    return value if not isinstance(value, bool) else "yes" if value else "no"

@@ -1,35 +1,36 @@
 """A whole model as a safetensors file, which other tools can read too.
 
-Tensors, float32: `NAME` holds the weights, `square_avg/NAME` and `acc_delta/NAME` the optimizer state. Metadata, all of
-it text: `model`, `version`, `update_count/NAME`, and `config`, which is JSON:
+Tensors, float32: `NAME` holds the weights, `SLOT/NAME` each slot of the optimizer state, such as `square_avg/NAME`.
+Metadata, all of it text: `model`, `version`, `update_count/NAME`, and `config`, which is JSON:
 
     {
         "tensors": [{"name": "w", "group": 0}],
-        "groups": [{"lr": 1.0, "rho": 0.9, "eps": 1e-06, "weight_decay": 0.0, "maximize": false}],
+        "groups": [{"kind": "adadelta", "lr": 1.0, "rho": 0.9, "eps": 1e-06, "weight_decay": 0.0, "maximize": false}],
         "policy": "sync:min_workers=4"
     }
 
-"tensors" is the layout, because a safetensors file does not keep the order of its tensors. "policy" is text as on the
-command line.
+"tensors" is the layout, because a safetensors file does not keep the order of its tensors. "groups" are the
+hyperparameters of an optimizer, whose "kind" is the same in all of them. "policy" is text as on the command line.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_type_hints
 
 import msgspec
 import typer
 from safetensors import SafetensorError, safe_open
 
-from deltaserve import Hyperparameters, ModelInfo, ModelState, TensorSpec
+from deltaserve import ModelInfo, ModelState, Optimizer, TensorSpec
 from deltaserve._common.element_types import Array
+from deltaserve._common.optimizers import OPTIMIZERS
+from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve_server.cli import output
 from deltaserve_server.cli.errors import CommandError
-from deltaserve_server.cli.policy import Policy, format_policy, parse_policy
+from deltaserve_server.cli.settings import Policy, format_policy, parse_policy
 
-PREFIXES = {"weights": "", "square_avg": "square_avg/", "acc_delta": "acc_delta/"}
 COUNT_PREFIX = "update_count/"
 MAX_UPDATES = (1 << 63) - 1
 """The largest version and update count that the protocol allows in a state."""
@@ -41,7 +42,7 @@ class SavedModel:
 
     name: str
     tensors: tuple[TensorSpec, ...]
-    groups: tuple[Hyperparameters, ...]
+    groups: tuple[Optimizer, ...]
     policy: Policy
     state: ModelState
 
@@ -52,17 +53,19 @@ class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
     group: int
 
 
-class _Group(msgspec.Struct, forbid_unknown_fields=True):
-    lr: float
-    rho: float
-    eps: float
-    weight_decay: float
-    maximize: bool
+def _group(kind: str, optimizer: type[Optimizer]) -> Any:
+    """Returns a strict type for the hyperparameters of an optimizer, all of which a file must have."""
+    hints = get_type_hints(optimizer)
+    members = [(name, hints[name]) for name in hyperparameters(optimizer)]
+    return msgspec.defstruct(kind, members, tag_field="kind", tag=kind, forbid_unknown_fields=True)
+
+
+_Group: Any = Union[tuple(_group(kind, optimizer) for kind, optimizer in OPTIMIZERS.items())]  # noqa: UP007
 
 
 class _Config(msgspec.Struct, forbid_unknown_fields=True):
     tensors: list[_Tensor]
-    groups: list[_Group]
+    groups: list[_Group]  # encoded from optimizers, which have the same fields
     policy: str
 
 
@@ -76,20 +79,18 @@ def encode(info: ModelInfo, state: ModelState) -> bytes:
     Raises:
         CommandError: The name of a tensor conflicts with the format, or the model was replaced meanwhile.
     """
-    vectors = {key: getattr(state, key) for key in PREFIXES}
-    tensors = {prefix + name: array for key, prefix in PREFIXES.items() for name, array in vectors[key].items()}
-    if len(tensors) != len(PREFIXES) * len(state.weights):  # a tensor "square_avg/w" beside a tensor "w"
+    assert state.slots is not None
+    vectors = {"": state.weights, **{f"{slot}/": state.slots[slot] for slot in state.slots}}
+    tensors = {prefix + name: array for prefix, vector in vectors.items() for name, array in vector.items()}
+    if len(tensors) != len(vectors) * len(state.weights):  # a tensor "square_avg/w" beside a tensor "w"
         raise CommandError(
             f"the tensors of {info.name} have names that export uses for optimizer state: only pull can write it"
         )
     layout = info.tensors[: len(state.weights)]
     if [spec.name for spec in layout] != list(state.weights):
         raise CommandError(f"{info.name} was deleted and created again during the export: export it again")
-    config = _Config(
-        tensors=[_Tensor(spec.name, spec.group) for spec in layout],
-        groups=[_Group(**asdict(group)) for group in info.groups],
-        policy=format_policy(info.policy),
-    )
+    specs = [_Tensor(spec.name, spec.group) for spec in layout]
+    config = _Config(tensors=specs, groups=list(info.groups), policy=format_policy(info.policy))
     metadata = {"model": info.name, "version": str(state.version), "config": msgspec.json.encode(config).decode()}
     metadata |= {COUNT_PREFIX + name: str(count) for name, count in state.update_counts.items()}
     return output.encode(tensors, metadata)
@@ -118,12 +119,13 @@ def _decode(opened: Any) -> SavedModel:
     metadata = opened.metadata() or {}
     try:
         config = msgspec.json.decode(_text(metadata, "config"), type=_Config)
-        policy = parse_policy(config.policy).policy()
+        policy = parse_policy(config.policy).make()
     except (msgspec.DecodeError, RecursionError) as error:  # RecursionError: very many nested brackets
         raise CommandError(f"config: {error}") from error
     except typer.BadParameter as error:
         raise CommandError(f"config: policy: {error.message}") from error
-    groups = tuple(Hyperparameters(**msgspec.structs.asdict(group)) for group in config.groups)
+    groups = tuple(OPTIMIZERS[group.__struct_config__.tag](**msgspec.structs.asdict(group)) for group in config.groups)
+    slots = tuple(slot.name for slot in groups[0].slots) if groups else ()
     group_of = {tensor.name: tensor.group for tensor in config.tensors}
     if len(group_of) != len(config.tensors):
         raise CommandError("config: two tensors have the same name")
@@ -133,11 +135,14 @@ def _decode(opened: Any) -> SavedModel:
     # The vectors come last: whatever is wrong with the metadata costs no reading of gigabytes.
     version = _count(metadata, "version")
     counts = {name: _count(metadata, COUNT_PREFIX + name) for name in group_of}
-    _check_tensors(opened, group_of)
-    vectors: dict[str, dict[str, Array]] = {
-        key: {name: _tensor(opened, prefix + name) for name in group_of} for key, prefix in PREFIXES.items()
-    }
-    state = ModelState(version=version, update_counts=counts, **vectors)
+    _check_tensors(opened, group_of, slots)
+    weights: dict[str, Array] = {name: _tensor(opened, name) for name in group_of}
+    state = ModelState(
+        version=version,
+        weights=weights,
+        slots={slot: {name: _tensor(opened, f"{slot}/{name}") for name in group_of} for slot in slots},
+        update_counts=counts,
+    )
     tensors = tuple(TensorSpec(name, state.weights[name].shape, group) for name, group in group_of.items())
     return SavedModel(name=_text(metadata, "model"), tensors=tensors, groups=groups, policy=policy, state=state)
 
@@ -156,11 +161,12 @@ def _count(metadata: Mapping[str, str], key: str) -> int:
     return int(text)
 
 
-def _check_tensors(opened: Any, names: Collection[str]) -> None:
+def _check_tensors(opened: Any, names: Collection[str], slots: Sequence[str]) -> None:
     """Raises CommandError unless the file has exactly the model's tensors, as float32, in matching shapes."""
-    expected = {prefix + name: name for name in names for prefix in PREFIXES.values()}
+    prefixes = ["", *(f"{slot}/" for slot in slots)]
+    expected = {prefix + name: name for name in names for prefix in prefixes}
     present = set(opened.keys())
-    if len(expected) != len(PREFIXES) * len(names):
+    if len(expected) != len(prefixes) * len(names):
         raise CommandError("config: tensors have names that are used for optimizer state")
     for wrong, keys in (("missing", expected.keys() - present), ("unexpected", present - expected.keys())):
         if keys:

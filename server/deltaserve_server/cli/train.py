@@ -5,19 +5,27 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaserve_server.cli.errors import UsageError
 from deltaserve_server.cli.options import POLICY_HELP, parse_address
-from deltaserve_server.cli.policy import PolicyText, format_policy, parse_policy
+from deltaserve_server.cli.settings import (
+    Parsed,
+    format_optimizer,
+    format_policy,
+    parse_optimizer,
+    parse_policy,
+)
 
 if TYPE_CHECKING:
+    from deltaserve import Optimizer
     from deltaserve_server.recipes.recipe import Policy, Recipe
     from deltaserve_server.recipes.training import RunResult
 
@@ -44,12 +52,22 @@ Workers = Annotated[
     int, typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Number of worker processes.")
 ]
 PolicyOption = Annotated[
-    PolicyText,
+    Parsed[Any],
     typer.Option(
         "--policy",
         metavar="POLICY",
         parser=parse_policy,
         help=f"{POLICY_HELP} sync waits for all workers unless min_workers or quorum is set.",
+    ),
+]
+OptimizerOption = Annotated[
+    Parsed[Any],
+    typer.Option(
+        "--optimizer",
+        metavar="OPTIMIZER",
+        parser=parse_optimizer,
+        help="adadelta, sgd, momentum, adagrad, rmsprop, adam or adamw, with settings if those of the recipe do not "
+        "suit: sgd:lr=0.05,momentum=0.9.",
     ),
 ]
 TrainTarget = Annotated[
@@ -89,7 +107,8 @@ Plot = Annotated[
 @application.command()
 def digits(
     workers: Workers = 2,
-    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
+    optimizer: OptimizerOption = "adadelta",  # type: ignore[assignment]  # typer parses defaults too
+    policy: PolicyOption = "sync",  # type: ignore[assignment]
     target: TrainTarget = None,
     model: ModelName = None,
     seed: Seed = 0,
@@ -101,13 +120,15 @@ def digits(
 
     chosen = _policy(policy, workers, alone=target is None)  # first: wrong usage shows before data is loaded
     train, test = load_digits()
-    _train(Digits(train=train, test=test, seed=seed), workers, chosen, target, model, timeout)
+    recipe = Digits(train=train, test=test, optimizer=_optimizer(optimizer, Digits), seed=seed)
+    _train(recipe, workers, chosen, target, model, timeout)
 
 
 @application.command()
 def airfoil(
     workers: Workers = 1,
-    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
+    optimizer: OptimizerOption = "adadelta",  # type: ignore[assignment]  # typer parses defaults too
+    policy: PolicyOption = "sync",  # type: ignore[assignment]
     recipe: Annotated[
         AirfoilRecipe, typer.Option("--recipe", help="scratch: numpy, 2 epochs. concise: torch, 4 epochs.")
     ] = AirfoilRecipe.SCRATCH,
@@ -118,7 +139,10 @@ def airfoil(
     seed: Seed = 0,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Train the linear regression of the Adadelta section in "Dive into Deep Learning"."""
+    """Train the linear regression of the optimization chapter in "Dive into Deep Learning".
+
+    Every optimizer has the settings of its section in the book, except adamw, which is not in the book.
+    """
     from deltaserve_server.recipes import loss_figure
     from deltaserve_server.recipes.airfoil import AirfoilConcise, AirfoilScratch
     from deltaserve_server.recipes.data import find_airfoil, load_airfoil
@@ -131,7 +155,8 @@ def airfoil(
         raise MissingPackageError("torch", "torch")
     examples = load_airfoil(find_airfoil(data, cache_folder()))
     kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
-    result = _train(kind(train=examples, seed=seed), workers, chosen, target, model, timeout)
+    made = kind(train=examples, optimizer=_optimizer(optimizer, kind), seed=seed)
+    result = _train(made, workers, chosen, target, model, timeout)
     if plot is not None:
         loss_figure.draw(result.curve, kind.epochs, plot)
         typer.echo(f"figure: {plot}")
@@ -156,6 +181,7 @@ def _train(
     with _exit_on_sigterm(), _server(target, timeout) as address:
         kind = f"{workers} worker{'s' * (workers > 1)}, {format_policy(policy)}, batches of {recipe.batch_size} each"
         typer.echo(f"{recipe.name}: {len(recipe.train)} examples, {recipe.epochs} epochs, {kind}")
+        typer.echo(f"optimizer: {format_optimizer(recipe.optimizer)}")
         with shown(workers) as observer:
             result = run(
                 recipe,
@@ -213,7 +239,12 @@ def _server(target: str | None, timeout: float) -> "Iterator[str]":
         yield server.target
 
 
-def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
+def _optimizer(parsed: "Parsed[Optimizer]", recipe: "type[Recipe]") -> "Optimizer":
+    """Returns the recipe's optimizer of this name, with the settings of the text in the place of the recipe's."""
+    return replace(recipe.optimizers[parsed.name], **parsed.settings)  # type: ignore[type-var]
+
+
+def _policy(parsed: "Parsed[Policy]", workers: int, alone: bool) -> "Policy":
     """Returns the policy; the default of sync's `min_workers` is the quorum, or the number of workers without one.
 
     Raises:
@@ -222,8 +253,8 @@ def _policy(parsed: PolicyText, workers: int, alone: bool) -> "Policy":
     import deltaserve
 
     if parsed.kind is not deltaserve.Sync:
-        return parsed.policy()
-    policy = parsed.policy(min_workers=parsed.settings.get("quorum", workers))
+        return parsed.make()
+    policy = parsed.make(min_workers=parsed.settings.get("quorum", workers))
     assert isinstance(policy, deltaserve.Sync)
     if alone and policy.min_workers > workers:
         needed = policy.min_workers

@@ -27,7 +27,7 @@ Replace = Annotated[bool, typer.Option("--replace", help="Replace the state of a
 def export(model: ModelArgument, output: Output, target: Target = DEFAULT_TARGET, force: Force = False) -> None:
     """Write a whole model to a safetensors file, for deltaserve import.
 
-    The file holds weights, optimizer state, update counts, hyperparameters and policy.
+    The file holds weights, optimizer state, update counts, optimizer and policy.
     """
     from deltaserve_server.cli import saved
 
@@ -44,7 +44,7 @@ def import_(file: File, model: Name = None, target: Target = DEFAULT_TARGET, rep
     """Create a model from a file, which continues where the exported one was.
 
     Its versions start again from the beginning.
-    With --replace, an existing model keeps its own hyperparameters and policy.
+    With --replace, an existing model keeps its own optimizer and policy.
     """
     from deltaserve_server.cli import saved
 
@@ -91,7 +91,7 @@ def _replace(model: "deltaserve.Model", content: "SavedModel") -> None:
         )
     model.put_state(content.state)
     if (model.groups, model.policy) != (content.groups, content.policy):
-        typer.echo(f"{model.name} keeps its hyperparameters and policy, which differ from the file's")
+        typer.echo(f"{model.name} keeps its optimizer and policy, which differ from the file's")
 
 
 def _difference(model: "Sequence[deltaserve.TensorSpec]", file: "Sequence[deltaserve.TensorSpec]") -> str | None:

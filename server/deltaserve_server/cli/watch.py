@@ -9,7 +9,7 @@ import typer
 
 from deltaserve_server.cli.connection import connected
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
-from deltaserve_server.cli.policy import format_policy
+from deltaserve_server.cli.settings import format_policy
 
 if TYPE_CHECKING:
     import deltaserve
@@ -45,7 +45,8 @@ def watch(model: ModelArgument, count: Count = None, as_json: Json = False, targ
             if as_json:
                 typer.echo(json.dumps(asdict(event)))
             else:
-                first = f"{model} is at version {event.version}, {format_policy(watched.policy)}\n{HEADER}"
+                settings = f"{watched.groups[0].kind}, {format_policy(watched.policy)}"
+                first = f"{model} is at version {event.version}, {settings}\n{HEADER}"
                 typer.echo(_lines(event) if number else first)  # the first event is the present version, not an update
             # A version without an update does not count: it is not what the user waits for.
             if left is not None and event.update_norm is not None:

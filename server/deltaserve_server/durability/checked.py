@@ -5,11 +5,14 @@ from typing import Any, TypeVar
 import msgspec
 from crc32c import crc32c
 
+from deltaserve._common.optimizers import OPTIMIZERS
+from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve_server.durability.errors import CorruptError
 
 T = TypeVar("T")
 
 _CHECKSUM_LINE_BYTES = len("\n12345678\n")
+_SHOWN_CHARACTERS = 40
 
 
 def packed(value: Any) -> bytes:
@@ -33,6 +36,23 @@ def unpacked(content: bytes, kind: type[T], where: str) -> T:
 def decoded(body: bytes | memoryview, kind: type[T], where: str) -> T:
     """Decodes JSON; raises CorruptError unless it is a `kind`."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(body, type=kind, dec_hook=_optimizer)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptError(where, str(error)) from None
+
+
+def _optimizer(_: type, value: Any) -> Any:
+    """Returns the optimizer that msgspec encoded with its kind; raises ValueError for anything else.
+
+    msgspec calls this where a type contains `Optimizer`, an abstract class that it cannot decode by itself.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("expected an optimizer")
+    kind = value.get("kind")
+    optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else None
+    if optimizer is None:
+        raise ValueError(f"optimizer of an unknown kind {str(kind)[:_SHOWN_CHARACTERS]!r}")
+    # msgspec would give a missing hyperparameter its default, and ignore what it does not know.
+    if value.keys() != {"kind", *hyperparameters(optimizer)}:
+        raise ValueError(f"other hyperparameters than those of {kind}")
+    return msgspec.convert(value, optimizer)

@@ -16,15 +16,16 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from deltaserve._common.failpoints import failpoint
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.durability.journal import Journal, record_bytes
 from deltaserve_server.durability.records import Changed, Event, Extended, Piece, Record, StatePut, Updated
-from deltaserve_server.model import Hyperparameters, Tensor
+from deltaserve_server.model import Tensor
 
 _log = logging.getLogger(__name__)
 
 Effect = Callable[[], None]
 
-_NAMED_ENTRIES = 6
+_NAMED_ENTRIES = 3
 """How many entries of `record_bytes` a tensor counts as if its record contains its name and shape."""
 
 _SPARE_BYTES = 1 << 18
@@ -294,7 +295,7 @@ def _estimated_bytes(item: _Item) -> int:
     return record_bytes(sum(values.size for _, values in item.pieces), entries)
 
 
-def extension_entries(tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> int:
+def extension_entries(tensors: Sequence[Tensor], groups: Sequence[Optimizer]) -> int:
     """Returns what `record_bytes` counts for an extension, whose record contains the tensors' names."""
     return _NAMED_ENTRIES * len(tensors) + len(groups)
 

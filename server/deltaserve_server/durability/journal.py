@@ -44,7 +44,7 @@ _READ_BYTES = 4 << 20
 _SECTOR = 512
 """Bytes that a disk writes whole or not at all."""
 
-_MAGIC = b"deltaserve journal 2\n"
+_MAGIC = b"deltaserve journal 3\n"
 _FILE_HEADER = struct.Struct("<21s3x8sI")
 _HEADER = struct.Struct("<8sQQIIQI")
 _CHECKSUM = struct.Struct("<I")
@@ -60,7 +60,7 @@ _ALLOCATED = 16 << 20
 _JSON_BYTES = 4096
 """Estimated length of a record's JSON, without the parts below."""
 
-_ENTRY_BYTES = 128
+_ENTRY_BYTES = 256
 """Estimated JSON length for each tensor or group that a record mentions."""
 
 _ELEMENTS_PER_JSON_BYTE = 128

@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.formats import Values
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.model import Tensor, UpdateSummary
 from deltaserve_server.model.state import SessionState, Settings
+from deltaserve_server.optimizers.formats import Values
 
 Piece = tuple[int, Values]
 """A slice of the flat vector: the offset of its first element, and its values."""
@@ -64,16 +64,19 @@ class VersionBumped(msgspec.Struct, tag="version", frozen=True):
 
 
 class StatePut(msgspec.Struct, tag="state", frozen=True):
-    """The whole state was replaced. The record's vector is weights, square_avg and acc_delta, one after the other."""
+    """The whole state was replaced. The record's vector is the weights and each slot, one after the other."""
 
     update_counts: tuple[int, ...]
 
 
 class Extended(msgspec.Struct, tag="extension", frozen=True):
-    """Tensors and groups were appended. The record's vector is the weights of the new tensors."""
+    """Tensors and groups were appended. The record's vector is the weights of the new tensors.
+
+    Their slots have the initial values of their groups.
+    """
 
     tensors: tuple[Tensor, ...]
-    groups: tuple[Hyperparameters, ...]
+    groups: tuple[Optimizer, ...]
 
 
 Event = Updated | Opened | Ended | Changed | VersionBumped | StatePut | Extended

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltaserve._common.failpoints import failpoint
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.durability import snapshot
 from deltaserve_server.durability.errors import CorruptError
 from deltaserve_server.durability.files import Files
@@ -35,13 +36,12 @@ from deltaserve_server.durability.records import (
 )
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
 from deltaserve_server.durability.validation import InvalidRecord, check_record
-from deltaserve_server.memory import Range, State, Store
-from deltaserve_server.memory.store import Vector, zeros_like
+from deltaserve_server.memory import Range, State, Store, initial_state
 from deltaserve_server.model import Layout, Machine
 
 _log = logging.getLogger(__name__)
 
-MakeStore = Callable[[Vector], Store]
+MakeStore = Callable[[State, Optimizer], Store]
 
 
 @dataclass(kw_only=True)
@@ -61,13 +61,14 @@ class Recovered:
 
 
 class Expected(NamedTuple):
-    """An estimate, before recovery: bytes that it will read, and elements that the model will have.
+    """An estimate, before recovery: bytes that it will read, and elements and slots that the model will have.
 
-    Both are 0 if the newest snapshot is corrupt.
+    All are 0 if the newest snapshot is corrupt.
     """
 
     bytes: int = 0
     elements: int = 0
+    slots: int = 0
 
     @classmethod
     def of(cls, folder: Folder) -> "Expected":
@@ -78,7 +79,8 @@ class Expected(NamedTuple):
                 manifest = snapshot.read_manifest(files, number)
                 journals = (number for number in folder.journals() if number >= manifest.first_journal)
                 size = manifest.bytes + sum(files.size(journal_name(number)) for number in journals)
-                return cls(size, Layout(manifest.model.tensors).size)
+                model = manifest.model
+                return cls(size, Layout(model.tensors).size, len(model.settings.groups[0].slots))
         return cls()
 
 
@@ -95,7 +97,7 @@ def recover(
 
     Args:
         folder: The model's folder.
-        make_store: Creates the model's store from its weights.
+        make_store: Creates the model's store from its state, which it may keep, and one of its optimizers.
         progress: Receives the number of bytes read since its last call.
         accept_data_loss: Whether to continue with what is good if a file is corrupt.
         sync: Whether everything recovered must be on the disk when this returns.
@@ -112,9 +114,7 @@ def recover(
     failpoint("recovery.tensors")
 
     machine = manifest.model.machine(clock.monotonic())
-    # The store gets a separate vector, because `put` recycles the first one.
-    store = make_store(zeros_like(found.state.weights))
-    store.put(found.state, machine.version)
+    store = make_store(found.state, machine.groups[0])
     replayer = JournalReplayer(folder.files, machine, store, manifest.index, head, clock.monotonic())
     present = {number for number in folder.journals() if number >= manifest.first_journal}
     must_exist = _must_exist(manifest, head.served)
@@ -288,10 +288,10 @@ class JournalReplayer:
                 for offset, values in record.pieces:
                     staging.add(offset, values)
                 self._store.fold(staging, 1.0)
-                groups = machine.layout.groups(event.absent)
-                ranges = [Range(start, stop, summary.hyperparameters[group]) for start, stop, group in groups]
-                self._store.update(ranges, event.divisor, summary.version)
                 machine.replay_update(summary, event.absent, event.sources, self._now)
+                # With the counts that include this update, as at first: some optimizers depend on them.
+                parts = machine.layout.ranges(event.absent, summary.hyperparameters, machine.update_counts)
+                self._store.update([Range(*part) for part in parts], event.divisor, summary.version)
             case Opened(session):
                 machine.sessions.restore(session.session({}, self._now))
             case Ended(ids):
@@ -302,12 +302,13 @@ class JournalReplayer:
                 machine.replay_version_bump(version)
                 self._store.current.number = version
             case StatePut(counts):
-                weights, square_avg, acc_delta = (values.astype(np.float32) for _, values in record.pieces)
+                weights, *slots = (values.astype(np.float32) for _, values in record.pieces)
                 machine.put_state(counts)
-                self._store.put(State(weights, square_avg, acc_delta), machine.version)
+                self._store.put(State(weights, tuple(slots)), machine.version)
             case Extended(tensors, groups):
-                self._store.extend(np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)]))
+                weights = np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)])
                 machine.extend(tensors, groups)
+                self._store.extend(initial_state(weights, Layout(tensors), machine.groups))
 
 
 # --- the decision

@@ -1,8 +1,9 @@
 """A snapshot: the whole state of a model at one moment, in two files.
 
-`snapshot-N.safetensors` contains weights, square_avg and acc_delta, tensor by tensor; any safetensors reader can read
-it. `snapshot-N.json`, the manifest, contains everything else and the checksum of the first file. The server writes the
-manifest when the first file is on the disk, so a snapshot exists exactly if its manifest does.
+`snapshot-N.safetensors` contains the weights and then each slot of the optimizer, tensor by tensor, as `weights/NAME`
+and `SLOT/NAME`; any safetensors reader can read it. `snapshot-N.json`, the manifest, contains everything else and the
+checksum of the first file. The server writes the manifest when the first file is on the disk, so a snapshot exists
+exactly if its manifest does.
 """
 
 import json
@@ -25,14 +26,12 @@ from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout
 from deltaserve_server.model.state import MachineState
 
-_FORMAT = "deltaserve snapshot 2"
+_FORMAT = "deltaserve snapshot 3"
 _PART_BYTES = 4 << 20
 """Bytes per read or write call: the checksum of a part is computed while the part is in the processor's cache."""
 
 _HEADER_BYTES_MAX = 100 << 20
 """Limit of the safetensors library for the JSON header."""
-
-VECTORS = ("weights", "square_avg", "acc_delta")
 
 Progress = Callable[[int], None]
 """Receives the number of bytes read since the last call."""
@@ -112,8 +111,8 @@ def write(
         OSError: It was not written. Earlier snapshots are unchanged.
     """
     parts: list[bytes | memoryview] = [_tensors_header(model, index)]
-    for name in VECTORS:
-        raw = getattr(state, name).data.cast("B")
+    for vector in state.vectors:
+        raw = vector.data.cast("B")
         parts += [raw[at : at + _PART_BYTES] for at in range(0, len(raw), _PART_BYTES)]
     # Over the vectors in memory, not the file: what the disk changes while it writes is found at recovery.
     checksum = 0
@@ -178,24 +177,24 @@ def read_state(files: Files, manifest: Manifest, progress: Progress) -> State:
     name = tensors_name(manifest.number)
     where = str(files.folder / name)
     size, header = Layout(manifest.model.tensors).size, _tensors_header(manifest.model, manifest.index)
+    count = len(_vector_names(manifest.model))
     # Compared before anything is allocated: a forged manifest must not make the server reserve memory.
-    if manifest.bytes != len(header) + len(VECTORS) * size * ELEMENT_BYTES:
+    if manifest.bytes != len(header) + count * size * ELEMENT_BYTES:
         raise CorruptError(where, "its length in the manifest is not that of the model")
     try:
         if files.size(name) != manifest.bytes:
             raise CorruptError(where, f"it has {files.size(name)} bytes, not {manifest.bytes}")
         with unreadable_is_corrupt(where), (files.folder / name).open("rb", buffering=0) as file:
             found = file.read(len(header))
-            checksum, vectors = crc32c(found), []
-            for _ in VECTORS:
-                vector = allocate_host(size)
+            checksum = crc32c(found)
+            weights, *slots = vectors = [allocate_host(size) for _ in range(count)]
+            for vector in vectors:
                 checksum = _read(file, vector, checksum, progress)
-                vectors.append(vector)
     except FileNotFoundError:
         raise CorruptError(where, "it is missing") from None
     if checksum != manifest.checksum or found != header:
         raise CorruptError(where, "its checksum is wrong")
-    return State(*vectors)
+    return State(weights, tuple(slots))
 
 
 def _read(file: Any, vector: Vector, checksum: int, progress: Progress) -> int:
@@ -231,6 +230,11 @@ def last_index_of_corrupt(files: Files, number: int) -> int:
             return sys.maxsize
 
 
+def _vector_names(model: MachineState) -> tuple[str, ...]:
+    """Returns the names of a model's vectors in order: the weights, and the slots of its optimizer."""
+    return "weights", *(slot.name for slot in model.settings.groups[0].slots)
+
+
 def _tensors_header(model: MachineState, index: int) -> bytes:
     """Returns the start of a safetensors file: the length of its JSON header, and the header padded with spaces.
 
@@ -239,7 +243,7 @@ def _tensors_header(model: MachineState, index: int) -> bytes:
     metadata = {"model": model.name, "version": str(model.version), "index": str(index)}
     entries: dict[str, Any] = {"__metadata__": metadata}
     layout = Layout(model.tensors)
-    for place, vector in enumerate(VECTORS):
+    for place, vector in enumerate(_vector_names(model)):
         for tensor, edges in zip(layout.tensors, pairwise(layout.offsets), strict=True):
             offsets = [(place * layout.size + edge) * ELEMENT_BYTES for edge in edges]
             entries[f"{vector}/{tensor.name}"] = {

@@ -6,11 +6,11 @@ msgspec has checked the types; its own bounds do not reach beyond 63 bits, and m
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.durability.records import (
     Changed,
     Extended,
@@ -27,6 +27,9 @@ from deltaserve_server.model.state import MachineState, SessionState, Settings
 _UINT64_END = 1 << 64
 """Above every number that a message of the protocol can hold."""
 
+Structure = tuple[object, ...]
+"""What all optimizers of a model have in common: see `Optimizer.structure`."""
+
 _DIMENSIONS_MAX = 64
 _ID_BYTES = 16
 
@@ -38,8 +41,10 @@ class InvalidRecord(ValueError):
 def check_model(model: MachineState) -> None:
     """Raises InvalidRecord unless a model can be in this state."""
     groups = len(model.settings.groups)
+    _require(groups >= 1, "number of groups")
+    structure = model.settings.groups[0].structure
     for settings in filter(None, (model.settings, model.initial_settings, model.next_settings)):
-        _check_settings(settings, groups)
+        _check_settings(settings, groups, structure)
     _check_tensors(model.tensors, groups)
     _require(0 < sum(tensor.size for tensor in model.tensors) < _UINT64_END, "number of elements")
     _check_update_counts(model.update_counts, len(model.tensors))
@@ -47,7 +52,7 @@ def check_model(model: MachineState) -> None:
     _require(all(1 <= t <= len(model.tensors) and 1 <= g <= groups for t, g in model.earlier_sizes), "earlier size")
     updates = {update.version: update for update in model.updates}
     for update in model.updates:
-        _check_summary(update, None)
+        _check_summary(update, None, structure)
     for session in (*model.sessions, *model.ended):
         _check_session(session, len(model.tensors), groups)
         for push in session.window:
@@ -61,27 +66,28 @@ def check_model(model: MachineState) -> None:
 def check_record(record: Record, machine: Machine) -> None:
     """Raises InvalidRecord unless the record can follow the model's present state."""
     event, pieces, layout = record.event, record.pieces, machine.layout
+    structure, slots = machine.groups[0].structure, machine.slots
     match event:
         case Updated():
             _require(event.summary.version == machine.version + 1, "version")
-            _check_summary(event.summary, len(machine.groups))
+            _check_summary(event.summary, len(machine.groups), structure)
             _require(len(event.sources) == len(event.summary.contributions) > 0, "number of pushes")
             _require(event.divisor < math.inf, "divisor")
             _require(all(0 <= index < len(layout.tensors) for index in event.absent), "absent tensor")
-            _check_coverage(pieces, [(start, stop) for start, stop, _ in layout.groups(event.absent)], layout.size)
+            _check_coverage(pieces, layout.runs(len(layout.tensors), event.absent), layout.size)
         case Opened(session):
             _check_session(session, len(layout.tensors), len(machine.groups))
         case Changed(settings):
-            _check_settings(settings, len(machine.groups))
+            _check_settings(settings, len(machine.groups), structure)
         case VersionBumped(version):
             _require(version == machine.version + 1, "version")
         case StatePut(counts):
             _check_update_counts(counts, len(layout.tensors))
-            _check_vectors(pieces, [layout.size] * 3)
-            _require(all(values.min(initial=0) >= 0 for _, values in pieces[1:]), "negative average of squares")
+            _check_vectors(pieces, [layout.size] * (1 + len(slots)))
+            for slot, (_, values) in zip(slots, pieces[1:], strict=True):
+                _require(values.min(initial=slot.minimum) >= slot.minimum, f"element of {slot.name}")
         case Extended(tensors, groups):
-            for group in groups:
-                _check_group(group)
+            _check_groups(groups, structure)
             _check_tensors(tensors, len(machine.groups) + len(groups))
             _check_vectors(pieces, [sum(tensor.size for tensor in tensors)])
         case _:
@@ -102,17 +108,18 @@ def _check_update_counts(counts: Sequence[int], tensors: int) -> None:
     _check_uint64("update count", *counts)
 
 
-def _check_group(group: Hyperparameters) -> None:
-    problem = group.problem()
-    _require(problem is None, f"hyperparameter {problem and problem[0]}")
+def _check_groups(groups: Iterable[Optimizer], structure: Structure) -> None:
+    for group in groups:
+        _require(group.structure == structure, "optimizer of a group")
+        problem = group.problem()
+        _require(problem is None, f"hyperparameter {problem and problem[0]}")
 
 
-def _check_settings(settings: Settings, groups: int) -> None:
+def _check_settings(settings: Settings, groups: int, structure: Structure) -> None:
     policies = [policy for policy in (settings.sync, settings.asynchronous, settings.bounded) if policy is not None]
     _require(len(policies) == 1, "number of policies")
-    _require(len(settings.groups) == groups >= 1, "number of groups")
-    for group in settings.groups:
-        _check_group(group)
+    _require(len(settings.groups) == groups, "number of groups")
+    _check_groups(settings.groups, structure)
     match policy := policies[0]:
         case Sync():
             waits = policy.grace_seconds, policy.round_timeout_seconds or 0.0
@@ -141,16 +148,15 @@ def _check_session(session: SessionState, tensors: int, groups: int) -> None:
     _require(all(1 <= push.sequence <= session.last_applied for push in session.window), "push of a session")
 
 
-def _check_summary(summary: UpdateSummary, groups: int | None) -> None:
+def _check_summary(summary: UpdateSummary, groups: int | None, structure: Structure) -> None:
     _check_uint64("version of an update", summary.version)
     _require(groups is None or len(summary.hyperparameters) == groups, "number of groups")
-    for group in summary.hyperparameters:
-        _check_group(group)
+    _check_groups(summary.hyperparameters, structure)
     for contribution in summary.contributions:
         _check_uint64("push of an update", contribution.epoch, contribution.sequence, contribution.staleness)
 
 
-def _check_coverage(pieces: Sequence[Piece], ranges: Collection[tuple[int, int]], size: int) -> None:
+def _check_coverage(pieces: Sequence[Piece], ranges: Iterable[tuple[int, int]], size: int) -> None:
     """Checks that pieces are in order and within a vector of `size` elements, and cover all of the ranges."""
     end = 0
     for offset, values in pieces:

@@ -21,16 +21,14 @@ from deltaserve_server.engine.model_lock import storage_refused
 from deltaserve_server.engine.quotas import DRAIN_RETRY_SECONDS, Quotas
 from deltaserve_server.engine.recovery_progress import RecoveryProgress
 from deltaserve_server.engine.snapshot_scheduler import SnapshotScheduler
-from deltaserve_server.memory import Budget, BudgetExceeded, Reservation, State, Store
-from deltaserve_server.memory.store import Vector, zeros_like
+from deltaserve_server.memory import BudgetExceeded, MakeStore, Reservation, Store, initial_state
+from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import Machine, Refused, Session
 
 _log = logging.getLogger(__name__)
 
 _COPIES_SECONDS = 5.0
 """How long the end of a server waits for copies of snapshots that are under way."""
-
-MakeStore = Callable[[Vector, Budget], Store]
 
 
 class ModelCatalog:
@@ -60,7 +58,7 @@ class ModelCatalog:
         expected = {name: Expected.of(directory.folder(name)) for name in directory.names()} if directory else {}
         self._recovery = RecoveryProgress({name: model.bytes for name, model in expected.items()}, clock)
         # Now, before clients can create models: recovered models come first.
-        self._promised = {name: self._promise(model.elements) for name, model in expected.items()}
+        self._promised = {name: self._promise(model.elements, model.slots) for name, model in expected.items()}
         self._lock = threading.Lock()
         self._stopped = False
         self._all_saved = True
@@ -112,22 +110,21 @@ class ModelCatalog:
         """
         self.check_room()
         with ExitStack() as undo:
-            reservation = self.quotas.reserve_model(machine.layout.size)
+            reservation = self.quotas.reserve_model(machine.layout.size, len(machine.slots))
             undo.callback(reservation.release)
             weights = receive()  # without the lock: a client may send for minutes
+            state = initial_state(weights, machine.layout, machine.groups)
             prepared, storage = None, None
             if self._directory:
                 with _refused_by_disk():  # under a temporary name
-                    prepared = self._directory.prepare(
-                        machine, State(weights, zeros_like(weights), zeros_like(weights))
-                    )
+                    prepared = self._directory.prepare(machine, state)
                 undo.callback(prepared.discard)
             with self._lock:
                 existing = self._models.get(machine.name)  # another caller may have been quicker
                 if existing is not None:
                     return existing, False
                 self.check_room()  # again: other callers may have filled the server since
-                store = self._make_store(weights, self.quotas.memory)
+                store = self._make_store(state, machine.groups[0], self.quotas.memory)
                 if self._directory and prepared:
                     with _refused_by_disk():
                         storage = self._directory.add(prepared, machine.name)
@@ -279,16 +276,16 @@ class ModelCatalog:
         try:
             recovered = recovery.recover(
                 folder,
-                lambda weights: self._make_store(weights, self.quotas.memory),
+                lambda state, optimizer: self._make_store(state, optimizer, self.quotas.memory),
                 progress,
                 accept_data_loss=self.config.accept_data_loss,
                 sync=directory.durability is Durability.FSYNC,
                 clock=self.clock,
             )
-            elements = recovered.machine.layout.size
-            if reservation.size != self.quotas.model_bytes(elements):  # the journal has extended the model
+            elements, slots = recovered.machine.layout.size, len(recovered.machine.slots)
+            if reservation.size != self.quotas.model_bytes(elements, slots):  # the journal has extended the model
                 reservation.release()
-                reservation = self.quotas.reserve_model(elements)
+                reservation = self.quotas.reserve_model(elements, slots)
             storage = directory.storage(name, recovered.stored)
         except BudgetExceeded as error:
             text = f"model {name} needs {error.needed} bytes of memory, {error.available} are left: see --memory-bytes"
@@ -306,12 +303,12 @@ class ModelCatalog:
             self._publish(engine)
         return engine
 
-    def _promise(self, elements: int) -> Reservation:
+    def _promise(self, elements: int, slots: int) -> Reservation:
         """Reserves the memory of a model that is not recovered yet, before new models take it."""
         try:
-            return self.quotas.reserve_model(elements)
+            return self.quotas.reserve_model(elements, slots)
         except BudgetExceeded:  # the recovery reports it when it reaches this model
-            return self.quotas.reserve_model(0)
+            return self.quotas.reserve_model(0, 0)
 
     def _engine(
         self, machine: Machine, store: Store, reservation: Reservation, storage: ModelStorage | None

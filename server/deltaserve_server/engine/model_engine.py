@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from deltaserve._common.failpoints import failpoint
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.durability.commits import Commits, StorageError, extension_entries
 from deltaserve_server.durability.folder import Head
 from deltaserve_server.durability.model_storage import Checkpoint, ModelStorage
@@ -27,7 +28,7 @@ from deltaserve_server.engine.pending_answers import PendingAnswers
 from deltaserve_server.engine.shared_gradients import SharedGradients
 from deltaserve_server.engine.staged_pushes import StagedPushes
 from deltaserve_server.engine.version_subscribers import VersionSubscribers, Watcher
-from deltaserve_server.memory import Budget, Range, Reservation, Staging, State, Store, Version
+from deltaserve_server.memory import Budget, Range, Reservation, Staging, State, Store, Version, initial_state
 from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import (
@@ -36,7 +37,7 @@ from deltaserve_server.model import (
     Combine,
     Decision,
     Fold,
-    Hyperparameters,
+    Layout,
     Machine,
     Policy,
     Push,
@@ -286,7 +287,7 @@ class ModelEngine:
         finally:
             self._subscribers.forget(future)
 
-    def change(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> int:
+    def change(self, groups: tuple[Optimizer, ...], policy: Policy) -> int:
         """Changes hyperparameters and policy; returns the first version made with them."""
         with self.lock:
             self._check_journal(1)
@@ -307,7 +308,7 @@ class ModelEngine:
     def put_state(self, state: State, update_counts: Sequence[int]) -> None:
         """Replaces weights and optimizer state."""
         with self.lock:
-            self._check_journal(3)  # three vectors take as much room as three pushes
+            self._check_journal(len(state.vectors))  # each takes as much room as a push
             # The journal still writes `state` while the next update changes the store's.
             own = state.copy() if self.journals else state
             self._store.put(own, self.machine.version + 1)
@@ -318,13 +319,13 @@ class ModelEngine:
                 self.storage.request_snapshot()
 
     def extend(
-        self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters], weights: Vector, reservation: Reservation
+        self, tensors: Sequence[Tensor], groups: Sequence[Optimizer], weights: Vector, reservation: Reservation
     ) -> None:
         """Adds tensors and groups at the end of the layout."""
         with self.lock:
             self._check_journal()
             self.lock.check_room(1, weights.size, extension_entries(tensors, groups))
-            self._store.extend(weights)
+            self._store.extend(initial_state(weights, Layout(tuple(tensors)), (*self.machine.groups, *groups)))
             self.machine.extend(tensors, groups)
             self._commits.add(Extended(tuple(tensors), tuple(groups)), [(0, weights)])
             self._reservations.append(reservation)
@@ -436,7 +437,7 @@ class ModelEngine:
 
     def _update(self, update: Update) -> None:
         layout, summary = self.machine.layout, update.summary
-        ranges = [Range(start, stop, summary.hyperparameters[g]) for start, stop, g in layout.groups(update.absent)]
+        ranges = [Range(*part) for part in layout.ranges(update.absent, summary.hyperparameters, update.counts)]
         gradient = self._store.gradient(update.weight) if self.journals else None  # the update uses it up
         summary.norm = self._store.update(ranges, update.weight, summary.version)
         failpoint("push.published")

@@ -11,11 +11,8 @@ from deltaserve_server.model import Refused
 
 DRAIN_RETRY_SECONDS = 1.0
 
-_MODEL_VECTORS = 6
-"""Vectors of a model: the weights, the next version, an older one that is read, both averages, and a round's sum."""
-
-_SNAPSHOT_VECTORS = 2
-"""Both averages exist twice while a snapshot is written."""
+_MODEL_VECTORS = 4
+"""Vectors of a model beside its slots: the weights, the next version, an older one that is read, and a round's sum."""
 
 
 class Quotas:
@@ -32,7 +29,8 @@ class Quotas:
         self.staged = Budget(config.staged_bytes or memory_bytes // 2, parent=self.memory)
         self.draining = False
         self._config = config
-        self._vectors = _MODEL_VECTORS + (_SNAPSHOT_VECTORS if config.effective_durability != "none" else 0)
+        # Slots exist twice while a snapshot is written.
+        self._slot_copies = 1 if config.effective_durability == "none" else 2
         self._watchers = threading.BoundedSemaphore(config.watchers)
         self._opening = 0
         self._lock = threading.Lock()
@@ -42,13 +40,13 @@ class Quotas:
         if self.draining:
             raise Refused("DRAINING", DRAIN_RETRY_SECONDS)
 
-    def model_bytes(self, elements: int) -> int:
-        """Returns how much memory a model of that many elements needs."""
-        return self._vectors * ELEMENT_BYTES * elements
+    def model_bytes(self, elements: int, slots: int) -> int:
+        """Returns how much memory a model of that many elements needs, if its optimizer has that many slots."""
+        return (_MODEL_VECTORS + self._slot_copies * slots) * ELEMENT_BYTES * elements
 
-    def reserve_model(self, elements: int) -> Reservation:
+    def reserve_model(self, elements: int, slots: int) -> Reservation:
         """Reserves the memory of a model, or of an extension, of that many elements; raises BudgetExceeded."""
-        return self.memory.reserve(self.model_bytes(elements))
+        return self.memory.reserve(self.model_bytes(elements, slots))
 
     @contextmanager
     def session(self, count_live: Callable[[], int], *, replaces: bool) -> Iterator[None]:

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltaserve_server.optimizers import Hyperparameters, cuda
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.store import (
     ELEMENT_BYTES,
@@ -28,6 +26,8 @@ from deltaserve_server.memory.store import (
     check_combine,
     root_of_sum,
 )
+from deltaserve_server.optimizers import cuda
+from deltaserve_server.optimizers.formats import Values
 
 _PART = 1 << 22
 """Elements that are updated, and then copied down, at a time: 16 MiB, enough to keep both streams busy."""
@@ -105,11 +105,11 @@ class DeviceStore(Store):
     """A model's vectors on the current GPU; versions are published in pinned host memory.
 
     Args:
-        weights: The initial weights, of version `number`.
+        state: The initial state, of version `number`.
         budget: Pays for older versions that readers keep.
     """
 
-    def __init__(self, weights: Vector, number: int, budget: Budget) -> None:
+    def __init__(self, state: State, number: int, budget: Budget) -> None:
         self._budget = budget
         self._upload, self._compute, self._download = (torch.cuda.Stream() for _ in range(3))
         self._single: tuple[DeviceStaging, float] | None = None
@@ -117,9 +117,10 @@ class DeviceStore(Store):
         self._is_mean = False
         self._weights: torch.Tensor
         self._next: torch.Tensor
+        self._slots: list[torch.Tensor]
         self._pool: VectorPool
         self._readers: ReaderBudget
-        self._load(State(weights, np.zeros_like(weights), np.zeros_like(weights)))
+        self._load(state)
         self.current = Version(number, self._pinned_copy(), self._readers, self._pool)
 
     def stage(self) -> DeviceStaging:
@@ -180,16 +181,16 @@ class DeviceStore(Store):
         gradient, divisor = self._gradient(weight)
         host = self._pool.take()
         squares = []
-        for start, stop, hyperparameters in _parts(ranges, self._weights.numel()):
+        for place, part in _parts(ranges, self._weights.numel()):
             with torch.cuda.stream(self._compute):
-                if hyperparameters is None:
-                    self._next[start:stop].copy_(self._weights[start:stop])
+                if part is None:
+                    self._next[place].copy_(self._weights[place])
                 else:
-                    squares.append(self._update(start, stop, hyperparameters, gradient, divisor))
+                    squares.append(self._update(place, part, gradient, divisor))
             # This part goes down while the kernel runs on the next one.
             self._download.wait_stream(self._compute)
             with torch.cuda.stream(self._download):
-                torch.from_numpy(host[start:stop]).copy_(self._next[start:stop], non_blocking=True)
+                torch.from_numpy(host[place]).copy_(self._next[place], non_blocking=True)
         with torch.cuda.stream(self._compute):
             change = torch.stack(squares).tolist() if squares else []
         # Only complete weights may be published.
@@ -210,43 +211,37 @@ class DeviceStore(Store):
         return Gradient([(0, total)], divisor, lambda: None)
 
     def freeze(self) -> Frozen:
-        """Returns the version's own weights, and copies of the averages on the GPU."""
-        # Copies, because updates change the averages in place.
+        """Returns the version's own weights, and copies of the slots on the GPU."""
+        # Copies, because updates change the slots in place.
         with torch.cuda.stream(self._compute):
-            averages = self._square_avg.clone(), self._acc_delta.clone()
+            slots = tuple(slot.clone() for slot in self._slots)
         self._compute.synchronize()
         self.current.acquire()
-        return _DeviceFrozen(self.current, *averages)
+        return _DeviceFrozen(self.current, slots)
 
     def use_shared_memory(self) -> None:
         """Does nothing: other processes cannot map pinned memory."""
 
     def state(self) -> State:
-        """Returns a copy of the three vectors."""
-        vectors = (self._weights, self._square_avg, self._acc_delta)
-        return State(*(vector.cpu().numpy() for vector in vectors))
+        """Returns a copy of the vectors."""
+        return State(self._weights.cpu().numpy(), tuple(slot.cpu().numpy() for slot in self._slots))
 
     def put(self, state: State, number: int) -> None:
-        """Replaces the three vectors."""
+        """Replaces the vectors."""
         self._load(state)
         self._publish(self._pinned_copy(), number)
 
-    def extend(self, weights: Vector) -> None:
-        """Appends elements with zero state."""
-        state = self.state()
-        zeros = np.zeros_like(weights)
-        self._load(
-            State(
-                np.concatenate([state.weights, weights]),
-                np.concatenate([state.square_avg, zeros]),
-                np.concatenate([state.acc_delta, zeros]),
-            )
-        )
+    def extend(self, state: State) -> None:
+        """Appends elements."""
+        before = self.state()
+        pairs = zip(before.slots, state.slots, strict=True)
+        slots = tuple(np.concatenate(pair) for pair in pairs)
+        self._load(State(np.concatenate([before.weights, state.weights]), slots))
         with torch.cuda.stream(self._compute):
             if self._single is not None:
                 self._single[0].lengthen(self._weights.numel())
             if self._sum is not None:
-                self._sum = torch.cat([self._sum, torch.zeros(weights.size, device="cuda")])
+                self._sum = torch.cat([self._sum, torch.zeros(state.weights.size, device="cuda")])
         self._compute.synchronize()
         self._publish(self._pinned_copy(), self.current.number)
 
@@ -258,27 +253,23 @@ class DeviceStore(Store):
         assert self._sum is not None
         return self._sum, 1.0 if self._is_mean else weight
 
-    def _update(
-        self, start: int, stop: int, hyperparameters: Hyperparameters, gradient: torch.Tensor, divisor: float
-    ) -> torch.Tensor:
-        """Queues the update of one part; returns the sum of the squares of its change, float64."""
-        squares = torch.empty(cuda.blocks(stop - start), dtype=torch.float64, device="cuda")
+    def _update(self, place: slice, part: Range, gradient: torch.Tensor, divisor: float) -> torch.Tensor:
+        """Queues the update of the elements `place`; returns the sum of the squares of its change, float64."""
+        squares = torch.empty(cuda.blocks(place.stop - place.start), dtype=torch.float64, device="cuda")
         cuda.update(
-            gradient[start:stop],
+            gradient[place],
             divisor,
-            self._square_avg[start:stop],
-            self._acc_delta[start:stop],
-            self._weights[start:stop],
-            self._next[start:stop],
+            [slot[place] for slot in self._slots],
+            self._weights[place],
+            self._next[place],
             squares,
-            hyperparameters,
+            part.optimizer,
+            part.count,
         )
         return squares.sum()
 
     def _load(self, state: State) -> None:
-        self._weights, self._square_avg, self._acc_delta = (
-            torch.from_numpy(vector).to("cuda") for vector in (state.weights, state.square_avg, state.acc_delta)
-        )
+        self._weights, *self._slots = (torch.from_numpy(vector).to("cuda") for vector in state.vectors)
         self._next = torch.empty_like(self._weights)
         self._pool = VectorPool(state.weights.size, _pinned)
         self._readers = ReaderBudget(state.weights.nbytes, self._budget)
@@ -295,16 +286,15 @@ class DeviceStore(Store):
 
 
 class _DeviceFrozen(Frozen):
-    """A view of an acquired version's weights on the host and of copies of the averages on the GPU."""
+    """A view of an acquired version's weights on the host and of copies of the slots on the GPU."""
 
-    def __init__(self, version: Version, square_avg: torch.Tensor, acc_delta: torch.Tensor) -> None:
+    def __init__(self, version: Version, slots: Sequence[torch.Tensor]) -> None:
         self._version = version
-        self._averages = square_avg, acc_delta
+        self._slots = slots
 
     def state(self) -> State:
-        """Copies the averages to the host."""
-        square_avg, acc_delta = (average.cpu().numpy() for average in self._averages)
-        return State(self._version.weights, square_avg, acc_delta)
+        """Copies the slots to the host."""
+        return State(self._version.weights, tuple(slot.cpu().numpy() for slot in self._slots))
 
     def release(self) -> None:
         """Ends the view."""
@@ -342,19 +332,16 @@ def _trimmed_mean(rows: torch.Tensor, trim: int) -> torch.Tensor:
     return total / torch.full((), len(kept), dtype=torch.float64, device=rows.device)
 
 
-def _parts(ranges: Sequence[Range], size: int) -> Iterator[tuple[int, int, Hyperparameters | None]]:
-    """Splits the whole vector into parts with one set of hyperparameters, or None where nothing is updated."""
+def _parts(ranges: Sequence[Range], size: int) -> Iterator[tuple[slice, Range | None]]:
+    """Splits the whole vector into parts, with the range that each lies in, or None where nothing is updated."""
     at = 0
-    for part in (*ranges, None):
-        start = size if part is None else part.start
-        yield from _split(at, start, None)
-        if part is not None:
-            yield from _split(part.start, part.stop, part.hyperparameters)
-            at = part.stop
+    for part in ranges:
+        yield from _split(at, part.start, None)
+        yield from _split(part.start, part.stop, part)
+        at = part.stop
+    yield from _split(at, size, None)
 
 
-def _split(
-    start: int, stop: int, hyperparameters: Hyperparameters | None
-) -> Iterator[tuple[int, int, Hyperparameters | None]]:
+def _split(start: int, stop: int, part: Range | None) -> Iterator[tuple[slice, Range | None]]:
     for first in range(start, stop, _PART):
-        yield first, min(first + _PART, stop), hyperparameters
+        yield slice(first, min(first + _PART, stop)), part

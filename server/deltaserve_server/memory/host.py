@@ -12,9 +12,6 @@ from operator import itemgetter
 import numpy as np
 
 from deltaserve._common.failpoints import failpoint
-from deltaserve_server.optimizers import Hyperparameters
-from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.optimizers.robust import trimmed_mean
 from deltaserve_server.memory import shared_memory
 from deltaserve_server.memory.budget import Budget, ReaderBudget
 from deltaserve_server.memory.parallel import run_parallel
@@ -31,8 +28,9 @@ from deltaserve_server.memory.store import (
     allocate_host,
     check_combine,
     root_of_sum,
-    zeros_like,
 )
+from deltaserve_server.optimizers.formats import Values
+from deltaserve_server.optimizers.robust import trimmed_mean
 
 _log = logging.getLogger(__name__)
 
@@ -105,31 +103,29 @@ class _Total:
     is_lent: bool = False
 
 
-_Work = tuple[int, int, Values, Hyperparameters]
-"""Elements `[start, stop)`, their gradient, and their hyperparameters."""
+_Work = tuple[int, int, Values, Range]
+"""Elements `[start, stop)`, their gradient, and the range that they are part of."""
 
 
 class HostStore(Store):
     """A model's vectors in host memory.
 
     Args:
-        weights: The initial weights, of version `number`; kept, not copied.
+        state: The initial state, of version `number`; kept, not copied.
         budget: Pays for older versions that readers keep.
         executor: Runs the kernel beside the calling thread.
         threads: Maximum number of threads of an update, including the calling one.
     """
 
-    def __init__(
-        self, weights: Vector, number: int, budget: Budget, executor: ThreadPoolExecutor, threads: int
-    ) -> None:
+    def __init__(self, state: State, number: int, budget: Budget, executor: ThreadPoolExecutor, threads: int) -> None:
         self._budget = budget
         self._executor = executor
         self._threads = threads
         self._allocate: Callable[[int], Vector] = allocate_host
+        weights, self._slots = state.weights, state.slots
         self._pool, self._readers = VectorPool(weights.size, self._allocate), ReaderBudget(weights.nbytes, budget)
-        self._square_avg, self._acc_delta = zeros_like(weights), zeros_like(weights)
         self._pending: _Single | _Total | None = None
-        self._averages_pool = VectorPool(weights.size)
+        self._slots_pool = VectorPool(weights.size, free_max=len(state.slots))
         self._frozen: _HostFrozen | None = None
         self.current = Version(number, weights, self._readers, self._pool)
 
@@ -186,19 +182,19 @@ class HostStore(Store):
         # Another vector than the current version's, which readers may hold.
         weights = self._pool.take()
         _copy_outside(ranges, self.current.weights, weights)
-        averages = current = self._square_avg, self._acc_delta
+        slots = self._slots
         if self._frozen is not None:
-            averages = self._averages_pool.take(), self._averages_pool.take()
-            for vector, other in zip(current, averages, strict=True):
+            slots = tuple(self._slots_pool.take() for _ in self._slots)
+            for vector, other in zip(self._slots, slots, strict=True):
                 _copy_outside(ranges, vector, other)
         work = list(_split(pieces, ranges))
         squares = [0.0] * len(work)
 
         def update_portion(index: int) -> None:
-            squares[index] = self._update(work[index], divisor, weights, averages)
+            squares[index] = self._update(work[index], divisor, weights, slots)
 
         run_parallel(update_portion, range(len(work)), self._executor, self._threads)
-        (self._square_avg, self._acc_delta), self._frozen = averages, None
+        self._slots, self._frozen = slots, None
         if isinstance(self._pending, _Total) and not self._pending.is_lent:
             self._pool.give(self._pending.vector)
         self._pending = None
@@ -217,21 +213,21 @@ class HostStore(Store):
         return Gradient(pieces, divisor, lambda: pool.give(total.vector))
 
     def freeze(self) -> Frozen:
-        """Returns the vectors themselves. An update before `release` writes the averages elsewhere."""
+        """Returns the vectors themselves. An update before `release` writes the slots elsewhere."""
         self.current.acquire()
-        self._frozen = _HostFrozen(self, self.current, self._square_avg, self._acc_delta)
+        self._frozen = _HostFrozen(self, self.current, self._slots)
         return self._frozen
 
     def thaw(self, frozen: "_HostFrozen") -> None:
-        """Ends a view of the averages: updates may write to them again, or their vectors return to the pool.
+        """Ends a view of the slots: updates may write to them again, or their vectors return to the pool.
 
         Called from any thread, also during an update.
         """
-        if self._frozen is frozen:  # a running update has allocated other averages already, and switches to them
+        if self._frozen is frozen:  # a running update has allocated other slots already, and switches to them
             self._frozen = None
-        elif frozen.square_avg is not self._square_avg:
-            self._averages_pool.give(frozen.square_avg)
-            self._averages_pool.give(frozen.acc_delta)
+        elif frozen.slots is not self._slots:
+            for vector in frozen.slots:
+                self._slots_pool.give(vector)
 
     def use_shared_memory(self) -> None:
         """Moves the current version to shared memory and allocates all later ones there."""
@@ -245,27 +241,26 @@ class HostStore(Store):
             self._publish(self._placed(self.current.weights), self.current.number)
 
     def state(self) -> State:
-        """Returns a copy of the three vectors."""
-        return State(self.current.weights, self._square_avg, self._acc_delta).copy()
+        """Returns a copy of the vectors."""
+        return State(self.current.weights, self._slots).copy()
 
     def put(self, state: State, number: int) -> None:
-        """Replaces the three vectors."""
-        # Nobody has frozen the new averages; a view of the old ones keeps its vectors.
-        self._square_avg, self._acc_delta, self._frozen = state.square_avg, state.acc_delta, None
+        """Replaces the vectors."""
+        # Nobody has frozen the new slots; a view of the old ones keeps its vectors.
+        self._slots, self._frozen = state.slots, None
         self._publish(self._placed(state.weights), number)
 
-    def extend(self, weights: Vector) -> None:
-        """Appends elements with zero state."""
-        zeros = zeros_like(weights)
-        # All four are allocated before the store changes: memory may run out at any of them.
-        extended = np.concatenate([self.current.weights, weights])
-        square_avg = np.concatenate([self._square_avg, zeros])
-        acc_delta = np.concatenate([self._acc_delta, zeros])
+    def extend(self, state: State) -> None:
+        """Appends elements."""
+        # All are allocated before the store changes: memory may run out at any of them.
+        extended = np.concatenate([self.current.weights, state.weights])
+        slots = tuple(np.concatenate(pair) for pair in zip(self._slots, state.slots, strict=True))
         if isinstance(self._pending, _Total):
-            self._pending.vector = np.concatenate([self._pending.vector, zeros])
-        self._square_avg, self._acc_delta, self._frozen = square_avg, acc_delta, None
+            self._pending.vector = np.concatenate([self._pending.vector, np.zeros_like(state.weights)])
+        self._slots, self._frozen = slots, None
         # Vectors of the old size are of no use any more: versions that readers hold return to the old pool.
-        self._pool, self._averages_pool = VectorPool(extended.size, self._allocate), VectorPool(extended.size)
+        self._pool = VectorPool(extended.size, self._allocate)
+        self._slots_pool = VectorPool(extended.size, free_max=len(slots))
         self._readers = ReaderBudget(extended.nbytes, self._budget)
         self._publish(self._placed(extended), self.current.number)
 
@@ -302,23 +297,23 @@ class HostStore(Store):
             case _Total(vector, is_mean):
                 return [(0, vector)], 1.0 if is_mean else weight
 
-    def _update(self, work: _Work, divisor: float, weights: Vector, averages: tuple[Vector, Vector]) -> float:
+    def _update(self, work: _Work, divisor: float, weights: Vector, slots: tuple[Vector, ...]) -> float:
         """Updates one portion on the calling thread; returns the sum of the squares of its change."""
         from deltaserve_server.optimizers import cpu  # imports numba, which a server without updates does not need
 
-        start, stop, gradient, hyperparameters = work
-        for target, current in zip(averages, (self._square_avg, self._acc_delta), strict=True):
+        start, stop, gradient, part = work
+        for target, current in zip(slots, self._slots, strict=True):
             if target is not current:
                 # Copied portion by portion, so that the kernel finds the values in the cache.
                 target[start:stop] = current[start:stop]
         squares = cpu.update(
             gradient,
             divisor,
-            averages[0][start:stop],
-            averages[1][start:stop],
+            [slot[start:stop] for slot in slots],
             self.current.weights[start:stop],
             weights[start:stop],
-            hyperparameters,
+            part.optimizer,
+            part.count,
             streaming=weights.size >= _STREAMED,
         )
         failpoint("push.mid_update")
@@ -327,16 +322,15 @@ class HostStore(Store):
 
 @dataclass(eq=False)
 class _HostFrozen(Frozen):
-    """A view of an acquired version's weights and of averages, which their store does not write to until `release`."""
+    """A view of an acquired version's weights and of slots, which their store does not write to until `release`."""
 
     store: HostStore
     version: Version
-    square_avg: Vector
-    acc_delta: Vector
+    slots: tuple[Vector, ...]
 
     def state(self) -> State:
         """Returns the vectors themselves."""
-        return State(self.version.weights, self.square_avg, self.acc_delta)
+        return State(self.version.weights, self.slots)
 
     def release(self) -> None:
         """Ends the view."""
@@ -372,5 +366,5 @@ def _split(pieces: Sequence[tuple[int, Values]], ranges: Sequence[Range]) -> Ite
             while start >= offset + values.size:
                 offset, values = next(remaining)
             stop = min(part.stop, offset + values.size, (start // _PORTION + 1) * _PORTION)
-            yield start, stop, values[start - offset : stop - offset], part.hyperparameters
+            yield start, stop, values[start - offset : stop - offset], part
             start = stop

@@ -9,9 +9,10 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
+from deltaserve_server.memory.budget import Budget, ReaderBudget, Reservation
+from deltaserve_server.model.layout import Layout
 from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.memory.budget import ReaderBudget, Reservation
 
 Vector = NDArray[np.float32]
 """A flat vector in host memory: float32, one dimension, contiguous."""
@@ -22,33 +23,50 @@ _LINE_BYTES = 64
 """Alignment that the kernel's streaming stores need: the size of a cache line and of the longest vectors."""
 
 _FREE_MAX = 2
-"""Largest number of free vectors in a pool: one for the next version, one for the next sum."""
+"""Free vectors that the pool of weights keeps: one for the next version, one for the next sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Elements `[start, stop)` of the flat vector that are updated with one set of hyperparameters."""
+    """Elements `[start, stop)` of the flat vector that are updated with one set of hyperparameters.
+
+    Attributes:
+        start: The first element.
+        stop: The element after the last.
+        optimizer: The hyperparameters.
+        count: The optimizer's `relevant_count` for the number of updates, this one included.
+    """
 
     start: int
     stop: int
-    hyperparameters: Hyperparameters
+    optimizer: Optimizer
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A model's three vectors in host memory, each of the layout's size: the weights and the Adadelta state."""
+    """A model's vectors in host memory, each of the layout's size.
+
+    Attributes:
+        weights: The weights.
+        slots: The optimizer's state, in the order of its slots.
+    """
 
     weights: Vector
-    square_avg: Vector
-    acc_delta: Vector
+    slots: tuple[Vector, ...]
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """The weights, then each slot."""
+        return (self.weights, *self.slots)
 
     def copy(self) -> "State":
-        """Returns a copy of all three vectors."""
-        return State(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy())
+        """Returns a copy of all vectors."""
+        return State(self.weights.copy(), tuple(slot.copy() for slot in self.slots))
 
     def pieces(self) -> list[tuple[int, Values]]:
         """Returns each whole vector as a piece at offset 0."""
-        return [(0, self.weights), (0, self.square_avg), (0, self.acc_delta)]
+        return [(0, vector) for vector in self.vectors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +140,34 @@ def zeros_like(vector: Vector) -> Vector:
     return np.zeros(vector.size, np.float32)
 
 
-class VectorPool:
-    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself."""
+def initial_state(weights: Vector, layout: Layout, groups: Sequence[Optimizer]) -> State:
+    """Returns weights with the optimizer state before the first update.
 
-    def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host) -> None:
+    Args:
+        weights: The weights of the tensors of `layout`; kept, not copied.
+        layout: The whole layout of a model, or the tensors that an extension appends.
+        groups: The model's optimizers, by parameter group.
+    """
+    slots = tuple(zeros_like(weights) for _ in groups[0].slots)
+    for start, stop, optimizer, _ in layout.ranges((), groups, [0] * len(layout.tensors)):
+        for vector, slot in zip(slots, optimizer.slots, strict=True):
+            if slot.initial:  # else the zeros stay untouched, and take no memory yet
+                vector[start:stop] = slot.initial
+    return State(weights, slots)
+
+
+class VectorPool:
+    """A pool of vectors of one size. Fresh pages from the system cost more than the update itself.
+
+    Args:
+        size: Number of elements of a vector.
+        allocate: Returns a new vector.
+        free_max: The largest number of free vectors that it keeps.
+    """
+
+    def __init__(self, size: int, allocate: Callable[[int], Vector] = allocate_host, free_max: int = _FREE_MAX) -> None:
         self.size = size
+        self._free_max = free_max
         self._allocate = allocate
         self._free: list[Vector] = []
 
@@ -140,7 +181,7 @@ class VectorPool:
     def give(self, vector: Vector) -> None:
         """Returns a vector to the pool, unless the pool is full or the vector has another size or alignment."""
         # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
-        if len(self._free) < _FREE_MAX and vector.size == self.size and vector.ctypes.data % _LINE_BYTES == 0:
+        if len(self._free) < self._free_max and vector.size == self.size and vector.ctypes.data % _LINE_BYTES == 0:
             self._free.append(vector)
 
 
@@ -231,7 +272,7 @@ class Store(ABC):
 
     @abstractmethod
     def combine(self, stagings: Sequence[tuple[Staging, float]], trim: int) -> None:
-        """Sets the gradient of the next update to the trimmed mean of pushes (`adadelta.robust`).
+        """Sets the gradient of the next update to the trimmed mean of pushes (`optimizers.robust`).
 
         A missing value of a push counts as 0. The same pushes give the same bits in any order and on any device.
 
@@ -270,7 +311,7 @@ class Store(ABC):
 
     @abstractmethod
     def freeze(self) -> Frozen:
-        """Returns a view of the three vectors at this moment. It costs no copy until an update changes them.
+        """Returns a view of the vectors at this moment. It costs no copy until an update changes them.
 
         Raises:
             BudgetExceeded: The budget has no bytes left for a further version.
@@ -282,12 +323,16 @@ class Store(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """Returns a copy of the three vectors."""
+        """Returns a copy of the vectors."""
 
     @abstractmethod
     def put(self, state: State, number: int) -> None:
-        """Replaces the three vectors and makes version `number` current. The store may keep the given vectors."""
+        """Replaces the vectors and makes version `number` current. The store may keep the given vectors."""
 
     @abstractmethod
-    def extend(self, weights: Vector) -> None:
-        """Appends elements with zero state. The current version keeps its number."""
+    def extend(self, state: State) -> None:
+        """Appends elements: their weights and optimizer state. The current version keeps its number."""
+
+
+MakeStore = Callable[[State, Optimizer, Budget], Store]
+"""Makes a store of a model's state, which it may keep, of version 0. The optimizer stands for all groups."""

@@ -4,7 +4,6 @@ This room is pure: no I/O, no threads, no clock, no gRPC. Events go in as method
 come out as values, and the engine carries them out. Start with `Machine`.
 """
 
-from deltaserve_server.optimizers import Hyperparameters
 from deltaserve_server.model.decision import Answer, BumpVersion, Combine, Decision, Fold, Refuse, Update
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.layout import Layout, Tensor
@@ -23,7 +22,6 @@ __all__ = [
     "Contribution",
     "Decision",
     "Fold",
-    "Hyperparameters",
     "Key",
     "Layout",
     "Machine",

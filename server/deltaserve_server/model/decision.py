@@ -35,12 +35,15 @@ class Update:
         summary: Describes the update. The engine fills in its norm.
         weight: What the sum of the folded pushes is divided by: the sum of their weights.
         absent: Tensors that keep their weights and optimizer state.
+        counts: The number of updates of each tensor, this one included. One event may make several updates, so the
+            machine's own counts may be those of a later one.
         sources: Session id and fingerprint of each push, in the order of `summary.contributions`.
     """
 
     summary: UpdateSummary
     weight: float
     absent: frozenset[int]
+    counts: tuple[int, ...]
     sources: tuple[tuple[bytes, int | None], ...] = ()
 
 

@@ -1,11 +1,16 @@
 """The order of a model's tensors in one flat float32 vector."""
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import TypeVar
+
+from deltaserve._common.optimizers import Optimizer
+
+_Use = TypeVar("_Use")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +56,45 @@ class Layout:
 
     def runs(self, count: int, absent: Collection[int]) -> Iterator[tuple[int, int]]:
         """Yields the ranges `[start, stop)` that the first `count` tensors cover without those in `absent`."""
-        ranges = ((self.offsets[k], self.offsets[k + 1], 0) for k in range(count) if k not in absent)
+        ranges = ((self.offsets[k], self.offsets[k + 1], None) for k in range(count) if k not in absent)
         yield from ((start, stop) for start, stop, _ in _merged(ranges))
 
-    def groups(self, absent: Collection[int]) -> Iterator[tuple[int, int, int]]:
-        """Yields the ranges `(start, stop, group)` that all tensors cover without those in `absent`."""
-        yield from _merged(
-            (self.offsets[k], self.offsets[k + 1], tensor.group)
-            for k, tensor in enumerate(self.tensors)
+    def ranges(
+        self, absent: Collection[int], groups: Sequence[Optimizer], counts: Sequence[int]
+    ) -> Iterator[tuple[int, int, Optimizer, int]]:
+        """Yields the ranges of elements that an update can treat alike, in ascending order.
+
+        Args:
+            absent: Tensors that are left out.
+            groups: The optimizer by parameter group.
+            counts: By tensor: how many updates its optimizer state has had, this one included.
+
+        Yields:
+            `(start, stop, optimizer, count)`, where `count` is the optimizer's `relevant_count`.
+        """
+        parts = (
+            (self.offsets[k], self.offsets[k + 1], (groups[tensor.group], groups[tensor.group].relevant_count(count)))
+            for k, (tensor, count) in enumerate(zip(self.tensors, counts, strict=True))
             if k not in absent
         )
+        yield from ((start, stop, *use) for start, stop, use in _merged(parts))
 
     def extended(self, tensors: Sequence[Tensor]) -> "Layout":
         """Returns this layout with `tensors` at its end."""
         return Layout((*self.tensors, *tensors))
 
 
-def _merged(ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Joins adjacent ranges of the same group, so that kernels get few long ranges. Drops empty ones."""
-    open_range: tuple[int, int, int] | None = None
-    for start, stop, group in ranges:
+def _merged(ranges: Iterable[tuple[int, int, _Use]]) -> Iterator[tuple[int, int, _Use]]:
+    """Joins adjacent ranges of the same use, so that kernels get few long ranges. Drops empty ones."""
+    open_range: tuple[int, int, _Use] | None = None
+    for start, stop, use in ranges:
         if start == stop:
             continue
-        if open_range and open_range[1] == start and open_range[2] == group:
-            open_range = (open_range[0], stop, group)
+        if open_range and open_range[1] == start and open_range[2] == use:
+            open_range = (open_range[0], stop, use)
             continue
         if open_range:
             yield open_range
-        open_range = (start, stop, group)
+        open_range = (start, stop, use)
     if open_range:
         yield open_range

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.model.decision import Answer, Decision
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.policies import Policy
@@ -13,7 +13,7 @@ from deltaserve_server.model.round import PendingPush
 from deltaserve_server.model.sessions import Session
 from deltaserve_server.model.versioned_model import VersionedModel
 
-Settings = tuple[tuple[Hyperparameters, ...], Policy]
+Settings = tuple[tuple[Optimizer, ...], Policy]
 """Hyperparameters by group, and the policy."""
 
 
@@ -41,7 +41,7 @@ class Machine(VersionedModel):
         next_settings: Hyperparameters and policy that take effect when the open round closes; None means no change.
     """
 
-    def __init__(self, name: str, layout: Layout, groups: Sequence[Hyperparameters], policy: Policy) -> None:
+    def __init__(self, name: str, layout: Layout, groups: Sequence[Optimizer], policy: Policy) -> None:
         super().__init__(name, layout, groups)
         self.policy = policy
         self.initial_settings: Settings = self.groups, policy
@@ -203,10 +203,10 @@ class Machine(VersionedModel):
 
     def put_state(self, update_counts: Sequence[int]) -> None:
         """Records that weights and optimizer state were replaced, which makes a version."""
-        self.update_counts = list(update_counts)
+        self.update_counts = tuple(update_counts)
         self.version += 1  # the open round goes on: its pushes are one version staler, and still gradients
 
-    def extend(self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> None:
+    def extend(self, tensors: Sequence[Tensor], groups: Sequence[Optimizer]) -> None:
         """Adds tensors and groups at the end of the layout. Sessions that do not know them go on without."""
         # A worker that starts later creates the model in an earlier size, then extends it as others have done.
         self.earlier_sizes.add((len(self.layout.tensors), len(self.groups)))
@@ -215,7 +215,7 @@ class Machine(VersionedModel):
         self.initial_settings = (*self.initial_settings[0], *groups), self.initial_settings[1]
         if self.next_settings:
             self.next_settings = (*self.next_settings[0], *groups), self.next_settings[1]
-        self.update_counts += [0] * len(tensors)
+        self.update_counts += (0,) * len(tensors)
 
     # --- settings
 
@@ -223,7 +223,7 @@ class Machine(VersionedModel):
         """Returns hyperparameters and policy as they are, or as they will be once the open round has closed."""
         return self.next_settings or (self.groups, self.policy)
 
-    def change(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
+    def change(self, groups: tuple[Optimizer, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
         """Changes hyperparameters and policy.
 
         The change counts from the next update on. It waits for the update after that where a part of the open round is
@@ -239,7 +239,7 @@ class Machine(VersionedModel):
         first_version = self.version + 1  # `_reconfigure` may make a version
         return first_version, self._reconfigure(groups, policy, now)
 
-    def _reconfigure(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> list[Decision]:
+    def _reconfigure(self, groups: tuple[Optimizer, ...], policy: Policy, now: float) -> list[Decision]:
         """Puts settings in place and judges by them the pushes that wait."""
         decisions: list[Decision] = []
         if type(policy) is type(self.policy):
@@ -252,7 +252,7 @@ class Machine(VersionedModel):
             decisions += self._hand_over(waiting, bool(late), now)
         return [*decisions, *self._advance(now)]
 
-    def _configure(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> None:
+    def _configure(self, groups: tuple[Optimizer, ...], policy: Policy) -> None:
         """Puts settings in place. A policy of another kind begins with an empty round and with equal clocks."""
         changes_kind = type(policy) is not type(self.policy)
         self.groups, self.policy = groups, policy
@@ -285,7 +285,10 @@ class Machine(VersionedModel):
     def replay_update(
         self, summary: UpdateSummary, absent: frozenset[int], sources: Sequence[tuple[bytes, int | None]], now: float
     ) -> None:
-        """Repeats an update that the journal holds; see `Update` for `absent` and `sources`."""
+        """Repeats an update that the journal holds; see `Update` for `absent` and `sources`.
+
+        Afterwards `update_counts` are those of this update: `Layout.ranges` needs them to repeat it on the vectors.
+        """
         self.count_update(summary.version, absent)
         sessions = []
         for contribution, (session_id, fingerprint) in zip(summary.contributions, sources, strict=True):
@@ -300,7 +303,7 @@ class Machine(VersionedModel):
             (groups, policy), self.next_settings = self.next_settings, None
             self._configure(groups, policy)
 
-    def replay_change(self, groups: tuple[Hyperparameters, ...], policy: Policy, deferred: bool) -> None:
+    def replay_change(self, groups: tuple[Optimizer, ...], policy: Policy, deferred: bool) -> None:
         """Repeats a change of settings that the journal holds; `deferred` until the round of that time closed."""
         self.next_settings = (groups, policy) if deferred else None
         if not deferred:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
 
 Key = tuple[bytes, int]
 """Identifies a push: session id and sequence number."""
@@ -29,7 +29,7 @@ class Push:
     epoch: int
     sequence: int
     base_version: int | None = None
-    hyperparameters: tuple[Hyperparameters, ...] | None = None
+    hyperparameters: tuple[Optimizer, ...] | None = None
     absent: frozenset[int] = frozenset()
     weight: float = 1.0
     fingerprint: int | None = None
@@ -75,7 +75,7 @@ class UpdateSummary:
 
     version: int
     contributions: tuple[Contribution, ...]
-    hyperparameters: tuple[Hyperparameters, ...]
+    hyperparameters: tuple[Optimizer, ...]
     norm: float = 0.0
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.model.difference import first_difference
 from deltaserve_server.model.push import Contribution, Push
 from deltaserve_server.model.refused import Refused
@@ -54,7 +54,7 @@ class Round:
 
     opened: int
     pushes: dict[str, PendingPush] = field(default_factory=dict)
-    hyperparameters: tuple[Hyperparameters, ...] | None = None
+    hyperparameters: tuple[Optimizer, ...] | None = None
     folded: int = 0
     arrivals: list[float] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class Round:
         # Only the groups that both pushes know can conflict.
         both = zip(self.hyperparameters or (), push.hyperparameters or (), strict=False)
         for group, (in_round, got) in enumerate(both):
-            if difference := first_difference(in_round, got):
+            if difference := first_difference(in_round, got):  # type: ignore[arg-type]
                 name, expected, value = difference
                 raise Refused("HYPERPARAMETER_CONFLICT", field=f"groups[{group}].{name}", round=expected, got=value)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.model.layout import Layout, Tensor
 from deltaserve_server.model.machine import Machine
 from deltaserve_server.model.policies import Async, Bounded, Policy, Sync
@@ -21,13 +21,13 @@ from deltaserve_server.model.sessions import Record, Session
 class Settings:
     """Hyperparameters by group, and exactly one policy."""
 
-    groups: tuple[Hyperparameters, ...]
+    groups: tuple[Optimizer, ...]
     sync: Sync | None = None
     asynchronous: Async | None = None
     bounded: Bounded | None = None
 
     @classmethod
-    def of(cls, groups: tuple[Hyperparameters, ...], policy: Policy) -> Self:
+    def of(cls, groups: tuple[Optimizer, ...], policy: Policy) -> Self:
         """Returns the settings for a policy."""
         match policy:
             case Sync():
@@ -152,14 +152,14 @@ class MachineState:
             initial_settings=Settings.of(*machine.initial_settings),
             next_settings=Settings.of(*machine.next_settings) if machine.next_settings else None,
             version=machine.version,
-            update_counts=tuple(machine.update_counts),
+            update_counts=machine.update_counts,
             earlier_sizes=tuple(sorted(machine.earlier_sizes)),
             opened=machine.round.opened,
             sessions=tuple(map(SessionState.of, live)),
             ended=tuple(map(SessionState.of, ended)),
             epochs=tuple(machine.sessions.epochs.items()),
             fenced=tuple(machine.sessions.fenced.items()),
-            # JSON has no infinity, which a norm may be: see `adadelta.cpu.update`.
+            # JSON has no infinity, which a norm may be: see `optimizers.cpu.update`.
             updates=tuple(replace(update, norm=min(update.norm, sys.float_info.max)) for update in updates.values()),
         )
 
@@ -170,7 +170,7 @@ class MachineState:
         if self.next_settings:
             machine.next_settings = self.next_settings.groups, self.next_settings.policy
         machine.version = self.version
-        machine.update_counts = list(self.update_counts)
+        machine.update_counts = self.update_counts
         machine.earlier_sizes = set(self.earlier_sizes)
         machine.round.opened = self.opened
         updates = {update.version: update for update in self.updates}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import Optimizer, Slot
 from deltaserve_server.model.decision import Answer, BumpVersion, Refuse, Update
 from deltaserve_server.model.layout import Layout
 from deltaserve_server.model.push import Key, PushResult, UpdateSummary
@@ -20,7 +20,7 @@ class VersionedModel:
     Attributes:
         name: The model's name.
         layout: Its tensors.
-        groups: Its hyperparameters by parameter group.
+        groups: Its optimizer by parameter group; all have the same structure.
         version: The version of its weights; 0 for those that it was created with.
         update_counts: By tensor: how many updates its optimizer state has had.
         sessions: Its workers.
@@ -28,23 +28,28 @@ class VersionedModel:
         withheld: Answers that the bounded policy keeps back from workers that are too far ahead.
     """
 
-    def __init__(self, name: str, layout: Layout, groups: Sequence[Hyperparameters]) -> None:
+    def __init__(self, name: str, layout: Layout, groups: Sequence[Optimizer]) -> None:
         self.name = name
         self.layout = layout
         self.groups = tuple(groups)
         self.version = 0
-        self.update_counts = [0] * len(layout.tensors)
+        self.update_counts: tuple[int, ...] = (0,) * len(layout.tensors)
         self.sessions = Sessions()
         self.round = Round(opened=0)
         self.withheld: dict[Key, Answer] = {}
 
-    def hyperparameters(self, carried: tuple[Hyperparameters, ...] | None) -> tuple[Hyperparameters, ...]:
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The vectors of optimizer state."""
+        return self.groups[0].slots
+
+    def hyperparameters(self, carried: tuple[Optimizer, ...] | None) -> tuple[Optimizer, ...]:
         """Returns what an update uses, by group: what its pushes carry, and the model's own for the other groups."""
         carried = carried or ()
         return (*carried, *self.groups[len(carried) :])
 
     def update(
-        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Hyperparameters, ...], now: float
+        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Optimizer, ...], now: float
     ) -> tuple[Update, list[Answer]]:
         """Makes the next version of pushes, which are in the order of worker names, and returns their answers too."""
         # A tensor without any gradient is left alone: a gradient of zeros would let its optimizer state decay.
@@ -60,12 +65,12 @@ class VersionedModel:
             result = PushResult(version=self.version, contribution=contribution, summary=summary)
             pending.session.apply(pending.push.sequence, result, now)
             answers.append(Answer(pending.push.key, result))
-        return Update(summary, weight, absent, sources), answers
+        return Update(summary, weight, absent, self.update_counts, sources), answers
 
     def count_update(self, version: int, absent: frozenset[int]) -> None:
         """Advances the version and the counts of the tensors that an update changes."""
         self.version = version
-        self.update_counts = [count + (index not in absent) for index, count in enumerate(self.update_counts)]
+        self.update_counts = tuple(n + (index not in absent) for index, n in enumerate(self.update_counts))
 
     def bump_version(self) -> BumpVersion:
         """Gives the weights the next version, unchanged, because sessions were told to compute on it."""

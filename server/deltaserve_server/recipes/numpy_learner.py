@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Self
 
 import deltaserve
@@ -16,10 +15,6 @@ class NumpyRecipe(Recipe):
     @abstractmethod
     def initial_weights(self) -> dict[str, Vector]:
         """Returns the weights with which the first worker creates the model."""
-
-    @abstractmethod
-    def hyperparameters(self) -> deltaserve.Hyperparameters:
-        """Returns Adadelta's hyperparameters."""
 
     @abstractmethod
     def gradients(self, weights: Weights, rows: Rows) -> dict[str, Vector]:
@@ -37,8 +32,8 @@ class NumpyLearner:
         self._recipe = recipe
         with ExitStack() as opened:  # a failure halfway closes what is open
             client = opened.enter_context(deltaserve.connect(join.target, timeout_seconds=join.timeout_seconds))
-            settings = asdict(recipe.hyperparameters())
-            self.model = client.create_model(join.model, recipe.initial_weights(), policy=join.policy, **settings)
+            weights = recipe.initial_weights()
+            self.model = client.create_model(join.model, weights, optimizer=recipe.optimizer, policy=join.policy)
             self._worker = opened.enter_context(self.model.worker())
             self._worker.pull()  # now, because the trainer counts rounds from the version of these weights
             self._close = opened.pop_all().close

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +65,19 @@ class Recipe(ABC):
         name: The model's name, unless the user chooses another.
         epochs: Passes over the examples.
         batch_size: Examples of one worker in one step.
+        optimizer: The optimizer and its hyperparameters.
         evaluate_every: Number of examples between two measurements of the loss; None means an epoch.
         seed: Decides the initial weights and the order of the examples.
+        optimizers: Hyperparameters that suit the recipe, by the optimizer's name on the command line.
     """
+
+    optimizers: ClassVar[Mapping[str, deltaserve.Optimizer]]
 
     train: Examples
     name: str
     epochs: int
     batch_size: int
+    optimizer: deltaserve.Optimizer
     evaluate_every: int | None = None
     seed: int = 0
 

@@ -1,14 +1,15 @@
-"""A worker in torch: `RemoteAdadelta` takes the place of `torch.optim.Adadelta`."""
+"""A worker in torch: `RemoteAdadelta` takes the place of `torch.optim.Adadelta`, and so on."""
 
 import logging
 from contextlib import ExitStack
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 import deltaserve
-from deltaserve.torch import RemoteAdadelta
+import deltaserve.torch
+from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve_server.recipes.batches import WorkerBatch
 from deltaserve_server.recipes.data import Examples
 from deltaserve_server.recipes.recipe import JoinOptions, Weights
@@ -17,7 +18,7 @@ from deltaserve_server.recipes.recipe import JoinOptions, Weights
 class TorchLearner:
     """A worker with a linear layer in this process and its optimizer on the server."""
 
-    def __init__(self, examples: Examples, seed: int, join: JoinOptions) -> None:
+    def __init__(self, examples: Examples, optimizer: deltaserve.Optimizer, seed: int, join: JoinOptions) -> None:
         torch.set_num_threads(1)  # the workers of a run share the machine's cores
         torch.manual_seed(seed)  # whichever worker comes first creates the model, so all draw the same weights
         self._features = torch.from_numpy(examples.features)
@@ -26,11 +27,12 @@ class TorchLearner:
         nn.init.normal_(self._net.weight, std=0.01)
         self._loss = nn.MSELoss(reduction="sum")  # the mean over an empty batch would be NaN
         with ExitStack() as opened:  # a failure halfway closes what is open
-            self._optimizer = RemoteAdadelta(
+            kind = getattr(deltaserve.torch, f"Remote{type(optimizer).__name__}")
+            self._optimizer: deltaserve.torch.RemoteOptimizer = kind(
                 self._net.named_parameters(),
                 join.target,
                 model=join.model,
-                rho=0.9,
+                **_arguments(optimizer),
                 policy=join.policy,
                 timeout_seconds=join.timeout_seconds,
             )
@@ -71,6 +73,14 @@ class TorchLearner:
         self._close()
 
 
+def _arguments(optimizer: deltaserve.Optimizer) -> dict[str, Any]:
+    """Returns the arguments of the torch class that has this optimizer's name."""
+    arguments = {name: getattr(optimizer, name) for name in hyperparameters(optimizer)}
+    if "beta1" in arguments:
+        arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
+    return arguments
+
+
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Drops RemoteAdadelta's warnings about stale gradients: the run counts them and reports the number."""
+    """Drops the optimizer's warnings about stale gradients: the run counts them and reports the number."""
     return not (record.module == "_remote" and "gradient" in str(record.msg))

@@ -1,6 +1,6 @@
 """Checks vectors that arrive: the order and size of their chunks, and their values, before anything changes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -10,17 +10,15 @@ from deltaserve._common.codec import Chunk
 from deltaserve._common.element_types import FLOAT32, ElementType
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.flat_vector import CHUNK_ELEMENTS, chunk_elements
-from deltaserve_server.optimizers.formats import Values, widened
+from deltaserve._common.optimizers import Slot
 from deltaserve_server.memory import Staging, State
 from deltaserve_server.memory.parallel import run_parallel
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector, allocate_host
 from deltaserve_server.model import Layout, Refused
+from deltaserve_server.optimizers.formats import Values, widened
 
 _BLOCKS = 4
 """How many of the kernel's blocks a thread checks in one call. Each block has its own sum of squares."""
-
-STATE_VECTORS = ("weights", "square_avg", "acc_delta")
-"""The vectors of a model's state, in the order in which they travel."""
 
 
 class ChunkValidator:
@@ -204,63 +202,59 @@ def copy_shared(vector: Vector, executor: Executor, threads: int) -> Vector:
     return own
 
 
-def admit_weights(messages: Iterator[Chunk], layout: Layout, start: int = 0) -> Vector:
+def admit_weights(messages: Iterator[Any], layout: Layout, start: int = 0) -> Vector:
     """Returns the weights of a new model, or of its extension from element `start` on; the stream ends with them."""
-    weights = _vector(messages, "weights", layout, start)
-    if next(messages, None) is not None:
-        raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got="another message")
-    return weights
-
-
-def admit_state(messages: Iterator[Chunk], layout: Layout) -> State:
-    """Returns weights and optimizer state, which arrive as three vectors one after the other."""
-    vectors = [_vector(messages, name, layout) for name in STATE_VECTORS]
-    extra = _next_chunk(messages)  # a fourth vector says that the client means another state
-    if extra is not None:
-        raise Refused("CHUNK_SEQUENCE", expected="no further chunk", got=f"a chunk of {extra.vector}")
-    return State(*vectors)
-
-
-def _vector(messages: Iterator[Chunk], name: str, layout: Layout, start: int = 0) -> Vector:
-    """Reads one vector, and no message beyond its last element."""
-    validator = ChunkValidator([(start, layout.size)] if start < layout.size else [])
     checker = ValueChecker(layout)
-    vector = allocate_host(validator.size)  # aligned: the model may keep it
-    received = 0
-    while received < validator.size:
-        chunk = _next_chunk(messages)
-        if chunk is None:
-            break
-        if chunk.vector != name:
-            expected = f"{name} from offset {start + received}"
-            raise Refused("CHUNK_SEQUENCE", expected=expected, got=f"a chunk of {chunk.vector}")
-        values = validator.take(chunk.offset, chunk.data)
-        part = vector[received : received + values.size]
-        part[:] = values
-        if name == "weights":
-            checker.check(chunk.offset, part)
+    return _receive(messages, [(start, layout.size)], lambda _, offset, values: checker.check(offset, values))[0]
+
+
+def admit_state(messages: Iterator[Any], layout: Layout, slots: Sequence[Slot]) -> State:
+    """Returns weights and optimizer state, which arrive as one vector after the other; the stream ends with them."""
+    checker = ValueChecker(layout)
+
+    def check(index: int, offset: int, values: Vector) -> None:
+        if index == 0:
+            checker.check(offset, values)
         else:
-            _check_averages(name, chunk.offset, part, layout)
-        received += values.size
+            _check_slot(slots[index - 1], offset - index * layout.size, values, layout)
+
+    runs = [(index * layout.size, (index + 1) * layout.size) for index in range(1 + len(slots))]
+    weights, *others = _receive(messages, runs, check)
+    return State(weights, tuple(others))
+
+
+def _receive(
+    messages: Iterator[Any], runs: Sequence[tuple[int, int]], check: Callable[[int, int, Vector], None]
+) -> list[Vector]:
+    """Returns one vector for each range, up to the end of the stream.
+
+    Args:
+        messages: The stream after its first message.
+        runs: Adjacent ranges of equal size. No chunk extends across two of them.
+        check: Called with the index of the range, the offset and the values of each chunk.
+    """
+    validator = ChunkValidator(runs)
+    vectors = [allocate_host(stop - start) for start, stop in runs]  # aligned: the model may keep them
+    for message in messages:
+        if not isinstance(message, Chunk):
+            raise Refused("MESSAGE_INVALID", message="stream: chunks follow its first message")
+        values = validator.take(message.offset, message.data)
+        index, at = divmod(message.offset - runs[0][0], vectors[0].size)
+        part = vectors[index][at : at + values.size]
+        part[:] = values
+        check(index, message.offset, part)
     validator.close()
-    return vector
+    return vectors
 
 
-def _next_chunk(messages: Iterator[Any]) -> Chunk | None:
-    """Returns the next chunk, None at the end; raises Refused MESSAGE_INVALID for a second header."""
-    message = next(messages, None)
-    if message is not None and not isinstance(message, Chunk):
-        raise Refused("MESSAGE_INVALID", message="stream: chunks follow its first message")
-    return message
-
-
-def _check_averages(name: str, offset: int, values: Vector, layout: Layout) -> None:
-    """Raises Refused unless every value is finite and not negative, as averages of squares are."""
-    bad = np.flatnonzero(~((values >= 0) & np.isfinite(values)))
+def _check_slot(slot: Slot, offset: int, values: Vector, layout: Layout) -> None:
+    """Raises Refused unless all values are finite and at least the slot's minimum."""
+    bad = np.flatnonzero(~((values >= slot.minimum) & np.isfinite(values)))
     if bad.size:
         tensor, index = layout.locate(offset + int(bad[0]))
         if np.isfinite(values[bad[0]]):
-            raise Refused("PUSH_INVALID", field=f"{name} of tensor {tensor} at element {index}", allowed=">= 0")
+            field = f"{slot.name} of tensor {tensor} at element {index}"
+            raise Refused("PUSH_INVALID", field=field, allowed=f">= {slot.minimum:g}")
         raise Refused("VALUE_NOT_FINITE", tensor=tensor, index=index)
 
 

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import lru_cache
-from itertools import chain, repeat
 from math import isfinite, prod
 from typing import Any
 
 from google.protobuf.message import Message
 
+from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2, worker_service_pb2
 from deltaserve_server.durability.folder import Head
@@ -18,7 +18,6 @@ from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.model import (
     Async,
     Bounded,
-    Hyperparameters,
     Layout,
     Machine,
     Policy,
@@ -29,6 +28,7 @@ from deltaserve_server.model import (
     Tensor,
     first_difference,
 )
+from deltaserve_server.service import optimizers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NAME_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ -, the first a letter or a digit"
@@ -39,11 +39,9 @@ _SHOWN_LENGTH = 40
 _ENCODED_EVENTS = 64
 """How many encoded events are kept for the other watchers of their model."""
 
-_DEFAULTS = Hyperparameters()
 _DIMENSIONS = 8
 _ELEMENTS = 1 << 48
 _WORKERS = 65_536
-_GROUPS = 4096
 _SECONDS = 86_400
 
 _REDUCTIONS: dict[int, Reduction] = {
@@ -114,30 +112,6 @@ def _shape_refused(spec: pb.TensorSpec, allowed: str) -> Refused:
     return Refused("SHAPE_INVALID", tensor=spec.name[:_TENSOR_NAME_LENGTH], shape=shape, allowed=allowed)
 
 
-def to_groups(
-    messages: Sequence[pb.Hyperparameters], unset: Sequence[Hyperparameters] = (), count: int = 0
-) -> tuple[Hyperparameters, ...]:
-    """Returns hyperparameters by group.
-
-    Args:
-        messages: One message for each group.
-        unset: By group, the hyperparameters that a message may leave unset; defaults for further groups.
-        count: Number of groups that precede these.
-
-    Raises:
-        Refused: HYPERPARAMETER_INVALID.
-    """
-    if count + len(messages) > _GROUPS:
-        raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"at most {_GROUPS} groups")
-    groups = []
-    for message, default in zip(messages, chain(unset, repeat(_DEFAULTS)), strict=False):
-        groups.append(replace(default, **_set_fields(message)))
-        problem = groups[-1].problem()
-        if problem:
-            raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
-    return tuple(groups)
-
-
 def to_policy(message: pb.Policy) -> Policy:
     """Returns the policy; raises Refused POLICY_INVALID."""
     match message.WhichOneof("policy"):
@@ -189,7 +163,8 @@ def _positive(value: float | None, most: float = float("inf")) -> bool:
 def to_machine(config: pb.ModelConfig) -> Machine:
     """Returns the state machine of a new model; raises Refused for the first fault of the config."""
     name = checked_name("name", config.name)
-    groups = to_groups(config.groups) or (_DEFAULTS,)
+    groups = optimizers.to_groups(config.groups) or (Adadelta(),)
+    optimizers.check_alike(groups)
     layout = Layout(to_tensors(config.tensors, len(groups)))
     policy = to_policy(config.policy) if config.HasField("policy") else Async()
     return Machine(name, layout, groups, policy)
@@ -204,17 +179,9 @@ def from_machine(machine: Machine, pending: bool = False) -> pb.ModelConfig:
             pb.TensorSpec(name=t.name, shape=t.shape, group=t.group, data_type=pb.DATA_TYPE_FLOAT32)
             for t in machine.layout.tensors
         ],
-        groups=from_groups(groups),
+        groups=optimizers.from_groups(groups),
         policy=from_policy(policy),
     )
-
-
-def from_groups(groups: Sequence[Hyperparameters]) -> list[pb.Hyperparameters]:
-    """Returns the messages for hyperparameters by group."""
-    return [
-        pb.Hyperparameters(lr=g.lr, rho=g.rho, eps=g.eps, weight_decay=g.weight_decay, maximize=g.maximize)
-        for g in groups
-    ]
 
 
 def from_policy(policy: Policy) -> pb.Policy:
@@ -254,7 +221,7 @@ def from_result(result: PushResult) -> worker_service_pb2.PushResult:
         duplicate=result.duplicate,
         staleness=contribution.staleness,
         contributors=len(summary.contributions),
-        hyperparameters=from_groups(summary.hyperparameters),
+        hyperparameters=optimizers.from_groups(summary.hyperparameters),
         gradient_norm=contribution.norm,
         update_norm=summary.norm,
     )
@@ -292,18 +259,25 @@ def _encode_event(event: Updated) -> bytes:
         ]
         update = model_service_pb2.UpdateEvent(
             contributions=contributions,
-            hyperparameters=from_groups(summary.hyperparameters),
+            hyperparameters=optimizers.from_groups(summary.hyperparameters),
             update_norm=summary.norm,
         )
     return model_service_pb2.WatchModelResponse(position=position, update=update).SerializeToString()
 
 
-def difference(existing: Machine, wanted: Machine) -> str | None:
-    """Returns how a model differs from the one that CreateModel asks for; None if it does not.
+def check_same(existing: Machine, wanted: Machine) -> None:
+    """Raises Refused OPTIMIZER_MISMATCH or MODEL_MISMATCH unless a model is the one that CreateModel asks for.
 
     Hyperparameters and policy may be those of now, or those that the model was created with: another client may have
     changed them since.
     """
+    optimizers.check_matches(existing.name, existing.groups[0], wanted.groups)
+    found = _difference(existing, wanted)
+    if found:
+        raise Refused("MODEL_MISMATCH", model=existing.name, difference=found)
+
+
+def _difference(existing: Machine, wanted: Machine) -> str | None:
     ours, theirs, count = existing.layout.tensors, wanted.layout.tensors, len(existing.groups)
     if (len(theirs), len(wanted.groups)) in existing.earlier_sizes:  # the model before an extension, which may follow
         ours, count = ours[: len(theirs)], len(wanted.groups)
@@ -318,7 +292,7 @@ def difference(existing: Machine, wanted: Machine) -> str | None:
     if len(groups) != len(wanted.groups):
         return f"it has {len(groups)} parameter groups, not {len(wanted.groups)}"
     for index, (left_group, right_group) in enumerate(zip(groups, wanted.groups, strict=True)):
-        found = first_difference(left_group, right_group)
+        found = first_difference(left_group, right_group)  # type: ignore[arg-type]
         if found:
             return f"{found[0]} of group {index} is {found[1]}, not {found[2]}"
     return _policy_difference(policy, wanted.policy)

@@ -1,6 +1,6 @@
 """One push, from its header to its result."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,13 +13,13 @@ import grpc
 from deltaserve._common.codec import Chunk
 from deltaserve._common.failpoints import failpoint
 from deltaserve.v1 import worker_service_pb2 as rpc
-from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.events import Position
 from deltaserve_server.memory import BudgetExceeded, Reservation, Staging
 from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
-from deltaserve_server.model import Hyperparameters, Push, PushResult, Refused, Sync
-from deltaserve_server.service import admission, conversion
+from deltaserve_server.model import Machine, Push, PushResult, Refused, Sync
+from deltaserve_server.optimizers.formats import Values
+from deltaserve_server.service import admission, optimizers
 from deltaserve_server.service.admission import ChunkValidator, ValueChecker
 from deltaserve_server.service.element_types import element_type_of
 from deltaserve_server.service.method_handlers import wait
@@ -53,7 +53,7 @@ class PushHandler:
             catalog.quotas.check_open()
         with engine.lock:
             machine = engine.machine
-            self._push = _push(header, machine.groups, len(machine.layout.tensors))
+            self._push = _push(header, machine)
             self._session = engine.check(self._push)
             self._layout = machine.layout
             # A shared push that waits for its round, or for the journal, is copied. Any other is used where it is: a
@@ -150,10 +150,13 @@ class PushHandler:
         return result
 
 
-def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_count: int) -> Push:
-    """Returns the push that a header announces; hyperparameters that it leaves unset are those of `groups`."""
+def _push(header: rpc.PushHeader, machine: Machine) -> Push:
+    """Returns the push that a header announces; hyperparameters that it leaves unset are the model's."""
+    groups, tensor_count = machine.groups, len(machine.layout.tensors)
     if len(header.hyperparameters) > len(groups):
         raise Refused("HYPERPARAMETER_INVALID", field="hyperparameters", allowed=f"{len(groups)} groups")
+    hyperparameters = optimizers.to_groups(header.hyperparameters, field="hyperparameters", unset=groups)
+    optimizers.check_matches(machine.name, groups[0], hyperparameters)
     if len(header.absent_tensors) > tensor_count:  # before a set is built of what may be millions
         raise _absent_refused(tensor_count)
     weight = header.weight if header.HasField("weight") else 1.0
@@ -164,7 +167,7 @@ def _push(header: rpc.PushHeader, groups: Sequence[Hyperparameters], tensor_coun
         epoch=header.epoch,
         sequence=header.sequence,
         base_version=header.base_version if header.HasField("base_version") else None,
-        hyperparameters=conversion.to_groups(header.hyperparameters, groups) or None,
+        hyperparameters=hyperparameters or None,
         absent=frozenset(header.absent_tensors),
         weight=weight,
     )

@@ -2,15 +2,18 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from histories import ASYNC, BOUNDED, CARRIED, GROUPS, SYNC
+from histories import ASYNC, BOUNDED, SYNC
 from model_host import MEMORY, Clock
 
-from deltaserve_server.optimizers.formats import Values
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Policy, Push, Refused, Session, Tensor
+from deltaserve_server.optimizers.formats import Values
 
 POLICIES: tuple[Policy, ...] = (*SYNC, *ASYNC, *BOUNDED)
 WORKERS = ("a", "b", "c", "d")
@@ -70,7 +73,7 @@ class Crowd:
         absent = frozenset(k for k in range(count) if self.chance.random() < 0.15)
         number = session.last_accepted + 1 + sequence
         age = self.chance.choice((0, 0, 0, 1, 2, None))
-        carried = self.chance.choice(CARRIED)
+        carried = self.chance.choice((*[None] * 8, *self._variants()[1:]))
         seed = abs(number) * 1000 + session.epoch
         push = Push(
             session_id=session.id,
@@ -118,19 +121,21 @@ class Crowd:
 
     def change_groups(self) -> None:
         groups, policy = self.engine.machine.configuration()
-        self.engine.change(tuple(self.chance.choice(GROUPS) for _ in groups), policy)
+        self.engine.change(tuple(self.chance.choice(self._variants()) for _ in groups), policy)
 
     def put_state(self) -> None:
-        layout = self.engine.machine.layout
-        chance = np.random.default_rng(self.chance.randrange(1 << 30))
-        vectors = [chance.random(layout.size, np.float32) for _ in range(3)]
-        self.engine.put_state(State(*vectors), [self.chance.randrange(9)] * len(layout.tensors))
+        machine = self.engine.machine
+        size, chance = machine.layout.size, np.random.default_rng(self.chance.randrange(1 << 30))
+        least = [max(slot.minimum, -0.5) for slot in machine.slots]
+        slots = tuple(chance.random(size, np.float32) + np.float32(low) for low in least)
+        state = State(chance.random(size, np.float32), slots)
+        self.engine.put_state(state, [self.chance.randrange(9) for _ in machine.layout.tensors])
 
     def extend(self) -> None:
         machine = self.engine.machine
         if len(machine.layout.tensors) > 7:
             return
-        groups = GROUPS[1:2] if self.chance.random() < 0.5 else ()
+        groups = self._variants()[1:2] if self.chance.random() < 0.5 else ()
         name, size = f"t{len(machine.layout.tensors)}", self.chance.choice((0, 1, 9))
         group = len(machine.groups) if groups else 0
         weights = np.full(size, 0.5, np.float32)
@@ -138,6 +143,11 @@ class Crowd:
 
     def save(self) -> None:
         self.engine.save()
+
+    def _variants(self) -> tuple[Optimizer, ...]:
+        """Returns the model's optimizer with different hyperparameters."""
+        optimizer: Any = self.engine.machine.initial_settings[0][0]
+        return optimizer, replace(optimizer, lr=optimizer.lr / 4), replace(optimizer, weight_decay=0.5, maximize=True)
 
     def _live(self) -> Session:
         """Returns a session, usually a live one; opens one if there is none."""

@@ -118,7 +118,8 @@ def leave(path: Path, durability: str = "journal") -> Left:
     chance = np.random.default_rng(5)
     with LocalServer(config) as server, deltaserve.connect(server.target) as client:
         shapes = {"w": (7, 11), "b": (0,), "v": (40,)}
-        model = client.create_model("m", {name: chance.random(shape, np.float32) for name, shape in shapes.items()})
+        weights = {name: chance.random(shape, np.float32) for name, shape in shapes.items()}
+        model = client.create_model("m", weights, optimizer=deltaserve.Adam())
         engine = server._catalog.get("m")
 
         def note() -> None:
@@ -145,7 +146,7 @@ def leave(path: Path, durability: str = "journal") -> Left:
             step(worker, 2)
             model.save_snapshot()
             step(worker, 2)
-            model.update(groups=[deltaserve.Hyperparameters(lr=0.5)])
+            model.update(groups=[deltaserve.Adam(lr=0.5)])
             note()
             _settled(server)
             step(worker, 3)

@@ -7,27 +7,45 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 import numpy as np
 import pytest
 
-from deltaserve_server.optimizers import Hyperparameters
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from deltaserve_server.durability import checked, model_storage, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
 from deltaserve_server.durability.model_storage import Durability, Schedule
 from deltaserve_server.engine.clock import SYSTEM_CLOCK
 from deltaserve_server.engine.model_engine import ModelEngine
-from deltaserve_server.memory import Budget, State, Store
+from deltaserve_server.memory import Budget, State, Store, initial_state
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
 from deltaserve_server.model import Async, Layout, Machine, Policy, Tensor
 from deltaserve_server.model.state import MachineState
 
 TENSORS = (Tensor("w", (7, 11)), Tensor("b", (0,)), Tensor("v", (40,)))
+OPTIMIZERS: tuple[Optimizer, ...] = (
+    Adadelta(),
+    SGD(lr=0.1),
+    SGD(lr=0.1, momentum=0.9, dampening=0.5),
+    SGD(lr=0.1, momentum=0.9, nesterov=True),
+    Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5),
+    RMSprop(),
+    RMSprop(momentum=0.9, centered=True),
+    Adam(lr=0.1),
+    Adam(lr=0.1, amsgrad=True),
+    AdamW(lr=0.1, weight_decay=0.1),
+)
 EXECUTOR = ThreadPoolExecutor(1)
 MEMORY = Budget(1 << 40)
+
+
+def optimizer_of(seed: str) -> Optimizer:
+    """Returns the optimizer that a seed chooses."""
+    return OPTIMIZERS[crc32(seed.encode()) % len(OPTIMIZERS)]
 
 
 class Clock:
@@ -43,15 +61,20 @@ class Seen(NamedTuple):
 
     version: int
     image: str
-    vectors: tuple[bytes, bytes, bytes]
+    vectors: tuple[bytes, ...]
 
 
-def make_store(weights: Vector) -> Store:
-    return HostStore(weights, 0, MEMORY, EXECUTOR, 1)
+def make_store(state: State, _: Optimizer) -> Store:
+    return HostStore(state, 0, MEMORY, EXECUTOR, 1)
 
 
-def machine(name: str = "m", policy: Policy | None = None, tensors: Sequence[Tensor] = TENSORS) -> Machine:
-    return Machine(name, Layout(tuple(tensors)), [Hyperparameters()], policy or Async())
+def machine(
+    name: str = "m",
+    policy: Policy | None = None,
+    tensors: Sequence[Tensor] = TENSORS,
+    optimizer: Optimizer = OPTIMIZERS[0],
+) -> Machine:
+    return Machine(name, Layout(tuple(tensors)), [optimizer], policy or Async())
 
 
 def random(size: int, seed: int) -> Vector:
@@ -84,10 +107,10 @@ class ModelHost:
     def create(self, summary: Machine | None = None, seed: int = 0) -> ModelEngine:
         """Creates a model, as the catalog does."""
         summary = summary or machine()
-        weights = random(summary.layout.size, seed)
-        zeros = np.zeros_like(weights)
-        prepared = self.directory.prepare(summary, State(weights, zeros, zeros))
-        return self._engine(summary, make_store(weights), self.directory.add(prepared, summary.name))
+        state = initial_state(random(summary.layout.size, seed), summary.layout, summary.groups)
+        prepared = self.directory.prepare(summary, state)
+        store = make_store(state, summary.groups[0])
+        return self._engine(summary, store, self.directory.add(prepared, summary.name))
 
     def restore(self, name: str = "m", *, accept_data_loss: bool = False) -> ModelEngine:
         """Recovers a model, as the catalog does."""
@@ -186,8 +209,7 @@ def text(summary: Machine) -> str:
 
 
 def _seen(summary: Machine, state: State) -> Seen:
-    vectors = state.weights.tobytes(), state.square_avg.tobytes(), state.acc_delta.tobytes()
-    return Seen(summary.version, text(summary), vectors)
+    return Seen(summary.version, text(summary), tuple(vector.tobytes() for vector in state.vectors))
 
 
 def check_same(got: Seen, wanted: Seen) -> None:

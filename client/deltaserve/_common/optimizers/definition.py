@@ -10,6 +10,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -53,13 +54,13 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The values that a hyperparameter may have. They hold for the number as given and as rounded to float32.
+    """The values that a hyperparameter may have. All of them are finite as float32.
 
     Attributes:
         minimum: The smallest allowed value.
-        above: The largest value that is too small.
+        above: The largest value that is too small, also after rounding to float32.
         maximum: The largest allowed value.
-        below: The smallest value that is too large, for the number as given only.
+        below: The smallest value that is too large. In float32 a value may be rounded to it.
     """
 
     minimum: float | None = None
@@ -74,21 +75,17 @@ class Bounds:
             math.isfinite(rounded)
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or rounded > self.above)
-            and (self.maximum is None or rounded <= rounded_to_float32(self.maximum))
+            and (self.maximum is None or value <= self.maximum)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
         """Describes the values, as in "in [0, 1)"."""
-        low = "[" if self.above is None else "("
         least = self.minimum if self.above is None else self.above
-        if self.below is not None:
-            return f"in {low}{least:g}, {self.below:g})"
-        if self.maximum is not None:
-            return f"in {low}{least:g}, {self.maximum:g}]"
-        if self.above is not None:
-            return f"> {self.above:g} and finite in float32, and not rounded to {self.above:g} there"
-        return f">= {least:g} and finite in float32"
+        if self.maximum is None and self.below is None:
+            return f"{'>=' if self.above is None else '>'} {least:g} and finite, also in float32"
+        high = f"{self.below:g})" if self.maximum is None else f"{self.maximum:g}]"
+        return f"in [{least:g}, {high}" if self.above is None else f"in ({least:g}, {high}, also in float32"
 
 
 def hyper(default: float, **bounds: float) -> Any:
@@ -105,9 +102,9 @@ class Optimizer(ABC):
     """An optimizer with its hyperparameters, which are named as in torch: one value for each parameter group.
 
     The gradient that `update` gets is the mean gradient after the steps that all optimizers share, in torch's order:
-    NaN becomes 0, `maximize` negates it, a coupled `weight_decay` adds `weight_decay` times the weight, and it is
-    clipped at `MAGNITUDE_MAX`. A decoupled one instead multiplies the weight by 1 - lr * weight_decay. The new weight is
-    clipped at `FLOAT32_MAX` afterwards.
+    `maximize` negates it, NaN becomes 0, a coupled `weight_decay` adds `weight_decay` times the weight, and it is
+    clipped at `MAGNITUDE_MAX`. A decoupled one instead multiplies the weight by 1 - lr * weight_decay. The new weight
+    is clipped at `FLOAT32_MAX` afterwards.
 
     Attributes:
         kind: The optimizer's name in messages, files and texts; a dataclass field, so that encoders write it.
@@ -184,7 +181,12 @@ class Optimizer(ABC):
 
 def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
     """Returns the names of an optimizer's hyperparameters, options included, in order."""
-    return tuple(f.name for f in fields(optimizer) if f.init)  # type: ignore[arg-type]
+    return _names(optimizer if isinstance(optimizer, type) else type(optimizer))
+
+
+@cache  # every push that carries hyperparameters asks for them
+def _names(kind: type[Optimizer]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.init)  # type: ignore[arg-type]
 
 
 def at_most(op: Operations, x: Any, limit: float) -> Any:

@@ -1,6 +1,6 @@
 """ModelService: creates, shows, changes, watches and deletes models, and moves their whole state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +12,9 @@ from deltaserve.v1 import model_service_pb2 as rpc
 from deltaserve_server.durability.snapshot import Entry
 from deltaserve_server.engine.catalog import ModelCatalog
 from deltaserve_server.engine.model_engine import ModelEngine
-from deltaserve_server.memory.store import ELEMENT_BYTES
+from deltaserve_server.memory.store import ELEMENT_BYTES, Vector
 from deltaserve_server.model import Policy, Refused, Session, Sync
-from deltaserve_server.service import admission, conversion
+from deltaserve_server.service import admission, conversion, optimizers
 from deltaserve_server.service.conversion import from_position
 
 _UPDATES = (1 << 63) - 1
@@ -41,9 +41,8 @@ class ModelServicer:
         if engine is None:
             engine, created = self._catalog.add(machine, lambda: admission.admit_weights(messages, machine.layout))
         with engine.lock:
-            difference = None if created else conversion.difference(engine.machine, machine)
-            if difference:
-                raise Refused("MODEL_MISMATCH", model=machine.name, difference=difference)
+            if not created:
+                conversion.check_same(engine.machine, machine)
             return rpc.CreateModelResponse(created=created, position=from_position(engine.position))
 
     def _check_workers(self, policy: Policy) -> None:
@@ -63,7 +62,8 @@ class ModelServicer:
         layout = extension.machine.layout.extended(extension.tensors)
         start = extension.machine.layout.size
         with ExitStack() as undo:
-            reservation = undo.enter_context(self._catalog.quotas.reserve_model(layout.size - start))
+            slot_count = len(extension.machine.slots)
+            reservation = undo.enter_context(self._catalog.quotas.reserve_model(layout.size - start, slot_count))
             weights = admission.admit_weights(messages, layout, start)
             with engine.lock:
                 extended = not extension.present()  # another caller may have been quicker
@@ -94,7 +94,9 @@ class ModelServicer:
             if request.groups:  # none means that they stay
                 if len(request.groups) != len(groups):
                     raise Refused("HYPERPARAMETER_INVALID", field="groups", allowed=f"{len(groups)} groups")
-                groups = conversion.to_groups(request.groups, groups)
+                changed = optimizers.to_groups(request.groups, unset=groups)
+                optimizers.check_matches(engine.machine.name, groups[0], changed)
+                groups = changed
             if request.HasField("policy"):
                 policy = conversion.to_policy(request.policy)
                 self._check_workers(policy)
@@ -112,33 +114,38 @@ class ModelServicer:
         with ExitStack() as resources:
             # The vectors do not change while they are sent: they are those of one version, or copies.
             with engine.lock:
+                slots = engine.machine.slots if request.optimizer_state else ()
                 header = rpc.PullStateHeader(
                     config=conversion.from_machine(engine.machine),
                     position=from_position(engine.position),
                     update_counts=engine.machine.update_counts,
+                    slots=[slot.name for slot in slots],
                 )
-                if request.optimizer_state:
-                    size_bytes = engine.machine.layout.size * ELEMENT_BYTES * len(admission.STATE_VECTORS)
+                vectors: Sequence[Vector]
+                if slots:
+                    size_bytes = engine.machine.layout.size * ELEMENT_BYTES * (1 + len(slots))
                     resources.enter_context(self._catalog.quotas.memory.reserve(size_bytes))
-                    state = engine.state()
-                    vectors = {name: getattr(state, name) for name in admission.STATE_VECTORS}
+                    vectors = engine.state().vectors
                 else:
-                    vectors = {"weights": resources.enter_context(engine.reading())[1]}
+                    vectors = [resources.enter_context(engine.reading())[1]]
             yield _PULL_STATE.header(header)
-            for name, vector in vectors.items():
+            for index, vector in enumerate(vectors):
                 for offset, data in admission.chunks(vector, vector.size):
-                    yield _PULL_STATE.chunk(name, offset, data)
+                    yield _PULL_STATE.chunk("state", index * vector.size + offset, data)
 
     def PutState(self, messages: Iterator[Any], _: grpc.ServicerContext) -> rpc.PutStateResponse:
         header = _header(messages, rpc.PutStateHeader)
         engine = self._catalog.get(header.model)
         layout = engine.machine.layout  # immutable; compared again below, after the vectors have arrived
+        slots = engine.machine.slots
+        optimizers.check_slots(header.slots, slots)
         counts = list(header.update_counts) or [0] * len(layout.tensors)
-        with self._catalog.quotas.staged.reserve(layout.size * ELEMENT_BYTES * (6 if engine.journals else 3)):
+        vector_count = (1 + len(slots)) * (2 if engine.journals else 1)  # the journal writes a copy
+        with self._catalog.quotas.staged.reserve(layout.size * ELEMENT_BYTES * vector_count):
             if len(counts) != len(layout.tensors) or max(counts) > _UPDATES:
                 allowed = f"{len(layout.tensors)} numbers of at most {_UPDATES}"
                 raise Refused("PUSH_INVALID", field="update_counts", allowed=allowed)
-            state = admission.admit_state(messages, layout)
+            state = admission.admit_state(messages, layout, slots)
             with engine.lock:
                 if engine.machine.layout is not layout:
                     raise Refused("PUSH_INVALID", field="state", allowed="the layout as it now is: it was extended")
@@ -177,7 +184,8 @@ class _Extension:
             if self._tensor_count > len(layout.tensors) or self._group_count > len(self.machine.groups):
                 raise self._mismatch()
             base = layout.tensors[: self._tensor_count]
-            self.groups = conversion.to_groups(header.groups, count=self._group_count)
+            self.groups = optimizers.to_groups(header.groups, count=self._group_count)
+            optimizers.check_matches(self.machine.name, self.machine.groups[0], self.groups)
             self.tensors = conversion.to_tensors(
                 header.tensors,
                 self._group_count + len(self.groups),
@@ -236,4 +244,5 @@ def _summary(engine: ModelEngine) -> rpc.ModelSummary:
             session_count=len(machine.sessions),
             policy=conversion.from_policy(machine.policy),
             position=from_position(position),
+            optimizer=machine.groups[0].kind,
         )

@@ -3,6 +3,7 @@
 import grpc
 
 import deltaserve
+from deltaserve._common.optimizers import OPTIMIZERS
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import system_service_pb2 as rpc
 from deltaserve_server.config import Device
@@ -37,4 +38,5 @@ class SystemServicer:
             ),
             durability=pb.Durability.Value(f"DURABILITY_{config.effective_durability.upper()}"),
             uptime_seconds=self._catalog.clock.monotonic() - self._started,
+            optimizers=list(OPTIMIZERS),
         )
