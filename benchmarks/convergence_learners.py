@@ -1,7 +1,5 @@
 """The two kinds of workers: one pushes every gradient, the other one takes local steps of torch's SGD in between."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
@@ -9,6 +7,7 @@ import torch
 
 import deltaserve
 from deltaserve import StaleGradientError, StepResult
+from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve.torch import RemoteAdadelta
 from deltaserve_server.recipes.batches import Rows
 from deltaserve_server.recipes.digits import Digits
@@ -51,13 +50,10 @@ class Learner(Protocol):
 class PlainLearner:
     """Pushes every gradient."""
 
-    def __init__(
-        self, recipe: NumpyRecipe, target: str, model: str, worker: str, settings: Mapping[str, float]
-    ) -> None:
+    def __init__(self, recipe: NumpyRecipe, target: str, model: str, worker: str) -> None:
         self._recipe = recipe
         self._client = deltaserve.connect(target, timeout_seconds=TIMEOUT_SECONDS)
         self._worker = self._client.model(model).worker(worker)
-        self._settings = [deltaserve.Hyperparameters(**{**asdict(recipe.hyperparameters()), **settings})]
         self._weights: Weights = self._worker.pull()
         self._gradients: Weights = {}
         self.version = self._worker.version
@@ -77,7 +73,7 @@ class PlainLearner:
         """Pushes the gradient, which is lost if the server refuses it."""
         self.pushes += 1
         try:
-            self._weights = self._worker.step(self._gradients, hyperparameters=self._settings, weight=weight)
+            self._weights = self._worker.step(self._gradients, weight=weight)
         except StaleGradientError:
             self._weights = self._worker.weights
         self.result = self._worker.last_result
@@ -93,7 +89,7 @@ class PlainLearner:
 
 
 class LocalLearner:
-    """Pushes the result of every `local_steps` steps of SGD, with `RemoteAdadelta`."""
+    """Pushes the result of every `local_steps` steps of SGD, with `RemoteAdadelta`; the recipe has Adadelta."""
 
     def __init__(
         self,
@@ -101,7 +97,6 @@ class LocalLearner:
         target: str,
         model: str,
         worker: str,
-        settings: Mapping[str, float],
         policy: Policy,
         local_steps: int,
         local_lr: float,
@@ -121,7 +116,7 @@ class LocalLearner:
             local_steps=local_steps,
             local_optimizer=partial(torch.optim.SGD, lr=local_lr),
             timeout_seconds=TIMEOUT_SECONDS,
-            **{**asdict(recipe.hyperparameters()), **settings},
+            **{name: getattr(recipe.optimizer, name) for name in hyperparameters(recipe.optimizer)},
         )
         self.version = 0
         self.result: StepResult | None = None

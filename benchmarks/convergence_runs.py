@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from secrets import token_hex
 
@@ -41,7 +41,8 @@ class Setting:
         slow: Factor by which the last worker's steps are longer.
         local_steps: Steps of SGD per push; 0 means that every gradient is pushed.
         local_lr: Learning rate of SGD.
-        hyperparameters: Adadelta's hyperparameters that differ from the recipe's.
+        optimizer: Name of the optimizer in the recipe.
+        hyperparameters: Its hyperparameters that differ from the recipe's.
         points: Approximate number of measurements of the loss.
     """
 
@@ -56,6 +57,7 @@ class Setting:
     slow: float = 1.0
     local_steps: int = 0
     local_lr: float = 0.1
+    optimizer: str = "adadelta"
     hyperparameters: tuple[tuple[str, float], ...] = ()
     points: int = 25
 
@@ -80,6 +82,7 @@ class Run:
         staleness: Mean staleness of the applied pushes.
         megabytes: Size of the gradients that all workers sent.
         steps_by_worker: Number of steps of each worker.
+        accuracy: Fraction of the test examples that are classified correctly at the end; None without test examples.
         points: The curve, to the end of the run.
     """
 
@@ -88,6 +91,7 @@ class Run:
     label: str
     workers: int
     local_steps: int
+    optimizer: str
     hyperparameters: tuple[tuple[str, float], ...]
     seed: int
     pushes: int
@@ -95,6 +99,7 @@ class Run:
     staleness: float
     megabytes: float
     steps_by_worker: tuple[int, ...]
+    accuracy: float | None
     points: tuple[Point, ...]
 
     @property
@@ -151,15 +156,16 @@ def train(setting: Setting, recipe: NumpyRecipe, target: str, seed: int) -> Call
 
     Args:
         setting: The settings of the run.
-        recipe: The recipe `setting.task`; its seed is replaced.
+        recipe: The recipe `setting.task`; its seed and optimizer are replaced.
         target: Address of the server.
         seed: Decides initial weights, order of examples and jitter of the steps.
     """
-    recipe = replace(recipe, seed=seed)
+    changes = dict(setting.hyperparameters)
+    optimizer = replace(recipe.optimizers[setting.optimizer], **changes)  # type: ignore[type-var]
+    recipe = replace(recipe, seed=seed, optimizer=optimizer)
     with deltaserve.connect(target, timeout_seconds=TIMEOUT_SECONDS) as client:
-        hyperparameters = {**asdict(recipe.hyperparameters()), **dict(setting.hyperparameters)}
         name = f"{setting.task}-{token_hex(4)}"
-        model = client.create_model(name, recipe.initial_weights(), policy=setting.policy, **hyperparameters)
+        model = client.create_model(name, recipe.initial_weights(), optimizer=optimizer, policy=setting.policy)
         log = _Log(stride=max(_updates(setting) // setting.points, 1))
         try:
             counts, seconds = _train(setting, recipe, target, name, seed, log)
@@ -204,10 +210,9 @@ def _train(
 
 
 def _learner(setting: Setting, recipe: NumpyRecipe, target: str, model: str, worker: str) -> Learner:
-    settings = dict(setting.hyperparameters)
     if not setting.local_steps:
-        return PlainLearner(recipe, target, model, worker, settings)
-    return LocalLearner(recipe, target, model, worker, settings, setting.policy, setting.local_steps, setting.local_lr)
+        return PlainLearner(recipe, target, model, worker)
+    return LocalLearner(recipe, target, model, worker, setting.policy, setting.local_steps, setting.local_lr)
 
 
 def _work(
@@ -267,6 +272,7 @@ def _evaluated(
         label=setting.label,
         workers=setting.workers,
         local_steps=setting.local_steps,
+        optimizer=setting.optimizer,
         hyperparameters=setting.hyperparameters,
         seed=seed,
         pushes=pushes,
@@ -274,6 +280,7 @@ def _evaluated(
         staleness=float(np.mean([result.staleness or 0 for result, _ in log.applied])),
         megabytes=pushes * size / 1e6,
         steps_by_worker=counts,
+        accuracy=recipe.accuracy(last.weights),
         points=points,
     )
 

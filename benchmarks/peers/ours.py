@@ -26,7 +26,8 @@ def serve(connection: Connection, workload: str, variant: str, workers: int) -> 
 def connect(address: str, workload: str, variant: str, rank: int, workers: int) -> Client:
     """Opens a worker; the first one creates the model."""
     client = deltaserve.connect(address)
-    model = client.create_model("bench", named(weights_of(shapes_of(workload))), lr=LR, rho=RHO, eps=EPS)
+    optimizer = deltaserve.Adadelta(lr=LR, rho=RHO, eps=EPS)
+    model = client.create_model("bench", named(weights_of(shapes_of(workload))), optimizer=optimizer)
     worker = model.worker(**_BY_NAME[variant].worker)
     gradients = named(gradients_of(shapes_of(workload)))
     return Client(lambda: worker.step(gradients), lambda: list(worker.weights.values()), client.close)

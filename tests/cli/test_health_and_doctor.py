@@ -65,11 +65,13 @@ def test_health_of_something_else(command: Command, where: str, request: pytest.
 
 def test_doctor_finds_nothing_wrong_and_leaves_nothing_behind(command: Command, target: str) -> None:
     ended = command("doctor", target)
-    names = ["reachable", "health", "version", "device", "durable", "limits", "memory", "round trip", "throughput"]
+    names = ["reachable", "health", "version", "device", "durable", "optimizers", "limits", "memory"]
+    names += ["round trip", "throughput"]
     lines = ended.stdout.splitlines()
-    # On a busy machine the measurements may be problems; the first six findings may not.
+    # On a busy machine the measurements may be problems; the first seven findings may not.
     assert [line[6:].split("  ")[0].strip() for line in lines if "->" not in line] == names
-    assert all(line.startswith("ok") for line in lines[:6])
+    assert all(line.startswith("ok") for line in lines[:7])
+    assert "optimizers  adadelta, sgd, adagrad, rmsprop, adam, adamw" in ended.stdout
     assert "ms median" in ended.stdout
     assert "MB/s" in ended.stdout
     with deltaserve.connect(target, timeout_seconds=60.0) as client:
@@ -80,7 +82,7 @@ def test_quick_doctor_measures_nothing(command: Command, target: str) -> None:
     ended = command("doctor", "--quick", target)
     assert ended.returncode == 0
     assert "MB/s" not in ended.stdout
-    assert len(ended.stdout.splitlines()) == 7
+    assert len(ended.stdout.splitlines()) == 8
 
 
 def test_doctor_without_a_server(command: Command) -> None:

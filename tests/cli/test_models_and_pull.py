@@ -21,7 +21,8 @@ def trained(target: str, model: str) -> str:
     """A model of two tensors and two updates."""
     with deltaserve.connect(target, timeout_seconds=60.0) as client:
         tensors = {"w": np.ones((3, 2), np.float32), "b": np.zeros((), np.float32)}
-        created = client.create_model(model, tensors, rho=0.95, policy=deltaserve.Sync(round_timeout_seconds=9.0))
+        policy = deltaserve.Sync(round_timeout_seconds=9.0)
+        created = client.create_model(model, tensors, optimizer=deltaserve.Adadelta(rho=0.95), policy=policy)
         with created.worker() as worker:
             for _ in range(2):
                 worker.step({"w": np.ones((3, 2), np.float32), "b": np.array(0.5, np.float32)})
@@ -30,9 +31,9 @@ def trained(target: str, model: str) -> str:
 
 def test_models_lists_each_in_a_line(command: Command, target: str, trained: str) -> None:
     lines = command("models", "--target", target).stdout.splitlines()
-    assert lines[0].split() == ["MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "POLICY"]
+    assert lines[0].split() == ["MODEL", "ELEMENTS", "TENSORS", "SESSIONS", "VERSION", "DURABLE", "OPTIMIZER", "POLICY"]
     line = next(line for line in lines if line.startswith(trained))
-    assert line.split() == [trained, "7", "2", "0", "2", "none", "sync:round_timeout_seconds=9"]
+    assert line.split() == [trained, "7", "2", "0", "2", "none", "adadelta", "sync:round_timeout_seconds=9"]
 
 
 def test_the_target_comes_from_the_environment_unless_a_flag_is_given(
@@ -58,14 +59,50 @@ def test_status_of_a_model_shows_its_workers(command: Command, target: str, trai
     ):
         worker.pull()
         out = command("status", trained, "--target", target).stdout
-    assert "version  2, durable: none" in out
-    assert "policy   sync:round_timeout_seconds=9\n" in out
-    assert "weights  7 float32 elements, 28 bytes" in out
+    assert "version    2, durable: none" in out
+    assert "optimizer  adadelta\n" in out
+    assert "policy     sync:round_timeout_seconds=9\n" in out
+    assert "weights    7 float32 elements, 28 bytes" in out
     assert "0.95" in out
     assert ["w", "3", "x", "2", "0"] in [line.split() for line in out.splitlines()]
     assert ["b", "scalar", "0"] in [line.split() for line in out.splitlines()]
     session = next(line.split() for line in out.splitlines() if line.startswith("some-worker"))
     assert session[1:4] == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "header", "row"),
+    [
+        (deltaserve.Adadelta(), "LR  RHO    EPS  WEIGHT_DECAY  MAXIMIZE", "1.0  0.9  1e-06  0.0  no"),
+        (
+            deltaserve.SGD(lr=0.1, momentum=0.9, nesterov=True),
+            "LR  MOMENTUM  DAMPENING  WEIGHT_DECAY  NESTEROV  MAXIMIZE",
+            "0.1  0.9  0.0  0.0  yes  no",
+        ),
+        (deltaserve.Adagrad(), "LR  LR_DECAY  WEIGHT_DECAY  INITIAL_ACCUMULATOR_VALUE  EPS  MAXIMIZE", "0.01"),
+        (deltaserve.RMSprop(), "LR  ALPHA  EPS  WEIGHT_DECAY  MOMENTUM  CENTERED  MAXIMIZE", "0.01  0.99"),
+        (deltaserve.Adam(), "LR  BETA1  BETA2  EPS  WEIGHT_DECAY  AMSGRAD  MAXIMIZE", "0.001  0.9  0.999"),
+        (
+            deltaserve.AdamW(),
+            "LR  BETA1  BETA2  EPS  WEIGHT_DECAY  AMSGRAD  MAXIMIZE",
+            "0.001  0.9  0.999  1e-08  0.01",
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_every_optimizer_is_shown_with_its_hyperparameters(
+    command: Command, target: str, model: str, optimizer: deltaserve.Optimizer, header: str, row: str
+) -> None:
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
+        client.create_model(model, {"w": [1.0]}, optimizer=optimizer)
+        line = next(line for line in command("models", "--target", target).stdout.splitlines() if model in line)
+        lines = command("status", model, "--target", target).stdout.splitlines()
+        client.delete_model(model)
+    assert line.split()[-2:] == [optimizer.kind, "async"]
+    assert f"optimizer  {optimizer.kind}" in lines
+    place = next(number for number, line in enumerate(lines) if line.startswith("GROUP"))
+    assert lines[place].split()[1:] == header.split()
+    assert lines[place + 1].split()[: 1 + len(row.split())] == ["0", *row.split()]
 
 
 def test_a_model_that_is_not_there(command: Command, target: str) -> None:
@@ -74,7 +111,7 @@ def test_a_model_that_is_not_there(command: Command, target: str) -> None:
         ["delete", "nope"],
         ["pull", "nope", "-o", "nope.safetensors"],
         ["export", "nope", "-o", "nope.safetensors"],
-        ["update", "nope", "--lr", "1"],
+        ["update", "nope", "--set", "lr=1"],
         ["watch", "nope"],
     ):
         ended = command(*arguments, "--target", target)

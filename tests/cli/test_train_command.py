@@ -52,11 +52,12 @@ def test_a_run_on_a_server_prints_its_result_and_the_next_command(command: Comma
     lines = ended.stdout.splitlines()
     assert lines[0] == f"server: {target}, deltaserve {deltaserve.__version__}"
     assert lines[1] == "digits: 48 examples, 20 epochs, 2 workers, sync:min_workers=2, batches of 8 each"
-    assert re.fullmatch(r"test accuracy: [01]\.\d{3}", lines[2])
-    assert re.fullmatch(r"loss: \d\.\d{3}, \d+\.\d{3} sec/epoch", lines[3])
-    assert lines[4] == "updates applied: 60 (the model is at version 60)"
-    assert re.fullmatch(r"samples/s: \d+", lines[5])
-    assert lines[6] == f"get the weights: deltaserve pull {model} --target {target} -o {model}.safetensors"
+    assert lines[2] == "optimizer: adadelta:rho=0.95"
+    assert re.fullmatch(r"test accuracy: [01]\.\d{3}", lines[3])
+    assert re.fullmatch(r"loss: \d\.\d{3}, \d+\.\d{3} sec/epoch", lines[4])
+    assert lines[5] == "updates applied: 60 (the model is at version 60)"
+    assert re.fullmatch(r"samples/s: \d+", lines[6])
+    assert lines[7] == f"get the weights: deltaserve pull {model} --target {target} -o {model}.safetensors"
     # Without a terminal, progress is plain lines.
     assert "\x1b" not in ended.stdout + ended.stderr
     assert re.search(r"^worker 0: step 60 of 60, loss \d\.\d+$", ended.stderr, re.MULTILINE)

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ SHAPES = {"z": (3, 2), "a": (), "m/é": (0, 3), "b": (5,)}
 """A layout whose order safetensors, which sorts by name, does not keep."""
 
 GROUPS = [
-    deltaserve.Hyperparameters(lr=0.1 + 0.2, rho=0.95, eps=1e-3),
-    deltaserve.Hyperparameters(lr=1 / 3, weight_decay=1e-300, maximize=True),
+    deltaserve.Adadelta(lr=0.1 + 0.2, rho=0.95, eps=1e-3),
+    deltaserve.Adadelta(lr=1 / 3, weight_decay=1e-300, maximize=True),
+]
+OTHERS: list[deltaserve.Optimizer] = [
+    deltaserve.SGD(lr=0.1),
+    deltaserve.SGD(lr=0.1, momentum=0.9, nesterov=True),
+    deltaserve.Adagrad(lr_decay=0.1, initial_accumulator_value=0.5),
+    deltaserve.RMSprop(centered=True, momentum=0.5),
+    deltaserve.Adam(amsgrad=True),
+    deltaserve.AdamW(weight_decay=1 / 3),
 ]
 GROUP_OF = {"a": 1, "b": 1}
 
@@ -45,7 +54,8 @@ def step(model: deltaserve.Model, seeds: range) -> None:
 
 
 def bits(state: deltaserve.ModelState) -> dict[str, object]:
-    vectors = {key: getattr(state, key) for key in ("weights", "square_avg", "acc_delta")}
+    assert state.slots is not None
+    vectors = {"weights": state.weights, **state.slots}
     return {
         "update_counts": dict(state.update_counts),
         **{key: [(n, v.shape, v.tobytes()) for n, v in held.items()] for key, held in vectors.items()},
@@ -111,20 +121,19 @@ def refusal(ended: "subprocess.CompletedProcess[str]") -> str:
 
 def test_export_writes_all_that_a_model_is(trained: deltaserve.Model, file: Path) -> None:
     tensors, state = load_file(file), trained.pull_state()
-    assert state.square_avg is not None
-    assert state.acc_delta is not None
+    assert state.slots is not None
     assert len(tensors) == 12
     for name in SHAPES:
         assert np.array_equal(tensors[name], state.weights[name])
-        assert np.array_equal(tensors[f"square_avg/{name}"], state.square_avg[name])
-        assert np.array_equal(tensors[f"acc_delta/{name}"], state.acc_delta[name])
+        for slot in ("square_avg", "acc_delta"):
+            assert np.array_equal(tensors[f"{slot}/{name}"], state.slots[slot][name])
     with safe_open(file, "np") as opened:
         metadata = opened.metadata()
     assert json.loads(metadata.pop("config")) == {
         "tensors": [{"name": name, "group": GROUP_OF.get(name, 0)} for name in SHAPES],
         "groups": [
-            {"lr": 0.1 + 0.2, "rho": 0.95, "eps": 1e-3, "weight_decay": 0.0, "maximize": False},
-            {"lr": 1 / 3, "rho": 0.9, "eps": 1e-6, "weight_decay": 1e-300, "maximize": True},
+            {"kind": "adadelta", "lr": 0.1 + 0.2, "rho": 0.95, "eps": 1e-3, "weight_decay": 0.0, "maximize": False},
+            {"kind": "adadelta", "lr": 1 / 3, "rho": 0.9, "eps": 1e-6, "weight_decay": 1e-300, "maximize": True},
         ],
         "policy": "async:max_staleness=7,damping=true",
     }
@@ -176,7 +185,7 @@ def test_names_that_a_file_cannot_hold(
 
 def test_a_model_that_is_extended_between_state_and_config_is_of_the_state(trained: deltaserve.Model) -> None:
     state = trained.pull_state()
-    trained.extend({"new": np.ones(2)}, groups=[deltaserve.Hyperparameters()], group_of={"new": 2})
+    trained.extend({"new": np.ones(2)}, groups=[deltaserve.Adadelta()], group_of={"new": 2})
     assert b'"new' not in saved.encode(trained.info(), state)
 
 
@@ -204,6 +213,24 @@ def test_a_model_continues_on_another_server_with_the_same_bits(
         for model in (moved, trained):
             step(model, range(5, 12))
         assert bits(moved.pull_state()) == bits(trained.pull_state())
+
+
+@pytest.mark.parametrize("optimizer", OTHERS, ids=repr)
+def test_every_optimizer_continues_with_the_same_bits(
+    command: Command, client: deltaserve.Client, model: str, tmp_path: Path, optimizer: deltaserve.Optimizer
+) -> None:
+    groups = [optimizer, replace(optimizer, lr=0.05)]  # type: ignore[type-var]
+    held = client.create_model(model, numbers(0), groups=groups, group_of=GROUP_OF)
+    step(held, range(3))
+    file = tmp_path / "file"
+    command("export", model, "-o", str(file), "--target", client.target)
+    assert len(load_file(file)) == len(SHAPES) * (1 + len(optimizer.slots))
+    assert command("import", str(file), "--model", f"{model}-2", "--target", client.target).returncode == 0
+    moved = client.model(f"{model}-2")
+    assert moved.groups == tuple(groups)
+    for one in (moved, held):
+        step(one, range(3, 6))
+    assert bits(moved.pull_state()) == bits(held.pull_state())
 
 
 def test_a_model_that_was_never_updated_under_another_name(
@@ -250,7 +277,7 @@ def test_what_other_programs_write(command: Command, client: deltaserve.Client, 
     edit_config(file, lambda config: config["groups"][0].update(lr=1, weight_decay=0))
     edit(file, lambda _, metadata: metadata.update(format="np"))
     assert command("import", str(file), "--model", f"{model}-2", "--target", client.target).returncode == 0
-    assert client.model(f"{model}-2").groups[0] == deltaserve.Hyperparameters(lr=1.0, rho=0.95, eps=1e-3)
+    assert client.model(f"{model}-2").groups[0] == deltaserve.Adadelta(lr=1.0, rho=0.95, eps=1e-3)
 
 
 # --- a model that exists
@@ -288,15 +315,28 @@ def test_replace_changes_the_state_for_all_workers(
     assert (after.version, bits(after)) == (7, bits(before))
 
 
-def test_replace_keeps_hyperparameters_and_policy_and_says_so(
+def test_replace_keeps_optimizer_and_policy_and_says_so(
     command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path
 ) -> None:
-    groups, policy = [deltaserve.Hyperparameters()] * 2, deltaserve.Bounded(slack=1)
+    groups, policy = [deltaserve.Adadelta()] * 2, deltaserve.Bounded(slack=1)
     trained.update(groups=groups, policy=policy)
     ended = command("import", str(file), "--replace", "--target", client.target)
-    assert f"{trained.name} keeps its hyperparameters and policy, which differ from the file's\n" in ended.stdout
+    assert f"{trained.name} keeps its optimizer and policy, which differ from the file's\n" in ended.stdout
     held = client.model(trained.name)
     assert (held.groups, held.policy) == (tuple(groups), policy)
+
+
+def test_replace_refuses_the_state_of_another_optimizer(
+    command: Command, client: deltaserve.Client, trained: deltaserve.Model, file: Path
+) -> None:
+    trained.delete()
+    groups: list[deltaserve.Optimizer] = [deltaserve.Adam()] * 2
+    held = client.create_model(trained.name, numbers(0), groups=groups, group_of=GROUP_OF)
+    before = bits(held.pull_state())
+    line = refusal(command("import", str(file), "--replace", "--target", client.target))
+    assert "square_avg" in line
+    assert "exp_avg_sq" in line
+    assert bits(held.pull_state()) == before
 
 
 def test_replace_creates_a_model_that_does_not_exist(
@@ -354,6 +394,9 @@ def rename_like_state(_: Arrays, metadata: dict[str, str]) -> None:
     metadata["update_count/square_avg/z"] = "0"
 
 
+SGD_SETTINGS = {
+    "lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
+}  # fmt: skip
 BAD: list[tuple[Edit, str]] = [
     (without("config"), "its metadata has no 'config': import needs a file that deltaserve export wrote"),
     (without("model"), "its metadata has no 'model'"),
@@ -385,6 +428,25 @@ BAD_CONFIG: list[tuple[Callable[[Any], object], str]] = [
         "config: policy: expected a policy, sync, async or bounded, as in sync:min_workers=4, got 'maybe'",
     ),
     (lambda config: config.update(policy="sync:trim=99999999999"), "config: policy: trim: 99999999999 is too large"),
+    (lambda config: config["groups"][0].pop("kind"), "config: Object missing required field `kind` - at `$.groups[0]`"),
+    (lambda config: config["groups"][0].update(kind="muon"), "config: Invalid value 'muon' - at `$.groups[0].kind`"),
+    (lambda config: config["groups"][0].update(kind=1), "config: Expected `str` - at `$.groups[0].kind`"),
+    (
+        lambda config: config["groups"][0].update(kind="adam"),
+        "config: Object contains unknown field `rho` - at `$.groups[0]`",
+    ),
+    (
+        lambda config: config.update(groups=[{"kind": "sgd", **SGD_SETTINGS, "nesterov": 0}] * 2),
+        "config: Expected `bool`, got `int` - at `$.groups[0].nesterov`",
+    ),
+    (
+        lambda config: config.update(groups=[{"kind": "sgd", **SGD_SETTINGS}] * 2),
+        "unexpected tensor 'acc_delta/a'",
+    ),
+    (
+        lambda config: config.update(groups=[{"kind": "sgd", **SGD_SETTINGS, "momentum": 0.9}] * 2),
+        "missing tensor 'momentum_buffer/a'",
+    ),
     (lambda config: config["groups"][0].pop("lr"), "config: Object missing required field `lr` - at `$.groups[0]`"),
     (lambda config: config["groups"][0].update(lr="1"), "config: Expected `float`, got `str` - at `$.groups[0].lr`"),
     (
@@ -465,7 +527,7 @@ def test_a_header_with_a_wrong_byte_is_read_or_refused(file: Path, tmp_path: Pat
 
 def test_shapes_that_numpy_does_not_have(command: Command, model: str, tmp_path: Path) -> None:
     config = {"tensors": [{"name": "w", "group": 0}], "groups": [], "policy": "async"}
-    config["groups"] = [{"lr": 1, "rho": 0.9, "eps": 1e-6, "weight_decay": 0, "maximize": False}]
+    config["groups"] = [{"kind": "adadelta", "lr": 1, "rho": 0.9, "eps": 1e-6, "weight_decay": 0, "maximize": False}]
     texts = {"model": model, "version": "0", "update_count/w": "0", "config": json.dumps(config)}
     for shape in ([0, 1 << 62], [0] * 70):
         tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
@@ -502,6 +564,7 @@ def test_a_state_that_the_server_refuses_leaves_no_model(
     ("change", "text"),
     [
         (lambda config: config["groups"][1].update(eps=0.0), "eps"),
+        (lambda config: config["groups"].append({"kind": "sgd", **SGD_SETTINGS}), "groups[2]"),
         (lambda config: config["groups"][0].update(lr=float("nan")), "config: JSON is malformed"),
         (lambda config: config.update(policy="sync:min_workers=0"), "min_workers"),
     ],

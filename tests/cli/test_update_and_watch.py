@@ -23,13 +23,19 @@ Process = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
+def client(target: str) -> Iterator[deltaserve.Client]:
+    with deltaserve.connect(target, timeout_seconds=60.0) as connected:
+        yield connected
+
+
+@pytest.fixture
 def created(target: str, model: str) -> Iterator[deltaserve.Model]:
     """A model of two parameter groups."""
     with deltaserve.connect(target, timeout_seconds=60.0) as client:
         yield client.create_model(
             model,
             {"w": np.zeros(2), "b": np.zeros(1)},
-            groups=[deltaserve.Hyperparameters(rho=0.95), deltaserve.Hyperparameters(lr=0.25)],
+            groups=[deltaserve.Adadelta(rho=0.95), deltaserve.Adadelta(lr=0.25)],
             group_of={"b": 1},
         )
 
@@ -46,9 +52,10 @@ def test_update_of_the_policy_shows_the_new_settings(command: Command, target: s
     ended = command("update", created.name, "--policy", text, "--target", target)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [
-        f"model   {created.name}",
-        "from    version 1 on",
-        f"policy  {text}",
+        f"model      {created.name}",
+        "from       version 1 on",
+        "optimizer  adadelta",
+        f"policy     {text}",
         "",
         "GROUP    LR   RHO    EPS  WEIGHT_DECAY  MAXIMIZE",
         "    0   1.0  0.95  1e-06           0.0  no",
@@ -60,11 +67,11 @@ def test_update_of_the_policy_shows_the_new_settings(command: Command, target: s
 def test_update_of_hyperparameters_leaves_the_others(command: Command, target: str, created: deltaserve.Model) -> None:
     with created.worker() as worker:
         step(worker)
-        ended = command("update", created.name, "--lr", "0.5", "--eps", "1e-5", "--target", target)
-        assert "from    version 2 on" in ended.stdout
+        ended = command("update", created.name, "--set", "lr=0.5,eps=1e-5", "--target", target)
+        assert "from       version 2 on" in ended.stdout
         assert created.info().groups == (
-            deltaserve.Hyperparameters(lr=0.5, rho=0.95, eps=1e-5),
-            deltaserve.Hyperparameters(lr=0.5, eps=1e-5),
+            deltaserve.Adadelta(lr=0.5, rho=0.95, eps=1e-5),
+            deltaserve.Adadelta(lr=0.5, eps=1e-5),
         )
         step(worker)
         assert worker.last_result is not None
@@ -72,11 +79,11 @@ def test_update_of_hyperparameters_leaves_the_others(command: Command, target: s
 
 
 def test_update_of_one_group(command: Command, target: str, created: deltaserve.Model) -> None:
-    arguments = ("--group", "1", "--rho", "0.5", "--weight-decay", "0.1", "--policy", "bounded:slack=2")
+    arguments = ("--group", "1", "--set", "rho=0.5,weight_decay=0.1", "--policy", "bounded:slack=2")
     assert command("update", created.name, *arguments, "--target", target).returncode == 0
     assert created.info().groups == (
-        deltaserve.Hyperparameters(rho=0.95),
-        deltaserve.Hyperparameters(lr=0.25, rho=0.5, weight_decay=0.1),
+        deltaserve.Adadelta(rho=0.95),
+        deltaserve.Adadelta(lr=0.25, rho=0.5, weight_decay=0.1),
     )
     assert created.info().policy == deltaserve.Bounded(slack=2)
 
@@ -84,8 +91,15 @@ def test_update_of_one_group(command: Command, target: str, created: deltaserve.
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["--group", "2", "--lr", "1"], 2, "--group: expected 0 to 1, got 2"),
-        (["--lr", "-1"], 1, "lr"),
+        (["--group", "2", "--set", "lr=1"], 2, "--group: expected 0 to 1, got 2"),
+        (["--set", "lr=-1"], 1, "lr"),
+        (["--set", "lr=much"], 2, "--set: lr: expected a number, got 'much'"),
+        (["--set", "lr"], 2, "--set: lr: expected lr=VALUE, once"),
+        (
+            ["--set", "momentum=0.9"],
+            2,
+            "--set: adadelta has no setting 'momentum'; its settings are lr, rho, eps, weight_decay, maximize",
+        ),
         (["--policy", "sync:quorum=2,min_workers=3"], 1, "policy.sync.quorum"),
     ],
 )
@@ -96,6 +110,25 @@ def test_a_value_out_of_range_is_one_line_and_changes_nothing(
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (status, "", 1)
     assert text in ended.stderr
     assert (created.info().groups, created.info().policy) == (created.groups, created.policy)
+
+
+def test_update_checks_against_the_models_own_optimizer(
+    command: Command, client: deltaserve.Client, model: str
+) -> None:
+    made = client.create_model(model, {"w": [1.0]}, optimizer=deltaserve.AdamW())
+    arguments = ("update", model, "--target", client.target, "--set")
+    changed = command(*arguments, "beta2=0.99,weight_decay=0")
+    assert (changed.returncode, changed.stderr) == (0, "")
+    assert "optimizer  adamw\n" in changed.stdout
+    assert made.info().groups == (deltaserve.AdamW(beta2=0.99, weight_decay=0.0),)
+    unknown = command(*arguments, "rho=0.9")
+    assert unknown.returncode == 2
+    assert "adamw has no setting 'rho'; its settings are lr, beta1, beta2, eps" in unknown.stderr
+    # Whether there is a slot for it is fixed when a model is created.
+    fixed = command(*arguments, "amsgrad=true")
+    assert (fixed.returncode, fixed.stderr.count("\n")) == (1, 1)
+    assert "adamw with amsgrad" in fixed.stderr
+    assert made.info().groups == (deltaserve.AdamW(beta2=0.99, weight_decay=0.0),)
 
 
 # --- watch
@@ -141,7 +174,7 @@ def watch(target: str, clean_environment: None, monkeypatch: pytest.MonkeyPatch)
 
 def test_watch_prints_a_line_for_each_update_as_it_happens(watch: Watch, created: deltaserve.Model) -> None:
     out, status, head = watch(created.name, "--count", "2")
-    assert head[0] == f"{created.name} is at version 0, async"
+    assert head[0] == f"{created.name} is at version 0, adadelta, async"
     assert head[1].split() == ["VERSION", "LR", "UPDATE", "GRADIENTS", "STALE", "WORKERS"]
     with created.worker("ann") as ann, created.worker("bob") as bob:
         bob.pull()
@@ -197,7 +230,7 @@ def test_watch_reports_missed_events(
 ) -> None:
     """No real pipe is slow enough for this, so the events are fabricated."""
     push = deltaserve.Contribution(worker="a", epoch=1, sequence=9, staleness=0, weight=1.0, gradient_norm=2.0)
-    group = (deltaserve.Hyperparameters(),)
+    group = (deltaserve.Adadelta(),)
     events = [
         deltaserve.ModelEvent(version=1, contributions=(), hyperparameters=(), update_norm=None, missed=0),
         deltaserve.ModelEvent(version=9, contributions=(push,), hyperparameters=group, update_norm=1e-5, missed=7),

@@ -1,6 +1,8 @@
-"""Policies as text: every formatted policy can be parsed, and errors say what was expected."""
+"""Policies and optimizers as text: what is formatted can be parsed, and errors say what was expected."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import typer
@@ -8,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltaserve
-from deltaserve_server.cli.policy import format_policy, parse_policy
+from deltaserve._common.optimizers import OPTIMIZERS
+from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve_server.cli.settings import (
+    format_optimizer,
+    format_policy,
+    parse_optimizer,
+    parse_policy,
+    parse_settings,
+)
 
 Policy = deltaserve.Sync | deltaserve.Async | deltaserve.Bounded
 
@@ -28,12 +38,28 @@ policies = st.one_of(
     st.builds(deltaserve.Async, max_staleness=st.none() | st.integers(0, 2**64 - 1), damping=st.booleans()),
     st.builds(deltaserve.Bounded, slack=counts),
 )
+optimizers = st.one_of(
+    st.builds(
+        kind,
+        **{
+            name: st.booleans() if isinstance(getattr(kind(), name), bool) else numbers
+            for name in hyperparameters(kind)
+        },
+    )
+    for kind in OPTIMIZERS.values()
+)
 
 
 @settings(max_examples=50)
 @given(policy=policies)
 def test_every_formatted_policy_can_be_parsed(policy: Policy) -> None:
-    assert parse_policy(format_policy(policy)).policy() == policy
+    assert parse_policy(format_policy(policy)).make() == policy
+
+
+@settings(max_examples=50)
+@given(optimizer=optimizers)
+def test_every_formatted_optimizer_can_be_parsed(optimizer: deltaserve.Optimizer) -> None:
+    assert parse_optimizer(format_optimizer(optimizer)).make() == optimizer
 
 
 @pytest.mark.parametrize(
@@ -50,14 +76,34 @@ def test_every_formatted_policy_can_be_parsed(policy: Policy) -> None:
     ],
 )
 def test_parsing_and_formatting(text: str, policy: Policy) -> None:
-    assert parse_policy(text).policy() == policy
+    assert parse_policy(text).make() == policy
     assert format_policy(policy) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "optimizer"),
+    [
+        *((kind, optimizer()) for kind, optimizer in OPTIMIZERS.items()),
+        ("adadelta:rho=0.95", deltaserve.Adadelta(rho=0.95)),
+        ("sgd:lr=0.05,momentum=0.9", deltaserve.SGD(lr=0.05, momentum=0.9)),
+        ("adamw:lr=1e-05,amsgrad=true", deltaserve.AdamW(lr=1e-5, amsgrad=True)),
+        ("rmsprop:lr=2,centered=true", deltaserve.RMSprop(lr=2.0, centered=True)),
+    ],
+)
+def test_optimizers_have_the_same_form(text: str, optimizer: deltaserve.Optimizer) -> None:
+    assert parse_optimizer(text).make() == optimizer
+    assert format_optimizer(optimizer) == text
+
+
+def test_momentum_is_another_name_of_sgd() -> None:
+    parsed = parse_optimizer("momentum:lr=1e-3")
+    assert (parsed.name, parsed.kind, parsed.settings) == ("momentum", deltaserve.SGD, {"lr": 1e-3})
 
 
 def test_defaults_can_be_given_but_are_not_formatted() -> None:
     parsed = parse_policy(" sync:min_workers=1, reduction=mean ")
-    assert format_policy(parsed.policy()) == "sync"
-    assert parsed.policy(min_workers=4, quorum=5) == deltaserve.Sync(min_workers=1, quorum=5)
+    assert format_policy(parsed.make()) == "sync"
+    assert parsed.make(min_workers=4, quorum=5) == deltaserve.Sync(min_workers=1, quorum=5)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +129,45 @@ def test_defaults_can_be_given_but_are_not_formatted() -> None:
 def test_errors_say_what_was_expected(text: str, message: str) -> None:
     with pytest.raises(typer.BadParameter) as raised:
         parse_policy(text)
+    assert raised.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (
+            parse_optimizer,
+            "muon",
+            (
+                "expected an optimizer, adadelta, sgd, adagrad, rmsprop, adam, adamw or momentum, "
+                "as in adamw:lr=1e-3,weight_decay=0.01, got 'muon'"
+            ),
+        ),
+        (
+            parse_optimizer,
+            "adam:rho=1",
+            "adam has no setting 'rho'; its settings are lr, beta1, beta2, eps, weight_decay, amsgrad, maximize",
+        ),
+        (
+            parse_optimizer,
+            "sgd:kind=adam",
+            "sgd has no setting 'kind'; its settings are lr, momentum, dampening, weight_decay, nesterov, maximize",
+        ),
+        (parse_optimizer, "sgd:lr=fast", "lr: expected a number, got 'fast'"),
+        (parse_optimizer, "sgd:lr=0.1,nesterov=1", "nesterov: expected true or false, got '1'"),
+        (
+            lambda text: parse_settings("adagrad", deltaserve.Adagrad, text),
+            "lr=1,momentum=2",
+            (
+                "adagrad has no setting 'momentum'; its settings are "
+                "lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize"
+            ),
+        ),
+    ],
+)
+def test_errors_about_optimizers_name_what_there_is(parse: Callable[[str], Any], text: str, message: str) -> None:
+    with pytest.raises(typer.BadParameter) as raised:
+        parse(text)
     assert raised.value.message == message
 
 
