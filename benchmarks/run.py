@@ -7,6 +7,7 @@ study. `python -m benchmarks.compare OTHER_CHECKOUT` compares two checkouts.
 
 import argparse
 import compileall
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from benchmarks import (
     convergence,
     document,
     durability,
+    gpu,
     kernel,
     machine,
     memory,
@@ -68,8 +70,8 @@ def benchmarks(quick: bool, sizes: Sequence[int]) -> Iterator[Benchmark]:
     yield Benchmark("wire", 3, wire.wire)
     if torch.cuda.is_available():
         yield Benchmark("step-a-cuda", 21, partial(step.large, device="cuda"))
-        for size in kernel.GPU_SIZES:
-            yield Benchmark(f"kernel-gpu-{size}", 31, partial(kernel.gpu, size))
+        for size, name in itertools.product(gpu.SIZES, gpu.OPTIMIZERS):
+            yield Benchmark(gpu.key(name, size), 31, partial(gpu.update, name, size))
 
 
 def measure(arguments: argparse.Namespace, described: Mapping[str, str]) -> Results:

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from queue import Empty
 from time import monotonic
@@ -22,7 +23,7 @@ from time import monotonic
 import run_program
 from defects import DEFECTS
 from outcomes import Outcome, tables
-from scenarios import DURABILITIES, POLICIES, Plan, Scenario
+from scenarios import DURABILITIES, OPTIMIZERS, POLICIES, Plan, Scenario
 from schedule import DOORS, Schedule, missing
 from supervisor import Supervisor
 
@@ -55,6 +56,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS))
     parser.add_argument("--durabilities", nargs="+", choices=DURABILITIES, default=list(DURABILITIES))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="one for a seed")
     parser.add_argument(
         "--alternate", action="store_true", help="combine each policy with one door and one durability, in turn"
     )
@@ -71,8 +73,8 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _run_here(options: argparse.Namespace) -> int:
-    """Executes one run with the first policy, door and durability, and prints its outcome."""
-    scenario = Scenario(options.policies[0], options.doors[0], options.durabilities[0])
+    """Executes one run with the first policy, door, durability and optimizer, and prints its outcome."""
+    scenario = Scenario(options.policies[0], options.doors[0], options.durabilities[0], options.optimizers[0])
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     status = run_program.main([run_program.packed(_plan(options, scenario, options.seed, options.first, folder))])
     print((folder / run_program.OUTCOME).read_text())
@@ -102,13 +104,15 @@ def _runs(options: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def _prepare(options: argparse.Namespace, scenario: Scenario, seed: int, first: Sequence[str]) -> tuple[Outcome, Plan]:
-    policy, door, durability = scenario.policy_name, scenario.door, scenario.durability
-    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{policy}-{door}-{durability}-"))
-    settings = {"--policies": policy, "--doors": door, "--durabilities": durability, "--seed": seed}
+    policy, door, durability, optimizer = astuple(scenario)
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{policy}-{door}-{durability}-{optimizer}-"))
+    settings = {"--policies": policy, "--doors": door, "--durabilities": durability}
+    settings |= {"--optimizers": optimizer, "--seed": seed}
     settings |= {"--seconds": options.seconds, "--rate": options.rate, "--defect": options.defect}
     words = [str(word) for pair in settings.items() for word in pair]
     again = shlex.join([sys.executable, __file__, "--one", *words, *(["--first", *first] if first else [])])
-    outcome = Outcome(policy=policy, door=door, durability=durability, seed=seed, folder=folder, again=again)
+    kind = {"policy": policy, "door": door, "durability": durability, "optimizer": optimizer}
+    outcome = Outcome(**kind, seed=seed, folder=folder, again=again)
     return outcome, _plan(options, scenario, seed, first, folder)
 
 

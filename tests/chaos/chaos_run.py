@@ -16,7 +16,7 @@ from history import History
 from observers import Promises, SessionObserver, SnapshotRequester, Watch, ask
 from outcomes import Verdict
 from rpc_proxy import RpcProxy
-from scenarios import GROUPS, LEASE_SECONDS, MODEL, Plan
+from scenarios import LEASE_SECONDS, MODEL, Plan
 from server_host import GoneError, ServerHost
 from supervisor import Supervisor
 from tcp_proxy import TcpProxy
@@ -135,7 +135,7 @@ class ChaosRun:
         client.create_model(
             MODEL,
             scenario.cut(scenario.initial),
-            groups=GROUPS,
+            groups=scenario.groups,
             group_of={spec.name: spec.group for spec in scenario.tensors},
             policy=scenario.policy,
         )
@@ -160,7 +160,7 @@ class ChaosRun:
         journal, scenario = str(self._journal(worker)), self._scenario
         transport = self._random.choice(("auto", "stream"))
         pid = self._supervisor.start(
-            [worker, str(self._started), target, journal, scenario.policy_name, scenario.door, transport, str(pause)],
+            [worker, str(self._started), target, journal, *scenario.seen_by_workers, transport, str(pause)],
             faults.worker_environment(self._random, self._worker_faults, plan.rate, log),
         )
         self._lives[pid] = _Life(worker, pid, monotonic())

@@ -24,7 +24,7 @@ _TITLE_BYTES = 64
 
 
 class _Mixed(Frozen):
-    """A frozen state whose square_avg is that of a later moment."""
+    """A frozen state whose optimizer state is that of a later moment."""
 
     def __init__(self, frozen: Frozen, store: HostStore) -> None:
         self._frozen = frozen
@@ -32,8 +32,7 @@ class _Mixed(Frozen):
 
     def state(self) -> State:
         sleep(0.2)
-        state = self._frozen.state()
-        return State(state.weights, self._store.state().square_avg, state.acc_delta)
+        return State(self._frozen.state().weights, self._store.state().slots)
 
     def release(self) -> None:
         self._frozen.release()
@@ -134,7 +133,7 @@ def _forget_sessions() -> None:
 
 
 def _mix_snapshots() -> None:
-    """Writes snapshots with a square_avg that is newer than the weights."""
+    """Writes snapshots with an optimizer state that is newer than the weights."""
     freeze = HostStore.freeze
 
     def mixing(store: HostStore) -> Frozen:
@@ -176,6 +175,18 @@ def _come_back_older() -> None:
     recovery.recover = older
 
 
+def _forget_counts() -> None:
+    """Forgets at recovery how many updates each tensor has had."""
+    recover = recovery.recover
+
+    def forgetful(*given: Any, **options: Any) -> recovery.Recovered:
+        recovered = recover(*given, **options)
+        recovered.machine.update_counts = (0,) * len(recovered.machine.update_counts)
+        return recovered
+
+    recovery.recover = forgetful
+
+
 DEFECTS: Mapping[str, Callable[[], None]] = {
     "none": lambda: None,
     "doubles": _forget_duplicates,
@@ -189,4 +200,5 @@ DEFECTS: Mapping[str, Callable[[], None]] = {
     "miscounts-losses": _miscount_losses,
     "promises-too-much": _promise_too_much,
     "comes-back-older": _come_back_older,
+    "forgets-counts": _forget_counts,
 }

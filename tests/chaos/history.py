@@ -12,7 +12,8 @@ from typing import Any
 
 from scenarios import Push, Scenario
 
-from deltaserve import Contribution, Hyperparameters
+from deltaserve import Contribution, Optimizer
+from deltaserve._common.optimizers import OPTIMIZERS
 
 _NEVER = 1 << 62
 
@@ -34,7 +35,7 @@ class Update:
     version: int
     contributions: tuple[Contribution, ...] = ()
     pushes: tuple[Push, ...] = ()
-    hyperparameters: tuple[Hyperparameters, ...] = ()
+    hyperparameters: tuple[Optimizer, ...] = ()
 
     @property
     def parts(self) -> list[tuple[Push, Contribution]]:
@@ -148,7 +149,7 @@ def _take(life: Life, entry: dict[str, Any]) -> None:
             life.ended = True
 
 
-def _update(version: int, pushes: Sequence[Sequence[Any]], groups: Sequence[Sequence[Any]]) -> Update:
+def _update(version: int, pushes: Sequence[Sequence[Any]], groups: Sequence[dict[str, Any]]) -> Update:
     return Update(
         version=version,
         contributions=tuple(
@@ -158,10 +159,7 @@ def _update(version: int, pushes: Sequence[Sequence[Any]], groups: Sequence[Sequ
             for worker, epoch, sequence, staleness, weight, norm, _ in pushes
         ),
         pushes=tuple(Push(worker, session, sequence) for worker, _, sequence, *_, session in pushes),
-        hyperparameters=tuple(
-            Hyperparameters(lr=lr, rho=rho, eps=eps, weight_decay=decay, maximize=maximize)
-            for lr, rho, eps, decay, maximize in groups
-        ),
+        hyperparameters=tuple(OPTIMIZERS[group.pop("kind")](**group) for group in groups),
     )
 
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from history import History, Update
-from scenarios import GROUPS, Gradient, GradientName, Push, Scenario, Vector
+from scenarios import Gradient, GradientName, Push, Scenario, Vector
 
-from deltaserve import Async, Contribution, Hyperparameters, ModelState, Sync
-from deltaserve_server.optimizers import Hyperparameters as Applied
+from deltaserve import Async, Contribution, ModelState, Optimizer, Sync
 from deltaserve_server.optimizers import cpu, robust
 
 
@@ -30,12 +29,21 @@ class _State(NamedTuple):
     """A model's state at one version."""
 
     weights: Vector
-    square_avg: Vector
-    acc_delta: Vector
+    slots: Mapping[str, Vector]
     update_counts: list[int]
 
+    @classmethod
+    def before(cls, scenario: Scenario) -> "_State":
+        """Returns the state before the first update."""
+        slots = {slot.name: np.empty_like(scenario.initial) for slot in scenario.groups[0].slots}
+        for spec, (start, stop) in zip(scenario.tensors, scenario.bounds, strict=True):
+            for slot in scenario.groups[spec.group].slots:
+                slots[slot.name][start:stop] = slot.initial
+        return cls(scenario.initial.copy(), slots, [0] * len(scenario.tensors))
+
     def copy(self) -> "_State":
-        return _State(self.weights.copy(), self.square_avg.copy(), self.acc_delta.copy(), list(self.update_counts))
+        slots = {name: vector.copy() for name, vector in self.slots.items()}
+        return _State(self.weights.copy(), slots, list(self.update_counts))
 
 
 class Oracle:
@@ -53,8 +61,7 @@ class Oracle:
     def __init__(self, scenario: Scenario, sent: Mapping[PushContent, GradientName]) -> None:
         self._scenario = scenario
         self._sent = sent
-        zeros = np.zeros_like(scenario.initial)
-        self._now = _State(scenario.initial.copy(), zeros, zeros.copy(), [0] * len(scenario.tensors))
+        self._now = _State.before(scenario)
         self.checks: dict[tuple[int, int], int] = {}
         self.problems: list[str] = []
 
@@ -82,10 +89,12 @@ class Oracle:
 
     def different_bits(self, state: ModelState) -> int:
         """Returns the number of bits in which a model's state differs from the replay."""
-        assert state.square_avg is not None
-        assert state.acc_delta is not None
+        assert state.slots is not None
+        assert state.slots.keys() == self._now.slots.keys()
+        pairs = [(self._now.weights, state.weights)]
+        pairs += [(vector, state.slots[name]) for name, vector in self._now.slots.items()]
         count = 0
-        for mine, theirs in zip(self._now[:3], (state.weights, state.square_avg, state.acc_delta), strict=True):
+        for mine, theirs in pairs:
             flat = np.concatenate([theirs[spec.name].reshape(-1) for spec in self._scenario.tensors])
             count += int(np.bitwise_count(mine.view(np.uint32) ^ flat.view(np.uint32)).sum())
         return count
@@ -100,22 +109,16 @@ class Oracle:
             if index in absent:
                 continue
             now.update_counts[index] += 1
-            group = update.hyperparameters[scenario.tensors[index].group]
+            optimizer = update.hyperparameters[scenario.tensors[index].group]
             new = np.empty(stop - start, np.float32)
             cpu.update(
                 np.ascontiguousarray(gradient[start:stop]),
                 divisor,
-                now.square_avg[start:stop],
-                now.acc_delta[start:stop],
+                [vector[start:stop] for vector in now.slots.values()],
                 now.weights[start:stop],
                 new,
-                Applied(
-                    lr=group.lr,
-                    rho=group.rho,
-                    eps=group.eps,
-                    weight_decay=group.weight_decay,
-                    maximize=group.maximize,
-                ),
+                optimizer,
+                optimizer.relevant_count(now.update_counts[index]),
             )
             now.weights[start:stop] = new
 
@@ -160,8 +163,9 @@ class Oracle:
         if update.hyperparameters != expected:
             self.problems.append(f"version {update.version}: used {update.hyperparameters}, not {expected}")
 
-    def _hyperparameters(self, parts: Sequence[Part]) -> tuple[Hyperparameters, ...]:
-        carried = next((part.content.hyperparameters for part in parts if part.content.hyperparameters), GROUPS)
+    def _hyperparameters(self, parts: Sequence[Part]) -> tuple[Optimizer, ...]:
+        own: Any = self._scenario.groups
+        carried = next((part.content.hyperparameters for part in parts if part.content.hyperparameters), own)
         policy = self._scenario.policy
         divisor = 1 + parts[0].contribution.staleness if isinstance(policy, Async) and policy.damping else 1
         return tuple(replace(group, lr=group.lr / divisor) for group in carried)

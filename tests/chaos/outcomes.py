@@ -50,6 +50,7 @@ class Outcome(Verdict):
     policy: str
     door: str
     durability: str
+    optimizer: str
     seed: int
     folder: Path
     again: str
@@ -60,7 +61,8 @@ class Outcome(Verdict):
         """Returns a summary in one line."""
         verdict = f"{len(self.problems)} violations" if self.problems else "all holds"
         counts = f"{self.fired.total():4} fired, {self.acknowledged:5} acknowledged, {self.applied:5} applied"
-        return f"{self.policy:8} {self.door:6} {self.durability:8} seed {self.seed}: {counts}: {verdict}"
+        kind = f"{self.policy:8} {self.door:6} {self.durability:8} {self.optimizer:8}"
+        return f"{kind} seed {self.seed}: {counts}: {verdict}"
 
     def plain(self) -> dict[str, Any]:
         """Returns the outcome as a JSON object."""

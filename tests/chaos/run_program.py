@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from chaos_run import ChaosRun
@@ -26,6 +26,5 @@ def main(arguments: list[str]) -> int:
 
 def packed(plan: Plan) -> str:
     """Returns a plan as an argument of `main`."""
-    scenario = plan.scenario
-    kind = scenario.policy_name, scenario.door, scenario.durability
+    kind = astuple(plan.scenario)
     return json.dumps({**vars(plan), "scenario": kind, "folder": str(plan.folder), "first": list(plan.first)})

@@ -1,17 +1,29 @@
 """Scenarios: models, policies, and gradients that anyone can recompute from their names."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 import deltaserve
-from deltaserve import Async, Bounded, Hyperparameters, Sync, TensorSpec
+from deltaserve import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    Async,
+    Bounded,
+    Optimizer,
+    RMSprop,
+    Sync,
+    TensorSpec,
+)
 
 Vector = NDArray[np.float32]
 
@@ -21,10 +33,16 @@ LEASE_SECONDS = 1.0
 DURABILITIES = ("none", "snapshot", "journal", "fsync")
 """Durabilities of the server. With "none" it never dies."""
 
-GROUPS = (Hyperparameters(lr=1.0, rho=0.9, eps=1e-6), Hyperparameters(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01))
-
-CARRIED = (Hyperparameters(lr=0.75, rho=0.9), Hyperparameters(lr=0.25, rho=0.8, weight_decay=0.02))
-"""The hyperparameters of pushes that carry their own."""
+OPTIMIZERS: Mapping[str, tuple[Optimizer, Optimizer]] = {
+    "adadelta": (Adadelta(), Adadelta(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01)),
+    "adam": (Adam(), Adam(lr=1e-2, beta1=0.8, weight_decay=0.01)),
+    "sgd": (SGD(), SGD(lr=1e-2, weight_decay=0.01)),
+    "momentum": (SGD(momentum=0.9, dampening=0.5), SGD(lr=1e-2, momentum=0.5, weight_decay=0.01)),
+    "adagrad": (Adagrad(lr_decay=0.01), Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5)),
+    "rmsprop": (RMSprop(momentum=0.9, centered=True), RMSprop(alpha=0.9, momentum=0.5, centered=True)),
+    "amsgrad": (AdamW(amsgrad=True), AdamW(lr=1e-2, beta2=0.9, amsgrad=True)),
+}
+"""The optimizer of each parameter group."""
 
 POLICIES: Mapping[str, deltaserve.Sync | deltaserve.Async | deltaserve.Bounded] = {
     "sync": Sync(),
@@ -46,21 +64,38 @@ _SPREAD = 1 << 16
 
 @dataclass(frozen=True)
 class Scenario:
-    """One policy on one model.
+    """One policy on one model with one optimizer.
 
     Attributes:
         policy_name: Key of POLICIES.
         door: How workers push: "unary", or "stream" with a model of more than 1 MiB.
         durability: One of DURABILITIES.
+        optimizer_name: Key of OPTIMIZERS.
     """
 
     policy_name: str
     door: str
     durability: str = "none"
+    optimizer_name: str = "adadelta"
 
     @property
     def policy(self) -> deltaserve.Sync | deltaserve.Async | deltaserve.Bounded:
         return POLICIES[self.policy_name]
+
+    @property
+    def seen_by_workers(self) -> tuple[str, str, str]:
+        """What a worker needs to know."""
+        return self.policy_name, self.door, self.optimizer_name
+
+    @property
+    def groups(self) -> tuple[Optimizer, Optimizer]:
+        return OPTIMIZERS[self.optimizer_name]
+
+    @cached_property
+    def carried(self) -> tuple[Optimizer, ...]:
+        """The hyperparameters of pushes that carry their own."""
+        groups: Any = self.groups
+        return tuple(replace(group, lr=0.75 * group.lr, weight_decay=0.02) for group in groups)
 
     @property
     def mortal(self) -> bool:
@@ -110,7 +145,7 @@ class Scenario:
             values=self._pattern[start : start + self.size] * scale,
             absent=absent,
             weight=0.5 * (1 + key // 13 % 5),
-            hyperparameters=CARRIED if key // 17 % 4 == 0 else None,
+            hyperparameters=self.carried if key // 17 % 4 == 0 else None,
         )
 
     def gradient_norm(self, name: "GradientName") -> float:
@@ -148,7 +183,7 @@ class Gradient:
     values: Vector
     absent: frozenset[int]
     weight: float
-    hyperparameters: tuple[Hyperparameters, ...] | None
+    hyperparameters: tuple[Optimizer, ...] | None
 
 
 class Push(NamedTuple):

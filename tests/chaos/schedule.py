@@ -3,6 +3,7 @@
 import argparse
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, product
 
 from faults import all_deaths, all_faults
@@ -39,7 +40,9 @@ class Schedule:
     def next(self) -> tuple[Scenario, int, list[str]]:
         """Returns the next scenario, its seed, and the failpoints at which the server dies first."""
         seed, wanting = next(self._seeds), missing(self._outcomes, self._options)
+        optimizer = self._options.optimizers[seed % len(self._options.optimizers)]
         scenario = self._next_scenario({durability for durability, _ in wanting})
+        scenario = replace(scenario, optimizer_name=optimizer)
         handed = set[tuple[str, str]]().union(*self._first.values())
         places = sorted(death for death in wanting if death[0] == scenario.durability and death[1].endswith(" kill"))
         places = [death for death in places if death not in handed] or places

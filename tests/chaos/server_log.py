@@ -14,7 +14,7 @@ ended      the server has saved everything and ends in good order
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,8 @@ class ServerLog:
                 [*astuple(contribution), session]
                 for contribution, session in zip(summary.contributions, sessions, strict=True)
             ]
-            self.write(
-                update=summary.version, pushes=pushes, hyperparameters=list(map(astuple, summary.hyperparameters))
-            )
+            groups = list(map(asdict, summary.hyperparameters))
+            self.write(update=summary.version, pushes=pushes, hyperparameters=groups)
             update(engine, decision)
             engine._commits.on_durable(partial(self.write, announced=summary.version))
 

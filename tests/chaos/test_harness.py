@@ -14,14 +14,14 @@ from history import History, Life, Update
 from lost_pushes import Entry
 from oracle import Oracle
 from outcomes import Outcome, tables
-from scenarios import GROUPS, GradientName, Push, Scenario
+from scenarios import GradientName, Push, Scenario
 from schedule import Schedule, missing
 from verdict import Evidence, Journals, judge
 
 from deltaserve import Contribution, ModelEvent, ModelState, PushStatus, StepResult
 from deltaserve._common import failpoints
 
-SCENARIO = Scenario("async", "unary", "journal")
+SCENARIO = Scenario("async", "unary", "journal", "adam")
 
 
 def contribution(sequence: int, name: GradientName) -> Contribution:
@@ -37,7 +37,7 @@ def update(version: int, sequence: int) -> Update:
         version=version,
         contributions=(contribution(sequence, name),),
         pushes=(Push("ada", "aa", sequence),),
-        hyperparameters=SCENARIO.gradient(name).hyperparameters or GROUPS,
+        hyperparameters=SCENARIO.gradient(name).hyperparameters or SCENARIO.groups,
     )
 
 
@@ -47,13 +47,13 @@ def state_after(history: History, sequences: int) -> tuple[ModelState, Oracle]:
     sent = {(Push("ada", "aa", name.number), SCENARIO.gradient_norm(name)): name for name in names}
     oracle = Oracle(SCENARIO, sent)
     oracle.replay(history)
-    weights, square_avg, acc_delta = (SCENARIO.cut(vector.copy()) for vector in oracle._now[:3])
+    now = oracle._now.copy()
+    weights, slots = SCENARIO.cut(now.weights), {name: SCENARIO.cut(vector) for name, vector in now.slots.items()}
     counts = dict(zip(weights, oracle.update_counts, strict=True))
     state = ModelState(
         version=history.lives[-1].top,
         weights=weights,
-        square_avg=square_avg,
-        acc_delta=acc_delta,
+        slots=slots,
         update_counts=counts,
     )
     return state, oracle
@@ -136,7 +136,7 @@ def report_a_loss(evidence: Evidence) -> None:
 
 def watch_wrongly(evidence: Evidence) -> None:
     wrong = (contribution(2, GradientName("ada", 1, 2)),)
-    event = ModelEvent(version=1, contributions=wrong, hyperparameters=GROUPS, update_norm=None, missed=0)
+    event = ModelEvent(version=1, contributions=wrong, hyperparameters=SCENARIO.groups, update_norm=None, missed=0)
     evidence.events = [event]
 
 
@@ -204,7 +204,7 @@ def test_all_environments_are_valid_and_reach_every_failpoint(tmp_path: Path) ->
 def test_the_schedule_goes_on_until_every_fault_has_fired() -> None:
     options = Namespace(
         seed=1, trials=1, every_fault=True, alternate=True, first=[], policies=["sync", "async"], doors=["unary"],
-        durabilities=["snapshot"],
+        durabilities=["snapshot"], optimizers=["adadelta", "adam"],
     )  # fmt: skip
     schedule, outcomes = Schedule(options), []
     fired = Counter(all_faults("unary", "snapshot"))
@@ -212,7 +212,13 @@ def test_the_schedule_goes_on_until_every_fault_has_fired() -> None:
         assert schedule.goes_on()
         scenario, seed, _ = schedule.next()
         outcome = Outcome(
-            policy=scenario.policy_name, door="unary", durability="snapshot", seed=seed, folder=Path(), again=""
+            policy=scenario.policy_name,
+            door="unary",
+            durability="snapshot",
+            optimizer=scenario.optimizer_name,
+            seed=seed,
+            folder=Path(),
+            again="",
         )
         outcome.fired = Counter() if turn == 0 else fired
         schedule.ended(outcome)

@@ -173,8 +173,8 @@ def _is_expected(error: Exception) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    name, life, target, journal, policy, door, transport, pause = arguments
-    scenario, way = Scenario(policy, door), cast(TransportName, transport)
+    name, life, target, journal, policy, door, optimizer, transport, pause = arguments
+    scenario, way = Scenario(policy, door, optimizer_name=optimizer), cast(TransportName, transport)
     return Program(name, int(life), target, journal, scenario, way, pause).run()
 
 

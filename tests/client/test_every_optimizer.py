@@ -31,7 +31,11 @@ every = pytest.mark.parametrize("optimizer", CASES, ids=str)
 SMALL, LARGE = 5, 700_000
 """Sizes of a model that fits into one message, and of one whose vectors take three chunks each."""
 
-WEIGHTS = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "b": np.float32(7), "none": np.zeros((0, 4))}
+WEIGHTS: dict[str, Any] = {
+    "a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
+    "b": np.float32(7),
+    "none": np.zeros((0, 4)),
+}
 
 
 def gradients(number: int) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def test_slots_may_come_in_any_order(client: Client) -> None:
         worker.step(gradients(1))
     state = model.pull_state()
     assert state.slots is not None
-    model.put_state(replace(state, slots=dict(reversed(state.slots.items()))))
+    model.put_state(replace(state, slots=dict(reversed(list(state.slots.items())))))
     assert_same_state(model.pull_state(), state)
 
 
@@ -263,7 +267,7 @@ def test_a_hyperparameter_out_of_range_is_named(client: Client, optimizer: Optim
     with pytest.raises(deltaserve.RequestError, match=field) as caught:
         client.create_model("m", WEIGHTS, optimizer=optimizer)
     assert caught.value.reason == "HYPERPARAMETER_INVALID"
-    assert caught.value.metadata["field"] == f"groups[0].{field}"
+    assert caught.value.metadata["field"] == field
 
 
 @every

@@ -40,14 +40,14 @@ def foreign(annotation: Any) -> list[str]:
     return [module for module in modules if module.startswith(("google", "grpc", "deltaserve.v1"))]
 
 
-def test_all_is_alphabetical_and_equal_to_what_exists() -> None:
-    assert deltaserve.__all__ == sorted(deltaserve.__all__)
+def test_all_is_what_exists() -> None:
+    """The order is ruff's, which takes SGD for a constant."""
     exists = {
         name
         for name, value in vars(deltaserve).items()
         if not isinstance(value, ModuleType) and (not name.startswith("_") or name == "__version__")
     }
-    assert set(deltaserve.__all__) == exists
+    assert sorted(deltaserve.__all__) == sorted(exists)
 
 
 def test_every_public_name_is_documented() -> None:

@@ -5,15 +5,18 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltaserve_server.durability.commits import Commits, Journaled, StorageError
+from deltaserve._common.optimizers import OPTIMIZERS
+from deltaserve_server.durability import journal
+from deltaserve_server.durability.commits import Commits, Journaled, StorageError, extension_entries
 from deltaserve_server.durability.files import File, Files
 from deltaserve_server.durability.journal import Journal, JournalReader
-from deltaserve_server.durability.records import Ended, Record, VersionBumped
+from deltaserve_server.durability.records import Ended, Extended, Record, VersionBumped
 
 
 class Slow(Files):
@@ -359,3 +362,11 @@ def test_a_record_written_by_one_of_two_system_calls_is_torn(
     with pytest.raises(KeyboardInterrupt):
         commits.flush()
     assert written(files) == [1]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_record_takes_no_more_space_than_is_reserved_for_it(kind: str) -> None:
+    long = {field.name: 1e-300 / 9 for field in fields(OPTIMIZERS[kind]) if field.metadata.get("bounds")}  # type: ignore[arg-type]
+    groups = (OPTIMIZERS[kind](**long),) * 1000
+    written = journal._encoded(Record(1, Extended((), groups)), bytes(8), 0)
+    assert sum(map(len, written)) <= journal.record_bytes(0, extension_entries((), groups))

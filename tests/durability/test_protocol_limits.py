@@ -1,5 +1,6 @@
 """Every value that the protocol allows survives, through the journal and through a snapshot."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,17 +13,14 @@ from model_host import copied
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from wire import Session, Shapes, Snapshot, Wire, asynchronous, bounded, pieces, sync
 
-from deltaserve.v1.common_pb2 import Hyperparameters, Policy, TensorSpec
-from deltaserve.v1.model_service_pb2 import (
-    ExtendModelHeader,
-    ExtendModelRequest,
-    PutStateHeader,
-    PutStateRequest,
-    SaveSnapshotRequest,
-)
+from deltaserve._common import optimizers
+from deltaserve._common.optimizer_messages import to_message
+from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, Bounds
+from deltaserve.v1.common_pb2 import Policy, TensorSpec
+from deltaserve.v1.model_service_pb2 import ExtendModelHeader, ExtendModelRequest, SaveSnapshotRequest
+from deltaserve.v1.optimizers_pb2 import Adadelta, Optimizer
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability.model_storage import ModelStorage
 
@@ -46,12 +44,30 @@ POLICIES = {
     "no-waits": sync(1, quorum=1, grace_seconds=TINY, round_timeout_seconds=TINY, clip_norm=TINY),
 }
 
-GROUPS = {
-    "largest": Hyperparameters(lr=LARGEST, rho=1.0, eps=LARGEST, weight_decay=LARGEST, maximize=True),
-    "smallest": Hyperparameters(lr=0.0, rho=0.0, eps=SMALLEST, weight_decay=0.0),
-    "tiny": Hyperparameters(lr=TINY, rho=TINY, eps=SMALLEST, weight_decay=TINY),
-    "fast": Hyperparameters(lr=LARGEST, rho=0.0, eps=SMALLEST),
+ADADELTAS = {
+    "largest": Adadelta(lr=LARGEST, rho=1.0, eps=LARGEST, weight_decay=LARGEST, maximize=True),
+    "smallest": Adadelta(lr=0.0, rho=0.0, eps=SMALLEST, weight_decay=0.0),
+    "tiny": Adadelta(lr=TINY, rho=TINY, eps=SMALLEST, weight_decay=TINY),
+    "fast": Adadelta(lr=LARGEST, rho=0.0, eps=SMALLEST),
 }
+GROUPS = {name: Optimizer(adadelta=group) for name, group in ADADELTAS.items()}
+
+
+def at_limit(kind: str, *, largest: bool) -> Optimizer:
+    """Returns an optimizer with every hyperparameter at its largest or its smallest value, except for options."""
+    made, limits = optimizers.OPTIMIZERS[kind](), dict[str, float]()
+    for field in dataclasses.fields(made):  # type: ignore[arg-type]
+        bounds: Bounds | None = field.metadata.get("bounds")
+        if bounds is None:
+            continue
+        high = LARGEST if bounds.maximum is None else bounds.maximum
+        high = high if bounds.below is None else float(np.nextafter(bounds.below, 0.0))
+        low = SMALLEST if bounds.above is not None else 0.0
+        limits[field.name] = high if largest else low
+    return to_message(dataclasses.replace(made, **limits))  # type: ignore[type-var]
+
+
+OTHERS = [kind for kind in optimizers.OPTIMIZERS if kind != "adadelta"]
 
 SHAPES: Shapes = {
     "scalar": (),
@@ -119,16 +135,11 @@ def lives(request: pytest.FixtureRequest, quick: Path, monkeypatch: pytest.Monke
 
 def put_state(wire: Wire, counts: Sequence[int], weights: float, squares: float) -> None:
     """Calls PutState with constant vectors."""
-    vectors = {"weights": weights, "square_avg": squares, "acc_delta": squares}
-    chunks = [
-        PutStateRequest(**{name: piece})  # type: ignore[arg-type]
-        for name, value in vectors.items()
-        for piece in pieces(np.full(SIZE, value, np.float32))
-    ]
-    wire.one("PutState", PutStateRequest(header=PutStateHeader(model="m", update_counts=counts)), *chunks)
+    vectors = [np.full(SIZE, value, np.float32) for value in (weights, squares, squares)]
+    wire.put("m", vectors, counts)
 
 
-def extend(wire: Wire, shapes: Shapes, groups: Sequence[Hyperparameters] = ()) -> None:
+def extend(wire: Wire, shapes: Shapes, groups: Sequence[Optimizer] = ()) -> None:
     """Calls ExtendModel; all new tensors belong to the last group."""
     tensors = [TensorSpec(name=name, shape=shape, group=len(groups)) for name, shape in shapes.items()]
     header = ExtendModelHeader(model="m", tensor_count=1, group_count=1, tensors=tensors, groups=groups)
@@ -167,10 +178,19 @@ def test_hyperparameters_and_gradients_at_their_limits_survive(lives: Lives, how
         pass
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_optimizers_at_their_limits_survive(lives: Lives, kind: str) -> None:
+    with lives.first() as wire:
+        for name, largest in (("largest", True), ("smallest", False)):
+            session = begin(wire, name, groups=[at_limit(kind, largest=largest)])
+            for number in (1, 2, 3):
+                wire.step(session.header(number), np.multiply(GRADIENT, (-1) ** number))
+    with lives.second():
+        pass
+
+
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-def test_a_push_with_hyperparameters_at_their_limits_survives_with_its_answer(
-    lives: Lives, group: Hyperparameters
-) -> None:
+def test_a_push_with_hyperparameters_at_their_limits_survives_with_its_answer(lives: Lives, group: Optimizer) -> None:
     with lives.first() as wire:
         session = begin(wire)
         for number in (1, 2, 2):
@@ -249,7 +269,8 @@ def test_the_largest_number_of_groups_survives(lives: Lives) -> None:
     with lives.first() as wire:
         wire.create("m", {"w": (SIZE,)})
         third = 1 / 3  # of many digits
-        extend(wire, {"v": (1,)}, [Hyperparameters(lr=n + third, rho=third, eps=third) for n in range(4095)])
+        groups = [Optimizer(adadelta=Adadelta(lr=n + third, rho=third, eps=third)) for n in range(4095)]
+        extend(wire, {"v": (1,)}, groups)
         session = wire.open("m", "a")
         wire.step(session.header(1), np.ones(SIZE + 1))
     with lives.second() as wire:

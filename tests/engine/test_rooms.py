@@ -22,7 +22,7 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("room", ["adadelta", "model", "memory", "durability", "engine"])
+@pytest.mark.parametrize("room", ["optimizers", "model", "memory", "durability", "engine"])
 def test_a_room_behind_the_service_knows_neither_grpc_nor_protobuf(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files
@@ -31,7 +31,7 @@ def test_a_room_behind_the_service_knows_neither_grpc_nor_protobuf(room: str) ->
             assert not any(name == one or name.startswith(f"{one}.") for one in FORBIDDEN), f"{path.name}: {name}"
 
 
-@pytest.mark.parametrize("room", ["adadelta", "model", "memory", "durability"])
+@pytest.mark.parametrize("room", ["optimizers", "model", "memory", "durability"])
 def test_a_room_behind_the_engine_does_not_know_it(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         assert not any(name.startswith("deltaserve_server.engine") for name in _imported(path)), path.name

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from store_states import MakeStore
 
-from deltaserve_server.memory import Budget, Staging, Store
+from deltaserve_server.memory import Budget, Staging, State, Store
 from deltaserve_server.memory.host import HostStore
-from deltaserve_server.memory.store import Vector
 from deltaserve_server.optimizers.formats import Values
 
 
@@ -30,18 +30,18 @@ def _cuda() -> bool:
         pytest.param("device", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="needs an NVIDIA GPU")]),
     ]
 )
-def make_store(request: pytest.FixtureRequest) -> Iterator[Callable[[Vector, Budget], Store]]:
+def make_store(request: pytest.FixtureRequest) -> Iterator[MakeStore]:
     """Creates stores of one kind: host or shared memory with a number of threads, or a GPU."""
     if request.param == "device":
         from deltaserve_server.memory.device import DeviceStore
 
-        yield lambda weights, budget: DeviceStore(weights, 0, budget)
+        yield lambda state, budget: DeviceStore(state, 0, budget)
         return
     threads = int(request.param[-1])
     with ThreadPoolExecutor(threads) as executor:
 
-        def make(weights: Vector, budget: Budget) -> Store:
-            store = HostStore(weights, 0, budget, executor, threads)
+        def make(state: State, budget: Budget) -> Store:
+            store = HostStore(state, 0, budget, executor, threads)
             if request.param.startswith("shared"):
                 store.use_shared_memory()
             return store

@@ -1,26 +1,19 @@
 """Trimmed means of whole pushes, in every kind of store."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
+from store_states import MakeStore, Stage, assert_same_state, fresh, random, whole
 
-from deltaserve_server.memory import Budget, Range, Staging, Store
+from deltaserve._common.optimizers import Adadelta
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
+from deltaserve_server.memory import Budget, Store
 from deltaserve_server.memory.store import Vector
-from deltaserve_server.optimizers import Hyperparameters
 
-MakeStore = Callable[[Vector, Budget], Store]
-Stage = Callable[..., Staging]
-
-PLAIN = Hyperparameters()
 SIZE = 100_000
-WHOLE = [Range(0, SIZE, PLAIN)]
-
-
-def random(size: int, seed: int) -> Vector:
-    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+WHOLE = whole(SIZE)
 
 
 def stated(gradients: Sequence[Vector], trim: int) -> Vector:
@@ -37,21 +30,18 @@ def assert_updated_with(
     store: Store, gradient: Vector, weights: Vector, make_store: MakeStore, stage: Stage, weight: float = 1.0
 ) -> None:
     """Updates `store` and compares its bits with a store that gets `gradient` as its only push."""
-    single = make_store(weights.copy(), Budget(1 << 30))
+    single = make_store(fresh(weights), Budget(1 << 30))
     single.fold(stage(single, gradient), 1.0)
-    ranges = [Range(0, weights.size, PLAIN)]
+    ranges = whole(weights.size)
     changes = [store.update(ranges, weight, 1), single.update(ranges, 1.0, 1)]
     assert changes[0] == pytest.approx(changes[1], rel=1e-12)
-    states = store.state(), single.state()
-    for name in ("weights", "square_avg", "acc_delta"):
-        one, other = (getattr(state, name).view(np.uint32) for state in states)
-        np.testing.assert_array_equal(one, other, err_msg=name)
+    assert_same_state(store, single)
 
 
 @pytest.mark.parametrize(("count", "trim"), [(1, 0), (3, 0), (3, 1), (4, 1), (9, 4), (67, 1)])
 def test_a_trimmed_mean(make_store: MakeStore, stage: Stage, count: int, trim: int) -> None:
     weights, gradients = random(SIZE, 0), [random(SIZE, k) for k in range(1, 1 + count)]
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     store.combine([(stage(store, gradient), 1.0) for gradient in gradients], trim)
     # The update ignores the weight.
     assert_updated_with(store, stated(gradients, trim), weights, make_store, stage, weight=3.0)
@@ -59,7 +49,7 @@ def test_a_trimmed_mean(make_store: MakeStore, stage: Stage, count: int, trim: i
 
 def test_each_push_is_multiplied_first(make_store: MakeStore, stage: Stage) -> None:
     weights, gradients, factors = random(SIZE, 0), [random(SIZE, k) for k in range(1, 6)], (0.1, 1.0, 1e9, 1e-9, 0.7)
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     pushes = list(zip(gradients, factors, strict=True))
     store.combine([(stage(store, gradient), factor) for gradient, factor in pushes], 1)
     scaled = [gradient * np.float32(factor) for gradient, factor in pushes]
@@ -72,7 +62,7 @@ def test_the_order_of_the_pushes_does_not_change_a_bit(make_store: MakeStore, st
         gradient[::7] = 0.0
         gradient[::13] *= -1
     for order in itertools.permutations(gradients):
-        store = make_store(weights.copy(), Budget(1 << 20))
+        store = make_store(fresh(weights), Budget(1 << 20))
         store.combine([(stage(store, gradient), 1.0) for gradient in order], 1)
         assert_updated_with(store, stated(gradients, 1), weights, make_store, stage)
 
@@ -81,7 +71,7 @@ def test_the_order_of_the_pushes_does_not_change_a_bit(make_store: MakeStore, st
 def test_chunks_do_not_change_a_bit(make_store: MakeStore, stage: Stage, chunk: int) -> None:
     size = 3000 if chunk == 1 else SIZE
     weights, gradients = random(size, 0), [random(size, k) for k in range(1, 5)]
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     chunks = (chunk, 1 << 18, chunk + 1, 2 * chunk)
     store.combine([(stage(store, g, chunk=length), 1.0) for g, length in zip(gradients, chunks, strict=True)], 1)
     assert_updated_with(store, stated(gradients, 1), weights, make_store, stage)
@@ -96,7 +86,7 @@ def test_missing_values_count_as_zero(make_store: MakeStore, stage: Stage) -> No
         [],
         [(32_767, 32_769), (65_536, 65_537), (99_999, SIZE)],
     ]
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     filled = []
     for gradient, held in zip(gradients, runs, strict=True):
         filled.append(np.zeros(SIZE, np.float32))
@@ -111,11 +101,11 @@ def test_missing_values_count_as_zero(make_store: MakeStore, stage: Stage) -> No
 def test_an_extension_in_between(make_store: MakeStore, stage: Stage, combined_before: bool) -> None:
     more = 5000
     weights, gradients = random(SIZE, 0), [random(SIZE, k) for k in range(1, 6)]
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     pushes = [(stage(store, gradient), 1.0) for gradient in gradients]
     if combined_before:
         store.combine(pushes, 2)
-    store.extend(random(more, 9))
+    store.extend(fresh(random(more, 9)))
     if not combined_before:
         store.combine(pushes, 2)
     mean = np.concatenate([stated(gradients, 2), np.zeros(more, np.float32)])
@@ -127,7 +117,7 @@ def test_too_few_pushes_are_refused_and_nothing_changes(
     make_store: MakeStore, stage: Stage, count: int, trim: int
 ) -> None:
     weights, gradient = random(SIZE, 0), random(SIZE, 1)
-    store = make_store(weights.copy(), Budget(1 << 30))
+    store = make_store(fresh(weights), Budget(1 << 30))
     with pytest.raises(ValueError, match="pushes"):
         store.combine([(stage(store, gradient), 1.0)] * count, trim)
     store.fold(stage(store, gradient), 1.0)
@@ -135,7 +125,7 @@ def test_too_few_pushes_are_refused_and_nothing_changes(
 
 
 def test_an_update_has_only_one_gradient(make_store: MakeStore, stage: Stage) -> None:
-    store = make_store(random(SIZE, 0), Budget(1 << 30))
+    store = make_store(fresh(random(SIZE, 0)), Budget(1 << 30))
     pushes = [(stage(store, random(SIZE, k)), 1.0) for k in range(3)]
     for before in (1, 2):
         for k in range(before):
@@ -150,7 +140,7 @@ def test_an_update_has_only_one_gradient(make_store: MakeStore, stage: Stage) ->
 
 def test_sums_and_means_may_alternate(make_store: MakeStore, stage: Stage) -> None:
     weights, gradients = random(SIZE, 0), [random(SIZE, k) for k in range(1, 5)]
-    store, single = (make_store(weights.copy(), Budget(1 << 30)) for _ in range(2))
+    store, single = (make_store(fresh(weights), Budget(1 << 30)) for _ in range(2))
     for number in range(1, 5):
         if number % 2:
             store.combine([(stage(store, gradient), 1.0) for gradient in gradients], 1)
@@ -168,9 +158,9 @@ def test_a_liar_cannot_move_a_weight_out_of_the_honest_range(make_store: MakeSto
     honest = [random(SIZE, k) for k in range(1, 4)]
     lie = np.where(random(SIZE, 9) > 0, MAGNITUDE_MAX, -MAGNITUDE_MAX).astype(np.float32)
     # With weights of 0 and rho = 1 each step equals the gradient.
-    itself = [Range(0, SIZE, Hyperparameters(rho=1.0))]
+    itself = whole(SIZE, Adadelta(rho=1.0))
     for place in range(4):
-        store = make_store(np.zeros(SIZE, np.float32), Budget(1 << 30))
+        store = make_store(fresh(np.zeros(SIZE, np.float32)), Budget(1 << 30))
         gradients = [*honest[:place], lie, *honest[place:]]
         store.combine([(stage(store, gradient), 1.0) for gradient in gradients], 1)
         store.update(itself, 1.0, 1)

@@ -1,31 +1,19 @@
 """Frozen vectors do not change during later updates, and freezing does not change the updates."""
 
 import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
-import numpy as np
 import pytest
+from store_states import OPTIMIZERS, PLAIN, MakeStore, Stage, bits, fresh, other, whole
+from store_states import random as vector
 
-from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, Staging, State, Store, shared_memory
+from deltaserve._common.optimizers import Adam, Optimizer
+from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, State, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.store import Vector
-from deltaserve_server.optimizers import Hyperparameters
 
-MakeStore = Callable[[Vector, Budget], Store]
-Stage = Callable[..., Staging]
-
-PLAIN, OTHER = Hyperparameters(), Hyperparameters(lr=0.5, rho=0.8, maximize=True)
 BUDGET = 1 << 30
-
-
-def vector(size: int, seed: int) -> Vector:
-    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
-
-
-def bits(state: State) -> tuple[bytes, bytes, bytes]:
-    return state.weights.tobytes(), state.square_avg.tobytes(), state.acc_delta.tobytes()
 
 
 class Life:
@@ -35,10 +23,12 @@ class Life:
         store: The store.
         stage: Stages pushes.
         seed: Seed of the operations.
+        optimizer: The optimizer, whose slots the store has.
     """
 
-    def __init__(self, store: Store, stage: Stage, seed: int) -> None:
+    def __init__(self, store: Store, stage: Stage, seed: int, optimizer: Optimizer = PLAIN) -> None:
         self.store = store
+        self.optimizer = optimizer
         self.size = store.current.weights.size
         self.version = 0
         self._stage = stage
@@ -53,25 +43,25 @@ class Life:
         start = self._chance.randrange(self.size - hole)
         runs = [(0, start), (start + hole, self.size)] if hole else [(0, self.size)]
         self.store.fold(self._stage(self.store, self._gradient(), runs), 1.0)
-        self._make([Range(low, high, self._group()) for low, high in runs if low < high], 1.0)
+        self._make([self._range(low, high) for low, high in runs if low < high], 1.0)
 
     def round(self) -> None:
         for _ in range(3):
             self.store.fold(self._stage(self.store, self._gradient()), 2.0)
-        self._make([Range(0, self.size // 2, PLAIN), Range(self.size // 2, self.size, OTHER)], 6.0)
+        self._make([self._range(0, self.size // 2), self._range(self.size // 2, self.size)], 6.0)
 
     def combine(self) -> None:
         self.store.combine([(self._stage(self.store, self._gradient()), 1.0) for _ in range(3)], 1)
-        self._make([Range(0, self.size, PLAIN)], 1.0)
+        self._make([self._range(0, self.size)], 1.0)
 
     def put(self) -> None:
         self.version += 1
-        squares = [vector(self.size, self.version + k) ** 2 for k in range(2)]
-        self.store.put(State(vector(self.size, self.version), *squares), self.version)
+        slots = tuple(vector(self.size, self.version + k) ** 2 for k in range(len(self.optimizer.slots)))
+        self.store.put(State(vector(self.size, self.version), slots), self.version)
 
     def extend(self) -> None:
         if self.size < 5000:
-            self.store.extend(vector(77, self.size))
+            self.store.extend(fresh(vector(77, self.size), self.optimizer))
             self.size += 77
 
     def share(self) -> None:
@@ -89,19 +79,21 @@ class Life:
     def _gradient(self) -> Vector:
         return vector(self.size, self._chance.randrange(1 << 30))
 
-    def _group(self) -> Hyperparameters:
-        return self._chance.choice((PLAIN, OTHER))
+    def _range(self, start: int, stop: int) -> Range:
+        """Returns a range with one of two sets of hyperparameters, and one of a few counts."""
+        optimizer = self._chance.choice((self.optimizer, other(self.optimizer)))
+        return Range(start, stop, optimizer, optimizer.relevant_count(self._chance.choice((1, 2, 9))))
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.deep) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.deep) for seed in range(4, 16))])
 def test_frozen_vectors_stay_and_updates_are_the_same_as_without_them(
     make_store: MakeStore, stage: Stage, seed: int
 ) -> None:
-    size, chance = 1 + 997 * (seed % 3), random.Random(seed)
-    weights = vector(size, 0)
-    frozen_now_and_then = Life(make_store(weights.copy(), Budget(BUDGET)), stage, seed)
-    undisturbed = Life(make_store(weights.copy(), Budget(BUDGET)), stage, seed)
-    held: tuple[Frozen, tuple[bytes, bytes, bytes]] | None = None
+    size, chance, optimizer = 1 + 997 * (seed % 3), random.Random(seed), OPTIMIZERS[seed % len(OPTIMIZERS)]
+    state = fresh(vector(size, 0), optimizer)
+    frozen_now_and_then = Life(make_store(state.copy(), Budget(BUDGET)), stage, seed, optimizer)
+    undisturbed = Life(make_store(state, Budget(BUDGET)), stage, seed, optimizer)
+    held: tuple[Frozen, tuple[bytes, ...]] | None = None
     snapshots = 0
     for _ in range(150):
         if held is None and chance.random() < 0.4:
@@ -121,7 +113,7 @@ def test_frozen_vectors_stay_and_updates_are_the_same_as_without_them(
 def test_frozen_vectors_can_be_read_during_updates(make_store: MakeStore, stage: Stage) -> None:
     """Another thread writes the snapshot."""
     size = 300_000
-    store = make_store(vector(size, 0), Budget(BUDGET))
+    store = make_store(fresh(vector(size, 0)), Budget(BUDGET))
     life, wrong, stop = Life(store, stage, 1), [0], Event()
     for _ in range(2):
         life.update()
@@ -129,7 +121,7 @@ def test_frozen_vectors_can_be_read_during_updates(make_store: MakeStore, stage:
         frozen = store.freeze()
         before = bits(store.state())
 
-        def read(frozen: Frozen = frozen, before: tuple[bytes, bytes, bytes] = before) -> None:
+        def read(frozen: Frozen = frozen, before: tuple[bytes, ...] = before) -> None:
             while not stop.is_set():
                 wrong[0] += bits(frozen.state()) != before
 
@@ -149,7 +141,7 @@ def test_a_release_during_an_update(make_store: MakeStore, stage: Stage) -> None
     """The thread that writes the snapshot calls `release` whenever it is done."""
     size = 40_000
     weights = vector(size, 0)
-    store, other = (make_store(weights.copy(), Budget(BUDGET)) for _ in range(2))
+    store, other = (make_store(fresh(weights), Budget(BUDGET)) for _ in range(2))
     lives = Life(store, stage, 3), Life(other, stage, 3)
     for number in range(60):
         frozen = store.freeze()
@@ -167,9 +159,10 @@ def test_a_release_during_an_update(make_store: MakeStore, stage: Stage) -> None
 
 
 def test_the_vectors_of_snapshots_are_reused() -> None:
-    """Both averages alternate between two pairs of vectors, for any number of snapshots."""
+    """Each slot alternates between two vectors, for any number of snapshots."""
+    optimizer = Adam(amsgrad=True)
     with ThreadPoolExecutor(1) as executor:
-        store = HostStore(vector(4096, 0), 0, Budget(BUDGET), executor, 1)
+        store = HostStore(fresh(vector(4096, 0), optimizer), 0, Budget(BUDGET), executor, 1)
         seen: set[int] = set()
         for number in range(1, 30):
             frozen = store.freeze()
@@ -177,15 +170,15 @@ def test_the_vectors_of_snapshots_are_reused() -> None:
                 staging = store.stage()
                 staging.add(0, vector(4096, number))
                 store.fold(staging, 1.0)
-                store.update([Range(0, 4096, PLAIN)], 1.0, 2 * number + step)
+                store.update(whole(4096, optimizer), 1.0, 2 * number + step)
             frozen.release()
             if number > 2:  # numpy allocated the first ones
-                seen |= {held.ctypes.data for held in (store._square_avg, store._acc_delta)}
-        assert len(seen) <= 4
+                seen |= {slot.ctypes.data for slot in store._slots}
+        assert len(seen) <= 6
 
 
 def test_freezing_without_updates(make_store: MakeStore, stage: Stage) -> None:
-    store = make_store(vector(1000, 0), Budget(BUDGET))
+    store = make_store(fresh(vector(1000, 0)), Budget(BUDGET))
     before = bits(store.state())
     for _ in range(5):
         frozen = store.freeze()
@@ -198,7 +191,7 @@ def test_freezing_without_updates(make_store: MakeStore, stage: Stage) -> None:
 
 def test_a_frozen_version_counts_against_the_budget(make_store: MakeStore, stage: Stage) -> None:
     budget = Budget(4000)
-    store = make_store(vector(1000, 0), budget)
+    store = make_store(fresh(vector(1000, 0)), budget)
     life, held = Life(store, stage, 0), []
     for _ in range(2):
         held.append(store.freeze())
@@ -219,19 +212,19 @@ def test_a_journals_gradient_stays_until_done_and_repeats_the_update(
     """A journal may write a record long after its update, and the record makes the same update again."""
     size, kept = 5000, []
     weights = vector(size, 0)
-    store, again = (make_store(weights.copy(), Budget(BUDGET)) for _ in range(2))
+    store, again = (make_store(fresh(weights), Budget(BUDGET)) for _ in range(2))
     for number in range(1, 6):
         for push in range(pushes):
             store.fold(stage(store, vector(size, 10 * number + push), chunk=700), 0.5)
         gradient = store.gradient(0.5 * pushes)
-        store.update([Range(0, size, OTHER)], 0.5 * pushes, number)
+        store.update(whole(size, other(PLAIN)), 0.5 * pushes, number)
         kept.append((gradient, bits(store.state())))
     for number, (gradient, wanted) in enumerate(kept, 1):
         staging = again.stage()
         for offset, values in gradient.pieces:
             staging.add(offset, values)
         again.fold(staging, 1.0)
-        again.update([Range(0, size, OTHER)], gradient.divisor, number)
+        again.update(whole(size, other(PLAIN)), gradient.divisor, number)
         assert bits(again.state()) == wanted
         gradient.done()
 
@@ -239,14 +232,14 @@ def test_a_journals_gradient_stays_until_done_and_repeats_the_update(
 def test_a_sum_that_a_journal_returns_late_does_not_become_a_shared_version(stage: Stage) -> None:
     """The sum from before the move lies in private memory, which workers cannot map."""
     with ThreadPoolExecutor(1) as executor:
-        store = HostStore(vector(4096, 0), 0, Budget(BUDGET), executor, 1)
+        store = HostStore(fresh(vector(4096, 0)), 0, Budget(BUDGET), executor, 1)
         for push in range(2):
             store.fold(stage(store, vector(4096, push)), 1.0)
         gradient = store.gradient(2.0)
-        store.update([Range(0, 4096, PLAIN)], 2.0, 1)
+        store.update(whole(4096), 2.0, 1)
         store.use_shared_memory()
         gradient.done()
         for number in range(2, 6):
             store.fold(stage(store, vector(4096, number)), 1.0)
-            store.update([Range(0, 4096, PLAIN)], 1.0, number)
+            store.update(whole(4096), 1.0, number)
             assert shared_memory.handle(store.current.weights)

@@ -6,19 +6,18 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from store_states import Stage, assert_same_state, fresh, whole
 
-from deltaserve_server.memory import Budget, Range, Staging, State, Store, shared_memory
+from deltaserve_server.memory import Budget, Store, shared_memory
 from deltaserve_server.memory.host import HostStore
 from deltaserve_server.memory.shared_memory import Handle
 from deltaserve_server.memory.store import Vector
-from deltaserve_server.optimizers import Hyperparameters
 
 FUTURE_WRITE = 0x10
 
@@ -151,8 +150,6 @@ def test_a_system_without_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIZE = 70_001
-PLAIN = Hyperparameters()
-Stage = Callable[..., Staging]
 
 
 def random(seed: int, size: int = SIZE) -> Vector:
@@ -163,14 +160,14 @@ def random(seed: int, size: int = SIZE) -> Vector:
 def stores() -> tuple[HostStore, HostStore]:
     """A store in shared memory and one in private memory, with the same weights."""
     executor = ThreadPoolExecutor(2)
-    made = [HostStore(random(0), 0, Budget(1 << 24), executor, 2) for _ in range(2)]
+    made = [HostStore(fresh(random(0)), 0, Budget(1 << 24), executor, 2) for _ in range(2)]
     made[0].use_shared_memory()
     return made[0], made[1]
 
 
 def update(store: Store, stage: Stage, number: int, size: int = SIZE) -> None:
     store.fold(stage(store, random(number, size)), 1.0)
-    store.update([Range(0, size, PLAIN)], 1.0, number)
+    store.update(whole(size), 1.0, number)
 
 
 def test_every_version_can_be_mapped_and_has_the_same_bits(stores: tuple[HostStore, HostStore], stage: Stage) -> None:
@@ -181,14 +178,13 @@ def test_every_version_can_be_mapped_and_has_the_same_bits(stores: tuple[HostSto
         np.testing.assert_array_equal(opened(handle_of(mine.current.weights)), plain.current.weights)
         assert shared_memory.handle(plain.current.weights) is None
     state = plain.state()
-    mine.put(State(state.weights.copy(), state.square_avg.copy(), state.acc_delta.copy()), 6)
+    mine.put(state.copy(), 6)
     np.testing.assert_array_equal(opened(handle_of(mine.current.weights)), state.weights)
     for store in stores:
-        store.extend(random(7, 100))
+        store.extend(fresh(random(7, 100)))
         update(store, stage, 7, SIZE + 100)
     np.testing.assert_array_equal(opened(handle_of(mine.current.weights)), plain.current.weights)
-    for vector in ("weights", "square_avg", "acc_delta"):
-        np.testing.assert_array_equal(getattr(mine.state(), vector), getattr(plain.state(), vector))
+    assert_same_state(mine, plain)
 
 
 def test_a_move_to_shared_memory_changes_nothing_and_happens_once(
@@ -288,13 +284,13 @@ def test_the_sum_of_a_round_moves_too(stage: Stage) -> None:
     """The pool reuses the vector of the sum for weights."""
     size = 20_000
     with ThreadPoolExecutor(2) as executor:
-        store = HostStore(np.zeros(size, np.float32), 0, Budget(1 << 30), executor, 2)
+        store = HostStore(fresh(np.zeros(size, np.float32)), 0, Budget(1 << 30), executor, 2)
         for number in range(1, 9):
             for push in range(3):
                 store.fold(stage(store, np.ones(size, np.float32)), 1.0)
                 if (number, push) == (1, 1):
                     store.use_shared_memory()
-            store.update([Range(0, size, Hyperparameters())], 3.0, number)
+            store.update(whole(size), 3.0, number)
             assert shared_memory.handle(store.current.weights)
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve_server.model import (
     Answer,
     BumpVersion,
@@ -24,7 +25,6 @@ from deltaserve_server.model import (
     Tensor,
     Update,
 )
-from deltaserve_server.optimizers import Hyperparameters
 
 LEASE = 10.0
 
@@ -32,8 +32,8 @@ LEASE = 10.0
 class Driver:
     """A machine, a clock that only `tick` advances, and the result of every push."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), [Hyperparameters()], policy)
+    def __init__(self, policy: Policy, *groups: Optimizer) -> None:
+        self.machine = Machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups or (Adadelta(),), policy)
         self.now = 0.0
         self.decisions: list[Decision] = []
         self.folds: list[Key] = []
@@ -72,7 +72,7 @@ class Driver:
         *,
         base: int | None = None,
         fingerprint: int = 0,
-        hyperparameters: Hyperparameters | None = None,
+        hyperparameters: Optimizer | None = None,
         absent: frozenset[int] = frozenset(),
         weight: float = 1.0,
         norm: float = 0.0,
@@ -93,7 +93,7 @@ class Driver:
         self._note(self.machine.push(push, self.now))
         return self.answers.get(push.key)
 
-    def change(self, policy: Policy | None = None, *groups: Hyperparameters) -> int:
+    def change(self, policy: Policy | None = None, *groups: Optimizer) -> int:
         """Changes the settings. Returns the first version that is made with them."""
         before = self.machine.configuration()
         first, decisions = self.machine.change(groups or before[0], policy or before[1], self.now)

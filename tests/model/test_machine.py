@@ -128,9 +128,9 @@ def test_a_refused_push_changes_nothing() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
     driver.push(a)
-    before = (driver.version, b.last_accepted, b.waiting, list(driver.machine.update_counts))
+    before = (driver.version, b.last_accepted, b.waiting, driver.machine.update_counts)
     for sequence, base in ((3, 0), (0, 0), (1, 9)):
         with pytest.raises(Refused):
             driver.push(b, sequence, base=base)
-    assert (driver.version, b.last_accepted, b.waiting, list(driver.machine.update_counts)) == before
+    assert (driver.version, b.last_accepted, b.waiting, driver.machine.update_counts) == before
     assert driver.push(b)

@@ -3,8 +3,8 @@
 import pytest
 from machine_driver import LEASE, Driver, contribution, refused
 
+from deltaserve._common.optimizers import Adadelta
 from deltaserve_server.model import Async, Bounded, Session, Tensor
-from deltaserve_server.optimizers import Hyperparameters
 
 
 class TestMaxStaleness:
@@ -49,22 +49,22 @@ class TestDamping:
         for _ in range(3):
             driver.push(a)
         driver.push(b, base=0)
-        driver.push(b, base=3, hyperparameters=Hyperparameters(lr=0.5, rho=0.8))
+        driver.push(b, base=3, hyperparameters=Adadelta(lr=0.5, rho=0.8))
         used = [update.summary.hyperparameters for update in driver.updates[2:]]
         assert used == [
-            (Hyperparameters(),),
-            (Hyperparameters(lr=0.25),),
-            (Hyperparameters(lr=0.25, rho=0.8),),
+            (Adadelta(),),
+            (Adadelta(lr=0.25),),
+            (Adadelta(lr=0.25, rho=0.8),),
         ]
-        assert driver.machine.groups == (Hyperparameters(),)
+        assert driver.machine.groups == (Adadelta(),)
 
     def test_groups_that_the_worker_does_not_know_are_damped_too(self) -> None:
         driver = Driver(Async(damping=True))
         a = driver.open("a")
         driver.push(a)
-        driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(lr=0.5)])
-        driver.push(a, base=0, hyperparameters=Hyperparameters(lr=3.0))
-        assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(lr=1.5), Hyperparameters(lr=0.25))
+        driver.machine.extend([Tensor("v", (4,), 1)], [Adadelta(lr=0.5)])
+        driver.push(a, base=0, hyperparameters=Adadelta(lr=3.0))
+        assert driver.updates[-1].summary.hyperparameters == (Adadelta(lr=1.5), Adadelta(lr=0.25))
 
 
 class TestBounded:

@@ -3,10 +3,10 @@
 import pytest
 from machine_driver import Driver, contribution, contributions, refused
 
+from deltaserve._common.optimizers import Adadelta, Adam
 from deltaserve_server.model import Async, Bounded, Key, Policy, Sync, Tensor
-from deltaserve_server.optimizers import Hyperparameters
 
-SLOW = Hyperparameters(lr=0.25)
+SLOW = Adadelta(lr=0.25)
 
 
 class TestAtOnce:
@@ -16,7 +16,7 @@ class TestAtOnce:
         driver.push(a)
         assert driver.change(None, SLOW) == 2
         driver.push(a)
-        driver.push(a, hyperparameters=Hyperparameters(lr=3.0))  # a push's own go on counting
+        driver.push(a, hyperparameters=Adadelta(lr=3.0))  # a push's own go on counting
         used = [update.summary.hyperparameters[0].lr for update in driver.updates]
         assert used == [1.0, 0.25, 3.0]
 
@@ -32,7 +32,7 @@ class TestAtOnce:
     def test_a_change_keeps_the_initial_settings(self) -> None:
         driver = Driver(Sync())
         driver.change(Async(), SLOW)
-        assert driver.machine.initial_settings == ((Hyperparameters(),), Sync())
+        assert driver.machine.initial_settings == ((Adadelta(),), Sync())
         assert driver.machine.configuration() == ((SLOW,), Async())
 
     @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ class TestDeferred:
         a, b = driver.open("a"), driver.open("b")
         driver.push(a, norm=4.0)
         assert driver.change(after, SLOW) == 2
-        assert (driver.machine.policy, driver.machine.groups) == (Sync(), (Hyperparameters(),))
+        assert (driver.machine.policy, driver.machine.groups) == (Sync(), (Adadelta(),))
         assert driver.machine.configuration() == ((SLOW,), after)
         driver.push(b, norm=4.0)
-        assert driver.updates[0].summary.hyperparameters == (Hyperparameters(),)
+        assert driver.updates[0].summary.hyperparameters == (Adadelta(),)
         assert driver.factors == {(a.id, 1): 1.0, (b.id, 1): 1.0}
         assert (driver.machine.policy, driver.machine.groups) == (after, (SLOW,))
 
@@ -107,18 +107,18 @@ class TestDeferred:
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
         driver.change(Async(), SLOW)
-        assert driver.change(Sync(quorum=2), Hyperparameters(lr=0.5)) == 1
+        assert driver.change(Sync(quorum=2), Adadelta(lr=0.5)) == 1
         driver.push(b)
-        assert driver.machine.configuration() == ((Hyperparameters(lr=0.5),), Sync(quorum=2))
+        assert driver.machine.configuration() == ((Adadelta(lr=0.5),), Sync(quorum=2))
 
     def test_groups_added_meanwhile_are_part_of_a_deferred_change(self) -> None:
         driver = Driver(Sync())
         a, b = driver.open("a"), driver.open("b")
         driver.push(a)
         driver.change(Async(), SLOW)
-        driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(rho=0.5)])
+        driver.machine.extend([Tensor("v", (4,), 1)], [Adadelta(rho=0.5)])
         driver.push(b)
-        assert driver.machine.configuration() == ((SLOW, Hyperparameters(rho=0.5)), Async())
+        assert driver.machine.configuration() == ((SLOW, Adadelta(rho=0.5)), Async())
 
     def test_the_next_round_may_close_at_once(self) -> None:
         driver = Driver(Sync())
@@ -160,6 +160,18 @@ class TestOutOfRounds:
         driver, _ = self.waiting()
         driver.change(Async(damping=True))
         assert [update.summary.hyperparameters[0].lr for update in driver.updates] == [1.0, 0.5]
+
+    def test_to_async_each_update_has_its_own_counts(self) -> None:
+        driver = Driver(Sync(), Adam())
+        c, b, _ = (driver.open(name) for name in "cba")
+        driver.push(c, base=0)
+        driver.push(b, base=0, absent=frozenset({1}))
+        driver.machine.put_state([5, 7])
+        driver.change(Async())
+        assert [update.counts for update in driver.updates] == [(6, 7), (7, 8)]
+        driver.machine.extend([Tensor("v", (4,))], [])
+        driver.push(driver.open("d"))
+        assert driver.updates[-1].counts == driver.machine.update_counts == (8, 9, 1)
 
     def test_to_bounded_each_push_is_a_step_whose_answer_may_be_withheld(self) -> None:
         driver, keys = self.waiting()

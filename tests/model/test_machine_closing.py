@@ -3,8 +3,8 @@
 import pytest
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
+from deltaserve._common.optimizers import Adadelta
 from deltaserve_server.model import Async, BumpVersion, Sync
-from deltaserve_server.optimizers import Hyperparameters
 
 LONG = 1000.0
 
@@ -138,9 +138,9 @@ class TestFailure:
     def test_another_push_may_take_the_sequence_number(self) -> None:
         driver = Driver(Sync(min_workers=2, round_timeout_seconds=5.0))
         a = driver.open("a", LONG)
-        driver.push(a, 1, fingerprint=7, hyperparameters=Hyperparameters(lr=0.5))
+        driver.push(a, 1, fingerprint=7, hyperparameters=Adadelta(lr=0.5))
         driver.tick(5.0)
-        driver.push(driver.open("b"), hyperparameters=Hyperparameters(lr=0.25))  # the round's own are forgotten
+        driver.push(driver.open("b"), hyperparameters=Adadelta(lr=0.25))  # the round's own are forgotten
         assert driver.push(a, 1, fingerprint=8)
 
     def test_pushes_are_refused_in_the_order_of_worker_names(self) -> None:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
+from deltaserve._common.optimizers import Adadelta
 from deltaserve_server.model import Sync, Tensor
-from deltaserve_server.optimizers import Hyperparameters
 
 
 def test_a_round_closes_when_all_have_pushed() -> None:
@@ -192,15 +192,15 @@ def test_a_duplicate_of_a_waiting_push_waits() -> None:
 def test_hyperparameters_of_a_round_must_agree() -> None:
     driver = Driver(Sync())
     a, b, c = (driver.open(name) for name in "abc")
-    driver.push(a, hyperparameters=Hyperparameters(lr=0.5))
+    driver.push(a, hyperparameters=Adadelta(lr=0.5))
     with refused("HYPERPARAMETER_CONFLICT", field="groups[0].lr", round=0.5, got=0.25):
-        driver.push(b, hyperparameters=Hyperparameters(lr=0.25))
-    driver.push(b, hyperparameters=Hyperparameters(lr=0.5))
+        driver.push(b, hyperparameters=Adadelta(lr=0.25))
+    driver.push(b, hyperparameters=Adadelta(lr=0.5))
     driver.push(c)
-    assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(lr=0.5),)
+    assert driver.updates[-1].summary.hyperparameters == (Adadelta(lr=0.5),)
     for session in (a, b, c):
         driver.push(session)
-    assert driver.updates[-1].summary.hyperparameters == (Hyperparameters(),)
+    assert driver.updates[-1].summary.hyperparameters == (Adadelta(),)
 
 
 def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:
@@ -209,7 +209,7 @@ def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:
     driver.push(a, absent=frozenset({0, 1}))
     driver.push(b, absent=frozenset({1}))
     assert driver.updates[0].absent == {1}
-    assert driver.machine.update_counts == [1, 0]
+    assert driver.machine.update_counts == (1, 0)
 
 
 def test_put_state_does_not_close_the_round() -> None:
@@ -221,16 +221,16 @@ def test_put_state_does_not_close_the_round() -> None:
     result = driver.push(b, base=0)
     assert result
     assert (result.version, contribution(result).staleness) == (2, 1)
-    assert driver.machine.update_counts == [6, 6]
+    assert driver.machine.update_counts == (6, 6)
 
 
 def test_older_sessions_continue_after_an_extension() -> None:
     driver = Driver(Sync())
     a, b = driver.open("a"), driver.open("b")
-    driver.push(a, hyperparameters=Hyperparameters(lr=0.5))
-    driver.machine.extend([Tensor("v", (4,), 1)], [Hyperparameters(lr=0.1)])
+    driver.push(a, hyperparameters=Adadelta(lr=0.5))
+    driver.machine.extend([Tensor("v", (4,), 1)], [Adadelta(lr=0.1)])
     driver.push(b)
-    assert driver.updates[0].summary.hyperparameters == (Hyperparameters(lr=0.5), Hyperparameters(lr=0.1))
+    assert driver.updates[0].summary.hyperparameters == (Adadelta(lr=0.5), Adadelta(lr=0.1))
     assert driver.updates[0].absent == {2}
-    assert driver.machine.update_counts == [1, 1, 0]
+    assert driver.machine.update_counts == (1, 1, 0)
     assert driver.open("c").tensor_count == 3

@@ -10,7 +10,7 @@ import pytest
 # The simulation's histories and its reference serve here too; no folder of tests is a package.
 sys.path.append(str(Path(__file__).parents[1] / "simulation"))
 
-from histories import SCENARIOS, history
+from histories import SCENARIOS, history, scenario_of
 from machine_driver import Driver, refused
 from simulator import Simulation
 
@@ -57,8 +57,9 @@ def take_over(simulation: Simulation) -> None:
 def test_a_restored_machine_does_what_the_reference_says(name: str) -> None:
     swaps = 0
     for seed in range(2):
-        simulation = Simulation(SCENARIOS[name])
-        for count, event in enumerate(history(SCENARIOS[name], seed, EVENTS)):
+        scenario = scenario_of(name, seed)
+        simulation = Simulation(scenario)
+        for count, event in enumerate(history(scenario, seed, EVENTS)):
             simulation.step(event)
             if count % SWAP_EVERY == 0 and not simulation.waiting:
                 take_over(simulation)
@@ -70,8 +71,9 @@ def test_a_restored_machine_does_what_the_reference_says(name: str) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_state_round_trips_whatever_waits(name: str) -> None:
     for seed in range(2):
-        simulation = Simulation(SCENARIOS[name])
-        for count, event in enumerate(history(SCENARIOS[name], seed + 10, EVENTS)):
+        scenario = scenario_of(name, seed + 10)
+        simulation = Simulation(scenario)
+        for count, event in enumerate(history(scenario, seed + 10, EVENTS)):
             simulation.step(event)
             if count % 20 == 0:
                 assert text(restored(simulation.machine)) == text(simulation.machine)

@@ -73,7 +73,7 @@ def _weighed(weight: float, streamed: bool) -> Callable[[Scene], Request]:
 
 def _regrouped(**fields: float) -> Callable[[Scene], Request]:
     def prepare(scene: Scene) -> Request:
-        groups = [adadelta(**fields)]  # type: ignore[arg-type]
+        groups = [adadelta(**fields)]
         return "UpdateModel", [models.UpdateModelRequest(model="m", groups=groups, policy=sync(2))]
 
     prepare.__name__ = f"regrouped_{fields}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from error_scene import LARGE, Request, Scene, case, opened, step, stream
-from wire import Session, adadelta, creation, eventually, sync
+from wire import ADADELTA_SLOTS, Session, adadelta, creation, eventually, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models
@@ -283,7 +283,7 @@ def a_push_of_one_who_joins_at_the_next_round(scene: Scene) -> Request:
     return step(scene.wire.open("s", "c").header(1), *[1.0] * 4)
 
 
-@case("HYPERPARAMETER_CONFLICT", field="groups[0].adadelta.lr", round="0.5", got="0.25")
+@case("HYPERPARAMETER_CONFLICT", field="groups[0].lr", round="0.5", got="0.25")
 def two_learning_rates_in_one_round(scene: Scene) -> Request:
     scene.other("s", policy=sync(2))
     first, second = scene.wire.open("s", "a"), scene.wire.open("s", "b")
@@ -324,7 +324,7 @@ def more_pushes_than_may_be_staged(scene: Scene) -> Request:
 @case("MEMORY_BUDGET", needed=str(12 * LARGE))
 def a_state_larger_than_what_may_be_staged(scene: Scene) -> Request:
     scene.other("large", (LARGE,))
-    return "PutState", [models.PutStateRequest(header=models.PutStateHeader(model="large"))]
+    return "PutState", [models.PutStateRequest(header=models.PutStateHeader(model="large", slots=ADADELTA_SLOTS))]
 
 
 @case("MEMORY_BUDGET", needed="24000000")

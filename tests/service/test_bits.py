@@ -8,6 +8,7 @@ from itertools import permutations
 import grpc
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from wire import Snapshot, Vector, Wire, cut, push, streamed, sync
 
 from deltaserve._common.optimizer_messages import to_message
@@ -47,7 +48,8 @@ def _expected(rounds: int = 3) -> list[Vector]:
     """Returns the weights and the optimizer state, computed in float64."""
     parts = []
     for own, part in zip(GROUPS, (slice(0, 280), slice(280, 300)), strict=True):
-        slots, weights = [np.zeros(SIZE)[part]] * 2, _gradient(99)[part].astype(np.float64)
+        weights = _gradient(99)[part].astype(np.float64)
+        slots: Sequence[NDArray[np.float64]] = [np.zeros_like(weights)] * 2
         for number in range(1, rounds + 1):
             mean = np.mean([_gradient(k + 10 * number)[part] for k in range(3)], axis=0, dtype=np.float64)
             slots, weights = reference.update(own, mean, slots, weights, number)
@@ -159,7 +161,8 @@ def test_rounds_are_close_to_the_reference(wire: Wire) -> None:
 def test_a_hundred_steps_are_close_to_the_reference(wire: Wire) -> None:
     wire.create("m", SHAPES, groups=SENT, group_of=[0, 0])
     session = wire.open("m", "a")
-    slots, weights = [np.zeros(SIZE)] * 2, np.zeros(SIZE)
+    weights = np.zeros(SIZE)
+    slots: Sequence[NDArray[np.float64]] = [weights] * 2
     for number in range(1, 101):
         gradient = np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)
         wire.step(session.header(number), gradient)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import error_cases_input  # noqa: F401  # they add to CASES
+import error_cases_optimizer  # noqa: F401
 import error_cases_policy  # noqa: F401
 import error_cases_state  # noqa: F401
 import grpc

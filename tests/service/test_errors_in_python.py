@@ -14,13 +14,15 @@ from wire import Wire, eventually, unchanged
 
 import deltaserve
 from deltaserve import (
+    Adadelta,
+    Adam,
     Async,
     Bounded,
     Client,
     ConflictError,
     Error,
-    Hyperparameters,
     Model,
+    Optimizer,
     RequestError,
     ServerError,
     SessionError,
@@ -61,7 +63,7 @@ class Stage:
         """Returns another worker."""
         return self.stack.enter_context(self.client.model(model).worker(worker))
 
-    def push_that_waits(self, worker: Worker, gradient: ArrayLike, own: Hyperparameters | None = None) -> None:
+    def push_that_waits(self, worker: Worker, gradient: ArrayLike, own: Optimizer | None = None) -> None:
         """Starts a step in another thread, whose result is ignored."""
         arrays = {"w": np.asarray(gradient, np.float32)}
         self.threads.submit(worker.step, arrays, hyperparameters=[own] if own else None)
@@ -110,7 +112,7 @@ def shape_invalid(stage: Stage) -> Callable[[], object]:
 
 @case(RequestError, field="rho", allowed="in [0, 1]")
 def hyperparameter_invalid(stage: Stage) -> Callable[[], object]:
-    return lambda: stage.client.create_model("n", {"w": ZEROS}, rho=1.5)
+    return lambda: stage.client.create_model("n", {"w": ZEROS}, optimizer=Adadelta(rho=1.5))
 
 
 @case(RequestError, field="policy.sync.min_workers")
@@ -135,7 +137,12 @@ def model_not_found(stage: Stage) -> Callable[[], object]:
 
 @case(ConflictError, model="m", difference="lr of group 0 is 1.0, not 0.5")
 def model_mismatch(stage: Stage) -> Callable[[], object]:
-    return lambda: stage.client.create_model("m", {"w": np.zeros(2), "b": np.float32(0)}, lr=0.5)
+    return lambda: stage.client.create_model("m", {"w": np.zeros(2), "b": np.zeros(())}, optimizer=Adadelta(lr=0.5))
+
+
+@case(ConflictError, model="m", expected="adadelta", got="adam with amsgrad")
+def optimizer_mismatch(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.worker.step({"w": ONES, "b": ONE}, hyperparameters=[Adam(amsgrad=True)])
 
 
 @case(SessionError)
@@ -155,8 +162,8 @@ def hyperparameter_conflict(stage: Stage) -> Callable[[], object]:
     first = stage.worker_of("s", Sync())
     second = stage.another("s", "second")
     second.pull()
-    stage.push_that_waits(first, ZEROS + 1, Hyperparameters(lr=0.5))
-    return lambda: second.step({"w": ZEROS + 1}, hyperparameters=[Hyperparameters(lr=0.25)])
+    stage.push_that_waits(first, ZEROS + 1, Adadelta(lr=0.5))
+    return lambda: second.step({"w": ZEROS + 1}, hyperparameters=[Adadelta(lr=0.25)])
 
 
 @case(UnavailableError, needed=str(24 * 100_000))

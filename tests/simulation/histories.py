@@ -1,17 +1,19 @@
 """Random histories for the simulation: events, their frequencies, and policies."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from deltaserve_server.model import Async, Bounded, Hyperparameters, Policy, Sync
+from deltaserve._common.optimizers import OPTIMIZERS, Adadelta, Optimizer
+from deltaserve_server.model import Async, Bounded, Policy, Sync
 
 NAMES = ("a10", "B", "a9", "c", "d", "b7")
 LEASES = (6.0, 10.0, 20.0)
 WEIGHTS = (1.0, 1.0, 32.0, 0.1, 1e-9, 1e9)
 NORMS = (0.0, 0.5, 3.0, 7.5)
-GROUPS = (Hyperparameters(), Hyperparameters(lr=0.25), Hyperparameters(rho=0.5))
-CARRIED = (*[None] * 8, Hyperparameters(lr=0.5), Hyperparameters(lr=0.5, maximize=True))
+GROUPS: tuple[Mapping[str, float], ...] = ({"lr": 1.0}, {"lr": 0.25}, {"weight_decay": 0.5})
+CARRIED: tuple[Mapping[str, float] | None, ...] = (*[None] * 8, {"lr": 0.5}, {"lr": 0.5, "maximize": True})
 ABSENT = (frozenset[int](), frozenset[int](), frozenset({0}), frozenset({0, 1}))
 
 Kind = Literal[
@@ -31,7 +33,8 @@ class Event(NamedTuple):
         age: How many versions old the base of a push is; None means that it has none.
         weight: Weight of a push.
         norm: Norm of a push.
-        carried: Hyperparameters that a push carries for every group; None means none.
+        carried: What a push changes of the optimizer in the hyperparameters that it carries for every group; None
+            means that it carries none.
         surplus: How many more groups a push carries than its session knows.
         absent: Tensors without a gradient.
         twisted: Whether the values differ from the usual ones of this sequence number.
@@ -47,7 +50,7 @@ class Event(NamedTuple):
     age: int | None = 0
     weight: float = 1.0
     norm: float = 0.0
-    carried: Hyperparameters | None = None
+    carried: Mapping[str, float] | None = None
     surplus: int = 0
     absent: frozenset[int] = frozenset()
     twisted: bool = False
@@ -57,10 +60,17 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """The policies of a simulation, which begins with the first, and the events that are more frequent than usual."""
+    """What a simulation is about.
+
+    Attributes:
+        policies: Its policies, of which it begins with the first.
+        often: The events that are more frequent than usual.
+        optimizer: The model's optimizer.
+    """
 
     policies: tuple[Policy, ...]
     often: tuple[tuple[Kind, int], ...] = ()
+    optimizer: Optimizer = field(default_factory=Adadelta)
 
 
 SYNC = (
@@ -103,6 +113,13 @@ _OFTEN: dict[Kind, int] = {
     "change": 3,
     "ask": 16,
 }
+
+
+def scenario_of(name: str, seed: int) -> Scenario:
+    """Returns a scenario with the optimizer that a seed chooses: the scenarios of one seed have different ones."""
+    kinds = list(OPTIMIZERS.values())
+    kind = kinds[(list(SCENARIOS).index(name) + seed) % len(kinds)]
+    return replace(SCENARIOS[name], optimizer=kind())
 
 
 def history(scenario: Scenario, seed: int, events: int) -> list[Event]:

@@ -177,7 +177,8 @@ class Ledger:
         if not isinstance(should, Updated):
             raise Violation(f"unexpected: {update}, expected {should}")
         summary, parts = update.summary, should.parts
-        got = summary.version, tuple(self._reduced), summary.hyperparameters, update.absent, self._trim
+        used = summary.hyperparameters, update.absent, update.counts
+        got = summary.version, tuple(self._reduced), *used, self._trim
         if got != (should.version, tuple([part[:2] for part in parts]), *should[2:]):
             raise Violation(f"unexpected: {got}, expected {should}")
         contributions = [(s.worker, s.epoch, s.sequence, s.staleness, s.weight, s.norm) for s in summary.contributions]

@@ -9,6 +9,7 @@ import pytest
 from histories import SCENARIOS, Scenario
 from simulator import Simulation
 
+from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.model import (
     Answer,
     Async,
@@ -17,7 +18,6 @@ from deltaserve_server.model import (
     Combine,
     Contribution,
     Decision,
-    Hyperparameters,
     Key,
     Machine,
     Policy,
@@ -414,11 +414,28 @@ class ContributionsByArrival(Round):
 @planted("a tensor that some pushes lack is left out", "sync")
 class TooManyAbsent(Machine):
     def update(
-        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Hyperparameters, ...], now: float
+        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Optimizer, ...], now: float
     ) -> tuple[Update, list[Answer]]:
         update, answers = super().update(pushes, hyperparameters, now)
         absent = frozenset[int]().union(*(pending.absent(len(self.layout.tensors)) for pending in pushes))
         return replace(update, absent=absent), answers
+
+
+@planted("an update has the counts of the one before", "async")
+class CountsOfBefore(Machine):
+    def update(
+        self, pushes: Sequence[PendingPush], hyperparameters: tuple[Optimizer, ...], now: float
+    ) -> tuple[Update, list[Answer]]:
+        before = self.update_counts
+        update, answers = super().update(pushes, hyperparameters, now)
+        return replace(update, counts=before), answers
+
+
+@planted("the updates of one event have the counts of the last", "any")
+class CountsOfTheLast(Machine):
+    def _reconfigure(self, groups: tuple[Optimizer, ...], policy: Policy, now: float) -> list[Decision]:
+        decisions = super()._reconfigure(groups, policy, now)
+        return [replace(d, counts=self.update_counts) if isinstance(d, Update) else d for d in decisions]
 
 
 # --- versions
@@ -463,7 +480,8 @@ class DampedTooLittle(Async):
             if self.damping and staleness and isinstance(decision, Update):
                 summary = decision.summary
                 summary.hyperparameters = tuple(
-                    replace(group, lr=group.lr * (1 + staleness) / staleness) for group in summary.hyperparameters
+                    replace(group, lr=group.lr * (1 + staleness) / staleness)  # type: ignore[type-var]
+                    for group in summary.hyperparameters
                 )
         return decisions
 
@@ -555,7 +573,7 @@ class ChangeForgotten(Machine):
 
 @planted("a later change does not replace one that waits", "sync, any")
 class ChangeNotReplaced(Machine):
-    def change(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
+    def change(self, groups: tuple[Optimizer, ...], policy: Policy, now: float) -> tuple[int, list[Decision]]:
         deferred = self.next_settings
         changed = super().change(groups, policy, now)
         self.next_settings = self.next_settings or deferred
@@ -564,7 +582,7 @@ class ChangeNotReplaced(Machine):
 
 @planted("steps count on under another policy", "any")
 class StepsCountOn(Machine):
-    def _configure(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> None:
+    def _configure(self, groups: tuple[Optimizer, ...], policy: Policy) -> None:
         clocks = {session.id: session.clock for session in self.sessions.live()}
         super()._configure(groups, policy)
         for session in self.sessions.live():
@@ -585,7 +603,7 @@ class WaitingNotJudged(Machine):
 
 @planted("answers stay withheld under another policy", "any")
 class AnswersStayWithheld(Machine):
-    def _reconfigure(self, groups: tuple[Hyperparameters, ...], policy: Policy, now: float) -> list[Decision]:
+    def _reconfigure(self, groups: tuple[Optimizer, ...], policy: Policy, now: float) -> list[Decision]:
         if isinstance(policy, Bounded):
             return super()._reconfigure(groups, policy, now)
         withheld: dict[Key, Answer] = self.withheld
@@ -597,7 +615,7 @@ class AnswersStayWithheld(Machine):
 
 @planted("an old base is taken by the first round", "any")
 class FirstRoundTakesOldBase(Machine):
-    def _configure(self, groups: tuple[Hyperparameters, ...], policy: Policy) -> None:
+    def _configure(self, groups: tuple[Optimizer, ...], policy: Policy) -> None:
         opened = self.round.opened
         super()._configure(groups, policy)
         self.round.opened = opened
@@ -605,7 +623,7 @@ class FirstRoundTakesOldBase(Machine):
 
 @planted("new groups are lost to a change that waits", _MANY_CHANGES)
 class NewGroupsLost(Machine):
-    def extend(self, tensors: Sequence[Tensor], groups: Sequence[Hyperparameters]) -> None:
+    def extend(self, tensors: Sequence[Tensor], groups: Sequence[Optimizer]) -> None:
         deferred = self.next_settings
         super().extend(tensors, groups)
         self.next_settings = deferred

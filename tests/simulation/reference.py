@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from deltaserve_server.model import Async, Bounded, Hyperparameters, Key, Policy, Push, Sync
+from deltaserve._common.optimizers import Optimizer
+from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve_server.model import Async, Bounded, Key, Policy, Push, Sync
 
-Groups = tuple[Hyperparameters, ...]
+Groups = tuple[Optimizer, ...]
 
 
 class No(Exception):
@@ -76,6 +78,7 @@ class Updated(NamedTuple):
     parts: tuple[Part, ...]
     hyperparameters: Groups
     absent: frozenset[int]
+    counts: tuple[int, ...]
     trim: int | None
 
 
@@ -111,7 +114,7 @@ class Reference:
     def __init__(self, tensors: int, groups: Groups, policy: Policy) -> None:
         self.tensors, self.groups, self.policy = tensors, groups, policy
         self.version = self.opened = 0
-        self.counts = [0] * tensors
+        self.counts: tuple[int, ...] = (0,) * tensors
         self.live: list[Worker] = []
         self.known: dict[bytes, Worker] = {}
         self.ended: list[Worker] = []
@@ -247,7 +250,7 @@ class Reference:
             raise No("ROUND_CLOSED", base=base, current=self.opened)
         for group, got in enumerate(push.hyperparameters or ()):
             for held in carried(self.waiting, group)[:1]:
-                for name in ("lr", "rho", "eps", "weight_decay", "maximize"):
+                for name in hyperparameters(got):
                     ours, theirs = getattr(held, name), getattr(got, name)
                     if ours != theirs:
                         raise No("HYPERPARAMETER_CONFLICT", field=f"groups[{group}].{name}", round=ours, got=theirs)
@@ -284,11 +287,11 @@ class Reference:
     # --- the whole state
 
     def put_state(self, counts: Sequence[int]) -> None:
-        self.version, self.counts = self.version + 1, list(counts)
+        self.version, self.counts = self.version + 1, tuple(counts)
 
     def extend(self, tensors: int, groups: Groups) -> None:
         self.tensors, self.groups = self.tensors + tensors, self.groups + groups
-        self.counts += [0] * tensors
+        self.counts += (0,) * tensors
         if self.coming:
             self.coming = self.coming[0] + groups, self.coming[1]
 
@@ -415,11 +418,12 @@ class Reference:
             contribution = worker.name, worker.epoch, push.sequence, self.version - one.base, push.weight, push.norm
             parts.append(Part(push.key, factor, *contribution))
         used = [(carried(sent, group) or [model])[0] for group, model in enumerate(self.groups)]
-        used = [replace(group, lr=group.lr / divisor) for group in used] if divisor > 1 else used
+        if divisor > 1:
+            used = [replace(group, lr=group.lr / divisor) for group in used]  # type: ignore[type-var]
         absent = [k for k in range(self.tensors) if all(k in s.push.absent or k >= s.worker.tensors for s in sent)]
         self.version += 1
-        self.counts = [count + (k not in absent) for k, count in enumerate(self.counts)]
-        self.said.append(Updated(self.version, tuple(parts), tuple(used), frozenset(absent), trim))
+        self.counts = tuple([count + (k not in absent) for k, count in enumerate(self.counts)])
+        self.said.append(Updated(self.version, tuple(parts), tuple(used), frozenset(absent), self.counts, trim))
         for one in sent:
             one.summary = self.version
             one.worker.expires = max(one.worker.expires, now + one.worker.lease)
@@ -439,7 +443,7 @@ def by_name(sent: list[Sent]) -> list[Sent]:
     return sorted(sent, key=lambda one: one.worker.name)
 
 
-def carried(sent: list[Sent], group: int) -> list[Hyperparameters]:
+def carried(sent: list[Sent], group: int) -> list[Optimizer]:
     """Returns the hyperparameters that pushes carry for one group."""
     given = [one.push.hyperparameters or () for one in sent]
     return [groups[group] for groups in given if len(groups) > group]

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from os import cpu_count
 
-from histories import SCENARIOS, history
+from histories import SCENARIOS, history, scenario_of
 from ledger import Totals, Violation
 from shrink import story
 from simulator import Simulation
@@ -17,7 +17,7 @@ HISTORY = 4000
 
 def simulate(name: str, seed: int, events: int) -> tuple[str, Totals, float, str]:
     """Runs one history. Returns its scenario, counts, CPU seconds, and the story of a violation or an empty string."""
-    scenario = SCENARIOS[name]
+    scenario = scenario_of(name, seed)
     began = time.process_time()
     drawn = history(scenario, seed, events)
     simulation = Simulation(scenario)

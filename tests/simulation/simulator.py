@@ -5,7 +5,8 @@ of a history is a history too, which is how a violating history is shortened.
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
@@ -13,7 +14,8 @@ from histories import GROUPS, LEASES, NAMES, Event, Scenario
 from ledger import Ledger, Violation
 from reference import No, Reference, Worker
 
-from deltaserve_server.model import Bounded, Decision, Hyperparameters, Layout, Machine, Policy, Push, Refused, Tensor
+from deltaserve._common.optimizers import Optimizer
+from deltaserve_server.model import Bounded, Decision, Layout, Machine, Policy, Push, Refused, Tensor
 
 SNAPSHOT_EVERY = 97
 """Before one event in this many, the machine's whole state is saved to check that a refusal leaves it unchanged."""
@@ -38,10 +40,10 @@ class Simulation:
         self,
         scenario: Scenario,
         trace: Callable[[str], None] | None = None,
-        machine: Callable[[str, Layout, Sequence[Hyperparameters], Policy], Machine] = Machine,
+        machine: Callable[[str, Layout, Sequence[Optimizer], Policy], Machine] = Machine,
     ) -> None:
-        groups = (Hyperparameters(),)
-        self.policies = scenario.policies
+        groups = (scenario.optimizer,)
+        self.policies, self._optimizer = scenario.policies, scenario.optimizer
         self.machine = machine("m", Layout((Tensor("w", (2, 3)), Tensor("b", (3,)))), groups, self.policies[0])
         self.reference = Reference(2, groups, self.policies[0])
         self.now = 0.0
@@ -136,7 +138,8 @@ class Simulation:
     def _push(self, event: Event, sessions: list[Worker], only_check: bool = False) -> list[Decision]:
         worker = sessions[-1 - event.session % len(sessions)]
         sequence = len(worker.pushes) + 1 + event.number
-        carried = (event.carried,) * (worker.groups + event.surplus) if event.carried else None
+        changed = event.carried and self._changed(event.carried)
+        carried = (changed,) * (worker.groups + event.surplus) if changed else None
         push = Push(
             session_id=b"nobody" if event.stranger == 1 else worker.id,
             epoch=worker.epoch + (event.stranger == 2),
@@ -244,6 +247,10 @@ class Simulation:
             raise Violation("a round is open longer than it may be")
         return decisions
 
+    def _changed(self, values: Mapping[str, float]) -> Optimizer:
+        """Returns the model's optimizer with other values."""
+        return replace(self._optimizer, **values)  # type: ignore[type-var]
+
     def _put_state(self, event: Event, sessions: list[Worker]) -> list[Decision]:
         counts = [event.number] * self.reference.tensors
         if self._trace:
@@ -255,7 +262,7 @@ class Simulation:
 
     def _extend(self, event: Event, sessions: list[Worker]) -> list[Decision]:
         if self.reference.tensors < 6:
-            groups = GROUPS[1:2] if event.number % 2 else ()
+            groups = (self._changed(GROUPS[1]),) if event.number % 2 else ()
             self.machine.extend([Tensor(f"t{self.reference.tensors}", (2,))], groups)
             self.reference.extend(1, groups)
         if self._trace:
@@ -268,7 +275,8 @@ class Simulation:
         if event.number % 3:
             policy = self.policies[event.number // 3 % len(self.policies)]
         else:
-            groups = tuple(GROUPS[(event.number // 3 + index) % len(GROUPS)] for index in range(len(groups)))
+            chosen = [GROUPS[(event.number // 3 + index) % len(GROUPS)] for index in range(len(groups))]
+            groups = tuple(map(self._changed, chosen))
         if self._trace:
             self._line = f"change to {policy} {groups}"
         first, decisions = self.machine.change(groups, policy, self.now)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from simulator import Simulation
 
+from deltaserve._common.optimizers import OPTIMIZERS, Optimizer
 from deltaserve_server.model import Policy
 
 POLICIES = (*SYNC, *ASYNC, *BOUNDED)
@@ -36,9 +37,9 @@ class Comparison(RuleBasedStateMachine):
 
     simulation: Simulation
 
-    @initialize(first=st.sampled_from(POLICIES))
-    def begin(self, first: Policy) -> None:
-        self.simulation = Simulation(Scenario((first, *POLICIES)))
+    @initialize(first=st.sampled_from(POLICIES), kind=st.sampled_from(list(OPTIMIZERS.values())))
+    def begin(self, first: Policy, kind: type[Optimizer]) -> None:
+        self.simulation = Simulation(Scenario((first, *POLICIES), optimizer=kind()))
 
     def _take(self, event: Event) -> None:
         self.simulation.step(event, snapshot=True)

@@ -1,4 +1,4 @@
-"""Fixtures that train the same model twice and compare: with torch's Adadelta, with RemoteAdadelta, with overlap."""
+"""Fixtures that train the same model twice and compare: with a torch optimizer, with its drop-in, with overlap."""
 
 import logging
 import secrets
@@ -15,14 +15,54 @@ from torch import Tensor, nn
 import deltaserve
 from deltaserve._common import flat_vector
 from deltaserve._transport import choice
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import (
+    RemoteAdadelta,
+    RemoteAdagrad,
+    RemoteAdam,
+    RemoteAdamW,
+    RemoteOptimizer,
+    RemoteRMSprop,
+    RemoteSGD,
+)
 from deltaserve.torch._overlap import Overlap
 from deltaserve_server import LocalServer
 
 RTOL, ATOL = 1e-4, 1e-5
 """How far float32 results may drift apart in 100 steps: torch rounds in another order, and differences grow."""
 
-Remote = Callable[..., RemoteAdadelta]
+KINDS: list[type[RemoteOptimizer]] = [
+    RemoteAdadelta,
+    RemoteSGD,
+    RemoteAdagrad,
+    RemoteRMSprop,
+    RemoteAdam,
+    RemoteAdamW,
+]
+"""The drop-ins, the default first."""
+
+STRUCTURES: list[tuple[type[RemoteOptimizer], dict[str, Any]]] = [
+    (RemoteAdadelta, {}),
+    (RemoteSGD, {}),
+    (RemoteSGD, {"momentum": 0.9, "dampening": 0.5}),
+    (RemoteSGD, {"momentum": 0.9, "nesterov": True}),
+    (RemoteAdagrad, {"initial_accumulator_value": 0.1, "lr_decay": 0.1}),
+    (RemoteRMSprop, {}),
+    (RemoteRMSprop, {"momentum": 0.9, "centered": True, "eps": 1e-3}),
+    (RemoteAdam, {}),
+    (RemoteAdamW, {"amsgrad": True}),
+]
+"""The drop-ins with options that decide which state exists, or what it begins with."""
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+"""Runs a test with every drop-in; the fixtures `remote` and `make_pair` make that."""
+
+every_structure = pytest.mark.parametrize(
+    ("kind", "options"),
+    STRUCTURES,
+    ids=["-".join([kind.__name__, *map(str, options)]) for kind, options in STRUCTURES],
+)
+
+Remote = Callable[..., RemoteOptimizer]
 Eventually = Callable[[Callable[[], Any]], Any]
 
 
@@ -53,6 +93,7 @@ class Pair:
 
     Args:
         remote: Makes the optimizer of the server's side.
+        local: Makes the other one.
         make: Makes the model, with the same weights each time.
         params: Selects what of the model the optimizer is given.
         options: Arguments of both optimizers.
@@ -61,13 +102,14 @@ class Pair:
     def __init__(
         self,
         remote: Remote,
+        local: Callable[..., torch.optim.Optimizer],
         make: Callable[[], nn.Module],
         params: Callable[[nn.Module], Any] = lambda net: net.parameters(),
         **options: Any,
     ) -> None:
         ours, theirs = make(), make()
         self.remote = Side(ours, remote(params(ours), **options))
-        self.local = Side(theirs, torch.optim.Adadelta(params(theirs), **options))
+        self.local = Side(theirs, local(params(theirs), **options))
         self.sides = (self.remote, self.local)
 
     def train(self, steps: int, before_step: Callable[[Side, int], object] = lambda side, step: None) -> None:
@@ -86,13 +128,15 @@ class Pair:
         for key, mine in one["state"].items():
             other = two["state"][key]
             assert mine.keys() == other.keys()
-            assert (mine["step"].dtype, mine["step"].item()) == (other["step"].dtype, other["step"].item())
-            for name in ("square_avg", "acc_delta"):
-                torch.testing.assert_close(mine[name], other[name], rtol=10 * rtol, atol=atol)
+            for name, value in mine.items():
+                exact = name == "step"
+                torch.testing.assert_close(value, other[name], rtol=0 if exact else 10 * rtol, atol=0 if exact else atol)
 
-    def counts(self) -> list[float]:
-        """Returns how many updates each parameter has had on the server."""
-        return [state["step"].item() for state in self.remote.optimizer.state_dict()["state"].values()]
+    def counts(self) -> list[int]:
+        """Returns how many updates each parameter has had on the server, in the order of the parameters."""
+        assert isinstance(self.remote.optimizer, RemoteOptimizer)
+        counts = self.remote.optimizer._model.pull_state().update_counts
+        return [counts[name] for name in self.remote.optimizer._params()]
 
 
 def batch(step: int) -> Tensor:
@@ -117,7 +161,7 @@ def equal(one: Any, two: Any) -> bool:
     return type(one) is type(two) and bool(one == two)
 
 
-def version_of(optimizer: RemoteAdadelta) -> int | None:
+def version_of(optimizer: RemoteOptimizer) -> int | None:
     """Returns the version that the last push made; None if there was no such push."""
     return optimizer.last_result.version if optimizer.last_result else None
 
@@ -142,8 +186,14 @@ def model() -> str:
 
 
 @pytest.fixture
-def plain_remote(client: deltaserve.Client) -> Iterator[Remote]:
-    """Makes a RemoteAdadelta, by default with a model of its own; closes it and deletes its model after the test."""
+def kind() -> type[RemoteOptimizer]:
+    """The drop-in that `remote` makes."""
+    return RemoteAdadelta
+
+
+@pytest.fixture
+def plain_remote(client: deltaserve.Client, kind: type[RemoteOptimizer]) -> Iterator[Remote]:
+    """Makes a drop-in, by default with a model of its own; closes it and deletes its model after the test."""
     with ExitStack() as stack:
 
         def delete(name: str) -> None:
@@ -152,11 +202,12 @@ def plain_remote(client: deltaserve.Client) -> Iterator[Remote]:
 
         def make(
             params: Any, *, model: str | None = None, through: str = client.target, **options: Any
-        ) -> RemoteAdadelta:
+        ) -> RemoteOptimizer:
             name = model or f"model-{secrets.token_hex(8)}"
             stack.callback(delete, name)
             options = {"timeout_seconds": 30, **options}
-            return stack.enter_context(RemoteAdadelta(params, through, model=name, **options))
+            make_optimizer: Any = kind  # each kind has arguments of its own
+            return stack.enter_context(make_optimizer(params, through, model=name, **options))
 
         yield make
 
@@ -168,16 +219,16 @@ def remote(plain_remote: Remote, request: pytest.FixtureRequest, monkeypatch: py
         return plain_remote
     stream_all(monkeypatch, chunk=1024)
 
-    def make(params: Any, **options: Any) -> RemoteAdadelta:
+    def make(params: Any, **options: Any) -> RemoteOptimizer:
         return plain_remote(params, **{"overlap": "local_optimizer" not in options, "transport": "stream", **options})
 
     return make
 
 
 @pytest.fixture
-def make_pair(remote: Remote) -> Callable[..., Pair]:
+def make_pair(remote: Remote, kind: type[RemoteOptimizer]) -> Callable[..., Pair]:
     def make(make: Callable[[], nn.Module] = network, **arguments: Any) -> Pair:
-        return Pair(remote, make, **arguments)
+        return Pair(remote, kind._torch_class, make, **arguments)
 
     return make
 
@@ -229,11 +280,11 @@ class Deep(nn.Module):
         return result
 
 
-Body = Callable[[Any, RemoteAdadelta, int], object]
+Body = Callable[[Any, RemoteOptimizer, int], object]
 """The body of a training loop; given the network, the optimizer and the number of the step."""
 
 
-def plain_step(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def plain_step(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     optimizer.zero_grad()
     net(batch(step)).pow(2).mean().backward()
     optimizer.step()
@@ -267,9 +318,9 @@ class Twins:
             assert all(map(torch.equal, self.nets[0].parameters(), self.nets[1].parameters()))
         ours, theirs = (optimizer._model.pull_state() for optimizer in self.optimizers)
         assert (ours.version, ours.update_counts) == (theirs.version, theirs.update_counts)
-        for mine, other in ((ours.weights, theirs.weights), (ours.square_avg, theirs.square_avg)):
-            assert mine is not None
-            assert other is not None
+        assert ours.slots is not None
+        assert theirs.slots is not None
+        for mine, other in ((ours.weights, theirs.weights), *zip(ours.slots.values(), theirs.slots.values(), strict=True)):
             assert all(mine[name].tobytes() == other[name].tobytes() for name in mine)
 
 

@@ -38,10 +38,11 @@ ways = pytest.mark.parametrize(("params", "steps"), list(zip(NAMED.values(), (0,
 
 def bits(state: deltaserve.ModelState) -> dict[tuple[str, str], object]:
     """Returns what two equal states have in common: names, shapes, counts and every bit."""
+    assert state.slots is not None
     vectors: dict[tuple[str, str], object] = {
         (key, name): (array.shape, array.tobytes())
-        for key in ("weights", "square_avg", "acc_delta")
-        for name, array in getattr(state, key).items()
+        for key, values in {"weights": state.weights, **state.slots}.items()
+        for name, array in values.items()
     }
     return vectors | {("update_counts", name): count for name, count in state.update_counts.items()}
 
@@ -68,7 +69,7 @@ def moved_on(
     client.create_model(
         model,
         state.weights,
-        groups=[deltaserve.Hyperparameters()] * groups,
+        groups=[deltaserve.Adadelta()] * groups,
         group_of={name: int(name.startswith("1.")) for name in state.weights},
     ).put_state(state)
     net = blank(side.net)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import deltaserve
 from deltaserve import Async, Bounded, Sync
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteAdadelta, RemoteOptimizer
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Body, Eventually, Twins
 
     MakeTwins = Callable[..., Twins]
 
-Act = Callable[[Any, RemoteAdadelta, int], object]
+Act = Callable[[Any, RemoteOptimizer, int], object]
 
 
 def backward(net: nn.Module, step: int) -> Tensor:
@@ -31,7 +31,7 @@ def backward(net: nn.Module, step: int) -> Tensor:
 def between(act: Act, settle: bool = True) -> "Body":
     """Returns the body of a training loop that does something between backward and step."""
 
-    def body(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def body(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         optimizer.zero_grad()
         backward(net, step)
         if settle and optimizer._overlap and not optimizer._overlap._closed:
@@ -95,7 +95,7 @@ def test_the_last_chunk_is_held_back_until_step(
     sent.clear()
     chunks = -(-sum(param.numel() for param in twins.nets[0].parameters()) // CHUNK)
 
-    def check(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def check(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         if optimizer._overlap:
             eventually(lambda: len(sent) >= chunks - 1)
             assert optimizer._model.info().version == 2
@@ -172,13 +172,13 @@ def test_the_warning_names_the_reason(
     assert reason in warning
 
 
-def zero_gradients_that_stay(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def zero_gradients_that_stay(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     optimizer.zero_grad(set_to_none=False)  # backward adds to the same memory
     backward(net, step)
     optimizer.step()
 
 
-def with_closure(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def with_closure(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     def closure() -> float:
         optimizer.zero_grad()
         return backward(net, step).item()
@@ -186,13 +186,13 @@ def with_closure(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
     assert optimizer.step(closure) > 0
 
 
-def with_weights(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def with_weights(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     optimizer.zero_grad()
     backward(net, step)
     optimizer.step(weight=16.0 if step % 4 else 7.0)
 
 
-def with_a_gradient_that_has_no_hook(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def with_a_gradient_that_has_no_hook(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     """`step` fills in a gradient that is expected but comes from no backward pass."""
     optimizer.zero_grad()
     first, *_ = net.parameters()
@@ -203,23 +203,23 @@ def with_a_gradient_that_has_no_hook(net: nn.Module, optimizer: RemoteAdadelta, 
     optimizer.step()
 
 
-def skip_every_second(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def skip_every_second(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     if step % 2:
         optimizer.zero_grad()
         backward(net, 100 + step)
 
 
-def clip_often(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def clip_often(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     if step % 3:
         nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
 
 
-def drop_a_gradient_once(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def drop_a_gradient_once(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     if step == 2:
         next(net.parameters()).grad = None
 
 
-def schedule(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+def schedule(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
     optimizer.zero_grad()
     backward(net, step)
     optimizer.step()
@@ -259,7 +259,7 @@ def test_a_training_loop(
 
 
 def test_a_change_after_all_but_the_last_chunk_was_sent(make_twins: "MakeTwins", eventually: "Eventually") -> None:
-    def wait_and_change(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def wait_and_change(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         push = optimizer._overlap.push if optimizer._overlap else None
         if push and step:
             eventually(lambda: push._may_send.empty() and push._first_missing == len(push._names))
@@ -272,7 +272,7 @@ def test_a_change_after_all_but_the_last_chunk_was_sent(make_twins: "MakeTwins",
 def test_mixed_precision_with_a_scaler(make_twins: "MakeTwins") -> None:
     scalers: dict[nn.Module, torch.amp.GradScaler] = {}
 
-    def body(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def body(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         scaler = scalers.setdefault(net, torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2))
         optimizer.zero_grad()
         scaler.scale(net(batch(step)).pow(2).mean()).backward()
@@ -313,7 +313,7 @@ def test_parameters_used_twice(make_twins: "MakeTwins") -> None:
 
 
 def test_a_closure_that_raises(make_twins: "MakeTwins") -> None:
-    def body(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def body(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         def closure() -> float:
             optimizer.zero_grad()
             backward(net, step)
@@ -359,7 +359,7 @@ def test_a_hook_that_changes_gradients_after_ours(make_twins: "MakeTwins") -> No
 def test_a_refused_gradient_raises_the_same_error_and_changes_nothing(make_twins: "MakeTwins") -> None:
     """The step after it is not begun early: it has the refused push to settle first."""
 
-    def spoiled(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def spoiled(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         optimizer.zero_grad()
         (net(batch(step)).sum() * torch.nan).backward()
         with pytest.raises(deltaserve.RequestError, match=r"tensor 0.* at element 0"):
@@ -393,7 +393,7 @@ def test_a_group_that_is_added_later(make_twins: "MakeTwins") -> None:
 
 
 def test_a_state_that_is_loaded_between_backward_and_step(make_twins: "MakeTwins") -> None:
-    def load(net: nn.Module, optimizer: RemoteAdadelta, step: int) -> None:
+    def load(net: nn.Module, optimizer: RemoteOptimizer, step: int) -> None:
         if step == 2:
             optimizer.load_state_dict(optimizer.state_dict())
 

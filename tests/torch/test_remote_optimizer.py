@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaserve.torch import RemoteAdadelta, _remote, _states
+from deltaserve.torch import RemoteAdadelta, _optimizers, _remote, _states
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote
@@ -161,7 +161,7 @@ def test_no_public_signature_has_a_type_of_protobuf_or_grpc() -> None:
             assert not str(getattr(annotation, "__module__", "")).startswith(("google", "grpc", "deltaserve.v1"))
 
 
-@pytest.mark.parametrize("module", [_remote, _states])
+@pytest.mark.parametrize("module", [_optimizers, _remote, _states])
 def test_examples_in_docstrings(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted

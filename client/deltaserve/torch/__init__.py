@@ -1,10 +1,31 @@
 """torch optimizers whose parameters and state live on a deltaserve server.
 
-`RemoteAdadelta` is a drop-in for `torch.optim.Adadelta`. `model_state_of` and `state_dict_of` move the state of a
-`torch.optim.Adadelta` to a server and back. This package is the only part of the client that imports torch.
+`RemoteAdadelta`, `RemoteSGD`, `RemoteAdagrad`, `RemoteRMSprop`, `RemoteAdam` and `RemoteAdamW` are drop-ins for the
+optimizers of `torch.optim`. `RemoteOptimizer` describes what they have in common; its method `of` puts a torch
+optimizer onto a server. `model_state_of` and `state_dict_of` convert states between torch and a model. This package is
+the only part of the client that imports torch.
 """
 
-from deltaserve.torch._remote import RemoteAdadelta
+from deltaserve.torch._optimizers import (
+    RemoteAdadelta,
+    RemoteAdagrad,
+    RemoteAdam,
+    RemoteAdamW,
+    RemoteRMSprop,
+    RemoteSGD,
+)
+from deltaserve.torch._remote import RemoteOptimizer, RemoteOptions
 from deltaserve.torch._states import model_state_of, state_dict_of
 
-__all__ = ["RemoteAdadelta", "model_state_of", "state_dict_of"]
+__all__ = [
+    "RemoteAdadelta",
+    "RemoteAdagrad",
+    "RemoteAdam",
+    "RemoteAdamW",
+    "RemoteOptimizer",
+    "RemoteOptions",
+    "RemoteRMSprop",
+    "RemoteSGD",
+    "model_state_of",
+    "state_dict_of",
+]

@@ -1,37 +1,61 @@
-"""The drop-in for `torch.optim.Adadelta`."""
+"""What the drop-ins for torch optimizers have in common."""
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self, overload
+from typing import Any, ClassVar, NoReturn, Self, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from deltaserve._client import connect
 from deltaserve._common.element_types import Array, WireType, named
+from deltaserve._common.optimizers import Optimizer
 from deltaserve._common.policies import Policy
 from deltaserve._credentials import Credentials
-from deltaserve._errors import ConflictError, RequestError, StaleGradientError
+from deltaserve._errors import ConflictError, Error, RequestError, StaleGradientError
 from deltaserve._model import Model
 from deltaserve._transport.overlapped import OverlappedPush
 from deltaserve._transport.protocol import TransportName, check_transport
-from deltaserve._types import Hyperparameters, StepResult
+from deltaserve._types import StepResult
 from deltaserve._worker import Worker
 from deltaserve.torch._element_types import TORCH_ELEMENT_TYPES
-from deltaserve.torch._hyperparameters import UNUSED_DEFAULTS, check_group, hyperparameters_of
+from deltaserve.torch._groups import (
+    arguments_of,
+    check_group,
+    check_structure,
+    complete_groups,
+    optimizers_of,
+    torch_class_of,
+    torch_defaults,
+)
 from deltaserve.torch._local_steps import LocalOptimizer, LocalSteps
 from deltaserve.torch._overlap import Overlap
-from deltaserve.torch._states import assign_names, from_torch, to_torch
+from deltaserve.torch._states import assign_names, from_torch, model_state_of, to_torch
 from deltaserve.torch._tensors import WeightReceiver, gradient_of, to_host
 
 _log = logging.getLogger("deltaserve")
 
 
-class RemoteAdadelta(torch.optim.Optimizer):
-    """A drop-in for `torch.optim.Adadelta` whose weights and optimizer state live on a deltaserve server.
+class RemoteOptions(TypedDict, total=False):
+    """The keyword arguments that all drop-ins have in common; `RemoteOptimizer` describes them."""
+
+    policy: Policy | None
+    worker: str | None
+    local_steps: int
+    local_optimizer: LocalOptimizer | None
+    overlap: bool
+    transport: TransportName
+    wire: WireType
+    timeout_seconds: float
+    credentials: Credentials | None
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose weights and state live on a deltaserve server; its subclasses are the optimizers.
 
     `step()` pushes the gradients, waits until they are part of an update, and writes the new weights into the
     parameters. Processes that use the same `model` train it together; `policy` says how their gradients combine.
@@ -40,8 +64,12 @@ class RemoteAdadelta(torch.optim.Optimizer):
     are in its parameters as soon as the optimizer is constructed. The server keeps weights and state in float32,
     whatever the dtype of the parameters.
 
+    A subclass takes the arguments of its torch class, with their defaults, as keyword arguments. `foreach` and `fused`
+    have no effect, since the server makes the update. `capturable`, `differentiable` and `eps=0` are refused.
+
     Hyperparameters may change at any time, for instance by a scheduler: each push carries those of its parameter
-    groups.
+    groups. What decides which state exists is fixed when the model is created, and the same for all groups: `amsgrad`,
+    `centered`, `nesterov`, and whether `momentum` is 0.
 
     The server holds the only weights that count, and `step()` overwrites the parameters. To set weights yourself, for
     instance with `module.load_state_dict()`, do it before you construct the optimizer; or call the optimizer's
@@ -52,21 +80,16 @@ class RemoteAdadelta(torch.optim.Optimizer):
     the parameters.
 
     With `local_optimizer`, each worker trains on its own for `local_steps` steps and then pushes how far its weights
-    have moved, as one gradient. Adadelta is then the outer optimizer (Reddi et al., 2020, arXiv:2003.00295; DiLoCo:
-    Douillard et al., 2023, arXiv:2311.08105). The local optimizer keeps its state across pushes.
+    have moved, as one gradient. The optimizer on the server is then the outer one (Reddi et al., 2020,
+    arXiv:2003.00295; DiLoCo: Douillard et al., 2023, arXiv:2311.08105). The local optimizer keeps its state across
+    pushes.
 
     Args:
-        params: Parameters, parameter groups or named parameters, as `torch.optim.Adadelta` takes them. Names become
-            the names of the tensors on the server; parameters without a name are called by group and position, such as
-            "0.1".
+        params: Parameters, parameter groups or named parameters, as `torch.optim` takes them. Names become the names
+            of the tensors on the server; parameters without a name are called by group and position, such as "0.1".
         target: HOST:PORT of the server, or unix:PATH.
+        arguments: The arguments of the torch class, by name.
         model: The model's name on the server.
-        lr: Factor of the update, >= 0. This and the next four are those of `torch.optim.Adadelta`, and each parameter
-            group may set its own.
-        rho: Decay of the running averages, in [0, 1].
-        eps: Added to both averages before their square root, > 0. `torch.optim.Adadelta` allows 0 as well.
-        weight_decay: L2 penalty, >= 0.
-        maximize: Ascend instead of descend.
         policy: When pushes become an update, if this worker creates the model; a worker that joins must pass the same.
             None means `deltaserve.Async()`.
         worker: This worker's name, unique within the model; None generates one.
@@ -85,37 +108,24 @@ class RemoteAdadelta(torch.optim.Optimizer):
         credentials: Opens the channel to the server; None means a plaintext channel.
 
     Raises:
-        ValueError: A hyperparameter is out of range, `local_steps` is above 1 without `local_optimizer`, `overlap` is
-            combined with `local_optimizer`, two parameters have the same name, or `transport` or `wire` is unknown.
+        ValueError: A hyperparameter is out of range, groups differ in what is fixed, `local_steps` is above 1 without
+            `local_optimizer`, `overlap` is combined with `local_optimizer`, two parameters have the same name, or
+            `transport` or `wire` is unknown.
         TypeError: A parameter is not a real floating-point tensor.
         ConflictError: The model exists and differs from this one; the message says in what.
         RequestError: The server refuses a name, a shape, a hyperparameter or a weight.
         UnavailableError: The server cannot be reached within the timeout.
-
-    Example:
-        >>> import deltaserve_server
-        >>> net = torch.nn.Linear(2, 1)
-        >>> with deltaserve_server.LocalServer() as server:
-        ...     with RemoteAdadelta(net.parameters(), server.target, model="line", lr=0.5) as optimizer:
-        ...         for step in range(3):
-        ...             optimizer.zero_grad()
-        ...             net(torch.ones(1, 2)).square().sum().backward()
-        ...             optimizer.step()
-        ...         optimizer.version
-        3
     """
+
+    _torch_class: ClassVar[type[torch.optim.Optimizer]]
 
     def __init__(
         self,
         params: Any,
         target: str,
+        arguments: Mapping[str, Any],
         *,
         model: str,
-        lr: float | Tensor = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: float = 0,
-        maximize: bool = False,
         policy: Policy | None = None,
         worker: str | None = None,
         local_steps: int = 1,
@@ -142,8 +152,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self._local: LocalSteps | None = None
         self._uses_overlap = overlap
         self._overlap: Overlap | None = None
-        defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, {**defaults, **UNUSED_DEFAULTS})
+        super().__init__(params, torch_defaults(self._torch_class, arguments))
         self._client = connect(target, timeout_seconds=timeout_seconds, credentials=credentials)
         try:
             self._model = self._create_or_join_model(model, policy)
@@ -154,6 +163,51 @@ class RemoteAdadelta(torch.optim.Optimizer):
         except BaseException:
             self._client.close()
             raise
+
+    @staticmethod
+    def of(
+        optimizer: torch.optim.Optimizer, target: str, *, model: str, **options: Unpack[RemoteOptions]
+    ) -> "RemoteOptimizer":
+        """Puts a torch optimizer, with its parameter groups and state, onto a server, and returns its drop-in.
+
+        Use the drop-in in its place from then on, and make schedulers for it. If the model exists, this worker joins
+        it: as with the constructor, the weights and the state on the server count, and those of `optimizer` do not.
+
+        Args:
+            optimizer: A `torch.optim` optimizer, of exactly one of the classes that have a drop-in.
+            target: See the class, as for `model` and `options`.
+            model: The model's name on the server.
+
+        Raises:
+            TypeError: The optimizer is of another class.
+            ValueError: Its state does not fit its hyperparameters.
+
+        Example:
+            >>> import deltaserve_server
+            >>> net = torch.nn.Linear(2, 1)
+            >>> local = torch.optim.AdamW(net.parameters(), lr=0.01)
+            >>> with deltaserve_server.LocalServer() as server:
+            ...     with RemoteOptimizer.of(local, server.target, model="line") as optimizer:
+            ...         net(torch.ones(1, 2)).square().sum().backward()
+            ...         optimizer.step()
+            ...     type(optimizer).__name__
+            'RemoteAdamW'
+        """
+        torch_class, state = torch_class_of(optimizer), model_state_of(optimizer)
+        remote_class: Any = next(c for c in RemoteOptimizer.__subclasses__() if c._torch_class is torch_class)
+        groups = [dict(group) for group in optimizer.param_groups]
+        arguments = arguments_of(torch_class, optimizer.defaults)
+        remote: RemoteOptimizer = remote_class(groups, target, model=model, **arguments, **options)
+        if remote._model.created:
+            try:
+                remote._model.put_state(state)
+                remote._pull()
+            except BaseException:
+                with suppress(Error):
+                    remote._model.delete()  # else the next attempt would join a model without the state
+                remote.close()
+                raise
+        return remote
 
     @property
     def rank(self) -> int:
@@ -234,13 +288,13 @@ class RemoteAdadelta(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
         try:
-            check_group(group)
+            self._check_groups([group])
             if self._uses_local_optimizer and group["maximize"]:
                 raise ValueError("maximize: set it on the local optimizer, which makes the steps")
             assign_names(self._names, index, group)  # once: load_state_dict may replace "param_names" later
             if self._worker:
                 tensors, group_of = self._layout(from_group=index)
-                self._model.extend(tensors, groups=self._hyperparameters()[index:], group_of=group_of)
+                self._model.extend(tensors, groups=self._optimizers()[index:], group_of=group_of)
         except BaseException:
             for param in self.param_groups.pop()["params"]:
                 self._names.pop(param, None)
@@ -253,9 +307,9 @@ class RemoteAdadelta(torch.optim.Optimizer):
             previous.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a state dict of `torch.optim.Adadelta`, with the present state on the server."""
+        """Returns a state dict of the torch class, with the present state on the server."""
         # torch's hooks and its state_dict() read self.state, which is filled for as long as they run.
-        self.state.update(to_torch(self._model.pull_state(), self._params()))
+        self.state.update(to_torch(self._model.pull_state(), self._model.groups[0], self._params()))
         try:
             return super().state_dict()
         finally:
@@ -264,13 +318,22 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Puts a state dict on the server, together with the present values of the parameters.
 
-        The state dict may come from `torch.optim.Adadelta` or from this class. It replaces weights and state for every
-        worker of the model: call this in one worker before the others start, or under `Sync(min_workers=N)` in all N
-        workers before their first step.
+        The state dict may come from the torch class or from this one. It replaces weights and state for every worker
+        of the model: call this in one worker before the others start, or under `Sync(min_workers=N)` in all N workers
+        before their first step. The state of `torch.optim.SGD` has no counts of updates: they start over.
+
+        Raises:
+            ValueError: It does not fit the parameters, is of another structure than the model, such as with `amsgrad`
+                or without, or its hyperparameters are out of range. Nothing has changed.
+            Error: See `deltaserve.Model.put_state`.
         """
-        super().load_state_dict(state_dict)
+        groups = self.param_groups
         try:
-            self._model.put_state(from_torch(self.state, self._params()))
+            super().load_state_dict(state_dict)
+            self._model.put_state(from_torch(self.state, self._model.groups[0], self._params()))
+        except BaseException:
+            self.param_groups = groups
+            raise
         finally:
             self._clear_state()
         self._pull()  # the server has rounded to float32, and has made a new version
@@ -292,15 +355,14 @@ class RemoteAdadelta(torch.optim.Optimizer):
         self.close()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Puts a loaded state dict in place, for torch."""
+        complete_groups(self._torch_class, state["param_groups"])
+        self._check_groups(state["param_groups"])
         super().__setstate__(state)
-        # State dicts of older torch versions lack some of the options.
-        for group in self.param_groups:
-            for key, value in {**self.defaults, **UNUSED_DEFAULTS}.items():
-                group.setdefault(key, value)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a RemoteAdadelta is a connection and cannot be copied or pickled: save its state_dict() instead"
+            f"a {type(self).__name__} is a connection and cannot be copied or pickled: save its state_dict() instead"
         )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
@@ -311,9 +373,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
     def _create_or_join_model(self, name: str, policy: Policy | None) -> Model:
         """Creates the model or joins it; a model that another worker laid out in another order keeps its order."""
         tensors, group_of = self._layout()
-        create = partial(
-            self._client.create_model, name, groups=self._hyperparameters(), group_of=group_of, policy=policy
-        )
+        create = partial(self._client.create_model, name, groups=self._optimizers(), group_of=group_of, policy=policy)
         try:
             return create(tensors)
         except ConflictError:
@@ -368,7 +428,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
             worker._take_over(self._overlap.end(gradients, weight))
         out = self._receiver.arrays(self._params())
         try:
-            worker.step(gradients, hyperparameters=self._hyperparameters(), weight=weight, out=out)
+            worker.step(gradients, hyperparameters=self._optimizers(), weight=weight, out=out)
         except StaleGradientError as error:
             base = error.metadata.get("base")
             reason = f"it is of version {base}, which is too stale; now at {worker.version}" if base else error
@@ -381,7 +441,7 @@ class RemoteAdadelta(torch.optim.Optimizer):
 
     def _begin_push(self, push: OverlappedPush, absent: list[int], weight: float) -> bool:
         """Begins the next push with the present hyperparameters, in the thread of an `Overlap`."""
-        return self._is_current() and self._joined._begin(push, absent, self._hyperparameters(), weight)
+        return self._is_current() and self._joined._begin(push, absent, self._optimizers(), weight)
 
     def _step_locally(self, local: LocalSteps, closure: Callable[[], float] | None, weight: float) -> float | None:
         """Makes a local step, and a push if one is due."""
@@ -421,8 +481,14 @@ class RemoteAdadelta(torch.optim.Optimizer):
         groups = enumerate(self.param_groups[from_group:], from_group)
         return tensors, {self._names[param]: index for index, group in groups for param in group["params"]}
 
-    def _hyperparameters(self) -> list[Hyperparameters]:
-        return [hyperparameters_of(group) for group in self.param_groups]
+    def _optimizers(self) -> list[Optimizer]:
+        """Returns the present hyperparameters by group."""
+        return optimizers_of(self._torch_class, self.param_groups, self.defaults)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Checks the hyperparameters of new or loaded groups, and that they have the model's structure."""
+        optimizers = [check_group(self._torch_class, group, self.defaults) for group in groups]
+        check_structure(self._model.groups[0] if self._worker else self._optimizers()[0], optimizers)
 
     def _clear_state(self) -> None:
         """Removes the parameters' state, which is on the server; entries that hooks have added stay."""

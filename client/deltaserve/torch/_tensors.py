@@ -36,7 +36,7 @@ def gradient_of(param: Tensor) -> Array | None:
     if param.grad is None:
         return None
     if param.grad.is_sparse:
-        raise RuntimeError("Adadelta does not support sparse gradients")
+        raise RuntimeError("a RemoteOptimizer does not support sparse gradients; param.grad.to_dense() makes one dense")
     return to_host(param.grad)
 
 

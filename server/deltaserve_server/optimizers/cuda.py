@@ -68,7 +68,7 @@ def update(
             *tensors,
             squares,
             gradient.numel(),
-            float(divisor),
+            float(-divisor if optimizer.maximize else divisor),
             *_scalars(optimizer, count),
             block=_BLOCK,
             enable_fp_fusion=False,
@@ -94,12 +94,11 @@ def _kernel(optimizer: Optimizer) -> Any:
 # Every part of an update asks for one of a few sets.
 @functools.lru_cache(maxsize=1024)
 def _scalars(optimizer: Optimizer, count: int) -> tuple[float, ...]:
-    """Returns the kernel's numbers after the divisor, rounded to float32: sign, decay, and the optimizer's own."""
+    """Returns the kernel's numbers after the divisor, rounded to float32: the decay, and the optimizer's own."""
     decay = optimizer.weight_decay
     if optimizer.decoupled:
-        decay = min(max(1 - optimizer.lr * decay, -FLOAT32_MAX), FLOAT32_MAX)
-    numbers = (-1.0 if optimizer.maximize else 1.0, decay, *optimizer.scalars(count).values())
-    return tuple(rounded_to_float32(number) for number in numbers)
+        decay = max(1 - optimizer.lr * decay, -FLOAT32_MAX)
+    return tuple(rounded_to_float32(number) for number in (decay, *optimizer.scalars(count).values()))
 
 
 def _check(tensors: tuple[torch.Tensor, ...], squares: torch.Tensor) -> None:

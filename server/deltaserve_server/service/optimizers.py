@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, repeat
 
 from deltaserve._common.optimizer_messages import from_message, to_message
@@ -43,7 +44,7 @@ def to_groups(
         group = from_message(message, known if same_kind else None)
         if group is None:
             raise Refused("OPTIMIZER_UNKNOWN", field=f"{field}[{index}]", allowed=", ".join(OPTIMIZERS))
-        problem = group.problem()
+        problem = _problem(group)
         if problem:
             raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
         groups.append(group)
@@ -58,7 +59,7 @@ def from_groups(groups: Iterable[Optimizer]) -> list[optimizers_pb2.Optimizer]:
 def check_alike(groups: Sequence[Optimizer]) -> None:
     """Raises Refused HYPERPARAMETER_INVALID unless the groups of a new model have one optimizer."""
     for index, group in enumerate(groups):
-        if group.structure != groups[0].structure:
+        if _structure(group) != _structure(groups[0]):
             allowed = f"{described(groups[0])}, as groups[0] is"
             raise Refused("HYPERPARAMETER_INVALID", field=f"groups[{index}]", allowed=allowed)
 
@@ -66,8 +67,19 @@ def check_alike(groups: Sequence[Optimizer]) -> None:
 def check_matches(model: str, expected: Optimizer, groups: Iterable[Optimizer]) -> None:
     """Raises Refused OPTIMIZER_MISMATCH unless all groups have a model's optimizer, whose name is `model`."""
     for group in groups:
-        if group.structure != expected.structure:
+        if _structure(group) != _structure(expected):
             raise Refused("OPTIMIZER_MISMATCH", model=model, expected=described(expected), got=described(group))
+
+
+# Pushes may carry optimizers, and most carry the same ones again and again. Each of the two takes tens of microseconds.
+@lru_cache(_GROUPS)
+def _problem(optimizer: Optimizer) -> tuple[str, str] | None:
+    return optimizer.problem()
+
+
+@lru_cache(_GROUPS)
+def _structure(optimizer: Optimizer) -> tuple[object, ...]:
+    return optimizer.structure
 
 
 def described(optimizer: Optimizer) -> str:

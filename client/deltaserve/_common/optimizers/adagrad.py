@@ -31,7 +31,7 @@ class Adagrad(Optimizer):
         lr_decay: Decay of the learning rate with the number of updates, >= 0.
         weight_decay: L2 penalty, >= 0: this times the weights is added to the gradient.
         initial_accumulator_value: The sum before the first update, >= 0. It counts when a model is created or extended.
-        eps: Added to the root, > 0 and at most 2**64.
+        eps: Added to the root, > 0 and less than 2**64.
         maximize: Ascend instead of descend.
     """
 

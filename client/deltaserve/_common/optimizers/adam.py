@@ -33,7 +33,7 @@ class Adam(Optimizer):
         lr: Learning rate, >= 0.
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
-        eps: Added to the root, > 0 and at most 2**64.
+        eps: Added to the root, > 0 and less than 2**64.
         weight_decay: L2 penalty, >= 0: this times the weights is added to the gradient.
         amsgrad: Use the largest second moment so far. Fixed when a model is created.
         maximize: Ascend instead of descend.
@@ -94,7 +94,7 @@ class AdamW(Adam):
         lr: Learning rate, >= 0.
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
-        eps: Added to the root, > 0 and at most 2**64.
+        eps: Added to the root, > 0 and less than 2**64.
         weight_decay: Weight decay, >= 0.
         amsgrad: Use the largest second moment so far. Fixed when a model is created.
         maximize: Ascend instead of descend.

@@ -54,13 +54,13 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The values that a hyperparameter may have. They hold for the number as given and as rounded to float32.
+    """The values that a hyperparameter may have. All of them are finite as float32.
 
     Attributes:
         minimum: The smallest allowed value.
-        above: The largest value that is too small.
+        above: The largest value that is too small, also after rounding to float32.
         maximum: The largest allowed value.
-        below: The smallest value that is too large, for the number as given only.
+        below: The smallest value that is too large. In float32 a value may be rounded to it.
     """
 
     minimum: float | None = None
@@ -75,21 +75,17 @@ class Bounds:
             math.isfinite(rounded)
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or rounded > self.above)
-            and (self.maximum is None or rounded <= rounded_to_float32(self.maximum))
+            and (self.maximum is None or value <= self.maximum)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
         """Describes the values, as in "in [0, 1)"."""
-        low = "[" if self.above is None else "("
         least = self.minimum if self.above is None else self.above
-        if self.below is not None:
-            return f"in {low}{least:g}, {self.below:g})"
-        if self.maximum is not None:
-            return f"in {low}{least:g}, {self.maximum:g}]"
-        if self.above is not None:
-            return f"> {self.above:g} and finite in float32, and not rounded to {self.above:g} there"
-        return f">= {least:g} and finite in float32"
+        if self.maximum is None and self.below is None:
+            return f"{'>=' if self.above is None else '>'} {least:g} and finite, also in float32"
+        high = f"{self.below:g})" if self.maximum is None else f"{self.maximum:g}]"
+        return f"in [{least:g}, {high}" if self.above is None else f"in ({least:g}, {high}, also in float32"
 
 
 def hyper(default: float, **bounds: float) -> Any:

@@ -34,7 +34,7 @@ class RMSprop(Optimizer):
     Attributes:
         lr: Learning rate, >= 0.
         alpha: Decay of the leaky averages, in [0, 1].
-        eps: Added to the root, > 0 and at most 2**64.
+        eps: Added to the root, > 0 and less than 2**64.
         weight_decay: L2 penalty, >= 0: this times the weights is added to the gradient.
         momentum: Decay of the buffer, >= 0. Whether it is 0 is fixed when a model is created.
         centered: Divide by the standard deviation of the gradient. Fixed when a model is created.
@@ -80,5 +80,7 @@ class RMSprop(Optimizer):
         root = op.sqrt(v) + h.eps
         if not others:
             return w + (h.minus_lr * g) / root, new
-        b = bounded(op, others[0] * h.momentum + g / root, FLOAT32_MAX)
+        # Bounded twice: an infinite step and an infinite buffer of opposite signs would add up to NaN.
+        step = bounded(op, g / root, FLOAT32_MAX)
+        b = bounded(op, others[0] * h.momentum + step, FLOAT32_MAX)
         return op.fma(h.minus_lr, b, w), [*new, b]
