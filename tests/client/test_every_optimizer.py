@@ -9,9 +9,11 @@ from tests.support.states import assert_same_state
 
 import deltaserve
 from deltaserve import SGD, Adadelta, Adagrad, Adam, AdamW, Client, Optimizer, RMSprop, TensorSpec
+from deltaserve._common.codec import Chunk
 from deltaserve._common.optimizers import OPTIMIZERS
 from deltaserve._conversion import to_groups
-from deltaserve.v1 import optimizers_pb2
+from deltaserve._model import _take_state
+from deltaserve.v1 import common_pb2, model_service_pb2, optimizers_pb2
 from deltaserve_server.optimizers import reference
 
 CASES: list[Optimizer] = [
@@ -257,8 +259,8 @@ def test_one_of_optimizer_and_groups_is_given(client: Client) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "field"),
     [
-        (Adadelta(rho=1.5), "rho"), (SGD(lr=-1.0), "lr"), (SGD(nesterov=True), "nesterov"), (Adagrad(eps=0.0), "eps"),
-        (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"), (Adam(beta2=float("nan")), "beta2"),
+        (Adadelta(rho=1 + 1e-10), "rho"), (SGD(lr=-1.0), "lr"), (SGD(nesterov=True), "nesterov"),
+        (Adagrad(eps=0.0), "eps"), (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"), (Adam(beta2=float("nan")), "beta2"),
         (AdamW(weight_decay=float("inf")), "weight_decay"), (Adam(eps=1e-60), "eps"),
     ],
     ids=str,
@@ -329,6 +331,35 @@ def test_a_change_of_lr_is_not_a_change_of_the_optimizer(client: Client) -> None
     model = client.create_model("m", WEIGHTS, optimizer=SGD(momentum=0.9))
     model.update(groups=[SGD(lr=0.5, momentum=0.1, dampening=0.3)])
     assert client.model("m").groups == (SGD(lr=0.5, momentum=0.1, dampening=0.3),)
+
+
+def test_no_hyperparameters_make_a_state_that_is_refused(client: Client) -> None:
+    """An infinite step and an infinite buffer of opposite signs would add up to NaN."""
+    model = client.create_model("m", {"w": np.zeros(2)}, optimizer=RMSprop(lr=0, alpha=1, eps=1e-45, momentum=10))
+    slots = {"square_avg": {"w": np.zeros(2, np.float32)}, "momentum_buffer": {"w": np.float32([3e38, -3e38])}}
+    model.put_state(replace(model.pull_state(), slots=slots))
+    with model.worker() as worker:
+        worker.step({"w": [-1e19, 1e19]})
+    model.put_state(model.pull_state())
+    assert model.info().version == 3
+
+
+@pytest.mark.parametrize("offset", [0, 5, 6, 17, 18, 1 << 40, (1 << 64) - 1])
+def test_a_state_of_nonsense_is_written_within_its_arrays(offset: int) -> None:
+    """Six elements of a model with five in each of three vectors, wherever they are said to belong."""
+    tensors = [common_pb2.TensorSpec(name="a", shape=[5]), common_pb2.TensorSpec(name="none", shape=[0, 2])]
+    config = common_pb2.ModelConfig(tensors=tensors)
+    header = model_service_pb2.PullStateHeader(config=config, slots=["s", "t"], update_counts=[1, 1])
+    whole = Chunk("state", 0, memoryview(np.zeros(15, "<f4")).cast("B"))
+    chunk = Chunk("state", offset, memoryview(np.arange(1, 7, dtype="<f4")).cast("B"))
+    state = _take_state(header, [whole, chunk], optimizer_state=True)
+    assert state.slots is not None
+    assert list(state.slots) == ["s", "t"]
+    flat = np.concatenate([tensors["a"] for tensors in (state.weights, *state.slots.values())])
+    expected = np.zeros(15, np.float32)
+    written = max(0, min(6, 15 - offset))
+    expected[offset : offset + written] = np.arange(1, 1 + written)
+    np.testing.assert_array_equal(flat, expected)
 
 
 def test_an_optimizer_of_a_newer_server_is_named() -> None:
