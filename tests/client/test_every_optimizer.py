@@ -260,7 +260,8 @@ def test_one_of_optimizer_and_groups_is_given(client: Client) -> None:
     ("optimizer", "field"),
     [
         (Adadelta(rho=1 + 1e-10), "rho"), (SGD(lr=-1.0), "lr"), (SGD(nesterov=True), "nesterov"),
-        (Adagrad(eps=0.0), "eps"), (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"), (Adam(beta2=float("nan")), "beta2"),
+        (Adagrad(eps=0.0), "eps"), (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"),
+        (Adam(beta2=float("nan")), "beta2"),
         (AdamW(weight_decay=float("inf")), "weight_decay"), (Adam(eps=1e-60), "eps"),
     ],
     ids=str,
