@@ -1,4 +1,7 @@
-"""A study of convergence: loss against samples and wall time, by policy, number of workers and local steps."""
+"""A study of convergence: loss against samples and wall time, by policy, number of workers and local steps.
+
+With `--optimizers` the final test accuracy and loss of several optimizers instead.
+"""
 
 import json
 import multiprocessing
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import convergence_optimizers as optimizers
 from benchmarks.convergence_experiments import QUICK, Scale, settings
 from benchmarks.convergence_figures import draw
 from benchmarks.convergence_runs import Point, Run, train_all
@@ -32,6 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of `python -m benchmarks convergence`."""
     data = os.environ.get("DELTASERVE_DATA")
     parser.add_argument("--quick", action="store_true", help="one seed, an eighth of the samples, fewer workers")
+    parser.add_argument("--optimizers", action="store_true", help="compare optimizers instead; prints tables only")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="with --optimizers: leave out seeds that would end later (%(default)s)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/convergence"), metavar="FOLDER", help="folder of the plots"
     )
@@ -45,12 +56,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(arguments: Namespace) -> None:
     """Trains, prints the tables and draws the plots."""
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}\n", flush=True)
-    if arguments.draw:
+    if arguments.optimizers:
+        runs = measure_optimizers(optimizers.QUICK if arguments.quick else optimizers.Scale(), arguments.minutes)
+    elif arguments.draw:
         runs = [_run(fields) for fields in json.loads(arguments.draw.read_text())]
     else:
         runs = measure(QUICK if arguments.quick else Scale(), arguments.data)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(run) for run in runs]))
+    if arguments.optimizers:
+        print(optimizers.tables(runs))
+        return
     print(tables(runs))
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw(runs, arguments.out)
@@ -80,6 +96,13 @@ def measure(scale: Scale, data: Path | None) -> list[Run]:
             runs += train_all(part, recipes, target, range(scale.seeds), scale.slots, tell)
     print(f"\n{len(runs)} runs in {time.monotonic() - started:.0f} s\n", flush=True)
     return runs
+
+
+def measure_optimizers(scale: optimizers.Scale, minutes: float) -> list[Run]:
+    """Trains digits with every optimizer and returns the runs; see `convergence_optimizers.measure`."""
+    train, test = load_digits()
+    with server() as target:
+        return optimizers.measure(scale, Digits(train=train, test=test), target, minutes, partial(print, flush=True))
 
 
 @contextmanager

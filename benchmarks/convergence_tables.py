@@ -50,7 +50,7 @@ def _policies(task: Task, runs: Sequence[Run]) -> str:
             ]
             for label in labels(mine)
         ]
-        parts.append(_table([title, *(f"{n} workers" if n > 1 else "1 worker" for n in counts)], rows))
+        parts.append(markdown([title, *(f"{n} workers" if n > 1 else "1 worker" for n in counts)], rows))
     return "\n\n".join(parts)
 
 
@@ -79,7 +79,7 @@ def _straggler(task: Task, runs: Sequence[Run]) -> str:
                 f"{_median(run.staleness for run in group):.1f}",
             ]
         )
-    return f"### {task.name}: one of 4 workers 5 times slower\n\n" + _table(head, rows)
+    return f"### {task.name}: one of 4 workers 5 times slower\n\n" + markdown(head, rows)
 
 
 def _local(task: Task, runs: Sequence[Run]) -> str:
@@ -100,7 +100,7 @@ def _local(task: Task, runs: Sequence[Run]) -> str:
                     f"{_median(run.staleness for run in group):.1f}",
                 ]
             )
-    return f"### {task.name}: local steps\n\n" + _table(head, rows)
+    return f"### {task.name}: local steps\n\n" + markdown(head, rows)
 
 
 def _eps(task: Task, runs: Sequence[Run]) -> str:
@@ -113,10 +113,11 @@ def _eps(task: Task, runs: Sequence[Run]) -> str:
             [run for run in chosen(mine, experiment) if dict(run.hyperparameters)["eps"] == eps] for eps in values
         ]
         rows.append([name, *(_range([run.end.loss for run in group], 3) for group in groups)])
-    return f"### {task.name}: final loss by eps\n\n" + _table(["", *(f"eps {eps:g}" for eps in values)], rows)
+    return f"### {task.name}: final loss by eps\n\n" + markdown(["", *(f"eps {eps:g}" for eps in values)], rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table as Markdown."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

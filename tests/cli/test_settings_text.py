@@ -24,6 +24,12 @@ Policy = deltaserve.Sync | deltaserve.Async | deltaserve.Bounded
 
 counts = st.integers(0, 2**32 - 1)
 numbers = st.floats(allow_nan=False)
+
+
+def booleans_or_numbers(value: float) -> st.SearchStrategy[float]:
+    return st.booleans() if isinstance(value, bool) else numbers
+
+
 policies = st.one_of(
     st.builds(
         deltaserve.Sync,
@@ -38,15 +44,8 @@ policies = st.one_of(
     st.builds(deltaserve.Async, max_staleness=st.none() | st.integers(0, 2**64 - 1), damping=st.booleans()),
     st.builds(deltaserve.Bounded, slack=counts),
 )
-optimizers = st.one_of(
-    st.builds(
-        kind,
-        **{
-            name: st.booleans() if isinstance(getattr(kind(), name), bool) else numbers
-            for name in hyperparameters(kind)
-        },
-    )
-    for kind in OPTIMIZERS.values()
+optimizers: st.SearchStrategy[deltaserve.Optimizer] = st.sampled_from([*OPTIMIZERS.values()]).flatmap(
+    lambda kind: st.builds(kind, **{name: booleans_or_numbers(getattr(kind(), name)) for name in hyperparameters(kind)})
 )
 
 

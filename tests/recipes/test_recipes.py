@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.recipes import book
 
 import deltaserve
 from deltaserve_server.recipes import linear
@@ -113,29 +115,84 @@ def test_scratch_with_n_workers_is_the_local_run_with_n_times_the_batch(
     assert recipe.loss({"w": w, "b": b}) == pytest.approx(local_loss, abs=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_concise_with_n_workers_is_torch_with_n_times_the_batch(
-    target: str, model: str, examples: Examples, workers: int
-) -> None:
-    recipe = AirfoilConcise(train=examples, seed=5)
+TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adadelta": partial(torch.optim.Adadelta, rho=0.9),
+    "sgd": partial(torch.optim.SGD, lr=0.01),
+    "momentum": partial(torch.optim.SGD, lr=0.005, momentum=0.9),
+    "adagrad": partial(torch.optim.Adagrad, lr=0.1),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, alpha=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+}
+"""The book's concise optimizers, and AdamW."""
+
+
+def train_torch(recipe: Recipe, name: str, workers: int = 1) -> tuple[torch.nn.Linear, float]:
+    """Trains with torch's own optimizer; returns the network, and half the mean squared error."""
     torch.manual_seed(recipe.seed)
     net = torch.nn.Linear(5, 1)
     torch.nn.init.normal_(net.weight, std=0.01)
-    optimizer, criterion = torch.optim.Adadelta(net.parameters(), rho=0.9), torch.nn.MSELoss()
-    x, y = torch.from_numpy(examples.features), torch.from_numpy(examples.labels).reshape(-1, 1)
+    optimizer, criterion = TORCH[name](net.parameters()), torch.nn.MSELoss()
+    x, y = torch.from_numpy(recipe.train.features), torch.from_numpy(recipe.train.labels).reshape(-1, 1)
     for batch in whole_batches(recipe, workers):
         optimizer.zero_grad()
         criterion(net(x[batch.rows]), y[batch.rows]).backward()
         optimizer.step()
+    with torch.no_grad():
+        return net, criterion(net(x), y).item() / 2
 
+
+@pytest.mark.parametrize(("name", "workers"), [*((name, 1) for name in TORCH), ("adadelta", 4), ("adam", 4)])
+def test_concise_with_n_workers_is_torch_with_n_times_the_batch(
+    target: str, model: str, examples: Examples, name: str, workers: int
+) -> None:
+    recipe = AirfoilConcise(train=examples, seed=5, optimizer=AirfoilConcise.optimizers[name])
+    net, local_loss = train_torch(recipe, name, workers)
     train_together(jobs(recipe, join(target, model, deltaserve.Sync(min_workers=workers)), workers))
     version, (bias, weight) = final_weights(target, model)  # the order of gradients
     assert version == 4 * -(-300 // (10 * workers))
     np.testing.assert_allclose(weight, net.weight.detach().numpy(), atol=WEIGHTS_TOLERANCE)
     np.testing.assert_allclose(bias, net.bias.detach().numpy(), atol=WEIGHTS_TOLERANCE)
-    with torch.no_grad():
-        local_loss = criterion(net(x), y).item() / 2
     assert recipe.loss({"weight": weight, "bias": bias}) == pytest.approx(local_loss, abs=LOSS_TOLERANCE)
+
+
+def final_loss(recipe: Recipe, target: str, model: str) -> float:
+    """Trains with one worker, and returns the final loss."""
+    reports: list[Message] = []
+    train(jobs(recipe, join(target, model, deltaserve.Async()), 1)[0], reports.append)
+    assert isinstance(reports[-1], WorkerResult)
+    return reports[-1].curve[-1][1]
+
+
+@pytest.mark.parametrize("name", book.UPDATES)
+def test_every_optimizer_of_the_book_lands_in_the_band_of_ten_local_seeds(
+    target: str, model: str, real_file: Path, name: str
+) -> None:
+    examples = load_airfoil(real_file)
+    band = book.losses(book.UPDATES[name], examples)
+    loss = final_loss(AirfoilScratch(train=examples, optimizer=AirfoilScratch.optimizers[name]), target, model)
+    assert min(band) <= loss <= max(band)
+    # The same seed: what differs is rounding, and the place of eps in Adagrad and RMSprop.
+    assert loss == pytest.approx(band[0], abs=1e-4 if name in ("adagrad", "rmsprop") else LOSS_TOLERANCE)
+
+
+def test_the_bands_hold_the_losses_that_the_book_prints(real_file: Path) -> None:
+    examples = load_airfoil(real_file)
+    for name, printed in {"sgd": 0.246, "momentum": 0.243, "adagrad": 0.243, "rmsprop": 0.245, "adam": 0.243}.items():
+        band = book.losses(book.UPDATES[name], examples)
+        assert round(min(band), 3) <= printed <= round(max(band), 3)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", AirfoilConcise.optimizers)
+def test_every_concise_optimizer_lands_in_the_band_of_ten_local_seeds(
+    target: str, model: str, real_file: Path, name: str
+) -> None:
+    examples = load_airfoil(real_file)
+    band = [train_torch(AirfoilConcise(train=examples, seed=seed), name)[1] for seed in range(10)]
+    optimizer = AirfoilConcise.optimizers[name]
+    loss = final_loss(AirfoilConcise(train=examples, seed=0, optimizer=optimizer), target, model)
+    assert min(band) - LOSS_TOLERANCE <= loss <= max(band) + LOSS_TOLERANCE
 
 
 @pytest.mark.deep
@@ -144,14 +201,7 @@ def test_ten_seeds_land_where_the_book_does(
     target: str, model: str, real_file: Path, kind: type[AirfoilScratch | AirfoilConcise], low: float, high: float
 ) -> None:
     examples = load_airfoil(real_file)
-    losses = []
-    for seed in range(10):
-        recipe = kind(train=examples, seed=seed)
-        reports: list[Message] = []
-        train(jobs(recipe, join(target, f"{model}-{seed}", deltaserve.Async()), 1)[0], reports.append)
-        done = reports[-1]
-        assert isinstance(done, WorkerResult)
-        losses.append(done.curve[-1][1])
+    losses = [final_loss(kind(train=examples, seed=seed), target, f"{model}-{seed}") for seed in range(10)]
     assert low <= min(losses)
     assert max(losses) <= high
 

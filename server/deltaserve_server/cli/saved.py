@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_type_hints
+from typing import Annotated, Any, Union, get_type_hints
 
 import msgspec
 import typer
@@ -65,7 +65,7 @@ _Group: Any = Union[tuple(_group(kind, optimizer) for kind, optimizer in OPTIMIZ
 
 class _Config(msgspec.Struct, forbid_unknown_fields=True):
     tensors: list[_Tensor]
-    groups: list[_Group]  # encoded from optimizers, which have the same fields
+    groups: Annotated[list[_Group], msgspec.Meta(min_length=1)]  # encoded from optimizers, which have the same fields
     policy: str
 
 
@@ -125,7 +125,7 @@ def _decode(opened: Any) -> SavedModel:
     except typer.BadParameter as error:
         raise CommandError(f"config: policy: {error.message}") from error
     groups = tuple(OPTIMIZERS[group.__struct_config__.tag](**msgspec.structs.asdict(group)) for group in config.groups)
-    slots = tuple(slot.name for slot in groups[0].slots) if groups else ()
+    slots = tuple(slot.name for slot in groups[0].slots)
     group_of = {tensor.name: tensor.group for tensor in config.tensors}
     if len(group_of) != len(config.tensors):
         raise CommandError("config: two tensors have the same name")

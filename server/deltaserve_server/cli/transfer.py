@@ -12,6 +12,7 @@ from deltaserve_server.cli.display import format_bytes
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
 from deltaserve_server.cli.output import TRANSFER_SECONDS, Force, Output, check, write_whole
+from deltaserve_server.cli.settings import format_optimizer
 
 if TYPE_CHECKING:
     import deltaserve
@@ -88,6 +89,12 @@ def _replace(model: "deltaserve.Model", content: "SavedModel") -> None:
     if difference:
         raise CommandError(
             f"the layout of {model.name} differs from the file's: {difference}; import it as another model with --model"
+        )
+    ours, theirs = model.groups[0], content.groups[0]
+    if ours.structure != theirs.structure:
+        raise CommandError(
+            f"{model.name} has the optimizer {format_optimizer(ours)}, the file {format_optimizer(theirs)}; "
+            "import it as another model with --model"
         )
     model.put_state(content.state)
     if (model.groups, model.policy) != (content.groups, content.policy):
