@@ -2,7 +2,8 @@
 
 Every optimizer has a grid of learning rates for one worker, and one of them for everything else. That one had the best
 test accuracy with one worker, in local runs of two seeds with torch's optimizer. It is fixed over policies and numbers
-of workers, except in the row "sync, scaled".
+of workers, except in the row "sync, scaled". The same grid, trained by the most workers under async, tells how much a
+learning rate for staleness helps.
 """
 
 import statistics
@@ -54,14 +55,14 @@ CONTENDERS = (
     ),
     Contender(  # linear: Goyal et al., 2017, arXiv:1706.02677, here without warm-up
         name="momentum",
-        lrs=(0.005, 0.01, 0.02, 0.05),
+        lrs=(0.0025, 0.005, 0.01, 0.02, 0.05),
         lr=0.01,
         scaling="lr times the number of workers",
         scaled=lambda workers: (("lr", 0.01 * workers),),
     ),
     Contender(  # by the square root: Malladi et al., 2022, arXiv:2205.10287
         name="adamw",
-        lrs=(5e-4, 1e-3, 2e-3, 4e-3),
+        lrs=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         lr=1e-3,
         scaling="lr times the square root of the number of workers",
         scaled=lambda workers: (("lr", 1e-3 * workers**0.5),),
@@ -96,6 +97,7 @@ def settings(scale: Scale) -> Iterator[Setting]:
     for contender in CONTENDERS:
         for lr in contender.lrs:
             yield _setting(GRID, scale, contender.name, "sync", sync(1), 1, (("lr", lr),))
+            yield _setting(GRID, scale, contender.name, "async", Async(), max(scale.workers), (("lr", lr),))
         fixed: Hyperparameters = (("lr", contender.lr),)
         for workers in scale.workers:
             for label, policy, changes in (
@@ -136,10 +138,16 @@ def _grid(runs: Sequence[Run]) -> str:
     rows = []
     for contender in CONTENDERS:
         for lr in contender.lrs:
-            group = chosen(runs, GRID, optimizer=contender.name, hyperparameters=(("lr", lr),))
+            alone, together = (
+                chosen(runs, GRID, optimizer=contender.name, hyperparameters=(("lr", lr),), label=label)
+                for label in ("sync", "async")
+            )
             mark = " (chosen)" if lr == contender.lr else ""
-            rows.append([f"{contender.name} {lr:g}{mark}", _accuracy(group), _loss(group)])
-    return "### one worker, by lr\n\n" + markdown(["", "test accuracy, mean (range)", "final loss, mean (range)"], rows)
+            name = f"{contender.name} {lr:g}{mark}"
+            rows.append([name, _accuracy(alone), _loss(alone), _accuracy(together), _loss(together)])
+    many = f"{max(run.workers for run in chosen(runs, GRID))} workers, async"
+    head = ["lr", *(f"{who}: {what}" for who in ("1 worker", many) for what in ("test accuracy", "final loss"))]
+    return "### by lr: mean (range)\n\n" + markdown(head, rows)
 
 
 def _workers(runs: Sequence[Run]) -> Iterator[str]:
@@ -154,7 +162,8 @@ def _workers(runs: Sequence[Run]) -> Iterator[str]:
     for title, cell in cells.items():
         rows = []
         for contender in CONTENDERS:
-            one = chosen(runs, GRID, optimizer=contender.name, hyperparameters=(("lr", contender.lr),))
+            lr: Hyperparameters = (("lr", contender.lr),)
+            one = chosen(runs, GRID, optimizer=contender.name, hyperparameters=lr, label="sync")
             for label in labels(mine):
                 if title == STALENESS and label.startswith("sync"):
                     continue

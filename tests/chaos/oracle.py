@@ -164,8 +164,8 @@ class Oracle:
             self.problems.append(f"version {update.version}: used {update.hyperparameters}, not {expected}")
 
     def _hyperparameters(self, parts: Sequence[Part]) -> tuple[Optimizer, ...]:
-        own: Any = self._scenario.groups
-        carried = next((part.content.hyperparameters for part in parts if part.content.hyperparameters), own)
+        given = (part.content.hyperparameters for part in parts if part.content.hyperparameters)
+        carried: Any = next(given, self._scenario.groups)
         policy = self._scenario.policy
         divisor = 1 + parts[0].contribution.staleness if isinstance(policy, Async) and policy.damping else 1
         return tuple(replace(group, lr=group.lr / divisor) for group in carried)

@@ -14,9 +14,11 @@ ended      the server has saved everything and ends in good order
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from deltaserve_server.durability import recovery, snapshot
 from deltaserve_server.durability.commits import Commits, Effect, Journaled
@@ -53,7 +55,7 @@ class ServerLog:
                 [*astuple(contribution), session]
                 for contribution, session in zip(summary.contributions, sessions, strict=True)
             ]
-            groups = list(map(asdict, summary.hyperparameters))
+            groups = msgspec.to_builtins(summary.hyperparameters)
             self.write(update=summary.version, pushes=pushes, hyperparameters=groups)
             update(engine, decision)
             engine._commits.on_durable(partial(self.write, announced=summary.version))

@@ -12,8 +12,9 @@ from typing import Any
 import fsspec
 import pytest
 from crowd import Crowd
-from model_host import Clock, ModelHost, Seen, check_same, seen
+from model_host import Clock, ModelHost, Seen, check_same, machine, optimizer_of, seen
 
+from deltaserve._common.optimizers import Adam
 from deltaserve_server.durability import copies as room
 from deltaserve_server.durability.copies import Copies
 from deltaserve_server.durability.folder import HEAD, Ancestor
@@ -87,7 +88,7 @@ def test_a_restored_copy_continues_under_another_lineage_without_sessions(
     quick: Path, clock: Clock, url: str, durability: str
 ) -> None:
     host = ModelHost(quick / "data", durability)
-    crowd = Crowd(engine := host.create(), 1, clock)
+    crowd = Crowd(engine := host.create(machine(optimizer=optimizer_of(f"a copy of {durability}"))), 1, clock)
     saved = push_and_save(crowd, 3)
     assert engine.machine.sessions.live()
     copy(url, engine)
@@ -157,7 +158,7 @@ def test_copies_of_a_deleted_model_are_moved_aside_for_a_new_one_of_its_name(
     quick: Path, clock: Clock, url: str
 ) -> None:
     host = ModelHost(quick / "data")
-    crowd = Crowd(old := host.create(), 6, clock)
+    crowd = Crowd(old := host.create(machine(optimizer=Adam())), 6, clock)
     for _ in range(4):
         push_and_save(crowd, 2)
         copy(url, old)

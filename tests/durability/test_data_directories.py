@@ -350,10 +350,11 @@ def test_a_model_that_recovers_during_a_lookup_is_never_unknown(quick: Path) -> 
 def test_memory_and_places_of_models_being_recovered_are_reserved(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise new models could take them, and the server could not recover."""
     size, really = 1000, recovery.recover
-    tight = config(quick / "data", memory_bytes=2 * 32 * size + 100, models=2)
+    small, large = 16 * size, 40 * size  # the weights of four versions; with three slots, each of them twice
+    tight = config(quick / "data", memory_bytes=small + large + 100, models=2)
     with LocalServer(tight) as server, deltaserve.connect(server.target) as client:
-        for name in "ab":
-            client.create_model(name, {"w": np.zeros(size, np.float32)})
+        for name, optimizer in (("a", deltaserve.SGD()), ("b", deltaserve.Adam(amsgrad=True))):
+            client.create_model(name, {"w": np.zeros(size, np.float32)}, optimizer=optimizer)
     again, asked = LocalServer(tight), []
 
     def recover(*given: Any, **more: Any) -> Any:
@@ -367,7 +368,7 @@ def test_memory_and_places_of_models_being_recovered_are_reserved(quick: Path, m
         assert asked == [100, 100]
         assert [model.name for model in client.models()] == ["a", "b"]
         client.delete_model("a")
-        assert again._catalog.quotas.memory.available == 32 * size + 100
+        assert again._catalog.quotas.memory.available == small + 100
 
 
 def test_a_shutdown_logs_a_model_without_a_last_snapshot(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from crowd import Crowd
-from model_host import Clock, ModelHost, Seen, copied, machine, seen
+from model_host import Clock, ModelHost, Seen, copied, machine, optimizer_of, seen
 
 from deltaserve_server import LocalServer, ServerConfig
 from deltaserve_server.durability.files import Files
@@ -38,7 +38,7 @@ def made(path: Path, clock: Clock, durability: str) -> Path:
     """Makes the data directory of a killed server with three models."""
     host = ModelHost(path, durability)
     for seed, name in enumerate("abc"):
-        crowd = Crowd(host.create(machine(name)), seed, clock)
+        crowd = Crowd(host.create(machine(name, optimizer=optimizer_of(name))), seed, clock)
         for _ in range(2):
             crowd.push()
         crowd.save()

@@ -46,10 +46,18 @@ def put_back(backup: Path, data: Path) -> None:
     shutil.copytree(backup, data)
 
 
-@pytest.mark.parametrize("restarted", [False, True], ids=["same server", "restarted since"])
-@pytest.mark.parametrize("durability", ["journal", "fsync"])
+@pytest.mark.parametrize(
+    ("durability", "restarted", "optimizer"),
+    [
+        ("journal", False, deltaserve.Adadelta()),
+        ("journal", True, deltaserve.Adam()),
+        ("fsync", False, deltaserve.SGD(momentum=0.9)),
+        ("fsync", True, deltaserve.RMSprop(centered=True)),
+    ],
+    ids=["same server", "restarted since", "same server with fsync", "restarted since with fsync"],
+)
 def test_workers_learn_what_a_restored_directory_lacks_and_go_on(
-    quick: Path, address: str, durability: str, restarted: bool
+    quick: Path, address: str, durability: str, restarted: bool, optimizer: deltaserve.Optimizer
 ) -> None:
     data, backup = quick / "data", quick / "backup"
     with ExitStack() as clients:
@@ -57,7 +65,7 @@ def test_workers_learn_what_a_restored_directory_lacks_and_go_on(
             clients.enter_context(deltaserve.connect(address, timeout_seconds=20)) for _ in range(3)
         )
         with server(data, address, durability):
-            model = live_client.create_model("m", START, policy=deltaserve.Async())
+            model = live_client.create_model("m", START, optimizer=optimizer, policy=deltaserve.Async())
             live, away = model.worker("live"), away_client.model("m").worker("away")
             steps(live, 2)
             idle = idle_client.model("m").worker("idle")
@@ -80,6 +88,7 @@ def test_workers_learn_what_a_restored_directory_lacks_and_go_on(
                 assert worker.version == model.info().version == before + 2
             steps(idle, 1)  # its weights, of version 2, are in the backup
             assert idle.version == 7
+            assert set(model.pull_state().update_counts.values()) == {7}, "of the backup, and of the steps since"
 
 
 def lose_answer(worker: deltaserve.Worker) -> None:

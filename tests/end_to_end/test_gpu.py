@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,19 @@ pytestmark = pytest.mark.gpu
 
 Weights = dict[str, NDArray[np.float32]]
 SHAPES = {"w": (1300, 700), "b": (700,), "s": ()}
+
+OPTIMIZERS: tuple[deltaserve.Optimizer, ...] = (
+    deltaserve.Adadelta(weight_decay=0.01),
+    deltaserve.SGD(lr=0.1),
+    deltaserve.SGD(lr=0.1, momentum=0.9, nesterov=True),
+    deltaserve.Adagrad(lr_decay=0.1, initial_accumulator_value=0.5),
+    deltaserve.RMSprop(momentum=0.9, centered=True),
+    deltaserve.Adam(amsgrad=True, maximize=True),
+    deltaserve.AdamW(),
+)
+over_optimizers = pytest.mark.parametrize(
+    "optimizer", OPTIMIZERS, ids=lambda optimizer: "-".join(map(str, optimizer.structure))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +46,9 @@ def random(seed: int) -> Weights:
     return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
 
 
-def alone(client: deltaserve.Client) -> Weights:
+def alone(client: deltaserve.Client, optimizer: deltaserve.Optimizer) -> Weights:
     """Steps of one worker: plain ones, with absent tensors, after a new state, and after an extension."""
-    model = client.create_model("alone", random(0), weight_decay=0.01)
+    model = client.create_model("alone", random(0), optimizer=optimizer)
     with model.worker() as worker:
         for seed in range(1, 4):
             worker.step(random(seed))
@@ -41,14 +56,15 @@ def alone(client: deltaserve.Client) -> Weights:
         state = model.pull_state()
         model.put_state(state)
         worker.step(random(5))
-    model.extend({"v": np.ones(5, np.float32)}, groups=[deltaserve.Hyperparameters(lr=0.5)], group_of={"v": 1})
+    group = replace(optimizer, lr=0.5)  # type: ignore[type-var]
+    model.extend({"v": np.ones(5, np.float32)}, groups=[group], group_of={"v": 1})
     with model.worker() as worker:
         return worker.step({**random(6), "v": np.full(5, 2, np.float32)})
 
 
-def together(client: deltaserve.Client) -> Weights:
+def together(client: deltaserve.Client, optimizer: deltaserve.Optimizer) -> Weights:
     """Rounds of three workers; the second worker has no gradient for one tensor."""
-    model = client.create_model("together", random(0), policy=deltaserve.Sync(min_workers=3))
+    model = client.create_model("together", random(0), optimizer=optimizer, policy=deltaserve.Sync(min_workers=3))
     workers = [model.worker(name) for name in "abc"]
     for seed in range(3):
         gradients = [{**random(10 * seed + k), **({"w": None} if k == 1 else {})} for k in range(3)]
@@ -61,31 +77,46 @@ def together(client: deltaserve.Client) -> Weights:
     return weights[0]
 
 
+@over_optimizers
 @pytest.mark.parametrize("run", [alone, together])
-def test_gpu_and_cpu_give_the_same_bits(run: Callable[[deltaserve.Client], Weights]) -> None:
+def test_gpu_and_cpu_give_the_same_bits(
+    run: Callable[[deltaserve.Client, deltaserve.Optimizer], Weights], optimizer: deltaserve.Optimizer
+) -> None:
     results = []
     devices: tuple[DeviceKind, ...] = ("cpu", "cuda")
     for device in devices:
         config = ServerConfig(bind="127.0.0.1:0", device=device)
         with LocalServer(config) as server, deltaserve.connect(server.target, timeout_seconds=60) as client:
             assert client.server_info().device_kind == device
-            results.append({name: array.copy() for name, array in run(client).items()})
+            results.append({name: array.copy() for name, array in run(client, optimizer).items()})
     for name, array in results[0].items():
         np.testing.assert_array_equal(array, results[1][name], err_msg=name)
 
 
-def test_parameters_on_a_gpu_train_as_with_torchs_own_optimizer() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adadelta", {}),
+        ("SGD", {"lr": 0.1, "momentum": 0.9}),
+        ("Adagrad", {}),
+        ("RMSprop", {"momentum": 0.9}),
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {}),
+    ],
+)
+def test_parameters_on_a_gpu_train_as_with_torchs_own_optimizer(name: str, options: dict[str, Any]) -> None:
     import torch
 
-    from deltaserve.torch import RemoteAdadelta
+    import deltaserve.torch
 
     torch.manual_seed(0)
     remote, local = (torch.nn.Linear(30, 20).cuda() for _ in range(2))
     local.load_state_dict(remote.state_dict())
     inputs = torch.randn(64, 30, device="cuda")
     with LocalServer(ServerConfig(bind="127.0.0.1:0", device="cuda")) as server:
-        optimizer = RemoteAdadelta(remote.parameters(), server.target, model="net", timeout_seconds=60)
-        own = torch.optim.Adadelta(local.parameters())
+        kind = getattr(deltaserve.torch, f"Remote{name}")
+        optimizer = kind(remote.parameters(), server.target, model="net", timeout_seconds=60, **options)
+        own = getattr(torch.optim, name)(local.parameters(), **options)
         for _ in range(50):
             for net, by in ((remote, optimizer), (local, own)):
                 by.zero_grad()
@@ -94,7 +125,9 @@ def test_parameters_on_a_gpu_train_as_with_torchs_own_optimizer() -> None:
         for left, right in zip(remote.parameters(), local.parameters(), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
         state = optimizer.state_dict()["state"]
-        assert all(value["square_avg"].device.type == "cuda" for value in state.values())
+        vectors = [value for values in state.values() for key, value in values.items() if key != "step"]
+        assert vectors
+        assert all(vector.device.type == "cuda" for vector in vectors)
         own.load_state_dict(optimizer.state_dict())
         optimizer.load_state_dict(own.state_dict())
         optimizer.close()

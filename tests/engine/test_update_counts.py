@@ -110,8 +110,9 @@ def test_counts_that_are_put_or_begin_with_an_extension(optimizer: Optimizer, ex
     added = (Tensor("c", (5,), 1),)
     model.engine.extend(added, [optimizer], values(6, 5), BUDGET.reserve(0))
     model.layout = LAYOUT.extended(added)
-    new = initial_state(values(6, 5), Layout((Tensor("c", (5,)),)), [optimizer])
-    weights, *slots = (np.concatenate(pair) for pair in zip(model.state.vectors, new.vectors, strict=True))
+    begins = [np.full(5, slot.initial, np.float32) for slot in optimizer.slots]
+    new = (values(6, 5), *begins)
+    weights, *slots = (np.concatenate(pair) for pair in zip(model.state.vectors, new, strict=True))
     model.state, model.counts = State(weights, tuple(slots)), [7, 1, 0]
     model.check()
     model.push(model.engine.open_session("w", 30.0), values(7, 12))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machine_driver import LEASE, Driver, contribution, contributions, refused
 
-from deltaserve._common.optimizers import Adadelta
+from deltaserve._common.optimizers import Adadelta, Adam
 from deltaserve_server.model import Sync, Tensor
 
 
@@ -201,6 +201,14 @@ def test_hyperparameters_of_a_round_must_agree() -> None:
     for session in (a, b, c):
         driver.push(session)
     assert driver.updates[-1].summary.hyperparameters == (Adadelta(),)
+
+
+def test_a_conflict_names_the_hyperparameter_of_the_optimizer() -> None:
+    driver = Driver(Sync(), Adam())
+    a, b = driver.open("a"), driver.open("b")
+    driver.push(a, hyperparameters=Adam(beta1=0.5))
+    with refused("HYPERPARAMETER_CONFLICT", field="groups[0].beta1", round=0.5, got=0.9):
+        driver.push(b, hyperparameters=Adam())
 
 
 def test_a_tensor_absent_in_all_pushes_is_left_alone() -> None:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.torch.conftest import every_structure
 from torch import nn
 
 import deltaserve
 from deltaserve import Adadelta, Sync
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteAdadelta, RemoteAdam, RemoteOptimizer, RemoteRMSprop, RemoteSGD
 from deltaserve_server import LocalServer
 
 if TYPE_CHECKING:
@@ -24,12 +25,16 @@ def body(net: nn.Module) -> Any:
     return net[0].parameters()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
-def test_a_group_that_is_added_later(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
-    pair = make_pair(params=head)
+@every_structure
+@pytest.mark.parametrize("own", [{}, {"lr": 0.1, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
+def test_a_group_that_is_added_later(
+    options: dict[str, Any], own: dict[str, Any], make_pair: "Callable[..., Pair]"
+) -> None:
+    """Its first update is the first, with Adam's corrections and SGD's momentum as of the first update."""
+    pair = make_pair(params=head, **options)
     pair.train(8)
     for side in pair.sides:
-        side.optimizer.add_param_group({"params": body(side.net), **options})
+        side.optimizer.add_param_group({"params": body(side.net), **own})
     pair.train(8)
     assert pair.counts() == [16, 16, 8, 8]
 
@@ -52,8 +57,9 @@ def test_several_groups_one_after_the_other(make_pair: "Callable[..., Pair]") ->
     assert len(pair.remote.optimizer.state_dict()["param_groups"]) == 4
 
 
-def test_its_state_moves_to_torch_and_back(make_pair: "Callable[..., Pair]") -> None:
-    pair = make_pair(params=head)
+@every_structure
+def test_its_state_moves_to_torch_and_back(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
+    pair = make_pair(params=head, **options)
     pair.train(5)
     for side in pair.sides:
         side.optimizer.add_param_group({"params": body(side.net)})
@@ -99,19 +105,19 @@ def test_another_worker_that_adds_something_else_gets_an_error(remote: "Remote",
 
 def test_workers_add_groups_at_their_own_pace(remote: "Remote", model: str) -> None:
     """One worker is two groups ahead of another; a third starts when the model has all three."""
-    paces: dict[RemoteAdadelta, list[nn.Parameter]] = {}
+    paces: dict[RemoteOptimizer, list[nn.Parameter]] = {}
 
-    def begin() -> RemoteAdadelta:
+    def begin() -> RemoteOptimizer:
         params = [nn.Parameter(torch.ones(2))]
         optimizer = remote(params, model=model)
         paces[optimizer] = params
         return optimizer
 
-    def grow(optimizer: RemoteAdadelta) -> None:
+    def grow(optimizer: RemoteOptimizer) -> None:
         paces[optimizer].append(nn.Parameter(torch.ones(2)))
         optimizer.add_param_group({"params": paces[optimizer][-1:], "lr": 1 / len(paces[optimizer])})
 
-    def step(optimizer: RemoteAdadelta) -> None:
+    def step(optimizer: RemoteOptimizer) -> None:
         for param in paces[optimizer]:
             param.grad = torch.ones(2)
         optimizer.step()
@@ -146,7 +152,7 @@ def test_in_a_synchronous_model(remote: "Remote") -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "kind", "text"),
+    ("group", "error", "text"),
     [
         ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
         ({"rho": 2.0}, ValueError, "Invalid rho value: 2.0"),
@@ -161,17 +167,39 @@ def test_in_a_synchronous_model(remote: "Remote") -> None:
     ],
 )
 def test_a_group_that_is_refused_leaves_nothing_behind(
-    group: dict[str, Any], kind: type[Exception], text: str, make_pair: "Callable[..., Pair]"
+    group: dict[str, Any], error: type[Exception], text: str, make_pair: "Callable[..., Pair]"
 ) -> None:
     pair = make_pair(params=head)
     pair.train(3)
-    with pytest.raises(kind, match=text):
+    with pytest.raises(error, match=text):
         pair.remote.optimizer.add_param_group({"params": body(pair.remote.net), **group})
     assert len(pair.remote.optimizer.param_groups) == 1
     pair.train(3)
     for side in pair.sides:
         side.optimizer.add_param_group({"params": body(side.net)})
     pair.train(3)
+
+
+DIFFERENT: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], str]]" = [
+    (RemoteSGD, {}, {"momentum": 0.9}, "expected sgd, got sgd with momentum"),
+    (RemoteSGD, {"momentum": 0.9}, {"nesterov": True}, "expected sgd with momentum, got sgd with momentum and nesterov"),
+    (RemoteRMSprop, {"momentum": 0.5}, {"momentum": 0}, "expected rmsprop with momentum, got rmsprop"),
+    (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),
+    (RemoteAdam, {"amsgrad": True}, {"amsgrad": False}, "expected adam with amsgrad, got adam"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "group", "text"), DIFFERENT, ids=[text for *_, text in DIFFERENT])
+def test_a_group_of_another_structure_is_refused(
+    options: dict[str, Any], group: dict[str, Any], text: str, make_pair: "Callable[..., Pair]", remote: "Remote"
+) -> None:
+    pair = make_pair(params=head, **options)
+    pair.train(2)
+    with pytest.raises(ValueError, match=f"{text}: all parameter groups of a model have the same"):
+        pair.remote.optimizer.add_param_group({"params": body(pair.remote.net), **group})
+    pair.train(2)
+    with pytest.raises(ValueError, match=text):
+        remote([{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], **group}], **options)
 
 
 def test_a_group_that_does_not_reach_the_server_leaves_nothing_behind() -> None:

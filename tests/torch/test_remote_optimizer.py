@@ -1,18 +1,31 @@
-"""RemoteAdadelta as a torch.optim.Optimizer: autograd, hooks, copies, printing and errors."""
+"""The drop-ins as torch.optim.Optimizer: autograd, hooks, copies, printing and errors."""
 
 import copy
 import doctest
 import inspect
 import pickle
+import re
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.torch.conftest import KINDS, every_kind
 from torch import Tensor, nn
 
-from deltaserve.torch import RemoteAdadelta, _optimizers, _remote, _states
+from deltaserve.torch import (
+    RemoteAdadelta,
+    RemoteAdagrad,
+    RemoteAdam,
+    RemoteAdamW,
+    RemoteOptimizer,
+    RemoteRMSprop,
+    RemoteSGD,
+    _optimizers,
+    _remote,
+    _states,
+)
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote
@@ -128,6 +141,7 @@ def test_entries_that_hooks_add_to_the_state_stay(remote: "Remote") -> None:
 # --- copies and printing
 
 
+@every_kind
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, pickle.dumps, lambda optimizer: torch.save(optimizer, "/dev/null")]
 )
@@ -136,6 +150,7 @@ def test_a_copy_is_refused_with_what_to_do_instead(duplicate: Callable[[Any], An
         duplicate(remote([torch.zeros(1)]))
 
 
+@every_kind
 def test_it_can_be_printed(make_pair: "Callable[..., Pair]") -> None:
     def groups(net: nn.Module) -> list[dict[str, Any]]:
         first, *rest = net.parameters()
@@ -143,17 +158,19 @@ def test_it_can_be_printed(make_pair: "Callable[..., Pair]") -> None:
 
     pair = make_pair(params=groups)
     ours, theirs = (repr(side.optimizer) for side in pair.sides)
-    assert ours.startswith("RemoteAdadelta (\nParameter Group 0\n")
+    assert ours.startswith("Remote")
     assert ours.removeprefix("Remote") == theirs
 
 
 def test_no_public_signature_has_a_type_of_protobuf_or_grpc() -> None:
+    modules = [_remote.__name__, _optimizers.__name__]
     functions = [
-        f
-        for name, f in inspect.getmembers(RemoteAdadelta, inspect.isfunction)
-        if f.__module__ == RemoteAdadelta.__module__
+        function
+        for kind in [RemoteOptimizer, *KINDS]
+        for _, function in inspect.getmembers(kind, inspect.isfunction)
+        if function.__module__ in modules
     ]
-    assert {"__init__", "step", "state_dict"} <= {function.__name__ for function in functions}
+    assert {"__init__", "of", "step", "state_dict"} <= {function.__name__ for function in functions}
     for function in functions:
         if function.__name__.startswith("_") and function.__name__ != "__init__":
             continue
@@ -202,9 +219,110 @@ def test_errors_have_the_type_and_text_of_torch(make: Callable[[Any], Any], remo
     assert error_of(lambda: make(remote)) == error_of(lambda: make(torch.optim.Adadelta))
 
 
-def test_an_epsilon_of_0_is_an_error(remote: "Remote") -> None:
-    """torch accepts it and may divide 0 by 0; the server promises finite weights."""
-    assert error_of(lambda: remote([torch.zeros(1)], eps=0.0)) == (ValueError, "Invalid epsilon value: 0.0")
+BAD_OPTIONS: list[tuple[type[RemoteOptimizer], dict[str, Any]]] = [
+    (RemoteAdadelta, {"eps": -1.0}),
+    (RemoteAdadelta, {"rho": 2}),
+    (RemoteSGD, {"lr": -1.0}),
+    (RemoteSGD, {"momentum": -0.1}),
+    (RemoteSGD, {"weight_decay": -0.1}),
+    (RemoteSGD, {"nesterov": True}),
+    (RemoteSGD, {"nesterov": True, "momentum": 0.5, "dampening": 0.5}),
+    (RemoteSGD, {"fused": True, "foreach": True}),
+    (RemoteAdagrad, {"lr_decay": -0.1}),
+    (RemoteAdagrad, {"initial_accumulator_value": -0.1}),
+    (RemoteAdagrad, {"eps": float("nan")}),
+    (RemoteRMSprop, {"alpha": -0.1}),
+    (RemoteRMSprop, {"momentum": float("nan")}),
+    (RemoteAdam, {"betas": (1.0, 0.9)}),
+    (RemoteAdam, {"betas": (0.9, 1.0)}),
+    (RemoteAdam, {"betas": (0, 0.9)}),
+    (RemoteAdam, {"lr": torch.tensor(1.0), "foreach": True}),
+    (RemoteAdamW, {"betas": (-0.1, 0.9)}),
+    (RemoteAdamW, {"weight_decay": -1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), BAD_OPTIONS, ids=str)
+def test_errors_about_arguments_have_the_type_and_text_of_torch(
+    kind: Any, options: dict[str, Any], remote: "Remote"
+) -> None:
+    params = [torch.zeros(1)]
+    assert error_of(lambda: remote(params, **options)) == error_of(lambda: kind._torch_class(params, **options))
+
+
+ONLY_HERE: list[tuple[str, Any, str]] = [
+    ("eps", 0.0, "eps: expected"),
+    ("eps", 1e-60, "eps: expected"),
+    ("lr", float("inf"), "lr: expected >= 0 and finite in float32, got inf"),
+    ("weight_decay", 1e300, "weight_decay: expected"),
+    ("momentum", 1e300, "momentum: expected"),
+    ("dampening", 1.5, "dampening: expected in [0, 1], got 1.5"),
+    ("dampening", -0.5, "dampening: expected in [0, 1], got -0.5"),
+    ("alpha", 1.5, "alpha: expected in [0, 1], got 1.5"),
+    ("capturable", True, "capturable: expected False, got True"),
+    ("differentiable", True, "differentiable: expected False, got True"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "error"),
+    [(kind, *row) for kind in KINDS for row in ONLY_HERE if row[0] in inspect.signature(kind).parameters],
+)
+def test_what_torch_accepts_and_a_server_does_not(
+    kind: Any, name: str, value: Any, error: str, remote: "Remote"
+) -> None:
+    """torch may divide 0 by 0, for instance; the server promises finite weights."""
+    options = {name: value}
+    kind._torch_class([torch.zeros(1)], **options)
+    optimizer = remote([torch.zeros(1)])
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(options)
+    for refused in (
+        lambda: remote([torch.zeros(1)], **options),
+        lambda: remote([{"params": [torch.zeros(1)], **options}]),
+        lambda: optimizer.add_param_group({"params": [torch.zeros(1)], **options}),
+        lambda: optimizer.load_state_dict(state),
+    ):
+        with pytest.raises(ValueError, match=re.escape(error)):
+            refused()
+    (group,) = optimizer.param_groups
+    assert group[name] != value
+
+
+@every_kind
+def test_implementations_of_torch_are_accepted_and_make_the_same_update(
+    kind: type[RemoteOptimizer], remote: "Remote"
+) -> None:
+    results = []
+    options: list[dict[str, Any]] = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}]
+    for option in options:
+        if option.keys() <= inspect.signature(kind).parameters.keys():
+            param = nn.Parameter(torch.ones(3))
+            optimizer = remote([param], **option)
+            assert optimizer.state_dict()["param_groups"][0].items() >= option.items()
+            param.grad = torch.tensor([1.0, 2.0, 3.0])
+            optimizer.step()
+            results.append(param.tolist())
+    assert len(results) >= 3
+    assert results == results[:1] * len(results)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(RemoteAdam, "AdamW"), (RemoteAdamW, "Adam")])
+def test_weight_decay_of_the_other_kind_is_refused(kind: type[RemoteOptimizer], other: str, remote: "Remote") -> None:
+    """In torch the option makes Adam AdamW. A state dict of Adam becomes one of AdamW by being loaded there."""
+    group = {"params": [torch.zeros(1)], "decoupled_weight_decay": kind is RemoteAdam}
+    with pytest.raises(ValueError, match=f"decoupled_weight_decay: expected .*; use {other} or Remote{other} instead"):
+        remote([group])
+    state = getattr(torch.optim, other)([torch.zeros(1)]).state_dict()
+    optimizer = remote([torch.zeros(1)])
+    if kind is RemoteAdamW:
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+        return
+    with pytest.raises(ValueError, match="decoupled_weight_decay"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="use RemoteAdamW instead"):
+        remote([torch.zeros(1)], decoupled_weight_decay=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
@@ -214,10 +332,11 @@ def test_parameters_that_are_not_real_floating_point_numbers(dtype: torch.dtype,
     )  # fmt: skip
 
 
+@every_kind
 def test_a_sparse_gradient_is_refused_and_changes_nothing(remote: "Remote") -> None:
-    for optimize in (remote, torch.optim.Adadelta):
-        param = nn.Parameter(torch.ones(3))
-        optimizer = optimize([param])
-        param.grad = torch.ones(3).to_sparse()
-        assert error_of(optimizer.step) == (RuntimeError, "Adadelta does not support sparse gradients")
-        assert param.tolist() == [1, 1, 1]
+    param = nn.Parameter(torch.ones(3))
+    optimizer = remote([param])
+    param.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert param.tolist() == [1, 1, 1]

@@ -1,14 +1,16 @@
-"""Learning-rate schedulers act on RemoteAdadelta as on torch.optim.Adadelta, from the next step on."""
+"""Schedulers act on the drop-ins as on the optimizers of torch.optim, from the next step on."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.torch.conftest import every_kind
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 import deltaserve
+from deltaserve.torch import RemoteAdam, RemoteAdamW, RemoteOptimizer, RemoteRMSprop, RemoteSGD
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote
@@ -44,6 +46,64 @@ def test_a_scheduler(
             scheduler.step()
     pair.compare()
     assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr() != [1.0]
+
+
+CYCLES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.01, total_steps=40),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=0.01, step_size_up=7, cycle_momentum=True),
+}
+MOMENTA: "list[tuple[type[RemoteOptimizer], dict[str, Any]]]" = [
+    (RemoteSGD, {"momentum": 0.9}),
+    (RemoteSGD, {"momentum": 0.9, "nesterov": True}),
+    (RemoteRMSprop, {"momentum": 0.9}),
+    (RemoteAdam, {}),
+    (RemoteAdamW, {"amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize("make", CYCLES.values(), ids=CYCLES)
+@pytest.mark.parametrize(("kind", "options"), MOMENTA, ids=[f"{kind.__name__}-{options}" for kind, options in MOMENTA])
+def test_a_scheduler_that_cycles_momentum_or_betas(
+    make: Callable[[torch.optim.Optimizer], Any], options: dict[str, Any], make_pair: "Callable[..., Pair]"
+) -> None:
+    pair = make_pair(**options)
+    schedulers = [make(side.optimizer) for side in pair.sides]
+    seen = set()
+    for _ in range(25):
+        for side, scheduler in zip(pair.sides, schedulers, strict=True):
+            side.train(1)
+            scheduler.step()
+        group = pair.remote.optimizer.param_groups[0]
+        seen.add(group["betas"][0] if "betas" in group else group["momentum"])
+    assert len(seen) > 5
+    pair.compare()
+
+
+@pytest.mark.parametrize("kind", [RemoteSGD])
+def test_momentum_that_a_scheduler_introduces_is_refused(remote: "Remote") -> None:
+    """torch would begin to use momentum; a model without it has no buffer."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = remote([param])
+    lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    param.grad = torch.ones(3)
+    with pytest.raises(deltaserve.Error, match="sgd with momentum"):
+        optimizer.step()
+    assert param.tolist() == [1, 1, 1]
+
+
+@every_kind
+def test_a_tensor_as_learning_rate(make_pair: "Callable[..., Pair]") -> None:
+    """A scheduler changes it in place."""
+    pair = make_pair()
+    for side in pair.sides:
+        side.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    schedulers = [lr_scheduler.ExponentialLR(side.optimizer, gamma=0.5) for side in pair.sides]
+    for _ in range(5):
+        for side, scheduler in zip(pair.sides, schedulers, strict=True):
+            side.train(1)
+            scheduler.step()
+    pair.compare()
+    assert pair.remote.optimizer.param_groups[0]["lr"].item() == pytest.approx(0.1 / 32)
 
 
 def test_reduce_on_plateau(make_pair: "Callable[..., Pair]") -> None:

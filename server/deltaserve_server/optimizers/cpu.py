@@ -1,8 +1,8 @@
 """The optimizers in numba, float32, for vectors in host memory: one fused pass over all vectors, limited by memory.
 
-A kernel evaluates the definition of its optimizer, operation for operation and 16 lanes at a time, within steps that all
-optimizers share. Each operation is stated and none is left to the compiler, so an element gets the same bits at any
-position of a vector, in any split of a vector into ranges, on any processor, and from `cuda`. Square roots are
+A kernel evaluates the definition of its optimizer, operation for operation and 16 lanes at a time, within the steps
+that all optimizers share. Each operation is stated and none is left to the compiler, so an element gets the same bits
+at any position of a vector, in any split of a vector into ranges, on any processor, and from `cuda`. Square roots are
 correctly rounded, which torch's are not everywhere.
 
 The shared steps, in this order:
@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaserve._common.optimizers import Optimizer, definition
-from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, bounded
+from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, bounded, rounded_to_float32
 from deltaserve_server.optimizers import _vectors
 from deltaserve_server.optimizers._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
 from deltaserve_server.optimizers._vectors import (
@@ -53,7 +53,8 @@ from deltaserve_server.optimizers.trace import traced
 
 Vector = NDArray[np.float32]
 
-_NUMPY_FORMATS = dict(zip(map(np.dtype, (np.float32, np.int16, np.uint16)), FORMATS, strict=True))
+_FORMATS = dict(zip(map(np.dtype, (np.float32, np.int16, np.uint16)), FORMATS, strict=True))
+"""Numba's type for each type that `as_bits` returns."""
 
 _compiling = threading.Lock()
 _kernels: dict[tuple[object, ...], Any] = {}
@@ -99,16 +100,17 @@ def update(
         into ranges may change the last bits of the total.
 
     Raises:
-        ValueError: The lengths differ, or the number of slots is not the optimizer's.
-        TypeError: A vector has another type or is not contiguous, or an output is read-only or not aligned.
+        ValueError: The lengths differ.
+        TypeError: A vector has another type or is not contiguous, an output is read-only or not aligned, or the number
+            of slots is not the optimizer's.
     """
     sizes = [vector.size for vector in (gradient, *slots, weights, new_weights)]
-    if len(set(sizes)) > 1 or len(slots) != len(optimizer.slots):
-        raise ValueError(f"expected {3 + len(optimizer.slots)} vectors of one length, got lengths {sizes}")
+    if min(sizes) != max(sizes):
+        raise ValueError(f"expected vectors of one length, got lengths {sizes}")
     bits = as_bits(gradient)
-    factor, divides = _scale(divisor, optimizer.maximize)
-    numbers = _rounded(factor, _decay(optimizer), *optimizer.scalars(count).values())
-    kernel = _kernel(optimizer, _NUMPY_FORMATS[bits.dtype])
+    factor, divides = _scale(-divisor if optimizer.maximize else divisor)
+    numbers = np.array((factor, _decay(optimizer), *optimizer.scalars(count).values()), np.float32)
+    kernel = _kernel(optimizer, bits.dtype)
     squares: float = kernel(bits, tuple(slots), weights, new_weights, streaming, divides, numbers)
     return squares
 
@@ -118,8 +120,8 @@ def prepare(optimizer: Optimizer) -> None:
 
     `update` does so itself for what it needs, if nobody has.
     """
-    for gradient in FORMATS:
-        _kernel(optimizer, gradient)
+    for dtype in _FORMATS:
+        _kernel(optimizer, dtype)
 
 
 def add(total: Vector, values: Values, factor: float) -> None:
@@ -139,11 +141,11 @@ def add(total: Vector, values: Values, factor: float) -> None:
     _add(total, as_bits(values), factor)
 
 
-def _scale(divisor: float, maximize: bool) -> tuple[float, bool]:
-    """Returns the signed divisor and True, or where that gives the same bits, its reciprocal and False."""
-    (rounded,) = _rounded(-divisor if maximize else divisor).tolist()
+def _scale(divisor: float) -> tuple[float, bool]:
+    """Returns the rounded divisor and True, or its reciprocal and False where the product has the same bits."""
+    rounded = rounded_to_float32(divisor)
     # The reciprocal of a power of two is exact, if it is in float32's range. A product takes a fraction of the time.
-    is_exact = math.frexp(abs(rounded))[0] == 0.5 and abs(rounded) > 2.0**-128
+    is_exact = abs(math.frexp(rounded)[0]) == 0.5 and abs(rounded) > 2.0**-128
     return (1 / rounded, False) if is_exact else (rounded, True)
 
 
@@ -154,17 +156,12 @@ def _decay(optimizer: Optimizer) -> float:
     return max(1 - optimizer.lr * optimizer.weight_decay, -FLOAT32_MAX)
 
 
-def _rounded(*numbers: float) -> Vector:
-    with np.errstate(over="ignore"):
-        return np.array(numbers, np.float32)
-
-
-def _kernel(optimizer: Optimizer, gradient: Any) -> Any:
-    key = *optimizer.structure, gradient
-    if key not in _kernels:
-        with _compiling:
-            if key not in _kernels:
-                _kernels[key] = _compiled_kernel(optimizer, gradient)
+@functools.lru_cache(maxsize=256)
+def _kernel(optimizer: Optimizer, dtype: np.dtype[Any]) -> Any:
+    key = *optimizer.structure, dtype
+    with _compiling:
+        if key not in _kernels:
+            _kernels[key] = _compiled_kernel(optimizer, _FORMATS[dtype])
     return _kernels[key]
 
 

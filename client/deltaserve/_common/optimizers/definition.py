@@ -163,7 +163,7 @@ class Optimizer(ABC):
     @property
     def structure(self) -> tuple[object, ...]:
         """What a model fixes when it is created: the kind, the slots that exist, and the options."""
-        options = (getattr(self, f.name) for f in fields(self) if f.metadata.get("structural"))  # type: ignore[arg-type]
+        options = (getattr(self, name) for name, metadata in _fields(type(self)) if metadata.get("structural"))
         return (self.kind, *(slot.name for slot in self.slots), *options)
 
     def problem(self) -> tuple[str, str] | None:
@@ -172,21 +172,21 @@ class Optimizer(ABC):
         Returns:
             The name of the first one that is not and its allowed values, or None if all are in range.
         """
-        for hyperparameter in fields(self):  # type: ignore[arg-type]
-            bounds = hyperparameter.metadata.get("bounds")
-            if bounds and not bounds.allow(getattr(self, hyperparameter.name)):
-                return hyperparameter.name, str(bounds)
+        for name, metadata in _fields(type(self)):
+            bounds = metadata.get("bounds")
+            if bounds and not bounds.allow(getattr(self, name)):
+                return name, str(bounds)
         return None
 
 
 def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
     """Returns the names of an optimizer's hyperparameters, options included, in order."""
-    return _names(optimizer if isinstance(optimizer, type) else type(optimizer))
+    return tuple(name for name, _ in _fields(optimizer if isinstance(optimizer, type) else type(optimizer)))
 
 
 @cache  # every push that carries hyperparameters asks for them
-def _names(kind: type[Optimizer]) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind) if f.init)  # type: ignore[arg-type]
+def _fields(kind: type[Optimizer]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    return tuple((f.name, f.metadata) for f in fields(kind) if f.init)  # type: ignore[arg-type]
 
 
 def at_most(op: Operations, x: Any, limit: float) -> Any:
