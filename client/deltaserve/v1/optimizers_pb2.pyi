@@ -3,9 +3,9 @@
 isort:skip_file
 The optimizers that a server has, with their hyperparameters: one message for each.
 
-Names, defaults and results are those of torch.optim, which has all but Lion. The server computes in float32, for each element, with g as the
-mean gradient, w as the weight and t as the number of updates of its tensor, this one included. All optimizers share
-these steps:
+Names, defaults and results are those of torch.optim, which has all but Lion. The server computes in float32, for each
+element, with g as the mean gradient, w as the weight and t as the number of updates of its tensor, this one included.
+All optimizers share these steps:
 
     if maximize: g = -g
     g = g + weight_decay * w                  (AdamW and Lion instead: w = w * (1 - lr * weight_decay))
