@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import hyperparameters
 
 STRUCTURES: tuple[Optimizer, ...] = (
@@ -23,6 +23,7 @@ STRUCTURES: tuple[Optimizer, ...] = (
     Adam(amsgrad=True),
     AdamW(),
     AdamW(amsgrad=True),
+    Lion(),
 )
 """One optimizer of each structure, with torch's defaults elsewhere."""
 
@@ -42,8 +43,12 @@ CASES: tuple[Optimizer, ...] = (
     Adam(lr=0.1, beta1=0.0, beta2=0.0, amsgrad=True),
     AdamW(lr=0.1, beta1=0.3, beta2=0.99, eps=1e-5, weight_decay=0.5, maximize=True),
     AdamW(weight_decay=0.0),
+    Lion(lr=0.1, beta1=0.3, beta2=0.4, weight_decay=0.01, maximize=True),
 )
 """The structures with torch's defaults, with weight decay, and with other hyperparameters."""
+
+IN_TORCH = tuple(optimizer for optimizer in CASES if not isinstance(optimizer, Lion))
+"""The cases whose optimizer torch has too."""
 
 
 def identifier(optimizer: Optimizer) -> str:
@@ -59,7 +64,7 @@ def over(optimizers: Iterable[Optimizer] = CASES) -> pytest.MarkDecorator:
 
 
 def torchs(optimizer: Optimizer, parameters: Any, **options: Any) -> Any:
-    """Returns the optimizer of torch with the same hyperparameters.
+    """Returns the optimizer of torch with the same hyperparameters; it must be one of `IN_TORCH`.
 
     Args:
         optimizer: One of ours.
