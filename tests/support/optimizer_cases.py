@@ -53,7 +53,7 @@ def identifier(optimizer: Optimizer) -> str:
     return ",".join([optimizer.kind, *(f"{name}={getattr(optimizer, name)}" for name in names)])
 
 
-def over(optimizers: Iterable[Optimizer] = CASES) -> Any:
+def over(optimizers: Iterable[Optimizer] = CASES) -> pytest.MarkDecorator:
     """Returns the mark that runs a test with each optimizer, as its argument `optimizer`."""
     return pytest.mark.parametrize("optimizer", [pytest.param(case, id=identifier(case)) for case in optimizers])
 
