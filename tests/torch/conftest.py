@@ -130,7 +130,9 @@ class Pair:
             assert mine.keys() == other.keys()
             for name, value in mine.items():
                 exact = name == "step"
-                torch.testing.assert_close(value, other[name], rtol=0 if exact else 10 * rtol, atol=0 if exact else atol)
+                torch.testing.assert_close(
+                    value, other[name], rtol=0 if exact else 10 * rtol, atol=0 if exact else atol
+                )
 
     def counts(self) -> list[int]:
         """Returns how many updates each parameter has had on the server, in the order of the parameters."""
@@ -320,7 +322,10 @@ class Twins:
         assert (ours.version, ours.update_counts) == (theirs.version, theirs.update_counts)
         assert ours.slots is not None
         assert theirs.slots is not None
-        for mine, other in ((ours.weights, theirs.weights), *zip(ours.slots.values(), theirs.slots.values(), strict=True)):
+        for mine, other in (
+            (ours.weights, theirs.weights),
+            *zip(ours.slots.values(), theirs.slots.values(), strict=True),
+        ):
             assert all(mine[name].tobytes() == other[name].tobytes() for name in mine)
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from tests.torch.conftest import equal, every_kind, every_structure
 from torch import nn
 
 import deltaserve
-from deltaserve.torch import RemoteAdadelta, model_state_of, state_dict_of
+from deltaserve.torch import RemoteOptimizer, RemoteSGD, model_state_of, state_dict_of
+from deltaserve.torch._groups import DEFINITIONS
 from deltaserve_server import LocalServer
 from deltaserve_server.cli import run
 
@@ -36,21 +38,15 @@ ways = pytest.mark.parametrize(("params", "steps"), list(zip(NAMED.values(), (0,
 """Each way to name parameters, with a number of steps before the move."""
 
 
-def bits(state: deltaserve.ModelState) -> dict[tuple[str, str], object]:
-    """Returns what two equal states have in common: names, shapes, counts and every bit."""
+def bits(state: deltaserve.ModelState, counted: bool = True) -> dict[tuple[str, str], object]:
+    """Returns what two equal states have in common: names, shapes, every bit, and if they are `counted`, counts."""
     assert state.slots is not None
     vectors: dict[tuple[str, str], object] = {
         (key, name): (array.shape, array.tobytes())
         for key, values in {"weights": state.weights, **state.slots}.items()
         for name, array in values.items()
     }
-    return vectors | {("update_counts", name): count for name, count in state.update_counts.items()}
-
-
-def adadelta(side: "Side") -> torch.optim.Adadelta:
-    """Returns the optimizer of a side that trains in this process."""
-    assert isinstance(side.optimizer, torch.optim.Adadelta)
-    return side.optimizer
+    return vectors | {("update_counts", name): count for name, count in state.update_counts.items() if counted}
 
 
 def blank(net: nn.Module) -> nn.Module:
@@ -62,24 +58,31 @@ def blank(net: nn.Module) -> nn.Module:
 
 
 def moved_on(
-    side: "Side", client: deltaserve.Client, remote: "Remote", params: "Params", model: str
-) -> tuple[nn.Module, RemoteAdadelta]:
+    side: "Side", client: deltaserve.Client, remote: "Remote", params: "Params", model: str, **options: Any
+) -> tuple[nn.Module, RemoteOptimizer]:
     """Moves a side's state onto the server; returns a network and an optimizer that continue from there."""
-    state, groups = model_state_of(adadelta(side)), len(side.optimizer.param_groups)
+    state, groups = model_state_of(side.optimizer), len(side.optimizer.param_groups)
+    definition: Any = DEFINITIONS[type(side.optimizer)]
     client.create_model(
         model,
         state.weights,
-        groups=[deltaserve.Adadelta()] * groups,
+        groups=[definition(**options)] * groups,
         group_of={name: int(name.startswith("1.")) for name in state.weights},
     ).put_state(state)
     net = blank(side.net)
-    return net, remote(params(net), model=model, through=client.target)
+    return net, remote(params(net), model=model, through=client.target, **options)
 
 
-def moved_off(side: "Side", state: deltaserve.ModelState, params: "Params") -> tuple[nn.Module, torch.optim.Optimizer]:
+def moved_off(
+    side: "Side",
+    state: deltaserve.ModelState,
+    params: "Params",
+    torch_class: Any = torch.optim.Adadelta,
+    **options: Any,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Returns a network and an optimizer that continue in this process from a model's state."""
     net = blank(side.net)
-    optimizer = torch.optim.Adadelta(params(net))
+    optimizer: torch.optim.Optimizer = torch_class(params(net), **options)
     optimizer.load_state_dict(state_dict_of(state, optimizer))
     names = reversed(list(model_state_of(optimizer).weights))
     with torch.no_grad():
@@ -88,43 +91,50 @@ def moved_off(side: "Side", state: deltaserve.ModelState, params: "Params") -> t
     return net, optimizer
 
 
+@every_structure
 @ways
 def test_a_run_moves_onto_a_server_and_continues(
     steps: int,
     params: "Params",
+    options: dict[str, Any],
     make_pair: "Callable[..., Pair]",
     remote: "Remote",
     client: deltaserve.Client,
     model: str,
 ) -> None:
-    pair = make_pair(params=params)
+    pair = make_pair(params=params, **options)
     pair.local.train(steps)
-    before = bits(model_state_of(adadelta(pair.local)))
-    pair.remote.net, pair.remote.optimizer = moved_on(pair.local, client, remote, params, model)
+    before = bits(model_state_of(pair.local.optimizer))
+    pair.remote.net, pair.remote.optimizer = moved_on(pair.local, client, remote, params, model, **options)
     assert bits(client.model(model).pull_state()) == before
     pair.compare(rtol=0, atol=0)
     pair.train(20)
     assert client.model(model).info().version == 1 + 20
 
 
+@every_structure
 @ways
 def test_a_run_moves_off_a_server_and_continues(
     steps: int,
     params: "Params",
+    options: dict[str, Any],
+    kind: type[RemoteOptimizer],
     make_pair: "Callable[..., Pair]",
     remote: "Remote",
     client: deltaserve.Client,
     model: str,
 ) -> None:
-    pair = make_pair(params=params)
-    pair.remote.optimizer = remote(params(pair.remote.net), model=model)
+    pair = make_pair(params=params, **options)
+    pair.remote.optimizer = remote(params(pair.remote.net), model=model, **options)
     pair.remote.train(steps)
     state = client.model(model).pull_state()
-    pair.local.net, pair.local.optimizer = moved_off(pair.remote, state, params)
-    assert bits(model_state_of(adadelta(pair.local))) == bits(state)
+    pair.local.net, pair.local.optimizer = moved_off(pair.remote, state, params, kind._torch_class, **options)
+    counted = kind is not RemoteSGD  # torch.optim.SGD does not count
+    assert bits(model_state_of(pair.local.optimizer), counted) == bits(state, counted)
     pair.compare(rtol=0, atol=0)
     pair.train(20)
-    assert set(model_state_of(adadelta(pair.local)).update_counts.values()) == {steps + 20}
+    counts = {steps + 20} if counted else {int("momentum" in options)}
+    assert set(model_state_of(pair.local.optimizer).update_counts.values()) == counts
 
 
 def test_on_and_off_again_and_again(
@@ -141,7 +151,7 @@ def test_on_and_off_again_and_again(
         moves.net, moves.optimizer = moved_off(pair.remote, client.model(name).pull_state(), params)
         for side in (moves, stays):
             side.train(steps)
-    assert set(model_state_of(adadelta(moves)).update_counts.values()) == {42}
+    assert set(model_state_of(moves.optimizer).update_counts.values()) == {42}
     pair.remote.net, pair.remote.optimizer = moved_on(moves, client, plain_remote, params, f"{model}-last")
     pair.compare()
 
@@ -177,7 +187,7 @@ def test_a_run_moves_between_servers_with_the_same_bits_throughout(
             assert set(ours.update_counts.values()) == {5 + steps + 8}
             state = there.model(model).pull_state()
             one.net, one.optimizer = moved_off(two, state, params)
-            assert bits(model_state_of(adadelta(one))) == bits(state)
+            assert bits(model_state_of(one.optimizer)) == bits(state)
             pair.train(5)
 
 
@@ -187,11 +197,11 @@ def test_a_parameter_without_state_among_others_with(make_pair: "Callable[..., P
 
     local = make_pair().local
     local.train(3, drop)
-    state = model_state_of(adadelta(local))
+    state = model_state_of(local.optimizer)
     assert state.update_counts == {"0.0": 0, "0.1": 3, "0.2": 3, "0.3": 3}
-    assert state.square_avg is not None
-    assert not state.square_avg["0.0"].any()
-    assert sorted(state_dict_of(state, adadelta(local))["state"]) == [1, 2, 3]
+    assert state.slots is not None
+    assert not state.slots["square_avg"]["0.0"].any()
+    assert sorted(state_dict_of(state, local.optimizer)["state"]) == [1, 2, 3]
 
 
 def test_state_dict_of_keeps_the_hyperparameters_of_the_optimizer() -> None:
@@ -214,11 +224,11 @@ def test_names_and_order_are_those_of_remote_adadelta(
 def test_both_conversions_copy(make_pair: "Callable[..., Pair]") -> None:
     local = make_pair().local
     local.train(3)
-    state = model_state_of(adadelta(local))
+    state = model_state_of(local.optimizer)
     before = bits(state)
     local.train(3)
     assert bits(state) == before
-    local.optimizer.load_state_dict(state_dict_of(state, adadelta(local)))
+    local.optimizer.load_state_dict(state_dict_of(state, local.optimizer))
     local.train(3)
     assert bits(state) == before
 
@@ -230,34 +240,53 @@ def test_other_types_travel_as_float32_and_come_back_unchanged(dtype: torch.dtyp
     param.grad = torch.ones_like(param)
     optimizer.step()
     state = model_state_of(optimizer)
-    assert all(array.dtype == np.float32 for array in (state.weights["0.0"], state.square_avg["0.0"]))  # type: ignore[index]
+    assert state.slots is not None
+    assert all(array.dtype == np.float32 for array in (state.weights["0.0"], state.slots["square_avg"]["0.0"]))
     entry = state_dict_of(state, optimizer)["state"][0]
     assert entry["square_avg"].dtype is entry["acc_delta"].dtype is dtype
     assert entry["step"].dtype is torch.float32
 
 
-def test_an_optimizer_that_is_not_torchs_adadelta_is_refused(plain_remote: "Remote") -> None:
+class Changed(torch.optim.AdamW):
+    """A subclass, whose step may be another one."""
+
+
+def test_an_optimizer_that_is_not_served_is_refused(plain_remote: "Remote", target: str) -> None:
     """The state of a RemoteAdadelta is on the server; the object itself has none."""
-    net = nn.Linear(2, 1)
-    state = model_state_of(torch.optim.Adadelta(net.parameters()))
-    for optimizer in (plain_remote(net.parameters()), torch.optim.SGD(net.parameters(), lr=0.1)):
-        kind = type(optimizer).__name__
-        with pytest.raises(TypeError, match=f"expected a torch.optim.Adadelta, got {kind}"):
-            model_state_of(optimizer)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=f"expected a torch.optim.Adadelta, got {kind}"):
-            state_dict_of(state, optimizer)  # type: ignore[arg-type]
+    weight = nn.Parameter(torch.zeros(2, 2))
+    state = model_state_of(torch.optim.Adadelta([weight]))
+    others = [torch.optim.Adamax([weight]), torch.optim.LBFGS([weight]), Changed([weight]), plain_remote([weight])]
+    if hasattr(torch.optim, "Muon"):
+        others.append(torch.optim.Muon([weight]))
+    for optimizer in others:
+        text = (
+            f"{type(optimizer).__name__} is not served: expected an optimizer of torch.optim that is elementwise, "
+            "exactly one of Adadelta, SGD, Adagrad, RMSprop, Adam, AdamW.* Muon and LBFGS are not elementwise"
+        )
+        with pytest.raises(TypeError, match=text):
+            model_state_of(optimizer)
+        with pytest.raises(TypeError, match=text):
+            state_dict_of(state, optimizer)
+        with pytest.raises(TypeError, match=text):
+            RemoteOptimizer.of(optimizer, target, model="m")
 
 
 def test_a_state_that_does_not_fit_the_parameters() -> None:
     optimizer = torch.optim.Adadelta([torch.ones(3)])
     ones = {"0.0": np.ones(3, np.float32)}
-    state = deltaserve.ModelState(version=1, weights=ones, square_avg=ones, acc_delta=ones, update_counts={"0.0": 1})
+    slots = {"square_avg": ones, "acc_delta": ones}
+    state = deltaserve.ModelState(version=1, weights=ones, slots=slots, update_counts={"0.0": 1})
     assert state_dict_of(state, optimizer)["state"][0]["step"].item() == 1
     for wrong, text in (
-        (replace(state, square_avg=None), "square_avg: the state has none"),
-        (replace(state, acc_delta={}), "acc_delta: tensor 0.0 is missing"),
+        (replace(state, slots=None), "slots: the state has none"),
+        (replace(state, slots={}), "slots: expected acc_delta, square_avg, got nothing"),
+        (replace(state, slots={"sum": ones}), "slots: expected acc_delta, square_avg, got sum"),
+        (replace(state, slots=slots | {"acc_delta": {}}), "acc_delta: tensor 0.0 is missing"),
         (replace(state, update_counts={}), "update_counts: tensor 0.0 is missing"),
-        (replace(state, acc_delta={"0.0": np.ones(2, np.float32)}), r"expected tensor 0.0 of shape \(3,\), got \(2,\)"),
+        (
+            replace(state, slots=slots | {"acc_delta": {"0.0": np.ones(2, np.float32)}}),
+            r"expected tensor 0.0 of shape \(3,\), got \(2,\)",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             state_dict_of(wrong, optimizer)
@@ -269,3 +298,98 @@ def test_two_parameters_of_one_name() -> None:
     optimizer.param_groups[1]["param_names"] = ["0.0"]
     with pytest.raises(ValueError, match="two parameters are named"):
         model_state_of(optimizer)
+
+
+# --- RemoteOptimizer.of
+
+
+@every_structure
+@ways
+def test_of_puts_an_optimizer_with_groups_and_state_onto_a_server(
+    steps: int,
+    params: "Params",
+    options: dict[str, Any],
+    kind: Any,
+    make_pair: "Callable[..., Pair]",
+    target: str,
+    model: str,
+) -> None:
+    pair = make_pair(params=params, **options)
+    one, two = pair.local, pair.remote
+    two.optimizer = kind._torch_class(params(two.net), **options)
+    for side in pair.sides:
+        for index, group in enumerate(side.optimizer.param_groups):
+            group.update(lr=0.01 * (index + 1), weight_decay=0.1)
+    for side in pair.sides:
+        side.train(steps)
+    state = deepcopy(two.optimizer.state_dict())
+    with RemoteOptimizer.of(two.optimizer, target, model=model, timeout_seconds=30) as remote:
+        assert type(remote) is kind
+        assert equal(remote.state_dict(), state)
+        two.optimizer = remote
+        pair.train(10)
+        assert equal(one.optimizer.state_dict()["param_groups"], remote.state_dict()["param_groups"])
+        remote._model.delete()
+
+
+@every_kind
+def test_of_joins_a_model_that_exists(kind: Any, plain_remote: "Remote", target: str, model: str) -> None:
+    """Its weights and its state count, not those of the optimizer that is put there."""
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+    ours.grad = theirs.grad = torch.ones(3)
+    first = plain_remote([ours], model=model)
+    first.step()
+    local = kind._torch_class([theirs])
+    for _ in range(5):
+        local.step()
+    with RemoteOptimizer.of(local, target, model=model, worker="second") as second:
+        assert torch.equal(ours, theirs)
+        assert (second.version, second.rank) == (1, 1)
+        assert equal(second.state_dict(), first.state_dict())
+
+
+def test_of_takes_the_options_of_the_class(target: str, model: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    local = torch.optim.SGD([param], lr=1.0, momentum=0.5)
+    options: Any = {"local_steps": 2, "local_optimizer": lambda groups: torch.optim.SGD(groups, lr=0.5), "worker": "w"}
+    with RemoteOptimizer.of(local, target, model=model, **options) as remote:
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            remote.step()
+        assert (remote.version, param.tolist()) == (1, [0.0] * 3)
+        remote._model.delete()
+    with pytest.raises(ValueError, match="local_steps: expected 1"):
+        RemoteOptimizer.of(local, target, model=model, local_steps=2)
+
+
+def test_of_leaves_nothing_behind_if_the_state_does_not_fit(client: deltaserve.Client, model: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    local = torch.optim.SGD([param], momentum=0.5)
+    param.grad = torch.ones(3)
+    local.step()
+    local.param_groups[0]["momentum"] = 0
+    with pytest.raises(
+        ValueError, match=r"the state of parameter 0\.0 does not fit the hyperparameters: expected nothing"
+    ):
+        RemoteOptimizer.of(local, client.target, model=model)
+    local.param_groups[0]["momentum"] = 0.5
+    local.state[param]["momentum_buffer"].fill_(torch.nan)
+    with pytest.raises(deltaserve.RequestError, match=r"NaN or infinity in tensor 0\.0"):
+        RemoteOptimizer.of(local, client.target, model=model)
+    assert model not in [summary.name for summary in client.models()]
+    assert param.tolist() != [1, 1, 1]
+
+
+def test_the_decoupled_weight_decay_of_adam_is_adamw(target: str) -> None:
+    local = torch.optim.Adam([torch.ones(1)], decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match="use RemoteAdamW instead"):
+        RemoteOptimizer.of(local, target, model="m")
+
+
+def test_a_mixture_of_structures_is_refused(target: str) -> None:
+    """torch allows it."""
+    groups = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "amsgrad": True}]
+    local = torch.optim.Adam(groups)
+    for refused in (lambda: model_state_of(local), lambda: RemoteOptimizer.of(local, target, model="m")):
+        with pytest.raises(ValueError, match="expected adam, got adam with amsgrad: all parameter groups"):
+            refused()

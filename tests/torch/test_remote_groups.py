@@ -182,7 +182,12 @@ def test_a_group_that_is_refused_leaves_nothing_behind(
 
 DIFFERENT: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], str]]" = [
     (RemoteSGD, {}, {"momentum": 0.9}, "expected sgd, got sgd with momentum"),
-    (RemoteSGD, {"momentum": 0.9}, {"nesterov": True}, "expected sgd with momentum, got sgd with momentum and nesterov"),
+    (
+        RemoteSGD,
+        {"momentum": 0.9},
+        {"nesterov": True},
+        "expected sgd with momentum, got sgd with momentum and nesterov",
+    ),
     (RemoteRMSprop, {"momentum": 0.5}, {"momentum": 0}, "expected rmsprop with momentum, got rmsprop"),
     (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),
     (RemoteAdam, {"amsgrad": True}, {"amsgrad": False}, "expected adam with amsgrad, got adam"),

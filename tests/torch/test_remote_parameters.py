@@ -1,11 +1,14 @@
 """Parameters of any layout, shape and type, and parameters that are shared."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.torch.conftest import every_structure
 from torch import Tensor, nn
+
+from deltaserve.torch import RemoteOptimizer, RemoteSGD
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Pair, Remote, Side
@@ -74,18 +77,25 @@ def test_a_gradient_of_another_layout_than_its_parameter(make_pair: "Callable[..
     make_pair(lambda: Holder(values(5, 4), values(2, 3))).train(20, relayout)
 
 
+@every_structure
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_parameters_of_another_type_keep_it(dtype: torch.dtype, make_pair: "Callable[..., Pair]") -> None:
+def test_parameters_of_another_type_keep_it(
+    dtype: torch.dtype, options: dict[str, Any], kind: type[RemoteOptimizer], make_pair: "Callable[..., Pair]"
+) -> None:
     """The server computes in float32, torch in the parameters' type: they agree to the precision of the coarser one."""
-    pair = make_pair(lambda: Holder(values(6, 5, dtype=dtype), values(4)), eps=1e-3)
+    eps = {} if kind is RemoteSGD else {"eps": 1e-3}
+    pair = make_pair(lambda: Holder(values(6, 5, dtype=dtype), values(4)), **{"lr": 0.01, **eps, **options})
     for side in pair.sides:
         side.train(20)
     one, two = (next(iter(side.net.parameters())) for side in pair.sides)
     assert one.dtype is dtype
     coarse = {torch.float64: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
     torch.testing.assert_close(one, two, rtol=coarse, atol=coarse)
-    state = pair.remote.optimizer.state_dict()["state"][0]
-    assert (state["square_avg"].dtype, state["acc_delta"].dtype, state["step"].dtype) == (dtype, dtype, torch.float32)
+    state = pair.remote.optimizer.state_dict()["state"].get(0, {})
+    assert {name: value.dtype for name, value in state.items()} == {
+        name: torch.float32 if name == "step" else dtype
+        for name in pair.local.optimizer.state_dict()["state"].get(0, {})
+    }
 
 
 def test_a_float64_parameter_starts_from_the_servers_float32_value(remote: "Remote") -> None:

@@ -27,7 +27,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @every_structure
 def test_it_has_the_form_of_torch(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
-    pair = make_pair(**{"lr": 0.5, **options})
+    pair = make_pair(**{"lr": 0.01, **options})
     ours, theirs = (side.optimizer.state_dict() for side in pair.sides)
     assert equal(ours, theirs), "no state before the first step, except in Adagrad"
     pair.train(3)
@@ -91,7 +91,7 @@ def test_a_checkpoint_continues_in_a_new_model_on_the_server(
 
 @every_structure
 def test_a_state_that_is_loaded_is_what_comes_back(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
-    pair = make_pair(lr=0.5, **options)
+    pair = make_pair(lr=0.01, **options)
     pair.train(7)
     state = pair.local.optimizer.state_dict()
     saved = deepcopy(state)
@@ -127,9 +127,7 @@ def test_an_empty_state_starts_over(options: dict[str, Any], make_pair: "Callabl
 
 
 @every_structure
-def test_a_parameter_without_state_among_others_with(
-    options: dict[str, Any], make_pair: "Callable[..., Pair]"
-) -> None:
+def test_a_parameter_without_state_among_others_with(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
     def drop(side: "Side", step: int) -> None:
         next(iter(side.net.parameters())).grad = None
 
@@ -257,7 +255,7 @@ def test_a_state_of_another_structure_is_refused_and_changes_nothing(
     for entry in state["state"].values():
         entry["other"] = entry.popitem()[1]
     if state["state"]:
-        with pytest.raises(ValueError, match="the state of parameter 0.3 does not fit the hyperparameters: expected"):
+        with pytest.raises(ValueError, match=r"the state of parameter 0\.0 does not fit the hyperparameters"):
             pair.remote.optimizer.load_state_dict(state)
     assert equal(pair.remote.optimizer.state_dict(), saved)
     assert pair.remote.optimizer._model.info().version == version  # type: ignore[attr-defined]
@@ -269,15 +267,13 @@ def test_a_state_of_another_optimizer_is_refused(make_pair: "Callable[..., Pair]
     pair.train(3)
     for other in (torch.optim.SGD, torch.optim.Adam):
         state = other(deepcopy(pair.local.net).parameters()).state_dict()
-        with pytest.raises(ValueError, match="a parameter group lacks .*; is it one of another optimizer?"):
+        with pytest.raises(ValueError, match=r"a parameter group lacks .*; is it one of another optimizer\?"):
             pair.remote.optimizer.load_state_dict(state)
     pair.train(3)
 
 
 @pytest.mark.parametrize("kind", [RemoteSGD])
-def test_momentum_of_none_is_that_of_a_parameter_before_its_first_update(
-    make_pair: "Callable[..., Pair]"
-) -> None:
+def test_momentum_of_none_is_that_of_a_parameter_before_its_first_update(make_pair: "Callable[..., Pair]") -> None:
     """Older versions of torch write None; the first update with dampening differs from the others."""
     pair = make_pair(momentum=0.9, dampening=0.5)
     pair.train(3)
