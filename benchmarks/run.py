@@ -53,6 +53,9 @@ def benchmarks(quick: bool, sizes: Sequence[int]) -> Iterator[Benchmark]:
     """Yields the benchmarks that can run on this machine, except those of the peers."""
     seconds = 1.0 if quick else 10.0
     yield Benchmark("kernel-cpu", 21, kernel.cpu)
+    for name in gpu.OPTIMIZERS:
+        if name != "adadelta":
+            yield Benchmark(f"kernel-cpu-{name}", 21, partial(kernel.cpu, name=name))
     yield Benchmark("step-a", 21, step.large)
     yield Benchmark("step-b", 2000, step.small)
     for size in sizes:

@@ -12,7 +12,7 @@ Example:
 """
 
 from deltaserve._client import Client, connect
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from deltaserve._common.policies import Async, Bounded, Sync
 from deltaserve._errors import (
     ConflictError,
@@ -56,6 +56,7 @@ __all__ = [
     "Contribution",
     "Error",
     "Limits",
+    "Lion",
     "Model",
     "ModelEvent",
     "ModelInfo",

@@ -119,7 +119,7 @@ class Model:
 
         Args:
             state: A state as from `pull_state`. Without `slots`, the optimizer state becomes that before the first
-                update.
+                update, and its `update_counts` do not count.
 
         Raises:
             ValueError: A slot or a tensor is missing or unknown, or has another shape. Nothing was sent.
@@ -132,7 +132,7 @@ class Model:
             raise ValueError(f"slots: expected {', '.join(slots) or 'none'}, got {', '.join(state.slots) or 'none'}")
         vectors = [self._arrays(state.weights, "weights"), *self._slots(state.slots)]
         self._check_names(state.update_counts, "update_counts")
-        counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors]
+        counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors] if state.slots is not None else []
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts, slots=slots)
         kind = model_service_pb2.PutStateRequest
         self._connection.send("PutState", lambda: vector_messages(kind, header, vectors), repeats_uncertain=False)

@@ -5,28 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.optimizer_cases import STRUCTURES, identifier, over
 from tests.support.states import assert_same_state
 
 import deltaserve
 from deltaserve import SGD, Adadelta, Adagrad, Adam, AdamW, Client, Optimizer, RMSprop, TensorSpec
+from deltaserve._common.codec import Chunk
 from deltaserve._common.optimizers import OPTIMIZERS
 from deltaserve._conversion import to_groups
-from deltaserve.v1 import optimizers_pb2
+from deltaserve._model import _take_state
+from deltaserve.v1 import common_pb2, model_service_pb2, optimizers_pb2
 from deltaserve_server.optimizers import reference
 
-CASES: list[Optimizer] = [
-    Adadelta(lr=0.7, weight_decay=0.01),
-    SGD(lr=0.1),
-    SGD(lr=0.1, momentum=0.9, dampening=0.1),
-    SGD(lr=0.1, momentum=0.9, nesterov=True, maximize=True),
-    Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.25),
-    RMSprop(weight_decay=0.1),
-    RMSprop(momentum=0.5, centered=True),
-    Adam(weight_decay=0.1),
-    Adam(lr=0.01, amsgrad=True),
-    AdamW(lr=0.01, weight_decay=0.1),
-]
-every = pytest.mark.parametrize("optimizer", CASES, ids=str)
+every = over(STRUCTURES)
 
 SMALL, LARGE = 5, 700_000
 """Sizes of a model that fits into one message, and of one whose vectors take three chunks each."""
@@ -38,13 +29,13 @@ WEIGHTS: dict[str, Any] = {
 }
 
 
+def name_of(value: object) -> object:
+    return identifier(value) if isinstance(value, Optimizer) else value
+
+
 def gradients(number: int) -> dict[str, Any]:
     rng = np.random.default_rng(number)
     return {name: rng.standard_normal(np.shape(values)) for name, values in WEIGHTS.items()}
-
-
-def test_the_cases_are_all_optimizers() -> None:
-    assert {optimizer.kind for optimizer in CASES} == set(OPTIMIZERS)
 
 
 @every
@@ -59,9 +50,17 @@ def test_the_server_says_which_optimizers_it_has(client: Client) -> None:
     assert client.server_info().optimizers == tuple(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
 @every
-def test_a_step_is_an_update_of_the_optimizer(client: Client, optimizer: Optimizer, size: int) -> None:
+def test_a_step_is_an_update_of_the_optimizer(client: Client, optimizer: Optimizer) -> None:
+    check_steps(client, optimizer, SMALL)
+
+
+def test_a_step_in_several_chunks_is_an_update(client: Client) -> None:
+    check_steps(client, Adadelta(lr=0.7, weight_decay=0.01), LARGE)
+
+
+def check_steps(client: Client, optimizer: Optimizer, size: int) -> None:
+    """Compares three steps with the reference."""
     rng = np.random.default_rng(1)
     start = rng.standard_normal(size).astype(np.float32)
     model = client.create_model("m", {"w": start}, optimizer=optimizer)
@@ -123,8 +122,9 @@ def test_a_state_without_slots_is_that_before_the_first_update(client: Client, o
         assert all((values == slot.initial).all() for values in initial.slots[slot.name].values())
     with model.worker() as worker:
         worker.step(gradients(1))
-    assert model.pull_state(optimizer_state=False).slots is None
-    model.put_state(replace(initial, slots=None))
+    state = model.pull_state(optimizer_state=False)
+    assert (state.slots, state.update_counts) == (None, dict.fromkeys(WEIGHTS, 1))
+    model.put_state(replace(state, weights=initial.weights))
     assert_same_state(model.pull_state(), initial)
 
 
@@ -205,7 +205,7 @@ def test_a_state_may_be_negative_where_the_optimizer_says_so(client: Client) -> 
         (SGD(momentum=0.9), SGD(momentum=0.9, nesterov=True), "sgd with momentum", "sgd with momentum, nesterov"),
         (RMSprop(centered=True), RMSprop(momentum=0.5), "rmsprop with centered", "rmsprop with momentum"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_another_optimizer_than_the_models_is_refused(
     client: Client, optimizer: Optimizer, other: Optimizer, expected: str, got: str
@@ -257,11 +257,12 @@ def test_one_of_optimizer_and_groups_is_given(client: Client) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "field"),
     [
-        (Adadelta(rho=1.5), "rho"), (SGD(lr=-1.0), "lr"), (SGD(nesterov=True), "nesterov"), (Adagrad(eps=0.0), "eps"),
-        (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"), (Adam(beta2=float("nan")), "beta2"),
+        (Adadelta(rho=1 + 1e-10), "rho"), (SGD(lr=-1.0), "lr"), (SGD(nesterov=True), "nesterov"),
+        (Adagrad(eps=0.0), "eps"), (RMSprop(alpha=-0.1), "alpha"), (Adam(beta1=1.0), "beta1"),
+        (Adam(beta2=float("nan")), "beta2"),
         (AdamW(weight_decay=float("inf")), "weight_decay"), (Adam(eps=1e-60), "eps"),
     ],
-    ids=str,
+    ids=name_of,
 )  # fmt: skip
 def test_a_hyperparameter_out_of_range_is_named(client: Client, optimizer: Optimizer, field: str) -> None:
     with pytest.raises(deltaserve.RequestError, match=field) as caught:
@@ -329,6 +330,35 @@ def test_a_change_of_lr_is_not_a_change_of_the_optimizer(client: Client) -> None
     model = client.create_model("m", WEIGHTS, optimizer=SGD(momentum=0.9))
     model.update(groups=[SGD(lr=0.5, momentum=0.1, dampening=0.3)])
     assert client.model("m").groups == (SGD(lr=0.5, momentum=0.1, dampening=0.3),)
+
+
+def test_no_hyperparameters_make_a_state_that_is_refused(client: Client) -> None:
+    """An infinite step and an infinite buffer of opposite signs would add up to NaN."""
+    model = client.create_model("m", {"w": np.zeros(2)}, optimizer=RMSprop(lr=0, alpha=1, eps=1e-45, momentum=10))
+    slots = {"square_avg": {"w": np.zeros(2, np.float32)}, "momentum_buffer": {"w": np.array([3e38, -3e38], "f4")}}
+    model.put_state(replace(model.pull_state(), slots=slots))
+    with model.worker() as worker:
+        worker.step({"w": [-1e19, 1e19]})
+    model.put_state(model.pull_state())
+    assert model.info().version == 3
+
+
+@pytest.mark.parametrize("offset", [0, 5, 6, 17, 18, 1 << 40, (1 << 64) - 1])
+def test_a_state_of_nonsense_is_written_within_its_arrays(offset: int) -> None:
+    """Six elements of a model with five in each of three vectors, wherever they are said to belong."""
+    tensors = [common_pb2.TensorSpec(name="a", shape=[5]), common_pb2.TensorSpec(name="none", shape=[0, 2])]
+    config = common_pb2.ModelConfig(tensors=tensors)
+    header = model_service_pb2.PullStateHeader(config=config, slots=["s", "t"], update_counts=[1, 1])
+    whole = Chunk("state", 0, np.zeros(15, "<f4").data.cast("B"))
+    chunk = Chunk("state", offset, np.arange(1, 7, dtype="<f4").data.cast("B"))
+    state = _take_state(header, [whole, chunk], optimizer_state=True)
+    assert state.slots is not None
+    assert list(state.slots) == ["s", "t"]
+    flat = np.concatenate([tensors["a"] for tensors in (state.weights, *state.slots.values())])
+    expected = np.zeros(15, np.float32)
+    written = max(0, min(6, 15 - offset))
+    expected[offset : offset + written] = np.arange(1, 1 + written)
+    np.testing.assert_array_equal(flat, expected)
 
 
 def test_an_optimizer_of_a_newer_server_is_named() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,7 +367,8 @@ def test_a_record_written_by_one_of_two_system_calls_is_torn(
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_record_takes_no_more_space_than_is_reserved_for_it(kind: str) -> None:
-    long = {field.name: 1e-300 / 9 for field in fields(OPTIMIZERS[kind]) if field.metadata.get("bounds")}  # type: ignore[arg-type]
-    groups = (OPTIMIZERS[kind](**long),) * 1000
+    optimizer: Any = OPTIMIZERS[kind]
+    long = {field.name: 1e-300 / 9 for field in fields(optimizer) if field.metadata.get("bounds")}
+    groups = (optimizer(**long),) * 1000
     written = journal._encoded(Record(1, Extended((), groups)), bytes(8), 0)
     assert sum(map(len, written)) <= journal.record_bytes(0, extension_entries((), groups))

@@ -21,7 +21,8 @@ from deltaserve_server.durability import model_storage
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Refusal, Session, Wire, asynchronous, eventually, pieces, sync
+from messages import asynchronous, pieces, sync
+from wire import Refusal, Session, Wire, eventually
 
 import deltaserve
 from deltaserve.v1.common_pb2 import TensorSpec

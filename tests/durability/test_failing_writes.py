@@ -15,7 +15,8 @@ from trouble import Trouble
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Wire, asynchronous
+from messages import asynchronous
+from wire import Wire
 
 from deltaserve.v1.model_service_pb2 import DeleteModelRequest
 from deltaserve_server import LocalServer, ServerConfig

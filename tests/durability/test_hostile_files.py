@@ -313,7 +313,7 @@ def test_an_optimizer_that_is_not_the_models_in_a_record(past: Path, kind: str, 
 
 
 @pytest.mark.parametrize("what", FORGED_OPTIMIZERS)
-@pytest.mark.parametrize("place", ["settings", "initial_settings", "updates"])
+@pytest.mark.parametrize("place", ["settings", "initial_settings", "next_settings", "updates"])
 def test_an_optimizer_that_is_not_the_models_in_a_manifest(past: Path, place: str, what: str) -> None:
     folder = past / "models" / "m"
     name = max(folder.glob("snapshot-*.json")).name
@@ -321,6 +321,7 @@ def test_an_optimizer_that_is_not_the_models_in_a_manifest(past: Path, place: st
         if older.stem != name.removesuffix(".json"):
             older.unlink()
     good = json.loads((folder / name).read_bytes()[:-10])
+    good["model"]["next_settings"] = good["model"]["settings"]
     path = ("updates", 0, "hyperparameters", 0) if place == "updates" else (place, "groups", 0)
     for optimizer, accepted in ((ADAM, True), (FORGED_OPTIMIZERS[what], False)):
         (folder / name).write_bytes(signed(changed(good, ("model", *path), optimizer)))

@@ -11,7 +11,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Wire, asynchronous
+from messages import asynchronous
+from wire import Wire
 
 from deltaserve.v1.model_service_pb2 import ListSnapshotsRequest
 from deltaserve_server import LocalServer, ServerConfig

@@ -13,7 +13,8 @@ from model_host import copied
 
 sys.path.append(str(Path(__file__).parents[1] / "service"))
 
-from wire import Session, Shapes, Snapshot, Wire, asynchronous, bounded, pieces, sync
+from messages import Shapes, asynchronous, bounded, pieces, sync
+from wire import Session, Snapshot, Wire
 
 from deltaserve._common import optimizers
 from deltaserve._common.optimizer_messages import to_message

@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from model_host import MEMORY, OPTIMIZERS, ModelHost, check_comes_back, copied, machine, random, seen
+from tests.support.optimizer_cases import over
 
 from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Push, Session, Tensor
 
-matrix = pytest.mark.parametrize(
-    ("optimizer", "through"),
-    [(optimizer, through) for optimizer in OPTIMIZERS for through in ("journal", "snapshot")],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.structure)),
-)
+through = pytest.mark.parametrize("through", ["journal", "snapshot"])
 
 
 class Twins:
@@ -64,7 +61,8 @@ def push(engine: ModelEngine, session: Session, sequence: int, absent: Collectio
     engine.push(given, staging, MEMORY.reserve(0))
 
 
-@matrix
+@through
+@over(OPTIMIZERS)
 def test_it_comes_back_after_absent_tensors_and_an_extension(quick: Path, optimizer: Any, through: str) -> None:
     """Each tensor has had another number of updates, and the new ones begin with their own group's initial slots."""
     twins = Twins(quick, optimizer, through)
@@ -81,7 +79,8 @@ def test_it_comes_back_after_absent_tensors_and_an_extension(quick: Path, optimi
     twins.check()
 
 
-@matrix
+@through
+@over(OPTIMIZERS)
 def test_it_comes_back_after_its_state_was_put(quick: Path, optimizer: Optimizer, through: str) -> None:
     twins = Twins(quick, optimizer, through)
     push(twins.engine, twins.session, 1)

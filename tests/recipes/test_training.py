@@ -78,6 +78,19 @@ def test_digits_are_learned_by_any_number_of_workers(
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("name", [name for name in Digits.optimizers if name != "adadelta"])
+def test_digits_are_learned_with_every_optimizer(target: str, model: str, digits: Digits, name: str, kind: str) -> None:
+    policy: Policy = deltaserve.Sync(min_workers=4) if kind == "sync" else deltaserve.Async()
+    recipe = replace(digits, optimizer=Digits.optimizers[name])
+    result = run(recipe, target=target, model=model, workers=4, policy=policy)
+    assert result.accuracy is not None
+    assert result.accuracy >= 0.95
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
+        assert client.model(model).groups == (recipe.optimizer,)
+
+
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "policy",
     [

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from google.protobuf.message import Message
+from messages import Vector
 from numpy.typing import ArrayLike
-from wire import SECONDS, Session, Vector, Wire
+from wire import SECONDS, Session, Wire
 
 from deltaserve.v1 import worker_service_pb2 as rpc
 

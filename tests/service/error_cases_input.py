@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from error_scene import CASES, Case, Request, Scene, case, opened, put, step, stream, whole
-from wire import adadelta, creation, floats, pieces, sync
+from messages import adadelta, creation, floats, pieces, sync
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from error_scene import CASES, Case, Request, Scene, case, put, step, stream, whole
-from wire import ADADELTA_SLOTS, adadelta, creation, optimizer, replacement, sync
+from messages import ADADELTA_SLOTS, adadelta, creation, optimizer, replacement, sync
 
 from deltaserve._common.optimizers import OPTIMIZERS
 from deltaserve.v1 import common_pb2 as pb

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from error_scene import CASES, Case, Request, Scene, case, step, stream
-from wire import Watch, adadelta, asynchronous, bounded, creation, eventually, sync
+from messages import adadelta, asynchronous, bounded, creation, sync
+from wire import Watch, eventually
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models

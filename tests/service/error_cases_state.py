@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from error_scene import LARGE, Request, Scene, case, opened, step, stream
-from wire import ADADELTA_SLOTS, Session, adadelta, creation, eventually, sync
+from messages import ADADELTA_SLOTS, adadelta, creation, sync
+from wire import Session, eventually
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models

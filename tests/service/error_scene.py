@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from wire import ADADELTA_SLOTS, Session, Wire, cut, eventually, floats, push
+from messages import ADADELTA_SLOTS, cut, floats, push
+from wire import Session, Wire, eventually
 
 from deltaserve.v1 import common_pb2 as pb
 from deltaserve.v1 import model_service_pb2 as models

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 import numpy as np
+from messages import Vector
 from numpy.typing import ArrayLike
-from wire import Snapshot, Vector
+from wire import Snapshot
 
 from deltaserve._common.optimizers import OPTIMIZERS, Adadelta, Optimizer
 from deltaserve._common.optimizers.definition import hyperparameters

@@ -6,7 +6,8 @@ import grpc
 import numpy as np
 import pytest
 from expected import Twin, gradient
-from wire import Session, Wire, adadelta, asynchronous, bounded, eventually, floats, refusal, streamed, unchanged
+from messages import adadelta, asynchronous, bounded, floats
+from wire import Session, Wire, eventually, refusal, streamed, unchanged
 
 from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1.worker_service_pb2 import PUSH_STATE_APPLIED, StepRequest

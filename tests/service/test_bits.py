@@ -8,8 +8,9 @@ from itertools import permutations
 import grpc
 import numpy as np
 import pytest
+from messages import Vector, cut, push, sync
 from numpy.typing import NDArray
-from wire import Snapshot, Vector, Wire, cut, push, streamed, sync
+from wire import Snapshot, Wire, streamed
 
 from deltaserve._common.optimizer_messages import to_message
 from deltaserve._common.optimizers import Adadelta

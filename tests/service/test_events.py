@@ -7,8 +7,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from messages import sync
 from tests.support.clock import ManualClock
-from wire import Wire, sync
+from wire import Wire
 
 from deltaserve.v1.model_service_pb2 import GetModelRequest, SaveSnapshotRequest
 from deltaserve_server import LocalServer, ServerConfig

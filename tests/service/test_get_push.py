@@ -6,8 +6,9 @@ from threading import Event
 import numpy as np
 import pytest
 from expected import gradient
+from messages import asynchronous, bounded, cut, push, sync
 from reused_server import ReusedServers
-from wire import Session, Wire, asynchronous, bounded, cut, eventually, push, streamed, sync, unchanged
+from wire import Session, Wire, eventually, streamed, unchanged
 
 from deltaserve.v1.worker_service_pb2 import (
     PUSH_STATE_APPLIED,

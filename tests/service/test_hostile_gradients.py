@@ -11,7 +11,8 @@ import grpc
 import numpy as np
 import pytest
 from expected import STRUCTURES
-from wire import Session, Snapshot, Vector, Wire, adadelta, asynchronous, bounded, cut, floats, refusal, streamed, sync
+from messages import Vector, adadelta, asynchronous, bounded, cut, floats, sync
+from wire import Session, Snapshot, Wire, refusal, streamed
 
 from deltaserve._common.optimizer_messages import to_message
 from deltaserve._common.optimizers import Adadelta, Optimizer

@@ -10,8 +10,9 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from messages import adadelta, creation, cut, floats, pieces, push, replacement, sync
 from mutations import Messages, Mutator
-from wire import METHODS, Session, Wire, adadelta, creation, cut, floats, pieces, push, refusal, replacement, sync
+from wire import METHODS, Session, Wire, refusal
 
 from deltaserve._common.error_table import TABLE
 from deltaserve.v1 import model_service_pb2 as models

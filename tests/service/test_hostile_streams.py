@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from wire import Wire, creation, cut, floats, push, refusal, unchanged
+from messages import creation, cut, floats, push
+from wire import Wire, refusal, unchanged
 
 from deltaserve.v1.common_pb2 import Chunk, ModelConfig, TensorSpec
 from deltaserve.v1.model_service_pb2 import CreateModelRequest

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from wire import Wire, adadelta, cut, floats, push, streamed, sync, unchanged
+from messages import adadelta, cut, floats, push, sync
+from wire import Wire, streamed, unchanged
 
 from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
 from deltaserve.v1.worker_service_pb2 import StepRequest

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from wire import METHODS, SERVICES, Wire, adadelta, creation, cut, eventually, push, refusal, sync, unchanged
+from messages import adadelta, creation, cut, push, sync
+from wire import METHODS, SERVICES, Wire, eventually, refusal, unchanged
 
 from deltaserve.v1.common_pb2 import ModelConfig
 from deltaserve.v1.model_service_pb2 import CreateModelRequest

@@ -8,8 +8,9 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+from messages import creation, cut, push, sync
 from reused_server import ReusedServers
-from wire import Session, Wire, creation, cut, eventually, push, refusal, sync, unchanged
+from wire import Session, Wire, eventually, refusal, unchanged
 
 from deltaserve.v1.model_service_pb2 import PullStateRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest

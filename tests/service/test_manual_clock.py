@@ -6,8 +6,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from messages import sync
 from tests.support.clock import ManualClock
-from wire import Wire, refusal, sync
+from wire import Wire, refusal
 
 from deltaserve_server import LocalServer, ServerConfig
 

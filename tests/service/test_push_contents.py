@@ -1,8 +1,9 @@
 """Pushes without some tensors, and with hyperparameters of their own."""
 
 import numpy as np
+from messages import Vector, adadelta, floats, push, sync
 from numpy.typing import ArrayLike
-from wire import Snapshot, Vector, Wire, adadelta, floats, push, streamed, sync, unchanged
+from wire import Snapshot, Wire, streamed, unchanged
 
 from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve.v1.worker_service_pb2 import StepRequest

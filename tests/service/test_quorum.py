@@ -8,7 +8,8 @@ import grpc
 import numpy as np
 import pytest
 from expected import Twin, gradient
-from wire import Session, Stepped, Wire, cut, eventually, floats, push, refusal, streamed, sync, unchanged
+from messages import cut, floats, push, sync
+from wire import Session, Stepped, Wire, eventually, refusal, streamed, unchanged
 
 from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN
 from deltaserve.v1.worker_service_pb2 import PUSH_STATE_NOT_ACCEPTED, StepRequest

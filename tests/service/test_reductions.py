@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from expected import Twin, gradient, norm, weighted_sum
-from wire import Snapshot, Stepped, Vector, Wire, push, streamed, sync
+from messages import Vector, push, sync
+from wire import Snapshot, Stepped, Wire, streamed
 
 from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Policy
 

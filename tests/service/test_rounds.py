@@ -7,22 +7,9 @@ from time import monotonic, sleep
 import grpc
 import numpy as np
 import pytest
+from messages import Vector, cut, floats, push, sync
 from numpy.typing import ArrayLike, NDArray
-from wire import (
-    Session,
-    Stepped,
-    Vector,
-    Wire,
-    cut,
-    eventually,
-    floats,
-    pulled,
-    push,
-    refusal,
-    streamed,
-    sync,
-    unchanged,
-)
+from wire import Session, Stepped, Wire, eventually, pulled, refusal, streamed, unchanged
 
 from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1.worker_service_pb2 import PullRequest, StepRequest

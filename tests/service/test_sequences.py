@@ -7,8 +7,9 @@ from threading import Barrier, Event
 import grpc
 import numpy as np
 import pytest
+from messages import adadelta, cut, floats, push, sync
 from numpy.typing import ArrayLike
-from wire import Stepped, Wire, adadelta, cut, eventually, floats, push, refusal, streamed, sync, unchanged
+from wire import Stepped, Wire, eventually, refusal, streamed, unchanged
 
 from deltaserve.v1.worker_service_pb2 import CloseSessionRequest, KeepSessionRequest, PushHeader, StepRequest
 

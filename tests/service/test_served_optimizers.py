@@ -7,24 +7,8 @@ import numpy as np
 import pytest
 from attach import Sharer
 from expected import STRUCTURES, Twin, gradient, weighted_sum
-from wire import (
-    Session,
-    Snapshot,
-    Stepped,
-    Vector,
-    Wire,
-    adadelta,
-    asynchronous,
-    bounded,
-    creation,
-    floats,
-    optimizer,
-    pieces,
-    replacement,
-    streamed,
-    sync,
-    unchanged,
-)
+from messages import Vector, adadelta, asynchronous, bounded, creation, floats, optimizer, pieces, replacement, sync
+from wire import Session, Snapshot, Stepped, Wire, streamed, unchanged
 
 from deltaserve._common.optimizer_messages import to_message
 from deltaserve._common.optimizers import OPTIMIZERS, Adadelta, Adagrad, Optimizer

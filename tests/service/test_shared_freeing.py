@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from attach import Sharer, descriptors, free, mapped, path
 from expected import Twin, gradient, weighted_sum
-from wire import Wire, eventually, streamed, sync
+from messages import sync
+from wire import Wire, eventually, streamed
 
 from deltaserve.v1 import worker_service_pb2 as rpc
 

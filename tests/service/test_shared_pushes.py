@@ -13,21 +13,9 @@ import pytest
 from attach import Sharer, free, mapped, open_memory, path
 from expected import Twin, gradient, norm
 from google.protobuf.message import Message
+from messages import Vector, adadelta, asynchronous, bounded, cut, push, sync
 from reused_server import ReusedServers
-from wire import (
-    Snapshot,
-    Vector,
-    Wire,
-    adadelta,
-    asynchronous,
-    bounded,
-    cut,
-    eventually,
-    push,
-    refusal,
-    sync,
-    unchanged,
-)
+from wire import Snapshot, Wire, eventually, refusal, unchanged
 
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc

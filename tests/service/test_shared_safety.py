@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from attach import Sharer, mapped, path
 from expected import Twin, gradient, weighted_sum
-from wire import Wire, eventually, refusal, streamed, sync
+from messages import sync
+from wire import Wire, eventually, refusal, streamed
 
 from deltaserve_server.service import admission, push_handler
 

@@ -7,7 +7,8 @@ from threading import Event
 
 import numpy as np
 import pytest
-from wire import Snapshot, Wire, adadelta, cut, eventually, pieces, pulled, push, replacement, streamed, sync, unchanged
+from messages import adadelta, cut, pieces, push, replacement, sync
+from wire import Snapshot, Wire, eventually, pulled, streamed, unchanged
 
 from deltaserve.v1.common_pb2 import TensorSpec
 from deltaserve.v1.model_service_pb2 import (

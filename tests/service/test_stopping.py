@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from wire import Wire, creation
+from messages import creation
+from wire import Wire
 
 from deltaserve_server import LocalServer, ServerConfig, app
 from deltaserve_server.engine.model_engine import ModelEngine

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from attach import Sharer
 from expected import Twin, gradient
-from wire import Wire, cut
+from messages import cut
+from wire import Wire
 
 import deltaserve
 from deltaserve_server import LocalServer, ServerConfig

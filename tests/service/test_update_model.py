@@ -7,21 +7,8 @@ import grpc
 import numpy as np
 import pytest
 from expected import Twin, gradient
-from wire import (
-    Session,
-    Watch,
-    Wire,
-    adadelta,
-    asynchronous,
-    bounded,
-    creation,
-    eventually,
-    floats,
-    refusal,
-    streamed,
-    sync,
-    unchanged,
-)
+from messages import adadelta, asynchronous, bounded, creation, floats, sync
+from wire import Session, Watch, Wire, eventually, refusal, streamed, unchanged
 
 from deltaserve._common.optimizers import Adadelta
 from deltaserve.v1.common_pb2 import REDUCTION_MEAN, REDUCTION_MEDIAN, REDUCTION_TRIMMED_MEAN, Policy

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from expected import Twin, gradient, norm, weighted_sum
-from wire import Session, Vector, Wire, asynchronous, bounded, cut, streamed, sync
+from messages import Vector, asynchronous, bounded, cut, sync
+from wire import Session, Wire, streamed
 
 from deltaserve.v1.common_pb2 import REDUCTION_MEDIAN, Policy
 from deltaserve.v1.worker_service_pb2 import PushResult

@@ -8,8 +8,9 @@ import grpc
 import numpy as np
 import pytest
 from expected import gradient, norm
+from messages import adadelta, asynchronous, bounded, sync
 from reused_server import ReusedServers
-from wire import Session, Watch, Wire, adadelta, asynchronous, bounded, eventually, streamed, sync
+from wire import Session, Watch, Wire, eventually, streamed
 
 from deltaserve.v1.common_pb2 import Policy
 from deltaserve.v1.model_service_pb2 import WatchModelResponse

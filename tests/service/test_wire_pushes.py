@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from attach import Sharer
 from expected import Twin, gradient, norm
+from messages import Vector
 from numpy.typing import NDArray
-from wire import Vector, Wire, pulled, unchanged
+from wire import Wire, pulled, unchanged
 
 from deltaserve.v1 import common_pb2
 from deltaserve.v1 import worker_service_pb2 as rpc

@@ -3,12 +3,12 @@
 isort:skip_file
 The optimizers that a server has, with their hyperparameters: one message for each.
 
-Names, defaults and results are those of torch.optim. The server computes in float32, for each element, with g as the
-mean gradient, w as the weight and t as the number of updates of its tensor, this one included. All optimizers share
-these steps:
+Names, defaults and results are those of torch.optim, which has all but Lion. The server computes in float32, for each
+element, with g as the mean gradient, w as the weight and t as the number of updates of its tensor, this one included.
+All optimizers share these steps:
 
     if maximize: g = -g
-    g = g + weight_decay * w                  (AdamW instead: w = w * (1 - lr * weight_decay))
+    g = g + weight_decay * w                  (AdamW and Lion instead: w = w * (1 - lr * weight_decay))
 
 A field that is unset means the default in its comment. In PushHeader and UpdateModelRequest it means the value that
 the model has.
@@ -39,6 +39,7 @@ class Optimizer(google.protobuf.message.Message):
     RMSPROP_FIELD_NUMBER: builtins.int
     ADAM_FIELD_NUMBER: builtins.int
     ADAMW_FIELD_NUMBER: builtins.int
+    LION_FIELD_NUMBER: builtins.int
     @property
     def adadelta(self) -> global___Adadelta:
         """Adadelta, the default."""
@@ -63,6 +64,10 @@ class Optimizer(google.protobuf.message.Message):
     def adamw(self) -> global___AdamW:
         """AdamW: Adam with decoupled weight decay."""
 
+    @property
+    def lion(self) -> global___Lion:
+        """Lion."""
+
     def __init__(
         self,
         *,
@@ -72,10 +77,11 @@ class Optimizer(google.protobuf.message.Message):
         rmsprop: global___RmsProp | None = ...,
         adam: global___Adam | None = ...,
         adamw: global___AdamW | None = ...,
+        lion: global___Lion | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["adadelta", b"adadelta", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "kind", b"kind", "rmsprop", b"rmsprop", "sgd", b"sgd"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adadelta", b"adadelta", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "kind", b"kind", "rmsprop", b"rmsprop", "sgd", b"sgd"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["adadelta", "sgd", "adagrad", "rmsprop", "adam", "adamw"] | None: ...
+    def HasField(self, field_name: typing.Literal["adadelta", b"adadelta", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "kind", b"kind", "lion", b"lion", "rmsprop", b"rmsprop", "sgd", b"sgd"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adadelta", b"adadelta", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "kind", b"kind", "lion", b"lion", "rmsprop", b"rmsprop", "sgd", b"sgd"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["adadelta", "sgd", "adagrad", "rmsprop", "adam", "adamw", "lion"] | None: ...
 
 global___Optimizer = Optimizer
 
@@ -442,3 +448,53 @@ class AdamW(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_weight_decay", b"_weight_decay"]) -> typing.Literal["weight_decay"] | None: ...
 
 global___AdamW = AdamW
+
+@typing.final
+class Lion(google.protobuf.message.Message):
+    """Lion (Chen et al., 2023, arXiv:2302.06675). State: exp_avg. Every update moves a weight by lr, up or down. The weight
+    decay is decoupled.
+
+        w       = w - lr * sign(beta1 * exp_avg + (1 - beta1) * g)
+        exp_avg = beta2 * exp_avg + (1 - beta2) * g
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LR_FIELD_NUMBER: builtins.int
+    BETA1_FIELD_NUMBER: builtins.int
+    BETA2_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: builtins.int
+    MAXIMIZE_FIELD_NUMBER: builtins.int
+    lr: builtins.float
+    """Learning rate. Finite and >= 0. Unset means 0.0001."""
+    beta1: builtins.float
+    """Weight of the momentum in the direction, in [0, 1]. Unset means 0.9."""
+    beta2: builtins.float
+    """Decay of the momentum, in [0, 1]. Unset means 0.99."""
+    weight_decay: builtins.float
+    """Weight decay. Finite and >= 0. Unset means 0."""
+    maximize: builtins.bool
+    """Whether to maximize the objective instead of minimizing it. Unset means false."""
+    def __init__(
+        self,
+        *,
+        lr: builtins.float | None = ...,
+        beta1: builtins.float | None = ...,
+        beta2: builtins.float | None = ...,
+        weight_decay: builtins.float | None = ...,
+        maximize: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_lr", b"_lr", "_maximize", b"_maximize", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "lr", b"lr", "maximize", b"maximize", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_lr", b"_lr", "_maximize", b"_maximize", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "lr", b"lr", "maximize", b"maximize", "weight_decay", b"weight_decay"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_beta1", b"_beta1"]) -> typing.Literal["beta1"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_beta2", b"_beta2"]) -> typing.Literal["beta2"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lr", b"_lr"]) -> typing.Literal["lr"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_maximize", b"_maximize"]) -> typing.Literal["maximize"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight_decay", b"_weight_decay"]) -> typing.Literal["weight_decay"] | None: ...
+
+global___Lion = Lion

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 _CHECKSUM_LINE_BYTES = len("\n12345678\n")
 _SHOWN_CHARACTERS = 40
+_KEYS = {kind: {"kind", *hyperparameters(optimizer)} for kind, optimizer in OPTIMIZERS.items()}
 
 
 def packed(value: Any) -> bytes:
@@ -49,10 +50,9 @@ def _optimizer(_: type, value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("expected an optimizer")
     kind = value.get("kind")
-    optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else None
-    if optimizer is None:
+    if not isinstance(kind, str) or kind not in OPTIMIZERS:
         raise ValueError(f"optimizer of an unknown kind {str(kind)[:_SHOWN_CHARACTERS]!r}")
     # msgspec would give a missing hyperparameter its default, and ignore what it does not know.
-    if value.keys() != {"kind", *hyperparameters(optimizer)}:
+    if value.keys() != _KEYS[kind]:
         raise ValueError(f"other hyperparameters than those of {kind}")
-    return msgspec.convert(value, optimizer)
+    return msgspec.convert(value, OPTIMIZERS[kind])

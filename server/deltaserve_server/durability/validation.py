@@ -7,6 +7,7 @@ msgspec has checked the types; its own bounds do not reach beyond 63 bits, and m
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,6 +31,7 @@ _UINT64_END = 1 << 64
 Structure = tuple[object, ...]
 """What all optimizers of a model have in common: see `Optimizer.structure`."""
 
+_GROUPS_REMEMBERED = 4096
 _DIMENSIONS_MAX = 64
 _ID_BYTES = 16
 
@@ -110,9 +112,15 @@ def _check_update_counts(counts: Sequence[int], tensors: int) -> None:
 
 def _check_groups(groups: Iterable[Optimizer], structure: Structure) -> None:
     for group in groups:
-        _require(group.structure == structure, "optimizer of a group")
-        problem = group.problem()
+        found, problem = _examined(group)
+        _require(found == structure, "optimizer of a group")
         _require(problem is None, f"hyperparameter {problem and problem[0]}")
+
+
+@lru_cache(_GROUPS_REMEMBERED)
+def _examined(group: Optimizer) -> tuple[Structure, tuple[str, str] | None]:
+    """Returns an optimizer's structure and what is wrong with it; every record of an update repeats all groups."""
+    return group.structure, group.problem()
 
 
 def _check_settings(settings: Settings, groups: int, structure: Structure) -> None:

@@ -2,7 +2,7 @@
 
     reference   numpy, float64: one function for each optimizer, in the letters of its paper
     cpu         numba, float32: one fused pass over host memory
-    cuda        torch tensors and one fused Triton kernel, float32: the same bits as `cpu`
+    cuda        torch tensors and one fused Triton kernel, float32: the same bits as `cpu`; `triton_source` writes it
     values      numba: validates a gradient, fingerprints it and measures its norm, in one pass
     formats     numpy: the element types that values arrive in, float32 and two of 16 bits
     float16     numba: float16 and bfloat16 in the kernels, and weights rounded to them

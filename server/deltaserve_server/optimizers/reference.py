@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, Lion, Optimizer, RMSprop
 
 Vector = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ def update(
     g, x, *state = (np.asarray(vector, np.float64) for vector in (gradient, weights, *slots))
     if optimizer.maximize:
         g = -g
-    if isinstance(optimizer, AdamW):
+    if optimizer.decoupled:
         x = x - optimizer.lr * optimizer.weight_decay * x
     elif optimizer.weight_decay != 0:
         g = g + optimizer.weight_decay * x
@@ -145,6 +145,18 @@ def _adam(optimizer: Adam, g: Vector, slots: list[Vector], x: Vector, t: int) ->
     return new, x - optimizer.lr * (m / (1 - beta1**t)) / (np.sqrt(u / (1 - beta2**t)) + optimizer.eps)
 
 
+def _lion(optimizer: Lion, g: Vector, slots: list[Vector], x: Vector, t: int) -> _New:
+    """Computes Lion (Chen et al., 2023, arXiv:2302.06675, Algorithm 2), with m as the momentum and c as the direction.
+
+    c_t = beta1 m_{t-1} + (1 - beta1) g_t
+    x_t = x_{t-1} - lr sign(c_t)
+    m_t = beta2 m_{t-1} + (1 - beta2) g_t
+    """
+    beta1, beta2 = optimizer.beta1, optimizer.beta2
+    c = beta1 * slots[0] + (1 - beta1) * g
+    return (beta2 * slots[0] + (1 - beta2) * g,), x - optimizer.lr * np.sign(c)
+
+
 _FUNCTIONS: dict[str, Callable[[Any, Vector, list[Vector], Vector, int], _New]] = {
     "adadelta": _adadelta,
     "sgd": _sgd,
@@ -152,4 +164,5 @@ _FUNCTIONS: dict[str, Callable[[Any, Vector, list[Vector], Vector, int], _New]] 
     "rmsprop": _rmsprop,
     "adam": _adam,
     "adamw": _adam,
+    "lion": _lion,
 }

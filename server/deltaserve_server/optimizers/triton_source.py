@@ -1,4 +1,4 @@
-"""Triton source of an optimizer's kernel, from a trace of its definition: one line for each operation, in `cpu`'s order.
+"""Triton source of an optimizer's kernel, from a trace of its definition: a line for each operation, in `cpu`'s order.
 
 To see a kernel, print its source:
 

@@ -12,8 +12,9 @@ from zlib import crc32
 import msgspec
 import numpy as np
 import pytest
+from tests.support.optimizer_cases import STRUCTURES
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adagrad, Optimizer
 from deltaserve_server.durability import checked, model_storage, recovery
 from deltaserve_server.durability.commits import Journaled
 from deltaserve_server.durability.directory import DataDirectory
@@ -28,16 +29,9 @@ from deltaserve_server.model.state import MachineState
 
 TENSORS = (Tensor("w", (7, 11)), Tensor("b", (0,)), Tensor("v", (40,)))
 OPTIMIZERS: tuple[Optimizer, ...] = (
-    Adadelta(),
-    SGD(lr=0.1),
-    SGD(lr=0.1, momentum=0.9, dampening=0.5),
-    SGD(lr=0.1, momentum=0.9, nesterov=True),
-    Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5),
-    RMSprop(),
-    RMSprop(momentum=0.9, centered=True),
-    Adam(lr=0.1),
-    Adam(lr=0.1, amsgrad=True),
-    AdamW(lr=0.1, weight_decay=0.1),
+    *STRUCTURES,
+    SGD(momentum=0.9, dampening=0.5),
+    Adagrad(lr_decay=0.1, initial_accumulator_value=0.5),
 )
 EXECUTOR = ThreadPoolExecutor(1)
 MEMORY = Budget(1 << 40)

@@ -5,12 +5,15 @@ import math
 
 import numpy as np
 import pytest
-from deltaserve_server.optimizers.hyperparameters import FLOAT32_MAX, MAGNITUDE_MAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.support import kernel_runs
+from tests.support.optimizer_cases import STRUCTURES, over
 
-from deltaserve_server.optimizers import Hyperparameters, cpu, reference, values
+from deltaserve._common.optimizers import Adadelta, Optimizer
+from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX
+from deltaserve_server.optimizers import cpu, values
 
 Vector = NDArray[np.float32]
 
@@ -154,13 +157,11 @@ def test_elements_without_lanes_are_refused(start: int) -> None:
     assert not squares.any()
 
 
-def updated(size: int, seed: int = 0) -> tuple[Vector, Vector, float]:
-    rng = np.random.default_rng(seed)
-    gradient, weights = (rng.standard_normal(size, dtype=np.float32) for _ in range(2))
-    square_avg, acc_delta = (np.zeros(size, np.float32) for _ in range(2))
-    new_weights = np.full_like(weights, np.nan)
-    squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, Hyperparameters())
-    return weights, new_weights, squares
+def updated(optimizer: Optimizer, size: int) -> tuple[Vector, Vector, float]:
+    gradient, state = kernel_runs.usual(optimizer, 0, size)
+    new_weights, slots = np.full_like(state.weights, np.nan), [slot.copy() for slot in state.slots]
+    squares = cpu.update(gradient, 1, slots, state.weights, new_weights, optimizer, optimizer.relevant_count(1))
+    return state.weights, new_weights, squares
 
 
 def stated_change(weights: Vector, new_weights: Vector) -> float:
@@ -174,12 +175,13 @@ def stated_change(weights: Vector, new_weights: Vector) -> float:
     return sums[0]
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 255, 256, 257, 32_768, 100_003])
-def test_the_change_equals_the_plain_computation(size: int) -> None:
-    weights, new_weights, squares = updated(size)
+@over(STRUCTURES)
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 255, 256, 257, 10_003])
+def test_the_change_equals_the_plain_computation(optimizer: Optimizer, size: int) -> None:
+    weights, new_weights, squares = updated(optimizer, size)
     assert squares == stated_change(weights, new_weights)
     assert squares == pytest.approx(np.sum((new_weights.astype(np.float64) - weights) ** 2), rel=1e-6)
-    assert updated(size)[2] == squares
+    assert updated(optimizer, size)[2] == squares
 
 
 def test_every_element_counts_once_in_the_change() -> None:
@@ -187,7 +189,7 @@ def test_every_element_counts_once_in_the_change() -> None:
     for at in range(300):
         gradient, square_avg, acc_delta, weights, new_weights = (np.zeros(300, np.float32) for _ in range(5))
         gradient[at] = 1
-        squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, Hyperparameters())
+        squares = cpu.update(gradient, 1, [square_avg, acc_delta], weights, new_weights, Adadelta(), 0)
         assert squares == np.float64(new_weights[at]) ** 2 > 0
 
 
@@ -195,12 +197,7 @@ def test_the_largest_change_is_finite() -> None:
     size = 1000
     gradient, square_avg, acc_delta = (np.full(size, x, np.float32) for x in (MAGNITUDE_MAX, 0, FLOAT32_MAX))
     weights, new_weights = np.zeros(size, np.float32), np.empty(size, np.float32)
-    hyperparameters = Hyperparameters(lr=FLOAT32_MAX, rho=1.0)
-    squares = cpu.update(gradient, 1, square_avg, acc_delta, weights, new_weights, hyperparameters)
+    optimizer = Adadelta(lr=FLOAT32_MAX, rho=1.0)
+    squares = cpu.update(gradient, 1, [square_avg, acc_delta], weights, new_weights, optimizer, 0)
     assert (new_weights == -FLOAT32_MAX).all()
     assert squares == pytest.approx(size * FLOAT32_MAX**2, rel=1e-12)
-
-
-def test_the_change_of_the_reference() -> None:
-    assert reference.squared_change([1, 2, -3], [4, 2, 1]) == 25
-    assert reference.squared_change([], []) == 0

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
 from deltaserve_server.optimizers.robust import comparators, trimmed_mean
 
 Rows = NDArray[np.float32]

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from deltaserve_server.optimizers.hyperparameters import MAGNITUDE_MAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
 from deltaserve_server.optimizers import values as kernel
 
 Vector = NDArray[np.float32]
