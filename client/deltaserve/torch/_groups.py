@@ -157,7 +157,7 @@ def check_structure(expected: Optimizer, optimizers: Sequence[Optimizer]) -> Non
 
 
 def _described(optimizer: Optimizer) -> str:
-    """Describes a structure, as in "sgd with momentum and nesterov"."""
+    """Describes a structure, as in "sgd with momentum, nesterov"."""
     options = ("momentum", *(field.name for field in fields(optimizer) if field.metadata.get("structural")))  # type: ignore[arg-type]
     used = [name for name in options if getattr(optimizer, name, False)]
-    return f"{optimizer.kind} with {' and '.join(used)}" if used else optimizer.kind
+    return f"{optimizer.kind} with {', '.join(used)}" if used else optimizer.kind
