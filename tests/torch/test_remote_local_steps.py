@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tests.torch.conftest import every_kind, every_structure, version_of
+from tests.torch.conftest import every_kind, every_structure_with, version_of
 from torch import Tensor, nn
 
 import deltaserve
@@ -31,8 +31,7 @@ def descend(optimizer: torch.optim.Optimizer, param: Tensor, goal: float = 0.0) 
     optimizer.step()
 
 
-@every_structure
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_structure_with("dtype", [torch.float32, torch.float64])
 def test_the_push_is_the_difference_that_the_local_steps_make(
     remote: "Remote", kind: Any, options: dict[str, Any], dtype: torch.dtype
 ) -> None:

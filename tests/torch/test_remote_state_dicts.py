@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.torch.conftest import equal, every_kind, every_structure
+from tests.torch.conftest import equal, every_kind, every_structure, every_structure_with
 from torch import nn
 
 import deltaserve
@@ -50,8 +50,7 @@ def test_it_is_a_copy(make_pair: "Callable[..., Pair]") -> None:
     assert equal(state, saved)
 
 
-@every_structure
-@pytest.mark.parametrize("steps", [0, 1, 10])
+@every_structure_with("steps", [10, 0, 1])
 def test_training_moves_to_torch_and_back(
     options: dict[str, Any], steps: int, kind: type[RemoteOptimizer], make_pair: "Callable[..., Pair]"
 ) -> None:

@@ -2,8 +2,8 @@
 
 The inputs are those of the installed PyTorch: `optim_db` in torch.testing._internal.common_optimizers has, for each
 optimizer, the hyperparameters to try, the schedulers, and the inputs that must be refused. Each check here is rewritten
-after the one of its name there. The fast tier tries every third set of hyperparameters, the deep tier all of them.
-"cuda" marks checks that PyTorch runs only on a GPU.
+after the one of its name there. The fast tier tries every third set of hyperparameters and every third scheduler, the
+deep tier all of them. "cuda" marks checks that PyTorch runs only on a GPU.
 
     there                                              here
     -------------------------------------------------  ----------------------------------------------------------------
@@ -89,14 +89,14 @@ def load() -> Any:
 
 @pytest.fixture(params=[pytest.param(3, id="some"), pytest.param(1, id="all", marks=pytest.mark.deep)])
 def database(kind: type[RemoteOptimizer], request: pytest.FixtureRequest) -> Database:
-    """The inputs: every third set of hyperparameters in the fast tier, all of them in the deep one."""
+    """The inputs: every third set of hyperparameters and scheduler in the fast tier, all of them in the deep one."""
     common = load()
     infos: list[Any] = common.optim_db
     info = next(info for info in infos if info.optim_cls is kind._torch_class)
     return Database(
         kwargs=lambda: [deepcopy(entry.kwargs) for entry in info.optim_inputs_func(device="cpu")[:: request.param]],
         errors=info.optim_error_inputs_func(device="cpu", dtype=torch.float32),
-        schedulers=info.scheduler_inputs,
+        schedulers=info.scheduler_inputs[:: request.param],
         newer_flags=info.not_og_supported_flags,
         construction_error=common.OptimizerErrorEnum.CONSTRUCTION_ERROR,
     )

@@ -391,8 +391,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap:
             self._overlap.close()
         if self._uses_overlap:
-            begin = weakref.WeakMethod(self._begin_push)
-            self._overlap = Overlap(self, begin, self._joined.tensors, self._params())
+            self._overlap = Overlap(self, weakref.WeakMethod(self._begin_push), self._joined.tensors, self._params())
 
     @property
     def _joined(self) -> Worker:
@@ -497,7 +496,5 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
 
 def _evaluate(closure: Callable[[], float] | None) -> float | None:
-    if closure is None:
-        return None
     with torch.enable_grad():
-        return closure()
+        return closure() if closure else None
