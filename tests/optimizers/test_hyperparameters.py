@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.optimizer_cases import STRUCTURES, over, torchs
+from tests.support.optimizer_cases import NOT_IN_TORCH, STRUCTURES, in_torch, over, torchs
 
 from deltaserve._common.optimizers import OPTIMIZERS, SGD, Adagrad, Adam, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import (
@@ -50,7 +50,7 @@ BOUNDED = [
 ]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind not in NOT_IN_TORCH])
 def test_names_and_defaults_are_torchs(kind: str) -> None:
     optimizer = OPTIMIZERS[kind]()
     torchs_ = dict(inspect.signature(getattr(torch.optim, type(optimizer).__name__)).parameters)
@@ -66,7 +66,7 @@ def test_names_and_defaults_are_torchs(kind: str) -> None:
     }
 
 
-@over(STRUCTURES)
+@over(in_torch(STRUCTURES))
 def test_slots_are_torchs_state(optimizer: Optimizer) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tests.support import kernel_runs
 from tests.support.kernel_runs import State, Step, Vector
-from tests.support.optimizer_cases import CASES, over, torchs
+from tests.support.optimizer_cases import CASES, in_torch, over, torchs
 
 from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import MAGNITUDE_MAX
@@ -32,7 +32,7 @@ def errors(step: Step, optimizer: Optimizer, seed: int, updates: int) -> list[ND
     ]
 
 
-@over()
+@over(in_torch())
 def test_no_further_from_float64_than_torch(optimizer: Optimizer) -> None:
     """The operations are torch's, and each of ours is correctly rounded, while torch's roots are not everywhere.
 
@@ -51,7 +51,7 @@ def test_no_further_from_float64_than_torch(optimizer: Optimizer) -> None:
 TOLERANCE = 1e-5
 
 
-@over()
+@over(in_torch())
 def test_stays_with_torch_over_100_steps(optimizer: Optimizer) -> None:
     rng = np.random.default_rng(7)
     weights = rng.standard_normal(513, dtype=np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.support import kernel_runs
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,15 @@ BY_HAND = {
     "adamw": Worked(
         AdamW(lr=0.5, beta1=0.5, beta2=0.75, eps=1, weight_decay=0.5), (4, 4), (0.35, 0.35 * 0.75 - 0.4),
         ((2, 3), (4, 7)),
+    ),
+    # c = 2, m = 1; c = 1/2 - 1/2 moves nothing, m = 3/4 - 1/4; c = 1/4 - 4, m = 3/8 - 2.
+    "lion": Worked(
+        Lion(lr=0.5, beta1=0.5, beta2=0.75), (4, -1, -8), (0.5, 0.5, 1), ((1, 0.5, -1.625),)
+    ),
+    # The same directions, each after w (1 - 1/4).
+    "lion, weight_decay": Worked(
+        Lion(lr=0.5, beta1=0.5, beta2=0.75, weight_decay=0.5), (4, -1, -8),
+        (0.75 - 0.5, 0.25 * 0.75, 0.1875 * 0.75 + 0.5), ((1, 0.5, -1.625),),
     ),
 }  # fmt: skip
 

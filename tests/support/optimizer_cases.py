@@ -1,4 +1,4 @@
-"""Optimizers to test with: every kind and every option, and the optimizer of torch that each stands for."""
+"""Optimizers to test with: every kind and every option, and the optimizer of torch that each stands for, if any."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import hyperparameters
 
 STRUCTURES: tuple[Optimizer, ...] = (
@@ -23,8 +23,9 @@ STRUCTURES: tuple[Optimizer, ...] = (
     Adam(amsgrad=True),
     AdamW(),
     AdamW(amsgrad=True),
+    Lion(),
 )
-"""One optimizer of each structure, with torch's defaults elsewhere."""
+"""One optimizer of each structure, with the defaults elsewhere."""
 
 CASES: tuple[Optimizer, ...] = (
     *STRUCTURES,
@@ -42,8 +43,19 @@ CASES: tuple[Optimizer, ...] = (
     Adam(lr=0.1, beta1=0.0, beta2=0.0, amsgrad=True),
     AdamW(lr=0.1, beta1=0.3, beta2=0.99, eps=1e-5, weight_decay=0.5, maximize=True),
     AdamW(weight_decay=0.0),
+    Lion(lr=0.1, beta1=0.3, beta2=0.4, weight_decay=0.5, maximize=True),
+    Lion(beta1=0.0, beta2=1.0),
+    Lion(beta1=1.0, beta2=0.0),
 )
-"""The structures with torch's defaults, with weight decay, and with other hyperparameters."""
+"""The structures with the defaults, with weight decay, and with other hyperparameters."""
+
+NOT_IN_TORCH = {"lion"}
+"""The kinds that torch does not have."""
+
+
+def in_torch(optimizers: Iterable[Optimizer] = CASES) -> list[Optimizer]:
+    """Returns the optimizers that torch has too."""
+    return [optimizer for optimizer in optimizers if optimizer.kind not in NOT_IN_TORCH]
 
 
 def identifier(optimizer: Optimizer) -> str:
@@ -62,7 +74,7 @@ def torchs(optimizer: Optimizer, parameters: Any, **options: Any) -> Any:
     """Returns the optimizer of torch with the same hyperparameters.
 
     Args:
-        optimizer: One of ours.
+        optimizer: One of `in_torch`.
         parameters: What torch's optimizer updates.
         options: More arguments for torch's class.
     """
