@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,15 @@ kernels = cpu._kernels.values()
 print(len(kernels), sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels))
 """
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout == "6 6\n"
+
+
+def test_other_hyperparameters_do_not_wait_for_the_compilation_of_another_kernel() -> None:
+    """A scheduler changes lr with every push, while a new model's kernel compiles."""
+    cpu.prepare(SGD())
+    vectors = [np.ones(3, np.float32) for _ in range(3)]
+    with ThreadPoolExecutor(1) as executor, cpu._compiling:
+        updated = executor.submit(cpu.update, vectors[0], 1, [], *vectors[1:], SGD(lr=0.123), 2)
+        assert updated.result(timeout=20) > 0
 
 
 def test_structures_have_kernels_of_their_own() -> None:

@@ -44,6 +44,8 @@ CASES: tuple[Optimizer, ...] = (
     AdamW(lr=0.1, beta1=0.3, beta2=0.99, eps=1e-5, weight_decay=0.5, maximize=True),
     AdamW(weight_decay=0.0),
     Lion(lr=0.1, beta1=0.3, beta2=0.4, weight_decay=0.01, maximize=True),
+    Lion(beta1=0.0, beta2=1.0),
+    Lion(beta1=1.0, beta2=0.0),
 )
 """The structures with torch's defaults, with weight decay, and with other hyperparameters."""
 

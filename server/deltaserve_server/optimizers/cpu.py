@@ -163,9 +163,10 @@ def _decay(optimizer: Optimizer) -> float:
 @functools.lru_cache(maxsize=256)
 def _kernel(optimizer: Optimizer, dtype: np.dtype[Any]) -> Any:
     key = *optimizer.structure, dtype
-    with _compiling:
-        if key not in _kernels:
-            _kernels[key] = _compiled_kernel(optimizer, _FORMATS[dtype])
+    if key not in _kernels:  # a new lr must not wait for another kernel's compilation, which has the lock for seconds
+        with _compiling:
+            if key not in _kernels:
+                _kernels[key] = _compiled_kernel(optimizer, _FORMATS[dtype])
     return _kernels[key]
 
 

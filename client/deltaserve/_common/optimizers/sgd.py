@@ -55,11 +55,12 @@ class SGD(Optimizer):
 
     def scalars(self, count: int) -> Mapping[str, float]:
         """Returns the hyperparameters, 1 - dampening, and -lr."""
-        # In the first update the buffer becomes the gradient, as in torch: it neither decays nor is it dampened.
+        # In the first update the buffer becomes the gradient, as in torch: it neither decays nor is it dampened. The
+        # buffer is 0 then, and adding -0 keeps the sign of a zero gradient.
         first = count == 1
         return {
             "momentum": self.momentum,
-            "decay": 0.0 if first else self.momentum,
+            "decay": -0.0 if first else self.momentum,
             "one_minus_dampening": 1.0 if first else 1 - self.dampening,
             "minus_lr": -self.lr,
         }
