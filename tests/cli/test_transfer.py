@@ -219,7 +219,7 @@ def test_a_model_continues_on_another_server_with_the_same_bits(
 def test_every_optimizer_continues_with_the_same_bits(
     command: Command, client: deltaserve.Client, model: str, tmp_path: Path, optimizer: deltaserve.Optimizer
 ) -> None:
-    groups = [optimizer, replace(optimizer, lr=0.05)]  # type: ignore[type-var]
+    groups = [optimizer, replace(optimizer, lr=0.05)]
     held = client.create_model(model, numbers(0), groups=groups, group_of=GROUP_OF)
     step(held, range(3))
     file = tmp_path / "file"

@@ -274,7 +274,7 @@ def test_a_hyperparameter_out_of_range_is_named(client: Client, optimizer: Optim
 @every
 def test_groups_are_updated_as_models_of_their_own(client: Client, optimizer: Optimizer) -> None:
     """Two groups with different values give the bits of two models; tensors without a gradient differ in count."""
-    groups = [optimizer, replace(optimizer, lr=optimizer.lr / 4)]  # type: ignore[type-var]
+    groups = [optimizer, replace(optimizer, lr=optimizer.lr / 4)]
     both = client.create_model("both", {"a": np.ones(40), "b": np.ones(3)}, groups=groups, group_of={"b": 1})
     one = client.create_model("one", {"a": np.ones(40)}, optimizer=groups[0])
     two = client.create_model("two", {"b": np.ones(3)}, optimizer=groups[1])
@@ -301,7 +301,7 @@ def test_a_push_carries_its_own_hyperparameters(client: Client, optimizer: Optim
     told = client.create_model("told", WEIGHTS, optimizer=optimizer)
     with carried.worker() as worker, told.worker() as other:
         for number in range(3):
-            scheduled = replace(optimizer, lr=optimizer.lr / (number + 1))  # type: ignore[type-var]
+            scheduled = replace(optimizer, lr=optimizer.lr / (number + 1))
             told.update(groups=[scheduled])
             worker.step(gradients(number), hyperparameters=[scheduled])
             other.step(gradients(number))
@@ -314,7 +314,7 @@ def test_a_push_carries_its_own_hyperparameters(client: Client, optimizer: Optim
 @every
 def test_a_model_is_extended_with_groups(client: Client, optimizer: Optimizer) -> None:
     model = client.create_model("m", {"a": np.ones(3)}, optimizer=optimizer)
-    added = replace(optimizer, lr=0.0)  # type: ignore[type-var]
+    added = replace(optimizer, lr=0.0)
     with model.worker() as worker:
         worker.step({"a": np.ones(3)})
     assert model.extend({"b": np.ones(2)}, groups=[added], group_of={"b": 1})

@@ -18,7 +18,7 @@ def _structures() -> Iterator[Optimizer]:
     """Yields each optimizer with all that a model fixes switched off, and with all of it switched on."""
     for kind in OPTIMIZERS.values():
         yield kind()
-        options = [field.name for field in fields(kind) if field.metadata.get("structural")]  # type: ignore[arg-type]
+        options = [field.name for field in fields(kind) if field.metadata.get("structural")]
         momentum = {"momentum": 0.9} if "momentum" in hyperparameters(kind) else {}
         if options or momentum:
             yield kind(**momentum, **dict.fromkeys(options, True))

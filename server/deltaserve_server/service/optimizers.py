@@ -88,7 +88,7 @@ def described(optimizer: Optimizer) -> str:
     fixed = [
         name
         for name in hyperparameters(optimizer)
-        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure  # type: ignore[type-var]
+        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure
     ]
     return f"{optimizer.kind} with {', '.join(fixed)}" if fixed else optimizer.kind
 

@@ -115,6 +115,7 @@ class Optimizer(ABC):
     """
 
     __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every subclass is a dataclass
 
     kind: str
     lr: float
@@ -186,7 +187,7 @@ def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
 
 @cache  # every push that carries hyperparameters asks for them
 def _fields(kind: type[Optimizer]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    return tuple((f.name, f.metadata) for f in fields(kind) if f.init)  # type: ignore[arg-type]
+    return tuple((f.name, f.metadata) for f in fields(kind) if f.init)
 
 
 def at_most(op: Operations, x: Any, limit: float) -> Any:
