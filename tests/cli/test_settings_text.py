@@ -143,10 +143,7 @@ def parse_some(text: str) -> deltaserve.Optimizer:
         (
             parse_some,
             "muon",
-            (
-                "expected an optimizer, sgd, adam or momentum, "
-                "as in adamw:lr=1e-3,weight_decay=0.01, got 'muon'"
-            ),
+            ("expected an optimizer, sgd, adam or momentum, as in adamw:lr=1e-3,weight_decay=0.01, got 'muon'"),
         ),
         (
             parse_some,

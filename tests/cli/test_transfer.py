@@ -334,7 +334,7 @@ def test_replace_refuses_the_state_of_another_optimizer(
     held = client.create_model(trained.name, numbers(0), groups=groups, group_of=GROUP_OF)
     before = bits(held.pull_state())
     line = refusal(command("import", str(file), "--replace", "--target", client.target))
-    text = f"{trained.name} has the optimizer adam, the file adadelta:lr=0.30000000000000004,rho=0.95,eps=0.001"
+    text = f"{trained.name} has the optimizer adam, the file adadelta"
     assert line == f"deltaserve: {text}; import it as another model with --model\n"
     assert bits(held.pull_state()) == before
 

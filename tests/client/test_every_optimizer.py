@@ -161,6 +161,8 @@ def test_each_group_has_its_own_initial_state(client: Client) -> None:
         ({"weights": WEIGHTS | {"c": np.zeros(1)}}, "weights: the model has no tensor named c"),
         ({"weights": WEIGHTS | {"b": np.zeros(1)}}, r"weights: tensor b has shape \(1,\), not \(\)"),
         ({"update_counts": {"c": 1}}, "update_counts: the model has no tensor named c"),
+        ({"update_counts": {"a": 1}}, "update_counts: tensor b is missing"),
+        ({"update_counts": {}}, "update_counts: tensor a is missing"),
     ],
 )
 def test_a_state_with_other_names_is_refused_before_it_is_sent(
@@ -168,6 +170,28 @@ def test_a_state_with_other_names_is_refused_before_it_is_sent(
 ) -> None:
     model = client.create_model("m", WEIGHTS, optimizer=Adam())
     with pytest.raises(ValueError, match=f"^{text}$"):
+        model.put_state(replace(model.pull_state(), **change))
+    assert model.info().version == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"slots": {"exp_avg": WEIGHTS, "exp_avg_sq": None}},
+            "exp_avg_sq: expected a mapping by tensor name, got None",
+        ),
+        (
+            {"slots": {"exp_avg": WEIGHTS, "exp_avg_sq": WEIGHTS | {"a": None}}},
+            "exp_avg_sq: tensor a: expected real numbers, got object",
+        ),
+        ({"weights": None}, "weights: expected a mapping by tensor name, got None"),
+        ({"update_counts": None}, "update_counts: expected a mapping by tensor name, got None"),
+    ],
+)
+def test_a_state_of_other_types_is_refused_before_it_is_sent(client: Client, change: dict[str, Any], text: str) -> None:
+    model = client.create_model("m", WEIGHTS, optimizer=Adam())
+    with pytest.raises(TypeError, match=f"^{text}$"):
         model.put_state(replace(model.pull_state(), **change))
     assert model.info().version == 0
 

@@ -9,9 +9,8 @@ from numpy.typing import ArrayLike
 from wire import Snapshot
 
 from deltaserve._common.optimizers import OPTIMIZERS, Adadelta, Optimizer
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described, hyperparameters
 from deltaserve_server.optimizers import cpu
-from deltaserve_server.service.optimizers import described
 
 
 def _structures() -> Iterator[Optimizer]:

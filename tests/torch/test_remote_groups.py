@@ -186,7 +186,7 @@ DIFFERENT: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], st
         RemoteSGD,
         {"momentum": 0.9},
         {"nesterov": True},
-        "expected sgd with momentum, got sgd with momentum and nesterov",
+        "expected sgd with momentum, got sgd with momentum, nesterov",
     ),
     (RemoteRMSprop, {"momentum": 0.5}, {"momentum": 0}, "expected rmsprop with momentum, got rmsprop"),
     (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),

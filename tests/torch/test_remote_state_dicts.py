@@ -230,7 +230,7 @@ def test_a_state_of_another_form_is_refused_and_changes_nothing(make_pair: "Call
 STRUCTURES_APART: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], str]]" = [
     (RemoteSGD, {}, {"momentum": 0.9}, "expected sgd, got sgd with momentum"),
     (RemoteSGD, {"momentum": 0.9}, {}, "expected sgd with momentum, got sgd"),
-    (RemoteSGD, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, "got sgd with momentum and nesterov"),
+    (RemoteSGD, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, "got sgd with momentum, nesterov"),
     (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),
     (RemoteRMSprop, {"centered": True}, {"momentum": 0.5}, "expected rmsprop with centered, got rmsprop with momentum"),
     (RemoteAdam, {}, {"amsgrad": True}, "expected adam, got adam with amsgrad"),

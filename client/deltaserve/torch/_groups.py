@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described, hyperparameters
 
 DEFINITIONS: dict[type[torch.optim.Optimizer], type[Optimizer]] = {
     torch.optim.Adadelta: Adadelta,
@@ -151,13 +151,6 @@ def check_structure(expected: Optimizer, optimizers: Sequence[Optimizer]) -> Non
     for optimizer in optimizers:
         if optimizer.structure != expected.structure:
             raise ValueError(
-                f"expected {_described(expected)}, got {_described(optimizer)}: all parameter groups of a model have "
+                f"expected {described(expected)}, got {described(optimizer)}: all parameter groups of a model have "
                 "the same, which is fixed when the model is created"
             )
-
-
-def _described(optimizer: Optimizer) -> str:
-    """Describes a structure, as in "sgd with momentum and nesterov"."""
-    options = ("momentum", *(field.name for field in fields(optimizer) if field.metadata.get("structural")))
-    used = [name for name in options if getattr(optimizer, name, False)]
-    return f"{optimizer.kind} with {' and '.join(used)}" if used else optimizer.kind

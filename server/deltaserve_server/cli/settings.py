@@ -104,7 +104,7 @@ def format_policy(policy: "Policy") -> str:
 
 
 def format_optimizer(optimizer: "Optimizer") -> str:
-    """Returns an optimizer as text that `parse_optimizer` accepts, without settings that have the defaults of their kind."""
+    """Returns an optimizer as text for `parse_optimizer`, without settings that have the defaults of their kind."""
     return _format(optimizer.kind, optimizer)
 
 

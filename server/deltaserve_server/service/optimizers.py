@@ -1,13 +1,12 @@
 """Converts between the messages of optimizers and their values, and checks that they are those of a model."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, repeat
 
 from deltaserve._common.optimizer_messages import from_message, to_message
 from deltaserve._common.optimizers import OPTIMIZERS, Optimizer, Slot
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described
 from deltaserve.v1 import optimizers_pb2
 from deltaserve_server.model import Refused
 
@@ -80,17 +79,6 @@ def _problem(optimizer: Optimizer) -> tuple[str, str] | None:
 @lru_cache(_GROUPS)
 def _structure(optimizer: Optimizer) -> tuple[object, ...]:
     return optimizer.structure
-
-
-def described(optimizer: Optimizer) -> str:
-    """Returns the kind and what else a model fixes, as in "sgd with momentum, nesterov"."""
-    default = type(optimizer)()
-    fixed = [
-        name
-        for name in hyperparameters(optimizer)
-        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure
-    ]
-    return f"{optimizer.kind} with {', '.join(fixed)}" if fixed else optimizer.kind
 
 
 def check_slots(names: Sequence[str], slots: Sequence[Slot]) -> None:

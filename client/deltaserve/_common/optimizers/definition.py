@@ -9,7 +9,7 @@ import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -183,6 +183,17 @@ class Optimizer(ABC):
 def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
     """Returns the names of an optimizer's hyperparameters, options included, in order."""
     return tuple(name for name, _ in _fields(optimizer if isinstance(optimizer, type) else type(optimizer)))
+
+
+def described(optimizer: Optimizer) -> str:
+    """Returns the kind and what else a model fixes, as in "sgd with momentum, nesterov"."""
+    default = type(optimizer)()
+    fixed = [
+        name
+        for name in hyperparameters(optimizer)
+        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure
+    ]
+    return f"{optimizer.kind} with {', '.join(fixed)}" if fixed else optimizer.kind
 
 
 @cache  # every push that carries hyperparameters asks for them
