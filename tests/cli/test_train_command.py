@@ -65,6 +65,18 @@ def test_a_run_on_a_server_prints_its_result_and_the_next_command(command: Comma
 
 
 @pytest.mark.usefixtures("few_digits")
+def test_an_optimizer_has_the_recipes_settings_unless_others_are_given(
+    command: Command, target: str, model: str
+) -> None:
+    arguments = ("--optimizer", "momentum:lr=0.02,nesterov=true", "--workers", "1")
+    ended = command("train", "digits", *arguments, "--target", target, "--model", model)
+    assert ended.returncode == 0, ended.stderr
+    assert "optimizer: sgd:lr=0.02,momentum=0.9,nesterov=true\n" in ended.stdout
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
+        assert client.model(model).groups == (deltaserve.SGD(lr=0.02, momentum=0.9, nesterov=True),)
+
+
+@pytest.mark.usefixtures("few_digits")
 def test_late_gradients_are_counted(command: Command, target: str, model: str) -> None:
     arguments = ("train", "digits", "--workers", "2", "--policy", "sync:quorum=1", "--target", target)
     ended = command(*arguments, "--model", model)

@@ -60,16 +60,6 @@ def test_a_mismatch_says_what_differs(client: Client, change: dict[str, object],
     assert caught.value.reason == "MODEL_MISMATCH"
 
 
-def test_groups_have_their_own_hyperparameters(client: Client) -> None:
-    groups = [Adadelta(lr=1.0), Adadelta(lr=0.0)]
-    model = client.create_model("m", {"a": np.ones(2), "b": np.ones(2)}, groups=groups, group_of={"b": 1})
-    assert [spec.group for spec in model.tensors] == [0, 1]
-    with model.worker() as worker:
-        weights = worker.step({"a": np.ones(2), "b": np.ones(2)})
-    assert (weights["a"] < 1).all()
-    assert (weights["b"] == 1).all()
-
-
 def test_a_group_for_an_unknown_tensor_is_refused(client: Client) -> None:
     with pytest.raises(ValueError, match="group_of: there is no tensor named bias"):
         client.create_model("m", {"b": np.ones(2)}, groups=[Adadelta()] * 2, group_of={"bias": 1})
@@ -123,18 +113,6 @@ def test_the_state_is_pulled_and_put_back(client: Client) -> None:
     repeated = model.pull_state()
     assert_same_state(again, kept)
     assert_same_state(repeated, further)
-
-
-def test_without_optimizer_state_it_is_not_pulled_and_becomes_zero(client: Client) -> None:
-    model = client.create_model("m", WEIGHTS)
-    with model.worker() as worker:
-        worker.step({key: np.ones_like(value) for key, value in WEIGHTS.items()})
-    state = model.pull_state(optimizer_state=False)
-    assert state.slots is None
-    model.put_state(state)
-    slots = model.pull_state().slots
-    assert slots is not None
-    assert not any(values.any() for tensors in slots.values() for values in tensors.values())
 
 
 def test_a_state_that_does_not_fit_is_refused(client: Client) -> None:

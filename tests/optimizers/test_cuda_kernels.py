@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.support.optimizer_cases import CASES, STRUCTURES, over
 
 from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, Slot
@@ -25,35 +26,18 @@ triton = pytest.importorskip("triton", reason="Triton has no package for this pl
 
 from deltaserve_server.optimizers import cuda, triton_source  # noqa: E402
 
-CASES: tuple[Optimizer, ...] = (
-    Adadelta(),
-    Adadelta(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01, maximize=True),
-    SGD(),
-    SGD(weight_decay=0.1, maximize=True),
-    SGD(momentum=0.9, dampening=0.1),
-    SGD(momentum=0.9, nesterov=True, weight_decay=0.01),
-    Adagrad(),
-    Adagrad(lr_decay=0.1, weight_decay=0.01),
-    RMSprop(),
-    RMSprop(centered=True, maximize=True),
-    RMSprop(momentum=0.9),
-    RMSprop(momentum=0.9, centered=True, weight_decay=0.01),
-    Adam(),
-    Adam(beta1=0.25, weight_decay=0.01),
-    Adam(amsgrad=True),
-    AdamW(),
-    AdamW(weight_decay=0.0, maximize=True),
-    AdamW(amsgrad=True),
+EXTREMES: tuple[Optimizer, ...] = (
+    Adadelta(rho=1e-45, eps=1e-45),
+    Adadelta(rho=1 - 2**-26, eps=FLOAT32_MAX, weight_decay=FLOAT32_MAX),
+    SGD(lr=1e38, momentum=2.0, nesterov=True),
+    Adagrad(lr=1e38, eps=1e-45, initial_accumulator_value=FLOAT32_MAX),
+    RMSprop(eps=MAGNITUDE_MAX, momentum=10.0, centered=True, weight_decay=1e-45),
+    Adam(lr=1e38, beta1=1 - 2**-50, eps=1e-45),
     AdamW(lr=1e30, weight_decay=1e30),
+    AdamW(lr=2.0, weight_decay=0.5, amsgrad=True),
 )
-STRUCTURES = list({optimizer.structure: optimizer for optimizer in reversed(CASES)}.values())[::-1]
+"""Hyperparameters at the ends of their ranges; the last two make the factor of decoupled decay huge and 0."""
 
-over_cases = pytest.mark.parametrize(
-    "optimizer", CASES, ids=[f"{number}-{optimizer.kind}" for number, optimizer in enumerate(CASES)]
-)
-over_structures = pytest.mark.parametrize(
-    "optimizer", STRUCTURES, ids=["-".join(map(str, optimizer.structure)) for optimizer in STRUCTURES]
-)
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")]
 
 EACH = cuda._BLOCK // (4 * 32)
@@ -83,7 +67,7 @@ def count(code: str, *instructions: str) -> int:
     return sum(len(re.findall(rf"\s{re.escape(instruction)}\s", code)) for instruction in instructions)
 
 
-@over_structures
+@over(STRUCTURES)
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.deep), 90])
 def test_the_code_rounds_each_operation_of_the_definition_once_and_moves_16_bytes_at_a_time(
     optimizer: Optimizer, architecture: int
@@ -101,7 +85,7 @@ def test_the_code_rounds_each_operation_of_the_definition_once_and_moves_16_byte
     assert "approx" not in code
 
 
-@over_structures
+@over(STRUCTURES)
 def test_limits_have_exact_bits_in_the_code(optimizer: Optimizer) -> None:
     found = set(re.findall(r"\b0f[0-9A-F]{8}\b", compiled(optimizer)["ptx"]))
     limits = {_hexadecimal(sign * limit) for sign in (-1, 1) for limit in (FLOAT32_MAX, MAGNITUDE_MAX)}
@@ -121,7 +105,7 @@ def test_a_gradient_of_16_bits_is_loaded_in_16_bits(gradient: str) -> None:
     assert "ftz" not in code
 
 
-@over_structures
+@over(STRUCTURES)
 def test_only_the_squares_are_in_double_precision(optimizer: Optimizer) -> None:
     code = compiled(optimizer)["ptx"]
     doubles = {
@@ -144,7 +128,7 @@ def test_a_structure_has_one_kernel() -> None:
     one, other = Adam(lr=0.5, weight_decay=0.1, maximize=True), Adam(beta1=0.5)
     assert cuda.kernel(one) is cuda.kernel(other)
     assert triton_source.source(one) == triton_source.source(other)
-    assert len({cuda.kernel(optimizer) for optimizer in CASES}) == len(STRUCTURES)
+    assert len({cuda.kernel(optimizer) for optimizer in (*STRUCTURES, *CASES, *EXTREMES)}) == len(STRUCTURES)
 
 
 @pytest.mark.parametrize("number", [-0.0, 1e-45, -(2.0**-127), 1e39, float("nan")])
@@ -195,15 +179,27 @@ def gradient_of(rng: np.random.Generator, kind: str) -> Vector:
     return gradient
 
 
-@over_cases
-@pytest.mark.parametrize(
-    "kind", ["float32", *(pytest.param(kind, marks=pytest.mark.deep) for kind in ("float16", "bfloat16"))]
-)
-def test_bits_of_the_cpu_kernel(kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer) -> None:
+@over((*CASES, *EXTREMES))
+def test_bits_of_the_cpu_kernel(kernels: tuple[ModuleType, str], optimizer: Optimizer) -> None:
+    compare(kernels, "float32", optimizer)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_bits_of_the_cpu_kernel_from_16_bits(kernels: tuple[ModuleType, str], kind: str) -> None:
+    compare(kernels, kind, Adadelta())
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@over(STRUCTURES[1:])
+def test_bits_of_the_cpu_kernel_from_16_bits_for_others(
+    kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer
+) -> None:
     compare(kernels, kind, optimizer)
 
 
 def compare(kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer) -> None:
+    """Compares all vectors after a first and a later update."""
     module, device = kernels
     rng = np.random.default_rng(len(kind))
     for number, divisor in ((1, 1.0), (7, 3.0)):
@@ -225,11 +221,6 @@ def compare(kernels: tuple[ModuleType, str], kind: str, optimizer: Optimizer) ->
             np.testing.assert_array_equal(made.cpu().numpy().view(np.uint32), vector.view(np.uint32), err_msg=name)
         np.testing.assert_array_equal(old.cpu().numpy(), weights)
         np.testing.assert_allclose(squares.sum().item(), total, rtol=1e-12)
-
-
-def test_bits_of_the_cpu_kernel_from_16_bits(kernels: tuple[ModuleType, str]) -> None:
-    for kind in ("float16", "bfloat16"):
-        compare(kernels, kind, Adadelta())
 
 
 @pytest.mark.parametrize("place", range(5))

@@ -209,7 +209,8 @@ def plain_remote(client: deltaserve.Client, kind: type[RemoteOptimizer]) -> Iter
             stack.callback(delete, name)
             options = {"timeout_seconds": 30, **options}
             make_optimizer: Any = kind  # each kind has arguments of its own
-            return stack.enter_context(make_optimizer(params, through, model=name, **options))
+            optimizer: RemoteOptimizer = make_optimizer(params, through, model=name, **options)
+            return stack.enter_context(optimizer)
 
         yield make
 

@@ -388,7 +388,7 @@ def test_the_decoupled_weight_decay_of_adam_is_adamw(target: str) -> None:
 
 def test_a_mixture_of_structures_is_refused(target: str) -> None:
     """torch allows it."""
-    groups = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "amsgrad": True}]
+    groups: list[dict[str, Any]] = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "amsgrad": True}]
     local = torch.optim.Adam(groups)
     for refused in (lambda: model_state_of(local), lambda: RemoteOptimizer.of(local, target, model="m")):
         with pytest.raises(ValueError, match="expected adam, got adam with amsgrad: all parameter groups"):

@@ -304,6 +304,37 @@ def test_a_state_dict_of_an_older_version_of_torch(options: dict[str, Any], make
     pair.train(3)
 
 
+@pytest.mark.parametrize("kind", [RemoteAdam])
+def test_updates_are_counted_beyond_the_integers_of_float32(remote: "Remote") -> None:
+    """The step of torch, a float32, stays at 2**24."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer, local = remote([param]), torch.optim.Adam([param])
+    param.grad = torch.ones(3)
+    local.step()
+    state = local.state_dict()
+    state["state"][0]["step"] = torch.tensor(2.0**24)
+    optimizer.load_state_dict(state)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer._model.pull_state().update_counts == {"0.0": 2**24 + 3}
+
+
+@pytest.mark.parametrize("kind", [RemoteRMSprop])
+def test_a_variance_that_rounding_makes_negative_counts_as_0(remote: "Remote") -> None:
+    """torch's weights become NaN."""
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer, local = remote([ours], centered=True), torch.optim.RMSprop([theirs], centered=True)
+    ours.grad, theirs.grad = torch.ones(3), torch.ones(3)
+    local.step()
+    state = local.state_dict()
+    state["state"][0].update(square_avg=torch.ones(3), grad_avg=torch.full((3,), 1 + 2.0**-20))
+    for loaded in (optimizer, local):
+        loaded.load_state_dict(deepcopy(state))
+        loaded.step()
+    assert theirs.isnan().all()
+    assert ours.isfinite().all()
+
+
 def test_a_state_that_one_worker_loads_counts_for_all(remote: "Remote", model: str) -> None:
     net, other = nn.Linear(2, 1), nn.Linear(2, 1)
     one, two = remote(net.parameters(), model=model), remote(other.parameters(), model=model)

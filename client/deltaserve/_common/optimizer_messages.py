@@ -1,12 +1,18 @@
 """Conversion between optimizers and their messages, by the names of kinds and hyperparameters."""
 
+from functools import lru_cache
+
 from deltaserve._common.optimizers import OPTIMIZERS, Optimizer
 from deltaserve._common.optimizers.definition import hyperparameters
 from deltaserve.v1 import optimizers_pb2
 
+_CACHE_SIZE = 1024
+"""Every push and its answer have the optimizers of all groups, most often those of the push before."""
 
+
+@lru_cache(_CACHE_SIZE)
 def to_message(optimizer: Optimizer) -> optimizers_pb2.Optimizer:
-    """Returns the message of an optimizer, with all fields set.
+    """Returns the message of an optimizer, with all fields set; callers share it and must not change it.
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or a hyperparameter is not a number.
@@ -27,6 +33,12 @@ def from_message(message: optimizers_pb2.Optimizer, unset: Optimizer | None = No
         message: The message.
         unset: An optimizer of the same kind, whose values unset fields take; None means the defaults of the kind.
     """
+    return _parsed(message.SerializeToString(), unset)
+
+
+@lru_cache(_CACHE_SIZE)
+def _parsed(data: bytes, unset: Optimizer | None) -> Optimizer | None:
+    message = optimizers_pb2.Optimizer.FromString(data)
     kind = message.WhichOneof("kind")
     if kind is None:
         return None
