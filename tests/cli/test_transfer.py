@@ -138,7 +138,7 @@ def test_a_model_continues_on_another_server_with_the_same_bits(
 def test_every_optimizer_continues_with_the_same_bits(
     command: Command, client: deltaserve.Client, model: str, tmp_path: Path, optimizer: deltaserve.Optimizer
 ) -> None:
-    groups = [optimizer, replace(optimizer, lr=0.05)]  # type: ignore[type-var]
+    groups = [optimizer, replace(optimizer, lr=0.05)]
     held = client.create_model(model, numbers(0), groups=groups, group_of=GROUP_OF)
     step(held, range(3))
     file = tmp_path / "file"
@@ -253,7 +253,7 @@ def test_replace_refuses_the_state_of_another_optimizer(
     held = client.create_model(trained.name, numbers(0), groups=groups, group_of=GROUP_OF)
     before = bits(held.pull_state())
     line = refusal(command("import", str(file), "--replace", "--target", client.target))
-    text = f"{trained.name} has the optimizer adam, the file adadelta:lr=0.30000000000000004,rho=0.95,eps=0.001"
+    text = f"{trained.name} has the optimizer adam, the file adadelta"
     assert line == f"deltaserve: {text}; import it as another model with --model\n"
     assert bits(held.pull_state()) == before
 

@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
 BOUNDED = [
     (kind, field.name, str(field.metadata["bounds"]))
     for kind, optimizer in OPTIMIZERS.items()
-    for field in fields(optimizer)  # type: ignore[arg-type]
+    for field in fields(optimizer)
     if "bounds" in field.metadata
 ]
 
@@ -130,7 +130,7 @@ def test_rounding_to_float32_is_torchs(value: float) -> None:
 def test_structures_tell_options_and_slots_but_no_numbers() -> None:
     assert len({optimizer.structure for optimizer in STRUCTURES}) == len(STRUCTURES)
     for optimizer in STRUCTURES:
-        same: Any = replace(optimizer, lr=0.123, weight_decay=0.5, maximize=True)  # type: ignore[type-var]
+        same: Any = replace(optimizer, lr=0.123, weight_decay=0.5, maximize=True)
         assert same.structure == optimizer.structure
     assert SGD(momentum=0.1).structure == SGD(momentum=0.9).structure != SGD().structure
 

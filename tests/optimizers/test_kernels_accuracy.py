@@ -191,7 +191,7 @@ def test_the_first_momentum_step_is_not_dampened(dampening: float) -> None:
 
 @over()
 def test_a_learning_rate_of_0_leaves_the_weights_as_they_are(optimizer: Optimizer) -> None:
-    still = dataclasses.replace(optimizer, lr=0.0)  # type: ignore[type-var]
+    still = dataclasses.replace(optimizer, lr=0.0)
     gradient, state = kernel_runs.anything(still, 2, 1000, largest_weight=1e30)
     for updates in (1, 2):
         made = kernel_runs.on_cpu(still, gradient, state, updates)

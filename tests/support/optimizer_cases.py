@@ -29,7 +29,7 @@ STRUCTURES: tuple[Optimizer, ...] = (
 
 CASES: tuple[Optimizer, ...] = (
     *STRUCTURES,
-    *(replace(optimizer, lr=0.3, weight_decay=0.1) for optimizer in STRUCTURES),  # type: ignore[type-var]
+    *(replace(optimizer, lr=0.3, weight_decay=0.1) for optimizer in STRUCTURES),
     Adadelta(lr=0.1, rho=0.95, eps=1e-5, maximize=True),
     Adadelta(rho=0.0),
     Adadelta(lr=3.0, rho=1.0),

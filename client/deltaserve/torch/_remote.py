@@ -173,6 +173,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Use the drop-in in its place from then on, and make schedulers for it. If the model exists, this worker joins
         it: as with the constructor, the weights and the state on the server count, and those of `optimizer` do not.
 
+        The model exists for a moment before its state does, and an update that another worker makes in between is lost.
+        So call this in one worker before the others start, or under `Sync(min_workers=N)` in all N workers before their
+        first step.
+
         Args:
             optimizer: A `torch.optim` optimizer, of exactly one of the classes that have a drop-in.
             target: See the class, as for `model` and `options`.
