@@ -53,7 +53,7 @@ from deltaserve_server.optimizers._vectors import (
 )
 from deltaserve_server.optimizers.float16 import FORMATS, as_bits
 from deltaserve_server.optimizers.formats import Values
-from deltaserve_server.optimizers.trace import traced
+from deltaserve_server.optimizers.trace import kernel_numbers, traced
 
 Vector = NDArray[np.float32]
 
@@ -112,10 +112,9 @@ def update(
     if min(sizes) != max(sizes):
         raise ValueError(f"expected vectors of one length, got lengths {sizes}")
     bits = as_bits(gradient)
-    factor, divides = _scale(-divisor if optimizer.maximize else divisor)
-    numbers = np.array((factor, _decay(optimizer), *optimizer.scalars(count).values()), np.float32)
+    divides, packed = _packed(optimizer, count, divisor)
     kernel = _kernel(optimizer, bits.dtype)
-    squares: float = kernel(bits, tuple(slots), weights, new_weights, streaming, divides, numbers)
+    squares: float = kernel(bits, tuple(slots), weights, new_weights, streaming, divides, packed)
     return squares
 
 
@@ -145,19 +144,20 @@ def add(total: Vector, values: Values, factor: float) -> None:
     _add(total, as_bits(values), factor)
 
 
+# Every portion of an update asks for the same numbers.
+@functools.lru_cache(maxsize=1024)
+def _packed(optimizer: Optimizer, count: int, divisor: float) -> tuple[bool, Vector]:
+    """Returns whether the kernel divides by its first number, or multiplies; and all its numbers."""
+    factor, divides = _scale(-divisor if optimizer.maximize else divisor)
+    return divides, np.array((factor, *kernel_numbers(optimizer, count)), np.float32)
+
+
 def _scale(divisor: float) -> tuple[float, bool]:
     """Returns the rounded divisor and True, or its reciprocal and False where the product has the same bits."""
     rounded = rounded_to_float32(divisor)
     # The reciprocal of a power of two is exact, if it is in float32's range. A product takes a fraction of the time.
     is_exact = abs(math.frexp(rounded)[0]) == 0.5 and abs(rounded) > 2.0**-128
     return (1 / rounded, False) if is_exact else (rounded, True)
-
-
-def _decay(optimizer: Optimizer) -> float:
-    """Returns the factor of the weight: in the gradient, or of the weight itself where weight decay is decoupled."""
-    if not optimizer.decoupled:
-        return optimizer.weight_decay
-    return max(1 - optimizer.lr * optimizer.weight_decay, -FLOAT32_MAX)
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,7 +4,6 @@ The arithmetic is that of `cpu`, operation for operation, and gives the same bit
 optimizers share.
 """
 
-import functools
 import linecache
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 
 from deltaserve._common.optimizers import Optimizer
-from deltaserve._common.optimizers.definition import FLOAT32_MAX, rounded_to_float32
 from deltaserve_server.optimizers import triton_source
+from deltaserve_server.optimizers.trace import kernel_numbers
 
 _FORMATS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = 1024
@@ -69,7 +68,7 @@ def update(
             squares,
             gradient.numel(),
             float(-divisor if optimizer.maximize else divisor),
-            *_scalars(optimizer, count),
+            *kernel_numbers(optimizer, count),
             block=_BLOCK,
             enable_fp_fusion=False,
         )
@@ -89,16 +88,6 @@ def _kernel(optimizer: Optimizer) -> Any:
     module: dict[str, Any] = {"__name__": path}
     exec(compile(text, path, "exec"), module)  # noqa: S102, the text is that of a definition of ours
     return module[triton_source.name(optimizer)]
-
-
-# Every part of an update asks for one of a few sets.
-@functools.lru_cache(maxsize=1024)
-def _scalars(optimizer: Optimizer, count: int) -> tuple[float, ...]:
-    """Returns the kernel's numbers after the divisor, rounded to float32: the decay, and the optimizer's own."""
-    decay = optimizer.weight_decay
-    if optimizer.decoupled:
-        decay = max(1 - optimizer.lr * decay, -FLOAT32_MAX)
-    return tuple(rounded_to_float32(number) for number in (decay, *optimizer.scalars(count).values()))
 
 
 def _check(tensors: tuple[torch.Tensor, ...], squares: torch.Tensor) -> None:

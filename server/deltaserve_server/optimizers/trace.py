@@ -1,9 +1,11 @@
-"""The expression of an optimizer's update as a list of operations: for generators of source text, and for digests."""
+"""What kernels of all kinds take from a definition: the operations of its update, and the numbers that they use."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from deltaserve._common.optimizers import Optimizer
+from deltaserve._common.optimizers.definition import FLOAT32_MAX, rounded_to_float32
 
 Operand = str | float
 """A value by its name, or a plain number."""
@@ -50,6 +52,18 @@ def traced(optimizer: Optimizer) -> Trace:
     g, w, *values = (_Value(steps, name) for name in ("g", "w", *slots))
     weight, new_slots = optimizer.update(steps, g, w, values, numbers)
     return Trace(scalars, slots, tuple(steps.made), _operand(weight), tuple(map(_operand, new_slots)))
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_numbers(optimizer: Optimizer, count: int) -> tuple[float, ...]:
+    """Returns the numbers of one update, rounded to float32: the decay, and then `Optimizer.scalars`.
+
+    The decay is the factor of the weight: in the gradient, or of the weight itself where weight decay is decoupled.
+    """
+    decay = optimizer.weight_decay
+    if optimizer.decoupled:
+        decay = max(1 - optimizer.lr * decay, -FLOAT32_MAX)
+    return tuple(map(rounded_to_float32, (decay, *optimizer.scalars(count).values())))
 
 
 class _Value:
