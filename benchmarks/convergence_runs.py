@@ -161,7 +161,7 @@ def train(setting: Setting, recipe: NumpyRecipe, target: str, seed: int) -> Call
         seed: Decides initial weights, order of examples and jitter of the steps.
     """
     changes = dict(setting.hyperparameters)
-    optimizer = replace(recipe.optimizers[setting.optimizer], **changes)  # type: ignore[type-var]
+    optimizer = replace(recipe.optimizers[setting.optimizer], **changes)
     recipe = replace(recipe, seed=seed, optimizer=optimizer)
     with deltaserve.connect(target, timeout_seconds=TIMEOUT_SECONDS) as client:
         name = f"{setting.task}-{token_hex(4)}"

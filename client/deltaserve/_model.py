@@ -122,7 +122,8 @@ class Model:
                 update, and its `update_counts` do not count.
 
         Raises:
-            ValueError: A slot or a tensor is missing or unknown, or has another shape. Nothing was sent.
+            TypeError: A part of the state is not a mapping, or a tensor does not consist of real numbers.
+            ValueError: A slot, a tensor or an update count is missing or unknown, or a tensor has another shape.
             RequestError: A value is not finite, or an average or a sum of squares is negative.
             UnavailableError: The state may be in place; `info().version` tells. It is not sent again, because workers
                 may have gone on from it.
@@ -131,8 +132,10 @@ class Model:
         if state.slots is not None and state.slots.keys() != set(slots):
             raise ValueError(f"slots: expected {', '.join(slots) or 'none'}, got {', '.join(state.slots) or 'none'}")
         vectors = [self._arrays(state.weights, "weights"), *self._slots(state.slots)]
-        self._check_names(state.update_counts, "update_counts")
-        counts = [state.update_counts.get(spec.name, 0) for spec in self.tensors] if state.slots is not None else []
+        counts: list[int] = []
+        if state.slots is not None:  # counts that are 0 by mistake would let Adam begin anew with an old state
+            self._check_names(state.update_counts, "update_counts")
+            counts = [state.update_counts[spec.name] for spec in self.tensors]
         header = model_service_pb2.PutStateHeader(model=self.name, update_counts=counts, slots=slots)
         kind = model_service_pb2.PutStateRequest
         self._connection.send("PutState", lambda: vector_messages(kind, header, vectors), repeats_uncertain=False)
@@ -258,17 +261,23 @@ class Model:
         self._check_names(values, what)
         arrays = []
         for spec in self.tensors:
-            if spec.name not in values:
-                raise ValueError(f"{what}: tensor {spec.name} is missing")
-            arrays.append(contiguous(values[spec.name]))
+            try:
+                arrays.append(contiguous(values[spec.name]))
+            except TypeError as error:
+                raise TypeError(f"{what}: tensor {spec.name}: {error}") from None
             if arrays[-1].shape != spec.shape:
                 raise ValueError(f"{what}: tensor {spec.name} has shape {arrays[-1].shape}, not {spec.shape}")
         return arrays
 
     def _check_names(self, values: Mapping[str, Any], what: str) -> None:
-        unknown = values.keys() - {spec.name for spec in self.tensors}
-        if unknown:
+        """Raises TypeError or ValueError unless `values` has an entry for each tensor, and no other."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{what}: expected a mapping by tensor name, got {values!r}")
+        names = {spec.name for spec in self.tensors}
+        if unknown := values.keys() - names:
             raise ValueError(f"{what}: the model has no tensor named {min(unknown)}")
+        if missing := names - values.keys():
+            raise ValueError(f"{what}: tensor {min(missing)} is missing")
 
 
 def _filled(shape: tuple[int, ...], value: float) -> Array:

@@ -10,7 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import compare, document, durability, machine, memory, plots, scaling, step, targets, wire, workers
+from benchmarks import (
+    compare,
+    convergence_optimizers,
+    document,
+    durability,
+    machine,
+    memory,
+    plots,
+    scaling,
+    step,
+    targets,
+    wire,
+    workers,
+)
 from benchmarks.baselines import EMPTY_CALL, THERE_AND_BACK
 from benchmarks.kernel import KERNEL
 from benchmarks.models import SHAPES_A, SHAPES_B, SHAPES_C, SIZE_A, elements, gradients_of, shapes_of, weights_of
@@ -19,6 +32,10 @@ from benchmarks.peers.suite import PEERS
 from benchmarks.processes import TCP
 from benchmarks.results import Figures, Result, Timings, load, save
 from benchmarks.timing import Timing, by_turns
+
+from deltaserve_server import LocalServer
+from deltaserve_server.recipes.data import Examples
+from deltaserve_server.recipes.digits import Digits
 
 _TINY = ((300, 1000), (5,))
 
@@ -121,6 +138,24 @@ def test_results_are_the_same_after_saving_and_loading(tmp_path: Path) -> None:
     assert load(tmp_path / "run.json") == ({"cores": "2"}, results)
     assert "| y | 3,500,000 | 3,000,000 to 4,000,000 | 2.33 |" in results["step-a"].markdown()
     assert "| idle | 1 |  |" in results["memory"].markdown()
+
+
+@pytest.mark.deep
+def test_optimizers_are_compared_by_policy_and_workers() -> None:
+    scale = convergence_optimizers.Scale(seeds=2, steps=32, workers=(2, 4), step_seconds=0.001)
+    random = np.random.default_rng(3)
+    examples = Examples(features=random.random((64, 64), np.float32), labels=random.integers(0, 10, 64))
+    lines: list[str] = []
+    with LocalServer() as server:
+        recipe = Digits(train=examples, test=examples, hidden=16)
+        # No time is left for a second seed.
+        runs = convergence_optimizers.measure(scale, recipe, server.target, 0.0, lines.append)
+    assert {run.seed for run in runs} == {0}
+    assert lines[-1].startswith("seed 0 is done after ")
+    text = convergence_optimizers.tables(runs)
+    for contender in convergence_optimizers.CONTENDERS:
+        assert re.search(rf"\| {contender.name} \| sync, scaled \|  \| 0\.\d{{3}} ", text)
+        assert f"{contender.name} {contender.lr:g} (chosen)" in text
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:

@@ -11,19 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import deltaserve
-from deltaserve import (
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    AdamW,
-    Async,
-    Bounded,
-    Optimizer,
-    RMSprop,
-    Sync,
-    TensorSpec,
-)
+from deltaserve import SGD, Adagrad, AdamW, Async, Bounded, Optimizer, RMSprop, Sync, TensorSpec
+from deltaserve._common.optimizers import OPTIMIZERS as KINDS
 
 Vector = NDArray[np.float32]
 
@@ -33,16 +22,16 @@ LEASE_SECONDS = 1.0
 DURABILITIES = ("none", "snapshot", "journal", "fsync")
 """Durabilities of the server. With "none" it never dies."""
 
-OPTIMIZERS: Mapping[str, tuple[Optimizer, Optimizer]] = {
-    "adadelta": (Adadelta(), Adadelta(lr=0.5, rho=0.95, eps=1e-5, weight_decay=0.01)),
-    "adam": (Adam(), Adam(lr=1e-2, beta1=0.8, weight_decay=0.01)),
-    "sgd": (SGD(), SGD(lr=1e-2, weight_decay=0.01)),
-    "momentum": (SGD(momentum=0.9, dampening=0.5), SGD(lr=1e-2, momentum=0.5, weight_decay=0.01)),
-    "adagrad": (Adagrad(lr_decay=0.01), Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5)),
-    "rmsprop": (RMSprop(momentum=0.9, centered=True), RMSprop(alpha=0.9, momentum=0.5, centered=True)),
-    "amsgrad": (AdamW(amsgrad=True), AdamW(lr=1e-2, beta2=0.9, amsgrad=True)),
+_OPTIMIZERS: Mapping[str, Optimizer] = {
+    **{kind: make() for kind, make in KINDS.items()},
+    "momentum": SGD(momentum=0.9, dampening=0.5),
+    "nesterov": SGD(momentum=0.9, nesterov=True),
+    "decay": Adagrad(lr_decay=0.1, initial_accumulator_value=0.5),
+    "centered": RMSprop(momentum=0.9, centered=True),
+    "amsgrad": AdamW(amsgrad=True),
 }
-"""The optimizer of each parameter group."""
+OPTIMIZERS = tuple(_OPTIMIZERS)
+"""Names of optimizers: every kind, and options."""
 
 POLICIES: Mapping[str, deltaserve.Sync | deltaserve.Async | deltaserve.Bounded] = {
     "sync": Sync(),
@@ -70,7 +59,7 @@ class Scenario:
         policy_name: Key of POLICIES.
         door: How workers push: "unary", or "stream" with a model of more than 1 MiB.
         durability: One of DURABILITIES.
-        optimizer_name: Key of OPTIMIZERS.
+        optimizer_name: One of OPTIMIZERS.
     """
 
     policy_name: str
@@ -89,7 +78,9 @@ class Scenario:
 
     @property
     def groups(self) -> tuple[Optimizer, Optimizer]:
-        return OPTIMIZERS[self.optimizer_name]
+        """The optimizer of each parameter group."""
+        first: Any = _OPTIMIZERS[self.optimizer_name]
+        return first, replace(first, lr=first.lr / 2, weight_decay=0.01)
 
     @cached_property
     def carried(self) -> tuple[Optimizer, ...]:

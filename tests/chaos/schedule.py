@@ -40,7 +40,9 @@ class Schedule:
     def next(self) -> tuple[Scenario, int, list[str]]:
         """Returns the next scenario, its seed, and the failpoints at which the server dies first."""
         seed, wanting = next(self._seeds), missing(self._outcomes, self._options)
-        optimizer = self._options.optimizers[seed % len(self._options.optimizers)]
+        optimizers = self._options.optimizers
+        turn, place = divmod(seed, len(optimizers))  # each turn starts elsewhere, as policies have turns of their own
+        optimizer = optimizers[(place + turn) % len(optimizers)]
         scenario = self._next_scenario({durability for durability, _ in wanting})
         scenario = replace(scenario, optimizer_name=optimizer)
         handed = set[tuple[str, str]]().union(*self._first.values())

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from tests.cli.transfer import GROUP_OF, GROUPS, numbers, step
 
+import deltaserve
 from deltaserve_server import LocalServer
 from deltaserve_server.cli import run
 
@@ -81,3 +84,30 @@ def process() -> Iterator[Process]:
             return child
 
         yield start
+
+
+@pytest.fixture
+def client(target: str, model: str) -> Iterator[deltaserve.Client]:
+    """A client. The models of a test are deleted after it, because the server takes 64."""
+    with deltaserve.connect(target, timeout_seconds=60.0) as connected:
+        yield connected
+        for held in connected.models():
+            if held.name.startswith(model):
+                connected.delete_model(held.name)
+
+
+@pytest.fixture
+def trained(client: deltaserve.Client, model: str) -> deltaserve.Model:
+    """A model of four tensors in two groups, after five updates, of which one tensor had three."""
+    policy = deltaserve.Async(max_staleness=7, damping=True)
+    made = client.create_model(model, numbers(0), groups=GROUPS, group_of=GROUP_OF, policy=policy)
+    step(made, range(5))
+    return made
+
+
+@pytest.fixture
+def file(command: Command, target: str, trained: deltaserve.Model, tmp_path: Path) -> Path:
+    """What export wrote of `trained`."""
+    path = tmp_path / "state.safetensors"
+    assert command("export", trained.name, "-o", str(path), "--target", target).returncode == 0
+    return path

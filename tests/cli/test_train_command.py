@@ -65,6 +65,18 @@ def test_a_run_on_a_server_prints_its_result_and_the_next_command(command: Comma
 
 
 @pytest.mark.usefixtures("few_digits")
+def test_an_optimizer_has_the_recipes_settings_unless_others_are_given(
+    command: Command, target: str, model: str
+) -> None:
+    arguments = ("--optimizer", "momentum:lr=0.02,nesterov=true", "--workers", "1")
+    ended = command("train", "digits", *arguments, "--target", target, "--model", model)
+    assert ended.returncode == 0, ended.stderr
+    assert "optimizer: sgd:lr=0.02,momentum=0.9,nesterov=true\n" in ended.stdout
+    with deltaserve.connect(target, timeout_seconds=60.0) as client:
+        assert client.model(model).groups == (deltaserve.SGD(lr=0.02, momentum=0.9, nesterov=True),)
+
+
+@pytest.mark.usefixtures("few_digits")
 def test_late_gradients_are_counted(command: Command, target: str, model: str) -> None:
     arguments = ("train", "digits", "--workers", "2", "--policy", "sync:quorum=1", "--target", target)
     ended = command(*arguments, "--model", model)
@@ -113,6 +125,22 @@ def test_errors_are_found_before_the_training(command: Command, arguments: list[
     assert ended.stderr.startswith("deltaserve: ")
     assert ended.stderr.count("\n") == 1
     assert text in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        ("lion", "expected an optimizer, adadelta, sgd, momentum, adagrad, rmsprop, adam or adamw, as in "),
+        ("momentum:beta1=0.9", "momentum has no setting 'beta1'; its settings are lr, momentum, "),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["digits", "airfoil"])
+def test_an_optimizer_that_the_recipe_lacks_is_wrong_usage(
+    command: Command, recipe: str, optimizer: str, text: str
+) -> None:
+    ended = command("train", recipe, "--optimizer", optimizer)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"deltaserve: --optimizer: {text}")
 
 
 # --- as a process

@@ -23,12 +23,6 @@ Process = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def client(target: str) -> Iterator[deltaserve.Client]:
-    with deltaserve.connect(target, timeout_seconds=60.0) as connected:
-        yield connected
-
-
-@pytest.fixture
 def created(target: str, model: str) -> Iterator[deltaserve.Model]:
     """A model of two parameter groups."""
     with deltaserve.connect(target, timeout_seconds=60.0) as client:

@@ -161,6 +161,8 @@ def test_each_group_has_its_own_initial_state(client: Client) -> None:
         ({"weights": WEIGHTS | {"c": np.zeros(1)}}, "weights: the model has no tensor named c"),
         ({"weights": WEIGHTS | {"b": np.zeros(1)}}, r"weights: tensor b has shape \(1,\), not \(\)"),
         ({"update_counts": {"c": 1}}, "update_counts: the model has no tensor named c"),
+        ({"update_counts": {"a": 1}}, "update_counts: tensor b is missing"),
+        ({"update_counts": {}}, "update_counts: tensor a is missing"),
     ],
 )
 def test_a_state_with_other_names_is_refused_before_it_is_sent(
@@ -168,6 +170,28 @@ def test_a_state_with_other_names_is_refused_before_it_is_sent(
 ) -> None:
     model = client.create_model("m", WEIGHTS, optimizer=Adam())
     with pytest.raises(ValueError, match=f"^{text}$"):
+        model.put_state(replace(model.pull_state(), **change))
+    assert model.info().version == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"slots": {"exp_avg": WEIGHTS, "exp_avg_sq": None}},
+            "exp_avg_sq: expected a mapping by tensor name, got None",
+        ),
+        (
+            {"slots": {"exp_avg": WEIGHTS, "exp_avg_sq": WEIGHTS | {"a": None}}},
+            "exp_avg_sq: tensor a: expected real numbers, got object",
+        ),
+        ({"weights": None}, "weights: expected a mapping by tensor name, got None"),
+        ({"update_counts": None}, "update_counts: expected a mapping by tensor name, got None"),
+    ],
+)
+def test_a_state_of_other_types_is_refused_before_it_is_sent(client: Client, change: dict[str, Any], text: str) -> None:
+    model = client.create_model("m", WEIGHTS, optimizer=Adam())
+    with pytest.raises(TypeError, match=f"^{text}$"):
         model.put_state(replace(model.pull_state(), **change))
     assert model.info().version == 0
 
@@ -274,7 +298,7 @@ def test_a_hyperparameter_out_of_range_is_named(client: Client, optimizer: Optim
 @every
 def test_groups_are_updated_as_models_of_their_own(client: Client, optimizer: Optimizer) -> None:
     """Two groups with different values give the bits of two models; tensors without a gradient differ in count."""
-    groups = [optimizer, replace(optimizer, lr=optimizer.lr / 4)]  # type: ignore[type-var]
+    groups = [optimizer, replace(optimizer, lr=optimizer.lr / 4)]
     both = client.create_model("both", {"a": np.ones(40), "b": np.ones(3)}, groups=groups, group_of={"b": 1})
     one = client.create_model("one", {"a": np.ones(40)}, optimizer=groups[0])
     two = client.create_model("two", {"b": np.ones(3)}, optimizer=groups[1])
@@ -301,7 +325,7 @@ def test_a_push_carries_its_own_hyperparameters(client: Client, optimizer: Optim
     told = client.create_model("told", WEIGHTS, optimizer=optimizer)
     with carried.worker() as worker, told.worker() as other:
         for number in range(3):
-            scheduled = replace(optimizer, lr=optimizer.lr / (number + 1))  # type: ignore[type-var]
+            scheduled = replace(optimizer, lr=optimizer.lr / (number + 1))
             told.update(groups=[scheduled])
             worker.step(gradients(number), hyperparameters=[scheduled])
             other.step(gradients(number))
@@ -314,7 +338,7 @@ def test_a_push_carries_its_own_hyperparameters(client: Client, optimizer: Optim
 @every
 def test_a_model_is_extended_with_groups(client: Client, optimizer: Optimizer) -> None:
     model = client.create_model("m", {"a": np.ones(3)}, optimizer=optimizer)
-    added = replace(optimizer, lr=0.0)  # type: ignore[type-var]
+    added = replace(optimizer, lr=0.0)
     with model.worker() as worker:
         worker.step({"a": np.ones(3)})
     assert model.extend({"b": np.ones(2)}, groups=[added], group_of={"b": 1})

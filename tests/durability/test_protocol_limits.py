@@ -57,7 +57,7 @@ GROUPS = {name: Optimizer(adadelta=group) for name, group in ADADELTAS.items()}
 def at_limit(kind: str, *, largest: bool) -> Optimizer:
     """Returns an optimizer with every hyperparameter at its largest or its smallest value, except for options."""
     made, limits = optimizers.OPTIMIZERS[kind](), dict[str, float]()
-    for field in dataclasses.fields(made):  # type: ignore[arg-type]
+    for field in dataclasses.fields(made):
         bounds: Bounds | None = field.metadata.get("bounds")
         if bounds is None:
             continue
@@ -65,7 +65,7 @@ def at_limit(kind: str, *, largest: bool) -> Optimizer:
         high = high if bounds.below is None else float(np.nextafter(bounds.below, 0.0))
         low = SMALLEST if bounds.above is not None else 0.0
         limits[field.name] = high if largest else low
-    return to_message(dataclasses.replace(made, **limits))  # type: ignore[type-var]
+    return to_message(dataclasses.replace(made, **limits))
 
 
 OTHERS = [kind for kind in optimizers.OPTIMIZERS if kind != "adadelta"]

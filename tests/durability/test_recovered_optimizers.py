@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_host import MEMORY, OPTIMIZERS, ModelHost, check_comes_back, copied, machine, random, seen
+from model_host import MEMORY, OPTIMIZERS, TENSORS, ModelHost, check_comes_back, copied, machine, random, seen
+from safetensors.numpy import load_file
 from tests.support.optimizer_cases import over
 
 from deltaserve._common.optimizers import Optimizer
+from deltaserve_server.durability import snapshot
 from deltaserve_server.engine.model_engine import ModelEngine
 from deltaserve_server.memory import State
 from deltaserve_server.model import Push, Session, Tensor
@@ -47,6 +49,9 @@ class Twins:
             push(engine, self.session, sequence)
         check_comes_back(seen(twin), self.engine)
         host.die()
+        self.close()
+
+    def close(self) -> None:
         self._host.die()
 
 
@@ -91,3 +96,17 @@ def test_it_comes_back_after_its_state_was_put(quick: Path, optimizer: Optimizer
     push(twins.engine, twins.session, 3, absent={0})
     assert twins.engine.machine.update_counts == (1, 9, 1_000_002)
     twins.check()
+
+
+@over(OPTIMIZERS)
+def test_any_reader_of_safetensors_finds_the_slots_of_a_snapshot_by_name(quick: Path, optimizer: Optimizer) -> None:
+    twins = Twins(quick, optimizer, "snapshot")
+    push(twins.engine, twins.session, 1)
+    entry, state = twins.engine.save(), twins.engine.state()
+    found = load_file(quick / "data" / "models" / "m" / snapshot.tensors_name(entry.number))
+    names, offsets = ["weights", *(slot.name for slot in optimizer.slots)], twins.engine.machine.layout.offsets
+    assert found.keys() == {f"{name}/{tensor.name}" for name in names for tensor in TENSORS}
+    for name, vector in zip(names, state.vectors, strict=True):
+        for tensor, start, stop in zip(TENSORS, offsets, offsets[1:], strict=False):
+            np.testing.assert_array_equal(found[f"{name}/{tensor.name}"], vector[start:stop].reshape(tensor.shape))
+    twins.close()

@@ -56,7 +56,7 @@ def alone(client: deltaserve.Client, optimizer: deltaserve.Optimizer) -> Weights
         state = model.pull_state()
         model.put_state(state)
         worker.step(random(5))
-    group = replace(optimizer, lr=0.5)  # type: ignore[type-var]
+    group = replace(optimizer, lr=0.5)
     model.extend({"v": np.ones(5, np.float32)}, groups=[group], group_of={"v": 1})
     with model.worker() as worker:
         return worker.step({**random(6), "v": np.full(5, 2, np.float32)})

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_states import MakeStore
+from tests.memory.store_states import MakeStore
 
 from deltaserve_server.memory import Budget, Staging, State, Store
 from deltaserve_server.memory.host import HostStore

@@ -35,7 +35,7 @@ def random(size: int, seed: int) -> Vector:
 
 def other(optimizer: Optimizer) -> Optimizer:
     """Returns the optimizer with other hyperparameters."""
-    return replace(optimizer, lr=0.5, weight_decay=0.1, maximize=True)  # type: ignore[type-var]
+    return replace(optimizer, lr=0.5, weight_decay=0.1, maximize=True)
 
 
 def whole(size: int, optimizer: Optimizer = PLAIN, count: int = 1) -> list[Range]:

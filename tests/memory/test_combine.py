@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from store_states import MakeStore, Stage, assert_same_state, fresh, random, whole
+from tests.memory.store_states import MakeStore, Stage, assert_same_state, fresh, random, whole
 
 from deltaserve._common.optimizers import Adadelta
 from deltaserve._common.optimizers.definition import MAGNITUDE_MAX

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from store_states import PLAIN, MakeStore, Stage, assert_same_state, fresh
+from tests.memory.store_states import PLAIN, MakeStore, Stage, assert_same_state, fresh
 
 from deltaserve._common.optimizers import Adadelta
 from deltaserve_server.memory import Budget, Range

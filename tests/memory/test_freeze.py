@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
-from store_states import OPTIMIZERS, PLAIN, MakeStore, Stage, bits, fresh, other, whole
-from store_states import random as vector
+from tests.memory.store_states import OPTIMIZERS, PLAIN, MakeStore, Stage, bits, fresh, other, whole
+from tests.memory.store_states import random as vector
 
 from deltaserve._common.optimizers import Adam, Optimizer
 from deltaserve_server.memory import Budget, BudgetExceeded, Frozen, Range, State, Store, shared_memory

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_states import Stage, assert_same_state, fresh, whole
+from tests.memory.store_states import Stage, assert_same_state, fresh, whole
 
 from deltaserve_server.memory import Budget, Store, shared_memory
 from deltaserve_server.memory.host import HostStore

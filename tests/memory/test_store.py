@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from store_states import (
+from tests.memory.store_states import (
     OPTIMIZERS,
     PLAIN,
     MakeStore,

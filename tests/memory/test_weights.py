@@ -4,7 +4,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from store_states import PLAIN, MakeStore, Stage, assert_same_state, for_each_optimizer, fresh, random, whole
+from tests.memory.store_states import (
+    PLAIN,
+    MakeStore,
+    Stage,
+    assert_same_state,
+    for_each_optimizer,
+    fresh,
+    random,
+    whole,
+)
 
 from deltaserve._common.optimizers import Adadelta, Optimizer
 from deltaserve_server.memory import Budget, Range

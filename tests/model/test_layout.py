@@ -42,7 +42,7 @@ def test_ranges_say_how_each_element_is_updated(
     optimizer: Optimizer, parts: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """They split by hyperparameters and by the part of the count that matters, and by nothing else."""
-    groups = [optimizer, replace(optimizer, lr=0.5), replace(optimizer)]  # type: ignore[type-var]
+    groups = [optimizer, replace(optimizer, lr=0.5), replace(optimizer)]
     counts = data.draw(st.lists(st.integers(1, 3), min_size=len(parts), max_size=len(parts)))
     absent = data.draw(st.frozensets(st.sampled_from(range(len(parts)))))
     ranges = list(layout(parts).ranges(absent, groups, counts))

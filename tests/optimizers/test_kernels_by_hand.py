@@ -120,15 +120,15 @@ BY_HAND = {
         AdamW(lr=0.5, beta1=0.5, beta2=0.75, eps=1, weight_decay=0.5), (4, 4), (0.35, 0.35 * 0.75 - 0.4),
         ((2, 3), (4, 7)),
     ),
-    # c = 2, m = 1; c = 1/2 - 1/2 moves nothing, m = 3/4 - 1/4; c = 1/4 - 4, m = 3/8 - 2.
+    # c = 1 and m = 1/2; c = 1/4 - 0.2 and m = 3/8 - 0.1; c = 0.1375 - 1: each step is a quarter.
     "lion": Worked(
-        Lion(lr=0.5, beta1=0.5, beta2=0.75), (4, -1, -8), (0.5, 0.5, 1), ((1, 0.5, -1.625),)
+        Lion(lr=0.25, beta1=0.5, beta2=0.75), (2, -0.4, -2), (0.75, 0.5, 0.75), ((0.5, 0.275, -0.29375),)
     ),
-    # The same directions, each after w (1 - 1/4).
+    # 1 (1 - 1/8) - 1/4, then 0.625 (1 - 1/8) + 1/4.
     "lion, weight_decay": Worked(
-        Lion(lr=0.5, beta1=0.5, beta2=0.75, weight_decay=0.5), (4, -1, -8),
-        (0.75 - 0.5, 0.25 * 0.75, 0.1875 * 0.75 + 0.5), ((1, 0.5, -1.625),),
+        Lion(lr=0.25, beta1=0.5, beta2=0.75, weight_decay=0.5), (2, -2), (0.625, 0.796875), ((0.5, -0.125),)
     ),
+    "lion, no direction": Worked(Lion(), (0,), (1,), ((0,),)),
 }  # fmt: skip
 
 

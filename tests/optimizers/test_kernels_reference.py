@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.support import kernel_runs
 from tests.support.kernel_runs import State
-from tests.support.optimizer_cases import CASES, STRUCTURES, in_torch, over, torchs
+from tests.support.optimizer_cases import CASES, IN_TORCH, STRUCTURES, over, torchs
 
 from deltaserve._common.optimizers import OPTIMIZERS, Adam, Optimizer, RMSprop
 from deltaserve_server.optimizers import reference
@@ -22,7 +22,7 @@ def test_every_kind_has_a_case() -> None:
     assert all(optimizer.problem() is None for optimizer in CASES)
 
 
-@over(in_torch())
+@over(IN_TORCH)
 def test_the_reference_equals_torch_in_double_precision(optimizer: Optimizer) -> None:
     rng = np.random.default_rng(0)
     state = kernel_runs.start(optimizer, rng.standard_normal(100))

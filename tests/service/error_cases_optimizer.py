@@ -70,6 +70,17 @@ def _unknown() -> Iterator[Case]:
             yield Case("OPTIMIZER_UNKNOWN", _named(prepare, f"{name}_{rpc}"), metadata, False)
 
 
+def _unknown_hyperparameters() -> Iterator[Case]:
+    sent = Optimizer.FromString(b"\x0a\x02\x78\x01")  # field 15 of Adadelta
+    for rpc, prepare in _requests(sent).items():
+        field = f"{'hyperparameters' if 'Step' in rpc else 'groups'}[0].adadelta"
+        metadata = {
+            "field": field,
+            "allowed": "no fields but lr, rho, eps, weight_decay, maximize, which this server knows",
+        }
+        yield Case("HYPERPARAMETER_INVALID", _named(prepare, f"future_hyperparameter_{rpc}"), metadata, False)
+
+
 def _another_kind() -> Iterator[Case]:
     for kind in list(OPTIMIZERS)[1:]:
         for rpc, prepare in _requests(optimizer(kind)).items():
@@ -118,7 +129,7 @@ def _another_state() -> Iterator[Case]:
         yield Case("STATE_MISMATCH", _named(prepared, f"slots_{name}"), metadata, False)
 
 
-CASES += [*_unknown(), *_another_kind(), *_another_structure(), *_another_state()]
+CASES += [*_unknown(), *_unknown_hyperparameters(), *_another_kind(), *_another_structure(), *_another_state()]
 
 
 @case("OPTIMIZER_UNKNOWN", field="groups[2]")

@@ -9,16 +9,15 @@ from numpy.typing import ArrayLike
 from wire import Snapshot
 
 from deltaserve._common.optimizers import OPTIMIZERS, Adadelta, Optimizer
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described, hyperparameters
 from deltaserve_server.optimizers import cpu
-from deltaserve_server.service.optimizers import described
 
 
 def _structures() -> Iterator[Optimizer]:
     """Yields each optimizer with all that a model fixes switched off, and with all of it switched on."""
     for kind in OPTIMIZERS.values():
         yield kind()
-        options = [field.name for field in fields(kind) if field.metadata.get("structural")]  # type: ignore[arg-type]
+        options = [field.name for field in fields(kind) if field.metadata.get("structural")]
         momentum = {"momentum": 0.9} if "momentum" in hyperparameters(kind) else {}
         if options or momentum:
             yield kind(**momentum, **dict.fromkeys(options, True))

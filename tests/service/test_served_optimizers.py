@@ -26,7 +26,7 @@ every_optimizer = pytest.mark.parametrize("own", STRUCTURES.values(), ids=STRUCT
 
 def _groups(own: Optimizer) -> list[Optimizer]:
     """Returns two groups with different numbers."""
-    return [replace(own, weight_decay=0.01), replace(own, lr=own.lr / 2, maximize=True)]  # type: ignore[type-var]
+    return [replace(own, weight_decay=0.01), replace(own, lr=own.lr / 2, maximize=True)]
 
 
 def _create(wire: Wire, name: str, own: Optimizer, policy: Policy | None = None) -> None:
@@ -130,7 +130,7 @@ class Twins:
         """Makes an update of the tensors that are not absent."""
         for index, (part, twin) in enumerate(self._twins):
             if index not in absent:
-                damped = replace(twin.optimizer, lr=twin.optimizer.lr / damping)  # type: ignore[type-var]
+                damped = replace(twin.optimizer, lr=twin.optimizer.lr / damping)
                 twin.update(np.ascontiguousarray(total[part]), divisor, damped)
 
     def check(self, state: Snapshot) -> None:

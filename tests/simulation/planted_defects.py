@@ -480,8 +480,7 @@ class DampedTooLittle(Async):
             if self.damping and staleness and isinstance(decision, Update):
                 summary = decision.summary
                 summary.hyperparameters = tuple(
-                    replace(group, lr=group.lr * (1 + staleness) / staleness)  # type: ignore[type-var]
-                    for group in summary.hyperparameters
+                    replace(group, lr=group.lr * (1 + staleness) / staleness) for group in summary.hyperparameters
                 )
         return decisions
 

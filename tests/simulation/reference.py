@@ -419,7 +419,7 @@ class Reference:
             parts.append(Part(push.key, factor, *contribution))
         used = [(carried(sent, group) or [model])[0] for group, model in enumerate(self.groups)]
         if divisor > 1:
-            used = [replace(group, lr=group.lr / divisor) for group in used]  # type: ignore[type-var]
+            used = [replace(group, lr=group.lr / divisor) for group in used]
         absent = [k for k in range(self.tensors) if all(k in s.push.absent or k >= s.worker.tensors for s in sent)]
         self.version += 1
         self.counts = tuple([count + (k not in absent) for k, count in enumerate(self.counts)])

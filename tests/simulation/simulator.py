@@ -249,7 +249,7 @@ class Simulation:
 
     def _changed(self, values: Mapping[str, float]) -> Optimizer:
         """Returns the model's optimizer with other values."""
-        return replace(self._optimizer, **values)  # type: ignore[type-var]
+        return replace(self._optimizer, **values)
 
     def _put_state(self, event: Event, sessions: list[Worker]) -> list[Decision]:
         counts = [event.number] * self.reference.tensors

@@ -72,11 +72,11 @@ class Model:
     """A machine, and a store that carries out its decisions."""
 
     def __init__(self, policy: Sync, optimizer: Optimizer, executor: ThreadPoolExecutor) -> None:
-        groups = (optimizer, replace(optimizer, lr=0.5, weight_decay=0.01))  # type: ignore[type-var]
+        groups = (optimizer, replace(optimizer, lr=0.5, weight_decay=0.01))
         self.machine = Machine("m", LAYOUT, groups, policy)
         weights = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
         self.store = HostStore(initial_state(weights, LAYOUT, groups), 0, Budget(1 << 30), executor, 1)
-        self._carried = (replace(optimizer, lr=0.75),) * 2  # type: ignore[type-var]
+        self._carried = (replace(optimizer, lr=0.75),) * 2
         self.reduction: list[tuple[Key, float]] = []
         self._staged: dict[Key, Staging] = {}
 

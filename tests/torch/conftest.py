@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from threading import Event
 from time import monotonic, sleep
@@ -61,6 +61,26 @@ every_structure = pytest.mark.parametrize(
     STRUCTURES,
     ids=["-".join([kind.__name__, *map(str, options)]) for kind, options in STRUCTURES],
 )
+
+
+def every_structure_with(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Runs a test with every structure and every value of another parameter.
+
+    In the fast tier each structure gets one of the values, by turns.
+    """
+    combinations = [
+        pytest.param(
+            kind,
+            options,
+            value,
+            marks=[pytest.mark.deep] if (row + column) % len(values) else [],
+            id=f"{kind.__name__}-{options}-{column}",
+        )
+        for row, (kind, options) in enumerate(STRUCTURES)
+        for column, value in enumerate(values)
+    ]
+    return pytest.mark.parametrize(("kind", "options", name), combinations)
+
 
 Remote = Callable[..., RemoteOptimizer]
 Eventually = Callable[[Callable[[], Any]], Any]
@@ -209,7 +229,8 @@ def plain_remote(client: deltaserve.Client, kind: type[RemoteOptimizer]) -> Iter
             stack.callback(delete, name)
             options = {"timeout_seconds": 30, **options}
             make_optimizer: Any = kind  # each kind has arguments of its own
-            return stack.enter_context(make_optimizer(params, through, model=name, **options))
+            optimizer: RemoteOptimizer = make_optimizer(params, through, model=name, **options)
+            return stack.enter_context(optimizer)
 
         yield make
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tests.torch.conftest import equal, every_kind, every_structure
+from tests.torch.conftest import equal, every_kind, every_structure_with
 from torch import nn
 
 import deltaserve
@@ -34,8 +34,10 @@ NAMED: "dict[str, Params]" = {
     "by name": lambda net: net.named_parameters(),
     "by group": two_groups,
 }
-ways = pytest.mark.parametrize(("params", "steps"), list(zip(NAMED.values(), (0, 1, 23), strict=True)), ids=NAMED)
+WAYS = list(zip(NAMED.values(), (1, 23, 0), strict=True))
 """Each way to name parameters, with a number of steps before the move."""
+
+every_move = every_structure_with("way", WAYS)
 
 
 def bits(state: deltaserve.ModelState, counted: bool = True) -> dict[tuple[str, str], object]:
@@ -91,17 +93,16 @@ def moved_off(
     return net, optimizer
 
 
-@every_structure
-@ways
+@every_move
 def test_a_run_moves_onto_a_server_and_continues(
-    steps: int,
-    params: "Params",
+    way: "tuple[Params, int]",
     options: dict[str, Any],
     make_pair: "Callable[..., Pair]",
     remote: "Remote",
     client: deltaserve.Client,
     model: str,
 ) -> None:
+    params, steps = way
     pair = make_pair(params=params, **options)
     pair.local.train(steps)
     before = bits(model_state_of(pair.local.optimizer))
@@ -112,11 +113,9 @@ def test_a_run_moves_onto_a_server_and_continues(
     assert client.model(model).info().version == 1 + 20
 
 
-@every_structure
-@ways
+@every_move
 def test_a_run_moves_off_a_server_and_continues(
-    steps: int,
-    params: "Params",
+    way: "tuple[Params, int]",
     options: dict[str, Any],
     kind: type[RemoteOptimizer],
     make_pair: "Callable[..., Pair]",
@@ -124,6 +123,7 @@ def test_a_run_moves_off_a_server_and_continues(
     client: deltaserve.Client,
     model: str,
 ) -> None:
+    params, steps = way
     pair = make_pair(params=params, **options)
     pair.remote.optimizer = remote(params(pair.remote.net), model=model, **options)
     pair.remote.train(steps)
@@ -156,10 +156,9 @@ def test_on_and_off_again_and_again(
     pair.compare()
 
 
-@ways
+@pytest.mark.parametrize("way", WAYS, ids=NAMED)
 def test_a_run_moves_between_servers_with_the_same_bits_throughout(
-    steps: int,
-    params: "Params",
+    way: "tuple[Params, int]",
     make_pair: "Callable[..., Pair]",
     remote: "Remote",
     client: deltaserve.Client,
@@ -167,6 +166,7 @@ def test_a_run_moves_between_servers_with_the_same_bits_throughout(
     tmp_path: Path,
 ) -> None:
     """From here to a server, through a file to another server, and back here."""
+    params, steps = way
     pair = make_pair(params=params)
     one, two = pair.local, pair.remote
     one.train(5)
@@ -303,17 +303,16 @@ def test_two_parameters_of_one_name() -> None:
 # --- RemoteOptimizer.of
 
 
-@every_structure
-@ways
+@every_move
 def test_of_puts_an_optimizer_with_groups_and_state_onto_a_server(
-    steps: int,
-    params: "Params",
+    way: "tuple[Params, int]",
     options: dict[str, Any],
     kind: Any,
     make_pair: "Callable[..., Pair]",
     target: str,
     model: str,
 ) -> None:
+    params, steps = way
     pair = make_pair(params=params, **options)
     one, two = pair.local, pair.remote
     two.optimizer = kind._torch_class(params(two.net), **options)
@@ -388,7 +387,7 @@ def test_the_decoupled_weight_decay_of_adam_is_adamw(target: str) -> None:
 
 def test_a_mixture_of_structures_is_refused(target: str) -> None:
     """torch allows it."""
-    groups = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "amsgrad": True}]
+    groups: list[dict[str, Any]] = [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], "amsgrad": True}]
     local = torch.optim.Adam(groups)
     for refused in (lambda: model_state_of(local), lambda: RemoteOptimizer.of(local, target, model="m")):
         with pytest.raises(ValueError, match="expected adam, got adam with amsgrad: all parameter groups"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tests.torch.conftest import CHUNK, Deep, batch, drain
+from tests.torch.conftest import CHUNK, Deep, batch, drain, every_structure
 from torch import Tensor, nn
 
 import deltaserve
@@ -54,8 +54,15 @@ POLICIES = {
 }
 
 
+@every_structure
+def test_many_steps(options: dict[str, Any], make_twins: "MakeTwins") -> None:
+    twins = make_twins(weight_decay=0.01, **options)
+    twins.train(12)
+    assert twins.fates == ["not begun"] + ["taken"] * 11, "the first step shows what the next push will be"
+
+
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_many_steps(policy: Async | Sync | Bounded, make_twins: "MakeTwins") -> None:
+def test_many_steps_under_each_policy(policy: Async | Sync | Bounded, make_twins: "MakeTwins") -> None:
     twins = make_twins(policy=policy, lr=0.5, weight_decay=0.01)
     twins.train(12)
     assert twins.fates == ["not begun"] + ["taken"] * 11, "the first step shows what the next push will be"

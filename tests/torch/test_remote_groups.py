@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.torch.conftest import every_structure
+from tests.torch.conftest import every_structure, every_structure_with
 from torch import nn
 
 import deltaserve
@@ -25,8 +25,7 @@ def body(net: nn.Module) -> Any:
     return net[0].parameters()  # type: ignore[index]
 
 
-@every_structure
-@pytest.mark.parametrize("own", [{}, {"lr": 0.1, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
+@every_structure_with("own", [{}, {"lr": 0.1, "weight_decay": 0.1}, {"maximize": True, "lr": 0.01}])
 def test_a_group_that_is_added_later(
     options: dict[str, Any], own: dict[str, Any], make_pair: "Callable[..., Pair]"
 ) -> None:
@@ -162,7 +161,7 @@ def test_in_a_synchronous_model(remote: "Remote") -> None:
             deltaserve.RequestError,
             "tensor 1.0 at element 0",
         ),
-        ({"lr": float("inf")}, ValueError, "lr: expected >= 0 and finite in float32, got inf"),
+        ({"lr": float("inf")}, ValueError, "lr: expected .*, got inf"),
         ({"differentiable": True}, ValueError, "differentiable: expected False, got True"),
     ],
 )
@@ -186,7 +185,7 @@ DIFFERENT: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], st
         RemoteSGD,
         {"momentum": 0.9},
         {"nesterov": True},
-        "expected sgd with momentum, got sgd with momentum and nesterov",
+        "expected sgd with momentum, got sgd with momentum, nesterov",
     ),
     (RemoteRMSprop, {"momentum": 0.5}, {"momentum": 0}, "expected rmsprop with momentum, got rmsprop"),
     (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from tests.torch.conftest import every_kind
 from torch import Tensor, nn
 
 import deltaserve
 from deltaserve._common.flat_vector import FlatVector
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteOptimizer
 from deltaserve.torch._local_steps import LocalSteps
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ def test_the_next_step_skips_its_gradient_and_takes_whole_weights(
     assert (optimizer.last_result.version, optimizer.last_result.staleness) == (2, 0)
 
 
+@every_kind
 @pytest.mark.parametrize(
     ("local", "interrupted"),
-    [(False, (RemoteAdadelta, "_commit")), (True, (RemoteAdadelta, "_commit")), (True, (LocalSteps, "start"))],
+    [(False, (RemoteOptimizer, "_commit")), (True, (RemoteOptimizer, "_commit")), (True, (LocalSteps, "start"))],
     ids=["parameters not written", "local steps, parameters not written", "local steps, parameters written"],
 )
 def test_a_step_that_is_interrupted_with_the_answer_here_counts_once(

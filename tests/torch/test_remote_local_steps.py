@@ -3,16 +3,17 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from tests.torch.conftest import version_of
+from tests.torch.conftest import every_kind, every_structure_with, version_of
 from torch import Tensor, nn
 
 import deltaserve
 from deltaserve import Async, Sync
+from deltaserve.torch import RemoteSGD
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Remote
@@ -30,11 +31,14 @@ def descend(optimizer: torch.optim.Optimizer, param: Tensor, goal: float = 0.0) 
     optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_push_is_the_difference_that_the_local_steps_make(remote: "Remote", dtype: torch.dtype) -> None:
+@every_structure_with("dtype", [torch.float32, torch.float64])
+def test_the_push_is_the_difference_that_the_local_steps_make(
+    remote: "Remote", kind: Any, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     ours, theirs = parameter(1.0, -2.0, dtype=dtype), parameter(1.0, -2.0, dtype=dtype)
-    optimizer = remote([ours], eps=1e-3, local_steps=3, local_optimizer=SGD)
-    inner, outer = SGD([theirs]), torch.optim.Adadelta([theirs], eps=1e-3)
+    options = options if kind is RemoteSGD else {"eps": 1e-3, **options}
+    optimizer = remote([ours], local_steps=3, local_optimizer=SGD, **options)
+    inner, outer = SGD([theirs]), kind._torch_class([theirs], **options)
     for _ in range(4):
         before = theirs.detach().clone()
         for step in range(3):
@@ -70,6 +74,7 @@ def test_the_weights_of_local_steps_weight_the_mean_of_a_round(remote: "Remote",
     torch.testing.assert_close(a, theirs.detach())
 
 
+@every_kind
 def test_flush_pushes_the_rest_and_nothing_twice(remote: "Remote") -> None:
     param = parameter(1.0)
     optimizer = remote([param], local_steps=5, local_optimizer=SGD)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.torch.conftest import every_structure
+from tests.torch.conftest import every_structure_with
 from torch import Tensor, nn
 
 from deltaserve.torch import RemoteOptimizer, RemoteSGD
@@ -77,8 +77,7 @@ def test_a_gradient_of_another_layout_than_its_parameter(make_pair: "Callable[..
     make_pair(lambda: Holder(values(5, 4), values(2, 3))).train(20, relayout)
 
 
-@every_structure
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@every_structure_with("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_parameters_of_another_type_keep_it(
     dtype: torch.dtype, options: dict[str, Any], kind: type[RemoteOptimizer], make_pair: "Callable[..., Pair]"
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.torch.conftest import equal, every_kind, every_structure
+from tests.torch.conftest import equal, every_kind, every_structure, every_structure_with
 from torch import nn
 
 import deltaserve
@@ -50,8 +50,7 @@ def test_it_is_a_copy(make_pair: "Callable[..., Pair]") -> None:
     assert equal(state, saved)
 
 
-@every_structure
-@pytest.mark.parametrize("steps", [0, 1, 10])
+@every_structure_with("steps", [10, 0, 1])
 def test_training_moves_to_torch_and_back(
     options: dict[str, Any], steps: int, kind: type[RemoteOptimizer], make_pair: "Callable[..., Pair]"
 ) -> None:
@@ -230,7 +229,7 @@ def test_a_state_of_another_form_is_refused_and_changes_nothing(make_pair: "Call
 STRUCTURES_APART: "list[tuple[type[RemoteOptimizer], dict[str, Any], dict[str, Any], str]]" = [
     (RemoteSGD, {}, {"momentum": 0.9}, "expected sgd, got sgd with momentum"),
     (RemoteSGD, {"momentum": 0.9}, {}, "expected sgd with momentum, got sgd"),
-    (RemoteSGD, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, "got sgd with momentum and nesterov"),
+    (RemoteSGD, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, "got sgd with momentum, nesterov"),
     (RemoteRMSprop, {}, {"centered": True}, "expected rmsprop, got rmsprop with centered"),
     (RemoteRMSprop, {"centered": True}, {"momentum": 0.5}, "expected rmsprop with centered, got rmsprop with momentum"),
     (RemoteAdam, {}, {"amsgrad": True}, "expected adam, got adam with amsgrad"),
@@ -302,6 +301,37 @@ def test_a_state_dict_of_an_older_version_of_torch(options: dict[str, Any], make
     for side in pair.sides:
         side.optimizer.load_state_dict(deepcopy(state))
     pair.train(3)
+
+
+@pytest.mark.parametrize("kind", [RemoteAdam])
+def test_updates_are_counted_beyond_the_integers_of_float32(remote: "Remote") -> None:
+    """The step of torch, a float32, stays at 2**24."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer, local = remote([param]), torch.optim.Adam([param])
+    param.grad = torch.ones(3)
+    local.step()
+    state = local.state_dict()
+    state["state"][0]["step"] = torch.tensor(2.0**24)
+    optimizer.load_state_dict(state)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer._model.pull_state().update_counts == {"0.0": 2**24 + 3}
+
+
+@pytest.mark.parametrize("kind", [RemoteRMSprop])
+def test_a_variance_that_rounding_makes_negative_counts_as_0(remote: "Remote") -> None:
+    """torch's weights become NaN."""
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer, local = remote([ours], centered=True), torch.optim.RMSprop([theirs], centered=True)
+    ours.grad, theirs.grad = torch.ones(3), torch.ones(3)
+    local.step()
+    state = local.state_dict()
+    state["state"][0].update(square_avg=torch.ones(3), grad_avg=torch.full((3,), 1 + 2.0**-20))
+    for loaded in (optimizer, local):
+        loaded.load_state_dict(deepcopy(state))
+        loaded.step()
+    assert theirs.isnan().all()
+    assert ours.isfinite().all()
 
 
 def test_a_state_that_one_worker_loads_counts_for_all(remote: "Remote", model: str) -> None:

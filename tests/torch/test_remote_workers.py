@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 import torch
+from tests.torch.conftest import every_structure
 from torch import nn
 
 import deltaserve
 from deltaserve import Async, Sync
 from deltaserve._credentials import Plaintext
-from deltaserve.torch import RemoteAdadelta
+from deltaserve.torch import RemoteAdadelta, RemoteAdam, RemoteAdamW, RemoteRMSprop, RemoteSGD
 
 if TYPE_CHECKING:
     from tests.torch.conftest import Remote
@@ -53,6 +54,44 @@ def test_a_mismatch_says_what_differs(
     with pytest.raises(deltaserve.ConflictError, match=difference):
         remote(params(), model=model, **options)
     assert len(client.model(model).info().sessions) == 1, "the one that failed has left no session"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "difference"),
+    [
+        (RemoteAdam, {}, "has the optimizer adadelta, not adam"),
+        (RemoteSGD, {"momentum": 0.5}, "has the optimizer adadelta, not sgd with momentum"),
+    ],
+)
+def test_a_model_of_another_optimizer_is_not_joined(
+    options: dict[str, Any], difference: str, remote: "Remote", client: deltaserve.Client, model: str
+) -> None:
+    client.create_model(model, {"0.0": torch.zeros(2, 3)})
+    with pytest.raises(deltaserve.ConflictError, match=difference):
+        remote([torch.zeros(2, 3)], model=model, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [(RemoteSGD, {"momentum": 0.5}), (RemoteAdamW, {"amsgrad": True}), (RemoteRMSprop, {"centered": True})],
+)
+def test_a_structure_that_changes_between_steps_is_refused_and_changes_nothing(
+    group: dict[str, Any], remote: "Remote"
+) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = remote([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    before, usual = param.detach().clone(), dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(group)
+    with pytest.raises(
+        deltaserve.ConflictError, match=f"not {optimizer._model.groups[0].kind} with {next(iter(group))}"
+    ):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0].update(usual)
+    optimizer.step()
+    assert optimizer.version == 2
 
 
 def test_the_default_policy_is_asynchronous(remote: "Remote", client: deltaserve.Client, model: str) -> None:
@@ -140,10 +179,13 @@ def test_a_model_that_was_created_in_another_order_is_joined(
     assert all(weights[f"0.{index}"].tolist() == param.tolist() for index, param in enumerate(params))
 
 
-def test_two_workers_in_step_equal_one_on_the_joined_batch(remote: "Remote", model: str) -> None:
+@every_structure
+def test_two_workers_in_step_equal_one_on_the_joined_batch(
+    remote: "Remote", kind: Any, options: dict[str, Any], model: str
+) -> None:
     """Each has weights of its own until it joins."""
     steps = 30
-    options: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01}
+    options = {"weight_decay": 0.01, **options}
     nets = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(3)]
     x, y = torch.randn(steps, 2, 16, 4), torch.randn(steps, 2, 16, 1)
     nets[2].load_state_dict(nets[0].state_dict())
@@ -163,7 +205,7 @@ def test_two_workers_in_step_equal_one_on_the_joined_batch(remote: "Remote", mod
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(train, range(2)))
-    alone = torch.optim.Adadelta(nets[2].parameters(), **options)
+    alone = kind._torch_class(nets[2].parameters(), **options)
     for step in range(steps):
         alone.zero_grad()
         nn.functional.mse_loss(nets[2](x[step].flatten(0, 1)), y[step].flatten(0, 1)).backward()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described, hyperparameters
 
 DEFINITIONS: dict[type[torch.optim.Optimizer], type[Optimizer]] = {
     torch.optim.Adadelta: Adadelta,
@@ -71,7 +71,7 @@ def _optimizer_of(torch_class: type[torch.optim.Optimizer], group: Mapping[str, 
 def _readers(definition: type[Optimizer]) -> list[tuple[str, int | None, type[float]]]:
     """Returns, for each hyperparameter, its key in a group, its position in the value there, and its type."""
     keys: dict[str, tuple[str, int | None]] = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
-    types: dict[str, Any] = {field.name: type(field.default) for field in fields(definition)}  # type: ignore[arg-type]
+    types: dict[str, Any] = {field.name: type(field.default) for field in fields(definition)}
     return [(*keys.get(name, (name, None)), types[name]) for name in hyperparameters(definition)]
 
 
@@ -151,13 +151,6 @@ def check_structure(expected: Optimizer, optimizers: Sequence[Optimizer]) -> Non
     for optimizer in optimizers:
         if optimizer.structure != expected.structure:
             raise ValueError(
-                f"expected {_described(expected)}, got {_described(optimizer)}: all parameter groups of a model have "
+                f"expected {described(expected)}, got {described(optimizer)}: all parameter groups of a model have "
                 "the same, which is fixed when the model is created"
             )
-
-
-def _described(optimizer: Optimizer) -> str:
-    """Describes a structure, as in "sgd with momentum and nesterov"."""
-    options = ("momentum", *(field.name for field in fields(optimizer) if field.metadata.get("structural")))  # type: ignore[arg-type]
-    used = [name for name in options if getattr(optimizer, name, False)]
-    return f"{optimizer.kind} with {' and '.join(used)}" if used else optimizer.kind

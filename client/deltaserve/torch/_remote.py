@@ -173,6 +173,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Use the drop-in in its place from then on, and make schedulers for it. If the model exists, this worker joins
         it: as with the constructor, the weights and the state on the server count, and those of `optimizer` do not.
 
+        The model exists for a moment before its state does, and an update that another worker makes in between is lost.
+        So call this in one worker before the others start, or under `Sync(min_workers=N)` in all N workers before their
+        first step.
+
         Args:
             optimizer: A `torch.optim` optimizer, of exactly one of the classes that have a drop-in.
             target: See the class, as for `model` and `options`.
@@ -391,8 +395,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._overlap:
             self._overlap.close()
         if self._uses_overlap:
-            begin = weakref.WeakMethod(self._begin_push)
-            self._overlap = Overlap(self, begin, self._joined.tensors, self._params())
+            self._overlap = Overlap(self, weakref.WeakMethod(self._begin_push), self._joined.tensors, self._params())
 
     @property
     def _joined(self) -> Worker:
@@ -497,7 +500,5 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
 
 def _evaluate(closure: Callable[[], float] | None) -> float | None:
-    if closure is None:
-        return None
     with torch.enable_grad():
-        return closure()
+        return closure() if closure else None

@@ -53,7 +53,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """INVALID_ARGUMENT {tensor, got, allowed}: the server does not support this element type. Use one of `allowed`."""
     ERROR_REASON_HYPERPARAMETER_INVALID: _ErrorReason.ValueType  # 5
     """INVALID_ARGUMENT {field, allowed}: a hyperparameter or a group index is out of range, the number of groups is wrong,
-    or the groups of a new model have different optimizers. Fix `field`.
+    the groups of a new model have different optimizers, or this server does not know a hyperparameter. Fix `field`.
     """
     ERROR_REASON_POLICY_INVALID: _ErrorReason.ValueType  # 6
     """INVALID_ARGUMENT {field, allowed}: a setting of the policy, or the requested lease, is out of range. Fix `field`."""
@@ -212,7 +212,7 @@ ERROR_REASON_DTYPE_UNSUPPORTED: ErrorReason.ValueType  # 4
 """INVALID_ARGUMENT {tensor, got, allowed}: the server does not support this element type. Use one of `allowed`."""
 ERROR_REASON_HYPERPARAMETER_INVALID: ErrorReason.ValueType  # 5
 """INVALID_ARGUMENT {field, allowed}: a hyperparameter or a group index is out of range, the number of groups is wrong,
-or the groups of a new model have different optimizers. Fix `field`.
+the groups of a new model have different optimizers, or this server does not know a hyperparameter. Fix `field`.
 """
 ERROR_REASON_POLICY_INVALID: ErrorReason.ValueType  # 6
 """INVALID_ARGUMENT {field, allowed}: a setting of the policy, or the requested lease, is out of range. Fix `field`."""

@@ -540,7 +540,9 @@ class PutStateHeader(google.protobuf.message.Message):
     """The model's name."""
     @property
     def update_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """For each tensor, in the order of the layout: how many updates its optimizer state has had. Empty means 0 for all."""
+        """For each tensor, in the order of the layout: how many updates its optimizer state has had. Empty means 0 for all:
+        the next update is then the first, which for instance drops what is in SGD's momentum_buffer.
+        """
 
     @property
     def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:

@@ -28,7 +28,7 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 class Optimizer(google.protobuf.message.Message):
     """An optimizer and the hyperparameters of one parameter group. A server that does not know the member that is set sees
     none, and refuses the message with OPTIMIZER_UNKNOWN. GetServerInfoResponse.optimizers lists the members that a
-    server knows.
+    server knows. A hyperparameter that it does not know is refused with HYPERPARAMETER_INVALID.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -5,7 +5,7 @@ Names, settings and their types come from the dataclasses of `deltaserve`.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -60,16 +60,19 @@ def parse_policy(text: str) -> "Parsed[Policy]":
     return parsed
 
 
-def parse_optimizer(text: str) -> "Parsed[Optimizer]":
-    """Parses an optimizer: `adam`, `sgd:lr=0.05,momentum=0.9`; `momentum` is another name of `sgd`.
+def parse_optimizer(text: str, optimizers: "Mapping[str, Optimizer]") -> "Optimizer":
+    """Parses an optimizer: `adam`, `sgd:lr=0.05,momentum=0.9`.
+
+    Args:
+        text: The text.
+        optimizers: The optimizers that it can name. Settings that are not in the text are those of the one it names.
 
     Raises:
         typer.BadParameter: The text is not an optimizer. The server checks the ranges of the numbers.
     """
-    from deltaserve import SGD
-    from deltaserve._common.optimizers import OPTIMIZERS
-
-    return _parse(text, {**OPTIMIZERS, "momentum": SGD}, "an optimizer", example="adamw:lr=1e-3,weight_decay=0.01")
+    kinds = {name: type(optimizer) for name, optimizer in optimizers.items()}
+    parsed = _parse(text, kinds, "an optimizer", example="adamw:lr=1e-3,weight_decay=0.01")
+    return replace(optimizers[parsed.name], **parsed.settings)
 
 
 def parse_settings(name: str, kind: type, text: str) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def format_policy(policy: "Policy") -> str:
 
 
 def format_optimizer(optimizer: "Optimizer") -> str:
-    """Returns an optimizer as text that `parse_optimizer` accepts, without settings that have their defaults."""
+    """Returns an optimizer as text for `parse_optimizer`, without settings that have the defaults of their kind."""
     return _format(optimizer.kind, optimizer)
 
 

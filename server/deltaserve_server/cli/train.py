@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,11 +60,10 @@ PolicyOption = Annotated[
     ),
 ]
 OptimizerOption = Annotated[
-    Parsed[Any],
+    str,
     typer.Option(
         "--optimizer",
         metavar="OPTIMIZER",
-        parser=parse_optimizer,
         help="adadelta, sgd, momentum, adagrad, rmsprop, adam or adamw, with settings if those of the recipe do not "
         "suit: sgd:lr=0.05,momentum=0.9.",
     ),
@@ -107,8 +105,8 @@ Plot = Annotated[
 @application.command()
 def digits(
     workers: Workers = 2,
-    optimizer: OptimizerOption = "adadelta",  # type: ignore[assignment]  # typer parses defaults too
-    policy: PolicyOption = "sync",  # type: ignore[assignment]
+    optimizer: OptimizerOption = "adadelta",
+    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
     target: TrainTarget = None,
     model: ModelName = None,
     seed: Seed = 0,
@@ -118,17 +116,18 @@ def digits(
     from deltaserve_server.recipes.data import load_digits
     from deltaserve_server.recipes.digits import Digits
 
-    chosen = _policy(policy, workers, alone=target is None)  # first: wrong usage shows before data is loaded
+    # First: wrong usage shows before data is loaded.
+    chosen, served = _policy(policy, workers, alone=target is None), _optimizer(optimizer, Digits)
     train, test = load_digits()
-    recipe = Digits(train=train, test=test, optimizer=_optimizer(optimizer, Digits), seed=seed)
+    recipe = Digits(train=train, test=test, optimizer=served, seed=seed)
     _train(recipe, workers, chosen, target, model, timeout)
 
 
 @application.command()
 def airfoil(
     workers: Workers = 1,
-    optimizer: OptimizerOption = "adadelta",  # type: ignore[assignment]  # typer parses defaults too
-    policy: PolicyOption = "sync",  # type: ignore[assignment]
+    optimizer: OptimizerOption = "adadelta",
+    policy: PolicyOption = "sync",  # type: ignore[assignment]  # typer parses defaults too
     recipe: Annotated[
         AirfoilRecipe, typer.Option("--recipe", help="scratch: numpy, 2 epochs. concise: torch, 4 epochs.")
     ] = AirfoilRecipe.SCRATCH,
@@ -148,14 +147,14 @@ def airfoil(
     from deltaserve_server.recipes.data import find_airfoil, load_airfoil
     from deltaserve_server.recipes.errors import MissingPackageError
 
-    chosen = _policy(policy, workers, alone=target is None)
+    kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
+    chosen, served = _policy(policy, workers, alone=target is None), _optimizer(optimizer, kind)
     if plot is not None:
         loss_figure.check(plot)  # what would prevent the figure shows before the training, not after it
     if recipe is AirfoilRecipe.CONCISE and find_spec("torch") is None:  # each worker's import would fail instead
         raise MissingPackageError("torch", "torch")
     examples = load_airfoil(find_airfoil(data, cache_folder()))
-    kind = AirfoilConcise if recipe is AirfoilRecipe.CONCISE else AirfoilScratch
-    made = kind(train=examples, optimizer=_optimizer(optimizer, kind), seed=seed)
+    made = kind(train=examples, optimizer=served, seed=seed)
     result = _train(made, workers, chosen, target, model, timeout)
     if plot is not None:
         loss_figure.draw(result.curve, kind.epochs, plot)
@@ -239,9 +238,16 @@ def _server(target: str | None, timeout: float) -> "Iterator[str]":
         yield server.target
 
 
-def _optimizer(parsed: "Parsed[Optimizer]", recipe: "type[Recipe]") -> "Optimizer":
-    """Returns the recipe's optimizer of this name, with the settings of the text in the place of the recipe's."""
-    return replace(recipe.optimizers[parsed.name], **parsed.settings)  # type: ignore[type-var]
+def _optimizer(text: str, recipe: "type[Recipe]") -> "Optimizer":
+    """Returns the optimizer that the text describes; the recipe has its name, and the settings that it leaves out.
+
+    Raises:
+        UsageError: The text is not an optimizer of the recipe.
+    """
+    try:
+        return parse_optimizer(text, recipe.optimizers)
+    except typer.BadParameter as error:
+        raise UsageError(f"--optimizer: {error.message}") from error
 
 
 def _policy(parsed: "Parsed[Policy]", workers: int, alone: bool) -> "Policy":

@@ -12,7 +12,6 @@ from deltaserve_server.cli.display import format_bytes
 from deltaserve_server.cli.errors import CommandError
 from deltaserve_server.cli.options import DEFAULT_TARGET, ModelArgument, Target
 from deltaserve_server.cli.output import TRANSFER_SECONDS, Force, Output, check, write_whole
-from deltaserve_server.cli.settings import format_optimizer
 
 if TYPE_CHECKING:
     import deltaserve
@@ -85,6 +84,8 @@ def _create(client: "deltaserve.Client", name: str, content: "SavedModel") -> No
 
 
 def _replace(model: "deltaserve.Model", content: "SavedModel") -> None:
+    from deltaserve._common.optimizers.definition import described
+
     difference = _difference(model.tensors, content.tensors)
     if difference:
         raise CommandError(
@@ -93,7 +94,7 @@ def _replace(model: "deltaserve.Model", content: "SavedModel") -> None:
     ours, theirs = model.groups[0], content.groups[0]
     if ours.structure != theirs.structure:
         raise CommandError(
-            f"{model.name} has the optimizer {format_optimizer(ours)}, the file {format_optimizer(theirs)}; "
+            f"{model.name} has the optimizer {described(ours)}, the file {described(theirs)}; "
             "import it as another model with --model"
         )
     model.put_state(content.state)

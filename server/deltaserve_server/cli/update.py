@@ -86,6 +86,5 @@ def _changed(model: "deltaserve.Model", group: int | None, settings: str) -> "li
     except typer.BadParameter as error:
         raise UsageError(f"--set: {error.message}") from error
     return [
-        replace(current, **changes) if group in (None, index) else current  # type: ignore[type-var]
-        for index, current in enumerate(model.groups)
+        replace(current, **changes) if group in (None, index) else current for index, current in enumerate(model.groups)
     ]

@@ -70,7 +70,7 @@ class Round:
         # Only the groups that both pushes know can conflict.
         both = zip(self.hyperparameters or (), push.hyperparameters or (), strict=False)
         for group, (in_round, got) in enumerate(both):
-            if difference := first_difference(in_round, got):  # type: ignore[arg-type]
+            if difference := first_difference(in_round, got):
                 name, expected, value = difference
                 raise Refused("HYPERPARAMETER_CONFLICT", field=f"groups[{group}].{name}", round=expected, got=value)
 

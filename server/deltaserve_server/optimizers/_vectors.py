@@ -29,16 +29,18 @@ _I16, _I32, _I64, _FLOAT, _DOUBLE = ir.IntType(16), ir.IntType(32), ir.IntType(6
 DOUBLES, WORDS, LONGS = (ir.VectorType(element, LANES) for element in (_DOUBLE, _I32, _I64))
 """LLVM's types of 16 float64, 16 integers of 32 bits, and 16 integers of 64 bits."""
 
-_FLOATS, _SHORTS, _HALVES = (ir.VectorType(element, LANES) for element in (_FLOAT, _I16, ir.HalfType()))
-_SUFFIXES = {_FLOATS: "v16f32", DOUBLES: "v16f64", _SHORTS: "v16i16"}
-"""Their names in those of LLVM's intrinsics."""
+_SUFFIXES = {_FLOAT: "f32", _DOUBLE: "f64", _I16: "i16"}
+"""The names of elements in those of LLVM's intrinsics."""
 
 
 _AnyLanes = TypeVar("_AnyLanes", bound="_Lanes")
 
 
 class _Lanes:
-    """Sixteen values of one type, while code is generated: LLVM's value of the whole vector, and its builder."""
+    """Values of one type, while code is generated: LLVM's value of the whole vector, and its builder.
+
+    There are 16, or 4 or 8 where code works on one part of a group after the other.
+    """
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
@@ -48,7 +50,11 @@ class _Lanes:
         """Returns lanes that all hold a plain number; returns lanes unchanged."""
         if isinstance(operand, type(self)):
             return operand
-        return type(self)(self.builder, ir.Constant(self.value.type, [operand] * LANES))
+        return type(self)(self.builder, ir.Constant(self.value.type, [operand] * self.value.type.count))
+
+    def _of(self, element: Any) -> Any:
+        """Returns LLVM's type of as many lanes of another element type."""
+        return ir.VectorType(element, self.value.type.count)
 
     def where(self, condition: Any, otherwise: Any) -> Self:
         """Returns these lanes where the condition holds, and the others elsewhere."""
@@ -67,7 +73,7 @@ def _operator(instruction: str) -> Callable[[_AnyLanes, Any], _AnyLanes]:
 
 
 class Floats(_Lanes):
-    """Sixteen float32 or float64. A comparison with NaN is false."""
+    """Float32 or float64. A comparison with NaN is false."""
 
     __add__ = _operator("fadd")
     __sub__ = _operator("fsub")
@@ -94,11 +100,11 @@ class Floats(_Lanes):
 
     def doubles(self) -> "Floats":
         """Converts float32 to float64."""
-        return Floats(self.builder, self.builder.fpext(self.value, DOUBLES))
+        return Floats(self.builder, self.builder.fpext(self.value, self._of(_DOUBLE)))
 
     def bits(self) -> "Bits":
         """Reinterprets float32 as their bits."""
-        return Bits(self.builder, self.builder.bitcast(self.value, WORDS))
+        return Bits(self.builder, self.builder.bitcast(self.value, self._of(_I32)))
 
     def first(self) -> Any:
         """Returns LLVM's value of the first lane."""
@@ -115,7 +121,7 @@ class Floats(_Lanes):
     def _intrinsic(self, name: str, *operands: Any) -> "Floats":
         lanes = self.value.type
         kind = ir.FunctionType(lanes, [lanes] * (1 + len(operands)))
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{_SUFFIXES[lanes]}")
+        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{_suffix(lanes)}")
         values = [operand.value for operand in operands]
         return Floats(self.builder, self.builder.call(function, [self.value, *values]))
 
@@ -138,7 +144,7 @@ class FloatOperations:
 
 
 class Bits(_Lanes):
-    """Sixteen unsigned integers of one width; arithmetic wraps around."""
+    """Unsigned integers of one width; arithmetic wraps around."""
 
     __add__ = _operator("add")
     __mul__ = _operator("mul")
@@ -158,23 +164,24 @@ class Bits(_Lanes):
 
     def longs(self) -> "Bits":
         """Extends to 64 bits with zeros."""
-        return Bits(self.builder, self.builder.zext(self.value, LONGS))
+        return Bits(self.builder, self.builder.zext(self.value, self._of(_I64)))
 
     def words(self) -> "Bits":
         """Extends 16 bits to 32 with zeros."""
-        return Bits(self.builder, self.builder.zext(self.value, WORDS))
+        return Bits(self.builder, self.builder.zext(self.value, self._of(_I32)))
 
     def shorts(self) -> "Bits":
         """Keeps the lower 16 bits."""
-        return Bits(self.builder, self.builder.trunc(self.value, _SHORTS))
+        return Bits(self.builder, self.builder.trunc(self.value, self._of(_I16)))
 
     def float16_to_floats(self) -> Floats:
         """Reinterprets 16 bits as float16 and converts to float32, with the processor's own instruction."""
-        return Floats(self.builder, self.builder.fpext(self.builder.bitcast(self.value, _HALVES), _FLOATS))
+        halves = self.builder.bitcast(self.value, self._of(ir.HalfType()))
+        return Floats(self.builder, self.builder.fpext(halves, self._of(_FLOAT)))
 
     def floats(self) -> Floats:
         """Reinterprets 32 bits as float32."""
-        return Floats(self.builder, self.builder.bitcast(self.value, _FLOATS))
+        return Floats(self.builder, self.builder.bitcast(self.value, self._of(_FLOAT)))
 
     def total(self) -> Any:
         """Returns LLVM's value of the sum of all lanes."""
@@ -222,11 +229,35 @@ def zeros(kind: Any) -> Any:
     return ir.Constant(kind, None)
 
 
-def splat(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
     """Copies one of LLVM's scalar values into all lanes."""
-    kind = ir.VectorType(value.type, LANES)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(WORDS, [0] * LANES))
+    first = builder.insert_element(
+        ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, ir.Constant(_I32, 0)
+    )
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def part(builder: Any, value: Any, first: int, lanes: int) -> Any:
+    """Returns LLVM's value of some of the lanes of a vector."""
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, lanes), [*range(first, first + lanes)]))
+
+
+def joined(builder: Any, parts: list[Any]) -> Any:
+    """Returns LLVM's value of the lanes of several vectors of one type, one after the other: 1, 2, 4, ... of them."""
+    while len(parts) > 1:
+        indices = ir.Constant(ir.VectorType(_I32, 2 * parts[0].type.count), [*range(2 * parts[0].type.count)])
+        parts = [builder.shuffle_vector(low, high, indices) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def lanes_of_a_vector(context: Any) -> int:
+    """Returns how many float32 the longest vectors of the processor hold."""
+    features = context.codegen().magic_tuple()[2].split(",")
+    return 16 if "+avx512f" in features else 8 if "+avx2" in features else 4
+
+
+def _suffix(kind: Any) -> str:
+    return f"v{kind.count}{_SUFFIXES[kind.element]}"
 
 
 def floats_from_bfloat16(bits: Bits) -> Floats:
@@ -267,19 +298,20 @@ class Memory:
         builder: LLVM's builder, which appends the instructions.
         kind: Numba's type of the array.
         array: LLVM's value of the array.
+        lanes: Elements that are loaded and stored at a time: 16, or fewer to work on a part of a group.
     """
 
-    def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
+    def __init__(self, context: Any, builder: Any, kind: Any, array: Any, lanes: int = LANES) -> None:
         fields = context.make_array(kind)(context, builder, array)
         self.size = fields.nitems
         self._builder = builder
         self._data = fields.data
         self._widen = _widening(context, kind.dtype)
         self._align = kind.dtype.bitwidth // 8 if kind.aligned else 1
-        self._type = _FLOATS if kind.dtype == types.float32 else _SHORTS
+        self._type = ir.VectorType(_FLOAT if kind.dtype == types.float32 else _I16, lanes)
 
     def load(self, at: Any, mask: Any) -> Floats:
-        """Loads 16 values from element `at` on as float32, and 0 where the mask is false; None means no mask."""
+        """Loads values from element `at` on as float32, and 0 where the mask is false; None means no mask."""
         place, align = self._place(at), ir.Constant(_I32, self._align)
         if mask is None:
             loaded = self._builder.load(place, align=self._align)
@@ -289,12 +321,13 @@ class Memory:
         return self._widen(Bits(self._builder, loaded)) if self._widen else Floats(self._builder, loaded)
 
     def splats(self, count: int) -> list[Floats]:
-        """Returns the first elements of a vector of float32, each in all 16 lanes."""
+        """Returns the first elements of a vector of float32, each in all lanes."""
         places = (self._builder.gep(self._data, [_long(k)]) for k in range(count))
-        return [Floats(self._builder, splat(self._builder, self._builder.load(place))) for place in places]
+        lanes = self._type.count
+        return [Floats(self._builder, splat(self._builder, self._builder.load(place), lanes)) for place in places]
 
     def store(self, at: Any, values: _Lanes, mask: Any) -> None:
-        """Stores 16 values from element `at` on, without the lanes that a mask excludes."""
+        """Stores values from element `at` on, without the lanes that a mask excludes."""
         if mask is None:
             self._builder.store(values.value, self._place(at), align=self._align)
             return
@@ -302,8 +335,8 @@ class Memory:
         self._builder.call(function, [values.value, self._place(at), ir.Constant(_I32, self._align), mask])
 
     def stream(self, at: Any, values: _Lanes) -> None:
-        """Stores 16 values around the caches. Their address must be a multiple of 64."""
-        stored = self._builder.store(values.value, self._place(at), align=64)
+        """Stores values around the caches. Their address must be a multiple of their size."""
+        stored = self._builder.store(values.value, self._place(at), align=4 * values.value.type.count)
         stored.set_metadata("nontemporal", self._builder.module.add_metadata([ir.Constant(_I32, 1)]))
 
     def prefetch(self, at: Any) -> None:
@@ -325,7 +358,7 @@ class Memory:
     def _masked(self, name: str, result: Any, parameters: list[Any]) -> Any:
         kind = ir.FunctionType(result, parameters)
         return cgutils.get_or_insert_function(
-            self._builder.module, kind, f"llvm.masked.{name}.{_SUFFIXES[self._type]}.p0"
+            self._builder.module, kind, f"llvm.masked.{name}.{_suffix(self._type)}.p0"
         )
 
 

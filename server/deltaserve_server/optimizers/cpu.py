@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numpy.typing import NDArray
 
 from deltaserve._common.optimizers import Optimizer, definition
@@ -37,13 +38,16 @@ from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX,
 from deltaserve_server.optimizers import _vectors
 from deltaserve_server.optimizers._compiled import cgutils, compiled, intrinsic, readable, received, types, writable
 from deltaserve_server.optimizers._vectors import (
-    DOUBLES,
+    LANES,
     Accumulator,
     FloatOperations,
     Floats,
     Memory,
     branched,
     each_group,
+    joined,
+    lanes_of_a_vector,
+    part,
     splat,
     zeros,
 )
@@ -212,19 +216,24 @@ def _type_update(
     optimizer = _definitions[name.literal_value]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # One of the processor's vectors after the other: 16 lanes of all values at once would need more registers than
+        # processors without AVX-512 have.
+        width = lanes_of_a_vector(context)
+
         def memory(kind: Any, array: Any) -> Memory:
-            return Memory(context, builder, kind, array)
+            return Memory(context, builder, kind, array, width)
 
         gradient, weights, new_weights = (memory(signature.args[k], arguments[k]) for k in (1, 3, 4))
         slots = list(map(memory, signature.args[2], cgutils.unpack_tuple(builder, arguments[2])))
         count = 2 + len(optimizer.scalars(optimizer.relevant_count(1)))
-        lanes = memory(signature.args[7], arguments[7]).splats(count)
-        squares = Accumulator(Floats(builder, zeros(DOUBLES)))
+        numbers = memory(signature.args[7], arguments[7]).splats(count)
+        firsts = range(0, LANES, width)
+        squares = [Accumulator(Floats(builder, zeros(ir.VectorType(ir.DoubleType(), width)))) for _ in firsts]
         streamed = builder.and_(arguments[5], new_weights.starts_at_cache_line())
 
-        def step(at: Any, mask: Any) -> None:
+        def step_part(at: Any, mask: Any, squares: Accumulator) -> None:
             g, old, *values = (vector.load(at, mask) for vector in (gradient, weights, *slots))
-            new, new_values = _updated(builder, optimizer, g, old, values, arguments[6], lanes)
+            new, new_values = _updated(builder, optimizer, g, old, values, arguments[6], numbers)
             for slot, value in zip(slots, new_values, strict=True):
                 slot.store(at, value, mask)
             # Lanes outside the mask are 0 here. A square of a float32 is exact in float64: only the sum rounds.
@@ -233,19 +242,25 @@ def _type_update(
             if mask is not None:
                 new_weights.store(at, new, mask)
                 return
-            for vector in (gradient, weights, *slots):
-                vector.prefetch(at)
             with builder.if_else(streamed) as (then, otherwise):
                 with then:
                     new_weights.stream(at, new)
                 with otherwise:
                     new_weights.store(at, new, None)
 
+        def step(at: Any, mask: Any) -> None:
+            if mask is None:
+                for vector in (gradient, weights, *slots):
+                    vector.prefetch(at)
+            for first, total in zip(firsts, squares, strict=True):
+                place = builder.add(at, ir.Constant(at.type, first))
+                step_part(place, None if mask is None else part(builder, mask, first, width), total)
+
         each_group(builder, gradient.size, step)
         # Streaming stores are weakly ordered: the fence makes them visible before anything that this thread does next.
         with builder.if_then(streamed):
             builder.fence("seq_cst")
-        return squares.lanes.total()
+        return Floats(builder, joined(builder, [total.lanes.value for total in squares])).total()
 
     arguments = name, gradient, slots, weights, new_weights, streaming, divides, numbers
     return types.float64(*arguments), generate

@@ -292,7 +292,7 @@ def _difference(existing: Machine, wanted: Machine) -> str | None:
     if len(groups) != len(wanted.groups):
         return f"it has {len(groups)} parameter groups, not {len(wanted.groups)}"
     for index, (left_group, right_group) in enumerate(zip(groups, wanted.groups, strict=True)):
-        found = first_difference(left_group, right_group)  # type: ignore[arg-type]
+        found = first_difference(left_group, right_group)
         if found:
             return f"{found[0]} of group {index} is {found[1]}, not {found[2]}"
     return _policy_difference(policy, wanted.policy)

@@ -1,13 +1,12 @@
 """Converts between the messages of optimizers and their values, and checks that they are those of a model."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, repeat
 
 from deltaserve._common.optimizer_messages import from_message, to_message
 from deltaserve._common.optimizers import OPTIMIZERS, Optimizer, Slot
-from deltaserve._common.optimizers.definition import hyperparameters
+from deltaserve._common.optimizers.definition import described, hyperparameters
 from deltaserve.v1 import optimizers_pb2
 from deltaserve_server.model import Refused
 
@@ -39,11 +38,17 @@ def to_groups(
     if count + len(messages) > _GROUPS:
         raise Refused("HYPERPARAMETER_INVALID", field=field, allowed=f"at most {_GROUPS} groups")
     groups = []
-    for index, (message, known) in enumerate(zip(messages, chain(unset, repeat(None)), strict=False)):
-        same_kind = known is not None and known.kind == message.WhichOneof("kind")
-        group = from_message(message, known if same_kind else None)
+    for index, (message, model_group) in enumerate(zip(messages, chain(unset, repeat(None)), strict=False)):
+        known = optimizers_pb2.Optimizer()
+        known.CopyFrom(message)
+        known.DiscardUnknownFields()
+        same_kind = model_group is not None and model_group.kind == known.WhichOneof("kind")
+        group = from_message(known, model_group if same_kind else None)
         if group is None:
             raise Refused("OPTIMIZER_UNKNOWN", field=f"{field}[{index}]", allowed=", ".join(OPTIMIZERS))
+        if known.ByteSize() != message.ByteSize():  # a hyperparameter of a newer client, whose training would differ
+            allowed = f"no fields but {', '.join(hyperparameters(group))}, which this server knows"
+            raise Refused("HYPERPARAMETER_INVALID", field=f"{field}[{index}].{group.kind}", allowed=allowed)
         problem = _problem(group)
         if problem:
             raise Refused("HYPERPARAMETER_INVALID", field=problem[0], allowed=problem[1])
@@ -80,17 +85,6 @@ def _problem(optimizer: Optimizer) -> tuple[str, str] | None:
 @lru_cache(_GROUPS)
 def _structure(optimizer: Optimizer) -> tuple[object, ...]:
     return optimizer.structure
-
-
-def described(optimizer: Optimizer) -> str:
-    """Returns the kind and what else a model fixes, as in "sgd with momentum, nesterov"."""
-    default = type(optimizer)()
-    fixed = [
-        name
-        for name in hyperparameters(optimizer)
-        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure  # type: ignore[type-var]
-    ]
-    return f"{optimizer.kind} with {', '.join(fixed)}" if fixed else optimizer.kind
 
 
 def check_slots(names: Sequence[str], slots: Sequence[Slot]) -> None:

@@ -9,7 +9,7 @@ import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -115,6 +115,7 @@ class Optimizer(ABC):
     """
 
     __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every subclass is a dataclass
 
     kind: str
     lr: float
@@ -184,9 +185,20 @@ def hyperparameters(optimizer: Optimizer | type[Optimizer]) -> tuple[str, ...]:
     return tuple(name for name, _ in _fields(optimizer if isinstance(optimizer, type) else type(optimizer)))
 
 
+def described(optimizer: Optimizer) -> str:
+    """Returns the kind and what else a model fixes, as in "sgd with momentum, nesterov"."""
+    default = type(optimizer)()
+    fixed = [
+        name
+        for name in hyperparameters(optimizer)
+        if replace(default, **{name: getattr(optimizer, name)}).structure != default.structure
+    ]
+    return f"{optimizer.kind} with {', '.join(fixed)}" if fixed else optimizer.kind
+
+
 @cache  # every push that carries hyperparameters asks for them
 def _fields(kind: type[Optimizer]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    return tuple((f.name, f.metadata) for f in fields(kind) if f.init)  # type: ignore[arg-type]
+    return tuple((f.name, f.metadata) for f in fields(kind) if f.init)
 
 
 def at_most(op: Operations, x: Any, limit: float) -> Any:

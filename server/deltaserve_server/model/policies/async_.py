@@ -36,6 +36,6 @@ class Async(UpdatePolicy):
         if self.damping:
             # The base decides, not the time: a push on the current weights is never damped.
             divisor = 1 + model.version - pending.base_version
-            groups = tuple(replace(group, lr=group.lr / divisor) for group in groups)  # type: ignore[type-var]
+            groups = tuple(replace(group, lr=group.lr / divisor) for group in groups)
         update, answers = model.update([pending], groups, now)
         return [Fold(pending.push.key, pending.push.weight), update, *answers]
