@@ -24,7 +24,8 @@ class Operations(Protocol):
     """The operations that an update may use beside the operators + - * / and the comparisons < and >.
 
     All of them work on float32, and each result is rounded once. A comparison with NaN is false. A plain number stands
-    for its nearest float32; the left operand of an operator is a value, never a plain number.
+    for its nearest float32. The left operand of an operator, the first argument of `fma`, and one of the choices of
+    `where` are values, never plain numbers.
     """
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
