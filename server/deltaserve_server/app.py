@@ -53,6 +53,9 @@ from deltaserve_server.service.servicers.worker_service import WorkerServicer
 
 _log = logging.getLogger(__name__)
 
+_kernels_loaded: set[tuple[object, ...]] = set()
+"""The structures of optimizers whose kernels this process has begun to load."""
+
 _FRAME_BYTES = 4 * MIB
 _SPARE_THREADS = 32
 
@@ -392,6 +395,9 @@ def _processor() -> str:
 
 def _load_kernels(optimizer: Optimizer) -> None:
     """Compiles or loads an optimizer's CPU kernels, in the background: this takes longer than a server's start."""
+    if optimizer.structure in _kernels_loaded:
+        return
+    _kernels_loaded.add(optimizer.structure)
 
     def load() -> None:
         started = monotonic()

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tests.support.optimizer_cases import CASES, STRUCTURES, over
 
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, Optimizer, RMSprop
 from deltaserve._common.optimizers.definition import FLOAT32_MAX, MAGNITUDE_MAX, Slot
 from deltaserve_server.optimizers import cpu
 from deltaserve_server.optimizers.trace import Step, traced
@@ -33,6 +33,7 @@ EXTREMES: tuple[Optimizer, ...] = (
     Adagrad(lr=1e38, eps=1e-45, initial_accumulator_value=FLOAT32_MAX),
     RMSprop(eps=MAGNITUDE_MAX, momentum=10.0, centered=True, weight_decay=1e-45),
     Adam(lr=1e38, beta1=1 - 2**-50, eps=1e-45),
+    Lion(lr=FLOAT32_MAX, beta1=1 - 2**-26, beta2=1e-45),
     AdamW(lr=1e30, weight_decay=1e30),
     AdamW(lr=2.0, weight_decay=0.5, amsgrad=True),
 )

@@ -81,6 +81,9 @@ WITHOUT_ROOTS = [optimizer for optimizer in CASES if isinstance(optimizer, SGD)]
 @pytest.mark.parametrize("updates", [1, 2])
 def test_sgd_has_the_bits_of_torch(optimizer: Optimizer, updates: int) -> None:
     gradient, state = kernel_runs.usual(optimizer, 5, 10_000)
+    gradient[::7], state.weights[::5] = np.float32(-0.0), np.float32(-0.0)
+    if updates == 1:
+        state = kernel_runs.start(optimizer, state.weights)
     ours, its = (step(optimizer, gradient, state, updates) for step in (kernel_runs.on_cpu, kernel_runs.in_torch))
     assert ours.bits() == its.bits()
 

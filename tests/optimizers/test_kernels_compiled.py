@@ -277,13 +277,13 @@ def test_an_error_of_the_function_itself_is_raised() -> None:
 PLAIN_PROCESSOR = """
 import sys
 import numpy as np
-from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
+from deltaserve._common.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, RMSprop
 from deltaserve_server.optimizers import cpu, float16, values
 rng = np.random.default_rng(0)
 size = 1003
 bits = rng.integers(0, 1 << 16, size, np.uint16)
 for optimizer in (Adadelta(lr=0.5), Adadelta(lr=0.5, weight_decay=0.1), SGD(momentum=0.9, nesterov=True), Adagrad(),
-                  RMSprop(centered=True, momentum=0.9), Adam(amsgrad=True), AdamW()):
+                  RMSprop(centered=True, momentum=0.9), Adam(amsgrad=True), AdamW(), Lion()):
     g, w, new, *slots = (rng.random(size, dtype=np.float32) for _ in range(3 + len(optimizer.slots)))
     print(cpu.update(g, 3, slots, w, new, optimizer, optimizer.relevant_count(5)))
     print(np.concatenate([*slots, new]).tobytes().hex())

@@ -1,5 +1,7 @@
 """Models: create, join, list, delete. Health and reflection."""
 
+import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,10 +16,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from messages import adadelta, creation, cut, push, sync
 from wire import METHODS, SERVICES, Wire, eventually, refusal, unchanged
 
+from deltaserve._common.optimizer_messages import to_message
+from deltaserve._common.optimizers import SGD, Adam
 from deltaserve.v1.common_pb2 import ModelConfig
 from deltaserve.v1.model_service_pb2 import CreateModelRequest
 from deltaserve.v1.worker_service_pb2 import PullRequest
-from deltaserve_server import LocalServer, ServerConfig
+from deltaserve_server import LocalServer, ServerConfig, app
 from deltaserve_server.service.push_handler import PushHandler
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -26,6 +30,26 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 def _health(wire: Wire, name: str) -> object:
     stub = health_pb2_grpc.HealthStub(wire.channel)
     return stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+
+
+def test_models_with_one_structure_load_its_kernels_once(
+    own_wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While kernels compile, thousands of new models would otherwise each have a thread that waits for them."""
+
+    def wait_for_kernels() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "kernels":
+                thread.join()
+
+    wait_for_kernels()  # of earlier tests
+    monkeypatch.setattr(app, "_kernels_loaded", set())
+    caplog.set_level(logging.INFO)
+    for number, optimizer in enumerate((SGD(), SGD(lr=0.5), Adam(), SGD())):
+        own_wire.create(f"m{number}", {"w": (3,)}, groups=[to_message(optimizer)])
+    wait_for_kernels()
+    loaded = [message.split()[2] for message in caplog.messages if message.startswith("kernels of ")]
+    assert sorted(loaded) == ["adam", "sgd"]
 
 
 def test_a_model_is_created_with_every_default_filled_in(wire: Wire) -> None:
