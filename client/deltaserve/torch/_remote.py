@@ -136,6 +136,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         timeout_seconds: float = 120.0,
         credentials: Credentials | None = None,
     ) -> None:
+        if type(self) is RemoteOptimizer:
+            raise TypeError(
+                "RemoteOptimizer is what the drop-ins have in common: use one of them, or RemoteOptimizer.of()"
+            )
         # All options are checked first: a mistake must not leave a model behind on the server.
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
