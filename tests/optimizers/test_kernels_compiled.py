@@ -219,9 +219,9 @@ print(len(kernels), sum(sum(kernel.stats.cache_misses.values()) for kernel in ke
 def test_other_hyperparameters_do_not_wait_for_the_compilation_of_another_kernel() -> None:
     """A scheduler changes lr with every push, while a new model's kernel compiles."""
     cpu.prepare(SGD())
-    vectors = [np.ones(3, np.float32) for _ in range(3)]
+    gradient, weights, new_weights = (np.ones(3, np.float32) for _ in range(3))
     with ThreadPoolExecutor(1) as executor, cpu._compiling:
-        updated = executor.submit(cpu.update, vectors[0], 1, [], *vectors[1:], SGD(lr=0.123), 2)
+        updated = executor.submit(cpu.update, gradient, 1, [], weights, new_weights, SGD(lr=0.123), 2)
         assert updated.result(timeout=20) > 0
 
 
