@@ -383,6 +383,18 @@ def test_all_workers_of_a_round_may_call_of_at_once(target: str, model: str, mon
         assert train("first") == second[0].result() == pytest.approx(trained(5)[0].tolist(), rel=1e-6)
 
 
+def test_of_warns_of_a_scheduler_that_would_change_nothing(
+    target: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1.0)
+    for scheduled in (False, True):
+        if scheduled:
+            torch.optim.lr_scheduler.StepLR(local, 1)
+        with RemoteOptimizer.of(local, target, model=model):
+            pass
+        assert ("a scheduler of the torch optimizer does not change the drop-in" in caplog.text) == scheduled
+
+
 def test_of_takes_the_options_of_the_class(target: str, model: str) -> None:
     param = nn.Parameter(torch.ones(3))
     local = torch.optim.SGD([param], lr=1.0, momentum=0.5)

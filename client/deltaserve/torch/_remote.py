@@ -202,6 +202,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             'RemoteAdamW'
         """
         torch_class, state = torch_class_of(optimizer), model_state_of(optimizer)
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            _log.warning(
+                "model %s: a scheduler of the torch optimizer does not change the drop-in: make one for it", model
+            )
         remote_class: Any = next(c for c in RemoteOptimizer.__subclasses__() if c._torch_class is torch_class)
         groups = [dict(group) for group in optimizer.param_groups]
         arguments = arguments_of(torch_class, optimizer.defaults)
