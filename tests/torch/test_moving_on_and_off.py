@@ -383,6 +383,15 @@ def test_all_workers_of_a_round_may_call_of_at_once(target: str, model: str, mon
         assert train("first") == second[0].result() == pytest.approx(trained(5)[0].tolist(), rel=1e-6)
 
 
+def test_of_puts_a_state_without_updates_that_is_not_the_initial_one(target: str, model: str) -> None:
+    """Adagrad has a state before its first update, which may come from a checkpoint with another initial value."""
+    other = torch.optim.Adagrad([nn.Parameter(torch.ones(3))], initial_accumulator_value=2.0)
+    local = torch.optim.Adagrad([nn.Parameter(torch.ones(3))])
+    local.load_state_dict(other.state_dict())
+    with RemoteOptimizer.of(local, target, model=model) as remote:
+        assert equal(remote.state_dict()["state"], local.state_dict()["state"])
+
+
 def test_of_warns_of_a_scheduler_that_would_change_nothing(
     target: str, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:

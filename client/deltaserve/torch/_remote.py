@@ -210,7 +210,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         groups = [dict(group) for group in optimizer.param_groups]
         arguments = arguments_of(torch_class, optimizer.defaults)
         remote: RemoteOptimizer = remote_class(groups, target, model=model, **arguments, **options)
-        if remote._model.created and any(state.update_counts.values()):
+        if remote._model.created and optimizer.state:
             try:
                 remote._model.put_state(state)
                 remote._pull()
