@@ -127,22 +127,6 @@ def test_errors_are_found_before_the_training(command: Command, arguments: list[
     assert text in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "text"),
-    [
-        ("lion", "expected an optimizer, adadelta, sgd, momentum, adagrad, rmsprop, adam or adamw, as in "),
-        ("momentum:beta1=0.9", "momentum has no setting 'beta1'; its settings are lr, momentum, "),
-    ],
-)
-@pytest.mark.parametrize("recipe", ["digits", "airfoil"])
-def test_an_optimizer_that_the_recipe_lacks_is_wrong_usage(
-    command: Command, recipe: str, optimizer: str, text: str
-) -> None:
-    ended = command("train", recipe, "--optimizer", optimizer)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"deltaserve: --optimizer: {text}")
-
-
 # --- as a process
 
 

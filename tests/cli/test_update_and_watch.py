@@ -203,7 +203,7 @@ def test_watch_in_json_has_the_events_keys(watch: Watch, created: deltaserve.Mod
     (line,) = out.left()
     event = json.loads(line)
     assert list(event) == keys
-    assert event["hyperparameters"] == [asdict(group) for group in created.groups]  # type: ignore[call-overload]
+    assert event["hyperparameters"] == [asdict(group) for group in created.groups]
     (push,) = event["contributions"]
     assert (push["worker"], push["sequence"], push["weight"], push["gradient_norm"]) == ("ann", 1, 1.0, 5.0)
 

@@ -130,7 +130,7 @@ def test_memory_that_is_not_the_servers_is_not_used(
         from dataclasses import replace
 
         key, value = fields[field]
-        return replace(handle, **{key: value})
+        return replace(handle, **{key: value})  # type: ignore[arg-type]
 
     monkeypatch.setattr(ModelEngine, "open_shared_memory", misleading)
     model = client.create_model("m", {"w": np.zeros(SIZE)})

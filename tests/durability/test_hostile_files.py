@@ -329,6 +329,16 @@ def test_an_optimizer_that_is_not_the_models_in_a_manifest(past: Path, place: st
             read(past)
 
 
+def test_a_directory_of_another_version_is_refused_by_name(past: Path) -> None:
+    for manifest in (past / "models" / "m").glob("snapshot-*.json"):
+        good = json.loads(manifest.read_bytes()[:-10])
+        manifest.write_bytes(signed(good | {"format": "deltaserve snapshot 2"}))
+    with pytest.raises(
+        CorruptError, match="another version of deltaserve wrote it: its format is deltaserve snapshot 2"
+    ):
+        read(past)
+
+
 @pytest.mark.parametrize("wrong", ["negative", "NaN", "infinite", "one vector fewer", "one vector more"])
 def test_a_state_that_the_optimizer_cannot_have(past: Path, wrong: str) -> None:
     name, _, good = records(past)

@@ -49,7 +49,7 @@ def setting(task: str, policy: Policy, workers: int, **changes: object) -> Setti
         step_seconds=0.001,
         points=8,
     )
-    return replace(base, **changes)
+    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def run(target: str, chosen: Setting, seed: int = 0) -> Run:

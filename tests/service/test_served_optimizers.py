@@ -326,4 +326,5 @@ def test_the_tested_structures_are_all_that_there_are() -> None:
         "adam with amsgrad",
         "adamw",
         "adamw with amsgrad",
+        "lion",
     ]

@@ -1,6 +1,7 @@
 """A run moves onto a server and off it, at any step: the state arrives bit for bit, and training continues."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -345,6 +346,62 @@ def test_of_joins_a_model_that_exists(kind: Any, plain_remote: "Remote", target:
         assert torch.equal(ours, theirs)
         assert (second.version, second.rank) == (1, 1)
         assert equal(second.state_dict(), first.state_dict())
+
+
+def test_all_workers_of_a_round_may_call_of_at_once(target: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second joins after the model is created and before it has its state, and pushes before that, too."""
+
+    def trained(steps: int) -> tuple[nn.Parameter, torch.optim.Adam]:
+        param = nn.Parameter(torch.ones(3))
+        local = torch.optim.Adam([param], lr=0.1)
+        for _ in range(steps):
+            param.grad = torch.ones(3)
+            local.step()
+        return param, local
+
+    def train(worker: str) -> list[float]:
+        param, local = trained(3)
+        policy = deltaserve.Sync(min_workers=2)
+        with RemoteOptimizer.of(local, target, model=model, worker=worker, policy=policy) as remote:
+            for _ in range(2):
+                param.grad = torch.ones(3)
+                remote.step()
+            assert remote.state_dict()["state"][0]["step"] == 5
+        return param.tolist()
+
+    really = deltaserve.Model.put_state
+
+    def put_state(first: deltaserve.Model, state: deltaserve.ModelState) -> None:
+        second.append(threads.submit(train, "second"))
+        while not any(session.waiting for session in first.info().sessions):
+            pass  # until the second worker's push waits for its round
+        really(first, state)
+
+    second: list[Future[list[float]]] = []
+    monkeypatch.setattr(deltaserve.Model, "put_state", put_state)
+    with ThreadPoolExecutor(1) as threads:
+        assert train("first") == second[0].result() == pytest.approx(trained(5)[0].tolist(), rel=1e-6)
+
+
+def test_of_puts_a_state_without_updates_that_is_not_the_initial_one(target: str, model: str) -> None:
+    """Adagrad has a state before its first update, which may come from a checkpoint with another initial value."""
+    other = torch.optim.Adagrad([nn.Parameter(torch.ones(3))], initial_accumulator_value=2.0)
+    local = torch.optim.Adagrad([nn.Parameter(torch.ones(3))])
+    local.load_state_dict(other.state_dict())
+    with RemoteOptimizer.of(local, target, model=model) as remote:
+        assert equal(remote.state_dict()["state"], local.state_dict()["state"])
+
+
+def test_of_warns_of_a_scheduler_that_would_change_nothing(
+    target: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1.0)
+    for scheduled in (False, True):
+        if scheduled:
+            torch.optim.lr_scheduler.StepLR(local, 1)
+        with RemoteOptimizer.of(local, target, model=model):
+            pass
+        assert ("a scheduler of the torch optimizer does not change the drop-in" in caplog.text) == scheduled
 
 
 def test_of_takes_the_options_of_the_class(target: str, model: str) -> None:

@@ -141,6 +141,11 @@ def test_entries_that_hooks_add_to_the_state_stay(remote: "Remote") -> None:
 # --- copies and printing
 
 
+def test_the_base_class_is_no_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"use one of them, or RemoteOptimizer\.of\(\)"):
+        RemoteOptimizer([nn.Parameter(torch.ones(1))], "localhost:1", {}, model="m")
+
+
 @every_kind
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, pickle.dumps, lambda optimizer: torch.save(optimizer, "/dev/null")]

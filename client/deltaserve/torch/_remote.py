@@ -136,6 +136,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         timeout_seconds: float = 120.0,
         credentials: Credentials | None = None,
     ) -> None:
+        if type(self) is RemoteOptimizer:
+            raise TypeError(
+                "RemoteOptimizer is what the drop-ins have in common: use one of them, or RemoteOptimizer.of()"
+            )
         # All options are checked first: a mistake must not leave a model behind on the server.
         if local_steps < 1 or (local_steps > 1 and local_optimizer is None):
             raise ValueError(f"local_steps: expected 1, or more with a local_optimizer, got {local_steps}")
@@ -198,11 +202,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
             'RemoteAdamW'
         """
         torch_class, state = torch_class_of(optimizer), model_state_of(optimizer)
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            _log.warning(
+                "model %s: a scheduler of the torch optimizer does not change the drop-in: make one for it", model
+            )
         remote_class: Any = next(c for c in RemoteOptimizer.__subclasses__() if c._torch_class is torch_class)
         groups = [dict(group) for group in optimizer.param_groups]
         arguments = arguments_of(torch_class, optimizer.defaults)
         remote: RemoteOptimizer = remote_class(groups, target, model=model, **arguments, **options)
-        if remote._model.created and any(state.update_counts.values()):
+        if remote._model.created and optimizer.state:
             try:
                 remote._model.put_state(state)
                 remote._pull()
