@@ -27,8 +27,8 @@ triton = pytest.importorskip("triton", reason="Triton has no package for this pl
 from deltaserve_server.optimizers import cuda, triton_source  # noqa: E402
 
 EXTREMES: tuple[Optimizer, ...] = (
-    Adadelta(rho=1e-45, eps=1e-45),
-    Adadelta(rho=1 - 2**-26, eps=FLOAT32_MAX, weight_decay=FLOAT32_MAX),
+    Adadelta(rho=1e-45, eps=2.0**-126),
+    Adadelta(lr=2.0**38, rho=1 - 2**-26, eps=2.0**64, weight_decay=FLOAT32_MAX),
     SGD(lr=1e38, momentum=2.0, nesterov=True),
     Adagrad(lr=1e38, eps=1e-45, initial_accumulator_value=FLOAT32_MAX),
     RMSprop(eps=MAGNITUDE_MAX, momentum=10.0, centered=True, weight_decay=1e-45),

@@ -35,6 +35,11 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
         [math.nextafter(TOO_SMALL, 1), FLOAT32_MAX],
         [0.0, -1e-6, TOO_SMALL, math.nan, math.inf, TOO_LARGE],
     ),
+    f"in [0, {2.0**38:g}]": ([0.0, 1e-45, 2.0**38], [-1e-9, math.nextafter(2.0**38, math.inf), math.nan, math.inf]),
+    f"in [{2.0**-126:g}, {2.0**64:g}]": (
+        [2.0**-126, 1e-6, 2.0**64],
+        [0.0, -1e-6, math.nextafter(2.0**-126, 0), math.nextafter(2.0**64, math.inf), math.nan, math.inf],
+    ),
     "in [0, 1]": ([0.0, 0.5, 1.0], [-5e-324, ABOVE_1, math.nan, math.inf]),
     "in [0, 1)": ([0.0, 0.5, BELOW_1], [-5e-324, 1.0, ABOVE_1, math.nan, math.inf]),
     f"in (0, {MAGNITUDE_MAX:g}], also in float32": (

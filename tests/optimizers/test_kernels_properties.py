@@ -26,11 +26,11 @@ divisors = st.sampled_from([1, 2, 3, 7, 1000, 2**24, 0.5, 0.3])
 counts = st.one_of(st.integers(1, 5), st.integers(1, 2**40), st.sampled_from([2**24, 2**24 + 1, 2**40]))
 
 DECAYS = st.sampled_from([0.0, 0.01])
-FACTORS = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-45, 1e18, FLOAT32_MAX]))
+FACTORS = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-45, 2.0**38, 1e18, FLOAT32_MAX]))
 # The largest number below 1, and those that float32 rounds to 1.
 BETAS = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1e-30, 1 - 2**-25, 1 - 2**-26, 1 - 2**-53]))
 MOMENTUMS = st.one_of(st.floats(2**-100, 1), st.sampled_from([1e-45, 1.5, 1e10, FLOAT32_MAX]))
-EPSILONS = st.one_of(st.floats(1e-10, 1), st.sampled_from([1e-45, 1e-38, 1e10, MAGNITUDE_MAX]))
+EPSILONS = st.one_of(st.floats(1e-10, 1), st.sampled_from([1e-45, 2.0**-126, 1e10, MAGNITUDE_MAX]))
 EXTREMES: dict[str, st.SearchStrategy[Any]] = {
     "lr": FACTORS,
     "lr_decay": FACTORS,
@@ -50,8 +50,11 @@ EXTREMES: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def extremes(draw: st.DrawFn, structure: Optimizer) -> Optimizer:
     """Draws an optimizer of a structure, with any hyperparameters that are in range."""
+    bounds = {
+        field.name: field.metadata["bounds"] for field in dataclasses.fields(structure) if "bounds" in field.metadata
+    }
     changes = {
-        name: draw(EXTREMES[name])
+        name: draw(EXTREMES[name].filter(bounds[name].allow) if name in bounds else EXTREMES[name])
         for name in hyperparameters(structure)
         if name in EXTREMES
         and (name != "momentum" or (structure.slots[-1:] and "momentum" in structure.slots[-1].name))

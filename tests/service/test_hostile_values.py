@@ -62,8 +62,8 @@ def test_accepted_values_leave_the_state_finite(wire: Wire, scale: float) -> Non
         None,
         adadelta(rho=0.0),
         adadelta(rho=1.0),
-        adadelta(eps=1.2e-38),
-        adadelta(eps=3e38),
+        adadelta(eps=2.0**-126),
+        adadelta(eps=2.0**64),
         adadelta(weight_decay=3e38),
         adadelta(lr=0.0, weight_decay=1.0, maximize=True),
     ):
@@ -91,7 +91,7 @@ def test_the_mean_of_a_round_of_the_largest_values_is_finite(wire: Wire) -> None
 def test_no_learning_rate_makes_weights_infinite(wire: Wire) -> None:
     wire.create("m", {"w": (4,)})
     session = wire.open("m", "w")
-    own = adadelta(lr=3e38, eps=1e38)
+    own = adadelta(lr=2.0**38, eps=2.0**64)
     answer = wire.step(session.header(1, hyperparameters=[own]), np.full(4, 1e10))
     assert np.isfinite(answer.weights).all()
 

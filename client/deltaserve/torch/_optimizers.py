@@ -22,9 +22,9 @@ class RemoteAdadelta(RemoteOptimizer):
         params: See `RemoteOptimizer`, as for `target`, `model` and `options`.
         target: HOST:PORT of the server, or unix:PATH.
         model: The model's name on the server.
-        lr: Factor of the update, >= 0.
+        lr: Factor of the update, in [0, 2**38].
         rho: Decay of both averages, in [0, 1].
-        eps: Added to both averages before their square root, > 0.
+        eps: Added to both averages before their square root, in [2**-126, 2**64].
         weight_decay: L2 penalty, >= 0.
         foreach: No effect.
         capturable: Must be False.

@@ -103,13 +103,11 @@ class Adadelta(google.protobuf.message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: builtins.int
     MAXIMIZE_FIELD_NUMBER: builtins.int
     lr: builtins.float
-    """Learning rate: the factor of the update. Finite and >= 0. Unset means 1.0."""
+    """Learning rate: the factor of the update. In [0, 2^38]. Unset means 1.0."""
     rho: builtins.float
     """Decay of both running averages, in [0, 1]. Unset means 0.9."""
     eps: builtins.float
-    """Added to both running averages before the square root. Finite and > 0, also after rounding to float32. Unset means
-    1e-6.
-    """
+    """Added to both running averages before the square root. In [2^-126, 2^64]. Unset means 1e-6."""
     weight_decay: builtins.float
     """L2 penalty: weight_decay times the weight is added to the gradient. Finite and >= 0. Unset means 0."""
     maximize: builtins.bool

@@ -79,7 +79,8 @@ def source(optimizer: Optimizer) -> str:
         *_bounded("g", "g", MAGNITUDE_MAX),
         *(f"{value} = tl.load({slot} + i, inside)" for value, slot in zip(trace.slots, slots, strict=True)),
         *_steps(trace.steps),
-        *_bounded("new", _text(trace.weight), FLOAT32_MAX),
+        f"new = {_text(trace.weight)}",
+        *(_bounded("new", "new", FLOAT32_MAX) if optimizer.clips_weight else ()),
         *(f"tl.store({slot} + i, {_text(value)}, inside)" for value, slot in zip(trace.new_slots, slots, strict=True)),
     ]
     before = _BEFORE.format(name=name(optimizer), vectors=", ".join(vectors), numbers=", ".join(numbers))

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from deltaserve._common.optimizers.definition import (
-    FLOAT32_MAX,
     MAGNITUDE_MAX,
     Operations,
     Optimizer,
     Slot,
-    at_most,
     bounded,
     hyper,
 )
@@ -28,17 +26,21 @@ class Adadelta(Optimizer):
         x  = x - lr g'                             weights
 
     Attributes:
-        lr: Factor of the update, >= 0. It is torch's addition and is 1 in the paper.
+        lr: Factor of the update, in [0, 2**38]. It is torch's addition and is 1 in the paper.
         rho: Decay of both leaky averages, in [0, 1].
-        eps: Added to both averages before their square root, > 0.
+        eps: Added to both averages before their square root, in [2**-126, 2**64].
         weight_decay: L2 penalty, >= 0: this times the weights is added to the gradient.
         maximize: Ascend instead of descend.
     """
 
+    # A step is at most MAGNITUDE_MAX. 2**38 times that is less than half of the last place of the largest float32, so
+    # adding it to a weight never gives more than that.
+    clips_weight: ClassVar[bool] = False
+
     kind: str = field(default="adadelta", init=False, repr=False)
-    lr: float = hyper(1.0, minimum=0)
+    lr: float = hyper(1.0, minimum=0, maximum=2.0**38)
     rho: float = hyper(0.9, minimum=0, maximum=1)
-    eps: float = hyper(1e-6, above=0)
+    eps: float = hyper(1e-6, minimum=2.0**-126, maximum=2.0**64)
     weight_decay: float = hyper(0.0, minimum=0)
     maximize: bool = False
 
@@ -55,9 +57,9 @@ class Adadelta(Optimizer):
         """Computes the update of one element."""
         s, dx = slots
         # With the limits on g and on the step no average exceeds the largest float32, even where the rounded rho and
-        # 1 - rho add up to more than 1. The other two keep an eps near either end from making a root infinite.
+        # 1 - rho add up to more than 1. The limits on eps keep the roots within [2**-63, 2**64], and the rate finite.
         s = op.fma(h.one_minus_rho * g, g, s * h.rho)
-        rate = op.sqrt(dx + h.eps) / op.sqrt(at_most(op, s + h.eps, FLOAT32_MAX))
-        step = bounded(op, at_most(op, rate, FLOAT32_MAX) * g, MAGNITUDE_MAX)
+        rate = op.sqrt(dx + h.eps) / op.sqrt(s + h.eps)
+        step = bounded(op, rate * g, MAGNITUDE_MAX)
         dx = op.fma(h.one_minus_rho * step, step, dx * h.rho)
         return op.fma(h.minus_lr, step, w), (s, dx)

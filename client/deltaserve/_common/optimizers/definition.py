@@ -105,7 +105,7 @@ class Optimizer(ABC):
     The gradient that `update` gets is the mean gradient after the steps that all optimizers share, in torch's order:
     `maximize` negates it, NaN becomes 0, a coupled `weight_decay` adds `weight_decay` times the weight, and it is
     clipped at `MAGNITUDE_MAX`. A decoupled one instead multiplies the weight by 1 - lr * weight_decay. The new weight
-    is clipped at `FLOAT32_MAX` afterwards.
+    is clipped at `FLOAT32_MAX` afterwards, if `clips_weight`.
 
     Attributes:
         kind: The optimizer's name in messages, files and texts; a dataclass field, so that encoders write it.
@@ -113,6 +113,7 @@ class Optimizer(ABC):
         weight_decay: Weight decay, coupled or decoupled.
         maximize: Ascend instead of descend.
         decoupled: Whether weight decay multiplies the weight instead of being added to the gradient.
+        clips_weight: Whether the new weight is clipped. Where the ranges exclude an infinite weight, no clip is needed.
     """
 
     __slots__ = ()
@@ -123,6 +124,7 @@ class Optimizer(ABC):
     weight_decay: float
     maximize: bool
     decoupled: ClassVar[bool] = False
+    clips_weight: ClassVar[bool] = True
 
     @property
     @abstractmethod
