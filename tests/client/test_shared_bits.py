@@ -126,7 +126,10 @@ def _check_equal(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None
         np.testing.assert_array_equal(left[name], right[name])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    ["async", "sync", *(pytest.param(name, marks=pytest.mark.deep) for name in ("bounded", "median", "clipped"))],
+)
 def test_every_transport_gives_the_same_bits_and_results(
     client: Client, unix: Client, policy: str, eventually: "Eventually"
 ) -> None:

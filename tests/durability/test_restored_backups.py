@@ -46,6 +46,7 @@ def put_back(backup: Path, data: Path) -> None:
     shutil.copytree(backup, data)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("durability", "restarted", "optimizer"),
     [

@@ -58,10 +58,16 @@ SHARED: list[dict[str, Any]] = [
 ]  # fmt: skip
 """Arguments of all optimizers."""
 
-CASES = [(kind, options) for kind, own in OWN.items() for options in SHARED + own]
+CASES = [
+    # The fast tier has the defaults, and the cases that combine the most.
+    pytest.param(kind, options, id=f"{kind.__name__}-{options}", marks=[] if is_fast else pytest.mark.deep)
+    for kind, own in OWN.items()
+    for options in SHARED + own
+    for is_fast in [options in (SHARED[0], SHARED[-1], own[-1])]
+]
 
 
-@pytest.mark.parametrize(("kind", "options"), CASES, ids=[f"{kind.__name__}-{options}" for kind, options in CASES])
+@pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_hundred_steps_are_those_of_torch(options: dict[str, Any], make_pair: "Callable[..., Pair]") -> None:
     make_pair(**options).train(100)
 

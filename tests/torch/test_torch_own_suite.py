@@ -177,8 +177,8 @@ def test_errors(database: Database, remote: "Remote") -> None:
             remote(params, **entry.kwargs)
 
 
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("contiguous", [True, pytest.param(False, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("scheduled", [True, pytest.param(False, marks=pytest.mark.deep)])
 def test_goes_right_direction(contiguous: bool, scheduled: bool, database: Database, remote: "Remote") -> None:
     for schedulers in database.schedulers if scheduled else [[]]:
         for kwargs in database.kwargs():  # anew, because a scheduler changes a tensor lr in place
@@ -255,8 +255,8 @@ def test_step_is_noop_for_zero_grads(database: Database, remote: "Remote") -> No
             assert equal(param.detach(), before)
 
 
-@pytest.mark.parametrize("first_named", [True, False])
-@pytest.mark.parametrize("second_named", [True, False])
+@pytest.mark.parametrize("first_named", [True, pytest.param(False, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("second_named", [True, pytest.param(False, marks=pytest.mark.deep)])
 def test_state_dict_deterministic(first_named: bool, second_named: bool, database: Database, remote: "Remote") -> None:
     for kwargs in database.kwargs():
         one = Regression()
