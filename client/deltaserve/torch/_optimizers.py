@@ -5,7 +5,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from deltaserve.torch._remote import RemoteOptimizer, RemoteOptions
+from deltaserve.torch._options import RemoteOptions
+from deltaserve.torch._remote import RemoteOptimizer
 
 
 class RemoteAdadelta(RemoteOptimizer):

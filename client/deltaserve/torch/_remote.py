@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn, Self, TypedDict, Unpack, overload
+from typing import Any, ClassVar, NoReturn, Self, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -33,25 +33,12 @@ from deltaserve.torch._groups import (
     torch_defaults,
 )
 from deltaserve.torch._local_steps import LocalOptimizer, LocalSteps
+from deltaserve.torch._options import RemoteOptions
 from deltaserve.torch._overlap import Overlap
 from deltaserve.torch._states import assign_names, from_torch, model_state_of, to_torch
 from deltaserve.torch._tensors import WeightReceiver, gradient_of, to_host
 
 _log = logging.getLogger("deltaserve")
-
-
-class RemoteOptions(TypedDict, total=False):
-    """The keyword arguments that all drop-ins have in common; `RemoteOptimizer` describes them."""
-
-    policy: Policy | None
-    worker: str | None
-    local_steps: int
-    local_optimizer: LocalOptimizer | None
-    overlap: bool
-    transport: TransportName
-    wire: WireType
-    timeout_seconds: float
-    credentials: Credentials | None
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
