@@ -5,7 +5,7 @@ from pathlib import Path
 
 import deltaserve.torch
 
-ORDER = "_tensors _element_types _groups _states _local_steps _overlap _remote _optimizers __init__".split()  # noqa: SIM905
+ORDER = "_tensors _element_types _groups _states _local_steps _options _overlap _remote _optimizers __init__".split()  # noqa: SIM905
 
 
 def test_a_module_imports_only_those_before_it() -> None:

@@ -258,7 +258,7 @@ def test_errors_about_arguments_have_the_type_and_text_of_torch(
 ONLY_HERE: list[tuple[str, Any, str]] = [
     ("eps", 0.0, "eps: expected"),
     ("eps", 1e-60, "eps: expected"),
-    ("lr", float("inf"), "lr: expected >= 0"),
+    ("lr", float("inf"), "lr: expected "),
     ("weight_decay", 1e300, "weight_decay: expected"),
     ("momentum", 1e300, "momentum: expected"),
     ("dampening", 1.5, "dampening: expected in [0, 1], got 1.5"),

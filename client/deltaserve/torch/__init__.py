@@ -14,7 +14,8 @@ from deltaserve.torch._optimizers import (
     RemoteRMSprop,
     RemoteSGD,
 )
-from deltaserve.torch._remote import RemoteOptimizer, RemoteOptions
+from deltaserve.torch._options import RemoteOptions
+from deltaserve.torch._remote import RemoteOptimizer
 from deltaserve.torch._states import model_state_of, state_dict_of
 
 __all__ = [
