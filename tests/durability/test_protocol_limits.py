@@ -46,10 +46,10 @@ POLICIES = {
 }
 
 ADADELTAS = {
-    "largest": Adadelta(lr=LARGEST, rho=1.0, eps=LARGEST, weight_decay=LARGEST, maximize=True),
-    "smallest": Adadelta(lr=0.0, rho=0.0, eps=SMALLEST, weight_decay=0.0),
-    "tiny": Adadelta(lr=TINY, rho=TINY, eps=SMALLEST, weight_decay=TINY),
-    "fast": Adadelta(lr=LARGEST, rho=0.0, eps=SMALLEST),
+    "largest": Adadelta(lr=2.0**38, rho=1.0, eps=2.0**64, weight_decay=LARGEST, maximize=True),
+    "smallest": Adadelta(lr=0.0, rho=0.0, eps=2.0**-126, weight_decay=0.0),
+    "tiny": Adadelta(lr=TINY, rho=TINY, eps=2.0**-126, weight_decay=TINY),
+    "fast": Adadelta(lr=2.0**38, rho=0.0, eps=2.0**-126),
 }
 GROUPS = {name: Optimizer(adadelta=group) for name, group in ADADELTAS.items()}
 
@@ -63,7 +63,7 @@ def at_limit(kind: str, *, largest: bool) -> Optimizer:
             continue
         high = LARGEST if bounds.maximum is None else bounds.maximum
         high = high if bounds.below is None else float(np.nextafter(bounds.below, 0.0))
-        low = SMALLEST if bounds.above is not None else 0.0
+        low = SMALLEST if bounds.minimum is None else bounds.minimum
         limits[field.name] = high if largest else low
     return to_message(dataclasses.replace(made, **limits))
 

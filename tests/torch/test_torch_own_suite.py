@@ -60,7 +60,7 @@ from deltaserve.torch import RemoteOptimizer
 if TYPE_CHECKING:
     from tests.torch.conftest import Remote
 
-pytestmark = every_kind
+pytestmark = [every_kind, pytest.mark.deep]  # the import of the database alone takes seconds
 
 Scheduler = Callable[[torch.optim.Optimizer], Any]
 
