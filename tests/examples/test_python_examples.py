@@ -32,6 +32,7 @@ def number(pattern: str, out: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.deep
 def test_numpy_linear(output: Callable[..., str]) -> None:
     out = output("numpy_linear.py")
     assert "after 2000 updates" in out

@@ -1,6 +1,6 @@
 """Models of every optimizer: what they tell of themselves, their state, and the bits of every policy's updates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,16 @@ W, B = slice(0, 280), slice(280, 301)
 SIZE = 301
 
 every_optimizer = pytest.mark.parametrize("own", STRUCTURES.values(), ids=STRUCTURES)
+
+
+def every_optimizer_under(policies: Mapping[str, Policy]) -> pytest.MarkDecorator:
+    """Runs a test with every optimizer under every policy; in the fast tier under half of them, by turns."""
+    combinations = [
+        pytest.param(own, policy, id=f"{kind}-{name}", marks=[pytest.mark.deep] if (row + column) % 2 else [])
+        for row, (kind, own) in enumerate(STRUCTURES.items())
+        for column, (name, policy) in enumerate(policies.items())
+    ]
+    return pytest.mark.parametrize(("own", "policy"), combinations)
 
 
 def _groups(own: Optimizer) -> list[Optimizer]:
@@ -170,10 +180,9 @@ ROUND_POLICIES = {
 UPDATE_POLICIES = {"async": asynchronous(), "damped": asynchronous(damping=True), "bounded": bounded(3)}
 
 
-@pytest.mark.parametrize("name", ROUND_POLICIES)
-@every_optimizer
-def test_a_round_has_the_bits_of_the_kernel(wire: Wire, own: Optimizer, name: str) -> None:
-    policy, twins = ROUND_POLICIES[name], Twins(own)
+@every_optimizer_under(ROUND_POLICIES)
+def test_a_round_has_the_bits_of_the_kernel(wire: Wire, own: Optimizer, policy: Policy) -> None:
+    twins = Twins(own)
     _create(wire, "m", own, policy)
     sessions = [wire.open("m", worker) for worker in "abc"]
     for number in range(1, ROUNDS + 1):
@@ -182,19 +191,18 @@ def test_a_round_has_the_bits_of_the_kernel(wire: Wire, own: Optimizer, name: st
             for values in gradients:
                 values[B] = 0
         answers = _step(wire, policy, sessions, number, gradients)
-        if name in ("median", "trimmed"):  # the middle one of three
+        if policy.sync.reduction:  # a median or a trimmed mean: the middle one of three
             total, divisor = np.median(np.stack(gradients), axis=0), 1.0
         else:
             lengths = [answer.result.gradient_norm for answer in answers]
-            clip = policy.sync.clip_norm if name == "clipped" else np.inf
+            clip = policy.sync.clip_norm if policy.sync.HasField("clip_norm") else np.inf
             total, divisor = weighted_sum(gradients, [min(1.0, clip / length) for length in lengths]), 3.0
         twins.update(total, divisor, ABSENT.get(number, []))
         assert {answer.result.version for answer in answers} == {number}
     twins.check(wire.snapshot("m"))
 
 
-@pytest.mark.parametrize("policy", UPDATE_POLICIES.values(), ids=UPDATE_POLICIES)
-@every_optimizer
+@every_optimizer_under(UPDATE_POLICIES)
 def test_pushes_that_are_updates_have_the_bits_of_the_kernel(wire: Wire, own: Optimizer, policy: Policy) -> None:
     twins = Twins(own)
     _create(wire, "m", own, policy)
