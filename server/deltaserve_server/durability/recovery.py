@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from deltaserve._common.failpoints import failpoint
 from deltaserve._common.optimizers import Optimizer
 from deltaserve_server.durability import snapshot
@@ -37,6 +35,7 @@ from deltaserve_server.durability.records import (
 from deltaserve_server.durability.snapshot import Entry, Manifest, Progress
 from deltaserve_server.durability.validation import InvalidRecord, check_record
 from deltaserve_server.memory import Range, State, Store, initial_state
+from deltaserve_server.memory.store import joined
 from deltaserve_server.model import Layout, Machine
 
 _log = logging.getLogger(__name__)
@@ -302,11 +301,11 @@ class JournalReplayer:
                 machine.replay_version_bump(version)
                 self._store.current.number = version
             case StatePut(counts):
-                weights, *slots = (values.astype(np.float32) for _, values in record.pieces)
+                weights, *slots = (joined(values) for _, values in record.pieces)
                 machine.put_state(counts)
                 self._store.put(State(weights, tuple(slots)), machine.version)
             case Extended(tensors, groups):
-                weights = np.concatenate([np.empty(0, np.float32), *(v for _, v in record.pieces)])
+                weights = joined(*(values for _, values in record.pieces))
                 machine.extend(tensors, groups)
                 self._store.extend(initial_state(weights, Layout(tensors), machine.groups))
 

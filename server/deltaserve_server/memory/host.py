@@ -27,7 +27,9 @@ from deltaserve_server.memory.store import (
     Version,
     allocate_host,
     check_combine,
+    joined,
     root_of_sum,
+    zeros_like,
 )
 from deltaserve_server.optimizers.formats import Values
 from deltaserve_server.optimizers.robust import trimmed_mean
@@ -253,10 +255,10 @@ class HostStore(Store):
     def extend(self, state: State) -> None:
         """Appends elements."""
         # All are allocated before the store changes: memory may run out at any of them.
-        extended = np.concatenate([self.current.weights, state.weights])
-        slots = tuple(np.concatenate(pair) for pair in zip(self._slots, state.slots, strict=True))
+        extended = joined(self.current.weights, state.weights)
+        slots = tuple(joined(*pair) for pair in zip(self._slots, state.slots, strict=True))
         if isinstance(self._pending, _Total):
-            self._pending.vector = np.concatenate([self._pending.vector, np.zeros_like(state.weights)])
+            self._pending.vector = joined(self._pending.vector, zeros_like(state.weights))
         self._slots, self._frozen = slots, None
         # Vectors of the old size are of no use any more: versions that readers hold return to the old pool.
         self._pool = VectorPool(extended.size, self._allocate)

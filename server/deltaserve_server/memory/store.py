@@ -19,9 +19,6 @@ Vector = NDArray[np.float32]
 
 ELEMENT_BYTES = 4
 
-_LINE_BYTES = 64
-"""Alignment that the kernel's streaming stores need: the size of a cache line and of the longest vectors."""
-
 _PAGE_BYTES = 4096
 """Vectors begin at the same place in a page, as those in shared memory do. A processor takes a load for one that must
 wait for an earlier store if the last 12 bits of their addresses agree. If the gradient lay 16 to 64 bytes behind the
@@ -67,7 +64,7 @@ class State:
 
     def copy(self) -> "State":
         """Returns a copy of all vectors."""
-        return State(self.weights.copy(), tuple(slot.copy() for slot in self.slots))
+        return State(joined(self.weights), tuple(map(joined, self.slots)))
 
     def pieces(self) -> list[tuple[int, Values]]:
         """Returns each whole vector as a piece at offset 0."""
@@ -142,6 +139,16 @@ def zeros_like(vector: Vector) -> Vector:
     return _from_page(np.zeros(vector.size + _PAGE_BYTES // ELEMENT_BYTES, np.float32), vector.size)
 
 
+def joined(*parts: Values) -> Vector:
+    """Returns a copy of vectors, one after the other, as one vector that starts at a page."""
+    whole = allocate_host(sum(part.size for part in parts))
+    at = 0
+    for part in parts:
+        whole[at : at + part.size] = part
+        at += part.size
+    return whole
+
+
 def _from_page(vector: Vector, size: int) -> Vector:
     """Returns the elements from the first page in a vector on; numpy itself aligns to 16 bytes only."""
     first = -vector.ctypes.data % _PAGE_BYTES // ELEMENT_BYTES
@@ -188,8 +195,8 @@ class VectorPool:
 
     def give(self, vector: Vector) -> None:
         """Returns a vector to the pool, unless the pool is full or the vector has another size or alignment."""
-        # A vector from elsewhere may be unaligned, which would switch off the kernel's streaming stores.
-        if len(self._free) < self._free_max and vector.size == self.size and vector.ctypes.data % _LINE_BYTES == 0:
+        # One from elsewhere may begin within a cache line, which would switch off the kernel's streaming stores.
+        if len(self._free) < self._free_max and vector.size == self.size and vector.ctypes.data % _PAGE_BYTES == 0:
             self._free.append(vector)
 
 
